@@ -1,0 +1,54 @@
+# A water meter: counts pulses, reports them over LoRa four times an hour, and
+# keeps WiFi off. The downlink 01 02 03 makes it join the service van's network
+# and fetch the newest release.
+
+import time
+
+import machine
+
+import config
+from average import Average
+from meter import PulseMeter
+from OTA import WiFiOTA
+from uplink import UPDATE_COMMAND, Uplink
+
+
+def update(ota, meter):
+    meter.save()
+    try:
+        ota.connect()
+        ota.update()  # resets the board when a release was installed
+    except Exception as e:
+        print("meter: no update:", e)
+    finally:
+        ota.disconnect()
+
+
+def main():
+    meter = PulseMeter(config.PULSE_PIN, config.COUNT_FILE)
+    flow = Average(4)
+    radio = Uplink(config.LORA_REGION, config.LORA_APP_EUI, config.LORA_APP_KEY)
+    ota = WiFiOTA(
+        config.WIFI_SSID, config.WIFI_PASSWORD, config.SERVER_IP, config.SERVER_PORT
+    )
+    ota.disconnect()  # some boards start with WiFi on
+    while True:
+        before = meter.count
+        time.sleep(config.UPLINK_SECONDS)
+        used = (meter.count - before) * config.LITRES_PER_PULSE
+        command = radio.send(meter.count, flow.add(used))
+        meter.save()
+        # Counting and the radio work: this release may stay. Without this call
+        # boot.py goes back to the one before after three starts.
+        ota.confirm()
+        if command == UPDATE_COMMAND:
+            update(ota, meter)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as e:
+        print("meter: stopped:", e)
+        time.sleep(10)
+        machine.reset()

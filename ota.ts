@@ -1,0 +1,3348 @@
+#!/usr/bin/env bun
+/**
+ * ota.ts: both ends of an over-the-air (OTA) update, in one file.
+ *
+ *     bun ota.ts serve --root examples/smart-meter       # a directory of releases, over HTTP
+ *     bun ota.ts client --ver 1.0.0 --root ./device      # a device that ends up on the newest one
+ *     bun ota.ts --help
+ *
+ * The server works out what a device at version X needs to reach the latest release and answers
+ * with a manifest: what to delete, add, change and flash. The device fetches, verifies, applies,
+ * and goes back when the new release is bad. The wire format is the one of Pycom's OTA tutorial,
+ * so boards with Pycom's MicroPython library are served as they are.
+ *
+ * The file is read from top to bottom; each section uses only what stands above it. Importing it
+ * has no side effects.
+ *
+ * @module
+ */
+
+import { Database } from "bun:sqlite";
+import * as fs from "node:fs";
+import { basename, dirname, relative, resolve } from "node:path";
+import { parseArgs } from "node:util";
+
+/** The version of this tool, as `--version` prints it. */
+export const TOOL_VERSION = "0.1.0";
+
+// ──── Errors ────────────────────────────────────────────────────────────────────────────────────
+// What a person is told: what was expected, what was found, what to do. Anything else that is
+// thrown is a bug in this file.
+
+/**
+ * A failure that a person can do something about. Its message is shown as it is, without a stack.
+ *
+ * @param message one or two lines: what was expected, what was found, what to do
+ * @param exitCode the process's exit code when this ends it: 1 failed, 2 usage, 3 bad release
+ */
+export class OTAError extends Error {
+  override name = "OTAError";
+  constructor(
+    message: string,
+    readonly exitCode: 1 | 2 | 3 = 1,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+  }
+}
+
+/** The `code` of a system error (`"ENOENT"`), or `undefined` for anything else. */
+function errorCode(error: unknown): string | undefined {
+  return error instanceof Error && "code" in error && typeof error.code === "string"
+    ? error.code
+    : undefined;
+}
+
+/** The text of anything thrown. */
+function errorText(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}
+
+// ──── Versions ──────────────────────────────────────────────────────────────────────────────────
+// How releases are ordered. The order must be total: whatever text a device sends as its version,
+// comparing it gives an answer, and never an exception.
+
+/**
+ * Compares two strings by Unicode code point, which is also the order of their UTF-8 bytes. (`<`
+ * compares UTF-16 units, and so puts U+1F600 before U+FFFD.)
+ *
+ * @returns negative, zero or positive, as for `Array.prototype.sort`
+ */
+export function compareCodePoints(a: string, b: string): number {
+  const length = Math.min(a.length, b.length);
+  for (let i = 0; i < length; i++) {
+    const x = a.charCodeAt(i);
+    const y = b.charCodeAt(i);
+    // Surrogates stand for code points above U+FFFF: lift them over U+E000 to U+FFFF.
+    if (x !== y) return liftSurrogate(x) - liftSurrogate(y);
+  }
+  return a.length - b.length;
+}
+
+function liftSurrogate(unit: number): number {
+  return unit < 0xd800 ? unit : unit < 0xe000 ? unit + 0x2000 : unit - 0x800;
+}
+
+/**
+ * A version number in the loose scheme of Python's `distutils.version.LooseVersion`: runs of
+ * digits, runs of `a-z`, and whatever stands between them; dots only separate. Where a number
+ * meets a string, the number is the smaller one, as in Python 2 (Python 3 raises there, which
+ * would let any device stop the server).
+ *
+ * @param text any text at all; `""` has no parts and is smaller than every other version
+ *
+ * @example
+ * new LooseVersion("1.0.10").compare("1.0.9"); // positive
+ * new LooseVersion("1.00.0").compare("1.0.0"); // 0
+ */
+export class LooseVersion {
+  /** The text split into its parts: numbers of any size, and strings. */
+  readonly parts: readonly (bigint | string)[];
+
+  constructor(readonly text: string) {
+    this.parts = text
+      .split(/([0-9]+|[a-z]+|\.)/)
+      .filter((part) => part !== "" && part !== ".")
+      .map((part) => (/^[0-9]+$/.test(part) ? BigInt(part) : part));
+  }
+
+  /**
+   * Compares part by part, then by length.
+   *
+   * @returns negative when this version is older than `other`, zero when equal, positive when newer
+   */
+  compare(other: LooseVersion | string): number {
+    const theirs = typeof other === "string" ? new LooseVersion(other).parts : other.parts;
+    for (const [i, mine] of this.parts.entries()) {
+      const their = theirs[i];
+      if (their === undefined) return 1;
+      const order = compareParts(mine, their);
+      if (order !== 0) return order;
+    }
+    return this.parts.length - theirs.length;
+  }
+
+  toString(): string {
+    return this.text;
+  }
+}
+
+function compareParts(a: bigint | string, b: bigint | string): number {
+  if (typeof a === "string") return typeof b === "string" ? compareCodePoints(a, b) : 1;
+  if (typeof b === "string") return -1;
+  return a < b ? -1 : a > b ? 1 : 0;
+}
+
+/** What `isReleaseName` tests for, in words. */
+const RELEASE_NAME_RULE =
+  "a digit (after an optional v), then digits, letters and . + _ -, and no ending like .bak or .tmp";
+
+/**
+ * Whether `name` can be the name of a release: `[vV]?`, a digit, then any of `0-9A-Za-z.+_-`, and
+ * not the ending of a backup or a temporary file.
+ */
+export function isReleaseName(name: string): boolean {
+  return (
+    name.length <= 128 &&
+    /^[vV]?[0-9][0-9A-Za-z.+_-]*$/.test(name) &&
+    !/\.(bak|old|orig|tmp|part|swp)$/i.test(name)
+  );
+}
+
+/**
+ * The VERSION in `firmware_VERSION.bin`, or `undefined` when `name` is not a firmware image's.
+ * Pycom's OTA tutorial spells it `firmare_` once, so that counts too.
+ */
+export function firmwareVersion(name: string): string | undefined {
+  const version = /^firmw?are_(.+)\.bin$/.exec(name)?.[1];
+  return version !== undefined && isReleaseName(version) ? version : undefined;
+}
+
+// ──── Manifest ──────────────────────────────────────────────────────────────────────────────────
+// The wire format, and the only place where foreign JSON becomes ours. What `parseManifest` lets
+// through cannot name a path outside the device's root, nor the updater's own files.
+
+/** One file to fetch. Field names and their order are the wire's. */
+export interface ManifestEntry {
+  /** Where to fetch it: absolute http(s), path parts percent-encoded. */
+  URL: string;
+  /** Where it goes on the device, with a leading slash: `/flash/main.py`. */
+  dst_path: string;
+  /** SHA-1 of the content, lowercase hex. */
+  hash: string;
+  /** SHA-256 of the content, lowercase hex; only when asked for with `hash=sha256`. */
+  sha256?: string;
+  /** Bytes; only when asked for with `hash=sha256`. */
+  size?: number;
+}
+
+/** The firmware image to flash. */
+export interface ManifestFirmware {
+  URL: string;
+  hash: string;
+  sha256?: string;
+  size?: number;
+  /** The image's version; from the file name when the server does not send it. */
+  version?: string;
+}
+
+/** What brings a device from one release to another. Keys are sorted, as on the wire. */
+export interface Manifest {
+  /** Paths to delete, without a leading slash, as deployed boards expect. */
+  delete: string[];
+  firmware?: ManifestFirmware;
+  /** The list is the whole release: what the device installed and the list lacks must go too. */
+  full?: true;
+  /** Files that the previous version does not have. */
+  new: ManifestEntry[];
+  previous_version?: string;
+  /** The `reqid` of the request. */
+  request_id?: string;
+  /** Files that the previous version has with other content. */
+  update: ManifestEntry[];
+  version: string;
+}
+
+/** What a device asks for, as query parameters of `GET /manifest.json`. Unknown ones are kept. */
+export interface ManifestQuery extends Record<string, string | undefined> {
+  /** The release the device is on; absent or empty: it has nothing. */
+  current_ver?: string;
+  /** The firmware it runs; empty: none that it knows of; absent: an old board that never says. */
+  firmware_ver?: string;
+  /** `releaseDigest` of what it really has. */
+  base?: string;
+  /** `sha256` asks for the fields `sha256`, `size` and `firmware.version`. */
+  hash?: string;
+  /** Echoed as `request_id`. */
+  reqid?: string;
+}
+
+/** The file in which a device keeps its version for its own code. No release contains it. */
+export const VERSION_FILE = "flash/OTA_VERSION.py";
+/** Where the updater keeps what is its own, below the device's root. */
+export const OTA_DIR = ".ota";
+/** A manifest larger than this is refused. */
+export const MAX_MANIFEST_BYTES = 64 * 1024 * 1024;
+
+/**
+ * Says what is wrong with a path below a device's root, or `undefined` when nothing is. A good
+ * path is relative and normal, stays below the root on every file system, and does not enter
+ * `.ota` in any spelling.
+ */
+export function pathProblem(path: string): string | undefined {
+  if (path === "") return "is empty";
+  if (/[\u0000-\u001f\u007f]/.test(path)) return "has a control character";
+  if (path.includes("\\")) return "has a backslash";
+  if (Buffer.byteLength(path) > 1024) return "is longer than 1024 bytes";
+  const parts = path.split("/");
+  for (const part of parts) {
+    if (part === "") return "has an empty part";
+    if (part === "." || part === "..") return `has a part "${part}"`;
+    if (Buffer.byteLength(part) > 255) return "has a part longer than 255 bytes";
+  }
+  // FAT and macOS know no case, and FAT drops trailing dots and spaces.
+  if (parts[0]!.toLowerCase().replace(/[. ]+$/, "") === OTA_DIR) return `enters ${OTA_DIR}`;
+  return undefined;
+}
+
+/** The paths above `path`, nearest first: `a/b/c` has `a/b` and `a`. */
+export function ancestors(path: string): string[] {
+  const found = [];
+  for (let at = path.lastIndexOf("/"); at > 0; at = path.lastIndexOf("/", at - 1)) {
+    found.push(path.slice(0, at));
+  }
+  return found;
+}
+
+/**
+ * Reads a manifest from a server, ours or the one of Pycom's OTA tutorial (which sends no sizes,
+ * and `dst_path` with or without the slash). In the result every `dst_path` has a leading slash,
+ * no `delete` has one, hashes are lowercase, firmware has a version, and nothing names
+ * `flash/OTA_VERSION.py`, which the device writes itself.
+ *
+ * @param body the response body: JSON text
+ * @param current the version of the device; an older manifest is refused
+ * @returns the manifest, or `null` when the server has nothing newer
+ * @throws {OTAError} naming the first thing that is wrong; nothing of such a manifest may be used
+ */
+export function parseManifest(body: string | Uint8Array, current?: string): Manifest | null {
+  const size = typeof body === "string" ? Buffer.byteLength(body) : body.byteLength;
+  if (size === 0) refuse("an empty body");
+  if (size > MAX_MANIFEST_BYTES) refuse(`${size} bytes, more than ${MAX_MANIFEST_BYTES}`);
+  let json: unknown;
+  try {
+    json = JSON.parse(typeof body === "string" ? body : new TextDecoder().decode(body));
+  } catch {
+    refuse("no JSON");
+  }
+  if (json === null) return null;
+  const fields = asRecord(json, "the manifest");
+
+  const version = asText(fields.version, "version");
+  if (!isReleaseName(version)) refuse(`version ${JSON.stringify(version)}: no release name`);
+  if (current !== undefined && new LooseVersion(version).compare(current) < 0) {
+    refuse(`version ${version}, older than the device's ${current}`);
+  }
+  const manifest: Manifest = {
+    delete: asList(fields.delete, "delete").map((item, i) => {
+      return asPath(asText(item, `delete[${i}]`), `delete[${i}]`);
+    }),
+    new: asList(fields.new, "new").map((item, i) => asEntry(item, `new[${i}]`)),
+    update: asList(fields.update, "update").map((item, i) => asEntry(item, `update[${i}]`)),
+    version,
+  };
+  if (fields.firmware !== undefined) manifest.firmware = asFirmware(fields.firmware);
+  if (fields.full !== undefined && typeof fields.full !== "boolean") refuse("full: no boolean");
+  if (fields.full) manifest.full = true;
+  if (fields.previous_version !== undefined) {
+    manifest.previous_version = asText(fields.previous_version, "previous_version");
+  }
+  if (fields.request_id !== undefined) {
+    manifest.request_id = asText(fields.request_id, "request_id");
+  }
+  checkPathsAgree(manifest);
+
+  const ours = (path: string) => path !== VERSION_FILE;
+  manifest.delete = manifest.delete.filter(ours);
+  manifest.new = manifest.new.filter((item) => ours(item.dst_path.slice(1)));
+  manifest.update = manifest.update.filter((item) => ours(item.dst_path.slice(1)));
+  return manifest;
+}
+
+function refuse(found: string): never {
+  throw new OTAError(`refused the manifest: ${found}`);
+}
+
+function asRecord(value: unknown, name: string): Record<string, unknown> {
+  if (typeof value !== "object" || value === null || Array.isArray(value)) {
+    refuse(`${name}: no JSON object`);
+  }
+  return value as Record<string, unknown>;
+}
+
+function asList(value: unknown, name: string): unknown[] {
+  if (!Array.isArray(value)) refuse(`${name}: no list`);
+  return value;
+}
+
+function asText(value: unknown, name: string): string {
+  if (typeof value !== "string") refuse(`${name}: no string`);
+  return value;
+}
+
+function asDigest(value: unknown, name: string, digits: 40 | 64): string {
+  const hex = asText(value, name).toLowerCase();
+  if (!/^[0-9a-f]+$/.test(hex) || hex.length !== digits) refuse(`${name}: no ${digits} hex digits`);
+  return hex;
+}
+
+function asPath(path: string, name: string): string {
+  const problem = pathProblem(path);
+  if (problem) refuse(`${name}: the path ${JSON.stringify(path)} ${problem}`);
+  return path;
+}
+
+/** The fields that files and firmware share. */
+function asContent(fields: Record<string, unknown>, name: string) {
+  const url = URL.parse(asText(fields.URL, `${name}.URL`));
+  if (!url || !/^https?:$/.test(url.protocol)) refuse(`${name}.URL: no http(s) address`);
+  if (
+    fields.size !== undefined &&
+    !(Number.isSafeInteger(fields.size) && (fields.size as number) >= 0)
+  ) {
+    refuse(`${name}.size: no byte count`);
+  }
+  return {
+    URL: url.href,
+    hash: asDigest(fields.hash, `${name}.hash`, 40),
+    ...(fields.sha256 !== undefined && { sha256: asDigest(fields.sha256, `${name}.sha256`, 64) }),
+    ...(fields.size !== undefined && { size: fields.size as number }),
+  };
+}
+
+function asEntry(value: unknown, name: string): ManifestEntry {
+  const fields = asRecord(value, name);
+  const path = asText(fields.dst_path, `${name}.dst_path`).replace(/^\//, "");
+  return { ...asContent(fields, name), dst_path: `/${asPath(path, `${name}.dst_path`)}` };
+}
+
+function asFirmware(value: unknown): ManifestFirmware {
+  const fields = asRecord(value, "firmware");
+  const known = asContent(fields, "firmware");
+  const file = basename(percentDecode(new URL(known.URL).pathname));
+  const version =
+    fields.version === undefined
+      ? firmwareVersion(file)
+      : asText(fields.version, "firmware.version");
+  if (version === undefined || !isReleaseName(version)) {
+    refuse(`firmware: no version in ${JSON.stringify(version ?? file)}`);
+  }
+  return { ...known, version };
+}
+
+/** One path, one content: no duplicates, no file below a file, nothing both deleted and written. */
+function checkPathsAgree(manifest: Manifest): void {
+  const written = new Set<string>();
+  for (const { dst_path } of [...manifest.new, ...manifest.update]) {
+    if (written.has(dst_path)) refuse(`${dst_path} is listed twice`);
+    written.add(dst_path);
+  }
+  for (const path of written) {
+    const above = ancestors(path).find((ancestor) => written.has(ancestor));
+    if (above) refuse(`${path} is below ${above}, which is a file`);
+  }
+  const both = manifest.delete.find((path) => written.has(`/${path}`));
+  if (both) refuse(`${both} is both deleted and written`);
+}
+
+/**
+ * The digest of a whole release, sent as `base`: lowercase hex SHA-256 over the lines
+ * `path NUL sha256hex LF`, sorted by path in UTF-8 byte order.
+ *
+ * @param files path (without a leading slash) and SHA-256 of every file
+ */
+export function releaseDigest(files: Iterable<readonly [path: string, sha256: string]>): string {
+  const hasher = new Bun.CryptoHasher("sha256");
+  for (const [path, sha256] of [...files].sort((a, b) => compareCodePoints(a[0], b[0]))) {
+    hasher.update(`${path}\0${sha256}\n`);
+  }
+  return hasher.digest("hex");
+}
+
+/**
+ * The digest of what a manifest would install, by which a device remembers a release that failed:
+ * its version, paths, hashes, deletions and firmware, and nothing that changes from one request to
+ * the next (addresses, request ids).
+ */
+export function manifestDigest(manifest: Manifest): string {
+  const files = [...manifest.new, ...manifest.update]
+    .map((item) => `${item.dst_path}\0${item.sha256 ?? item.hash}`)
+    .sort(compareCodePoints);
+  const what = [manifest.version, files, [...manifest.delete].sort(), manifest.firmware?.hash];
+  return new Bun.CryptoHasher("sha256").update(JSON.stringify(what)).digest("hex");
+}
+
+/**
+ * Decodes `%xx` and leaves what cannot be decoded as it is. A `+` stays a `+`, unlike in
+ * `URLSearchParams`: release names have them, and boards do not encode.
+ */
+function percentDecode(text: string): string {
+  if (!text.includes("%")) return text;
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
+/** Reads a query string (without `?`); of a parameter sent twice the first counts. */
+export function parseQuery(search: string): ManifestQuery {
+  const query: ManifestQuery = Object.create(null);
+  for (const pair of search.split("&")) {
+    const at = pair.indexOf("=");
+    const name = percentDecode(at < 0 ? pair : pair.slice(0, at));
+    query[name] ??= at < 0 ? "" : percentDecode(pair.slice(at + 1));
+  }
+  return query;
+}
+
+/** A path for a URL: every part percent-encoded, the slashes kept. */
+function encodePath(path: string): string {
+  return path.split("/").map(encodeURIComponent).join("/");
+}
+
+// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
+// One release root on disk: which versions and firmware images it holds, what is ignored and why,
+// and what a device needs to reach the newest. Everything that decides what a device gets is here;
+// the server only carries it.
+
+/** What is known of one file's content. */
+export interface FileHashes {
+  size: number;
+  /** Lowercase hex. */
+  sha1: string;
+  /** Lowercase hex. */
+  sha256: string;
+}
+
+/** One version: a directory below the root, the whole file system of a device. */
+export interface Release {
+  /** The directory's name: `1.0.1`. */
+  name: string;
+  version: LooseVersion;
+  /** Path on the device, without a leading slash → content. Sorted by path. */
+  files: ReadonlyMap<string, FileHashes>;
+  /** `releaseDigest` of the files. */
+  digest: string;
+}
+
+/** One firmware image: a file `firmware_VERSION.bin` below the root. */
+export interface FirmwareImage extends FileHashes {
+  /** The VERSION in the file's name. */
+  name: string;
+  version: LooseVersion;
+  /** The file's name. */
+  file: string;
+}
+
+/** What below the root counts for nothing, and why. */
+export interface Ignored {
+  /** Below the root. */
+  path: string;
+  reason: string;
+}
+
+/** A file below the root, found for a request. */
+export interface ServedFile {
+  /** Absolute, links resolved. */
+  file: string;
+  size: number;
+  /** Strong, quoted. */
+  etag: string;
+}
+
+/** How to read a release root. */
+export interface ReleasesOptions {
+  /** Globs of what is no content. Without a slash they match names, else paths in the version. */
+  ignore?: readonly string[];
+  /** The highest version and firmware to offer; absent: all. */
+  latest?: string;
+  /** Absolute paths of files that are never served. */
+  hidden?: readonly string[];
+}
+
+/** Hashes by absolute path, each with the stamp of the file that they were made of. */
+type HashCache = Map<string, { stamp: string; hashes: FileHashes }>;
+
+const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
+
+/**
+ * A release root.
+ *
+ * @example
+ * const releases = new Releases("examples/smart-meter");
+ * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
+ */
+export class Releases {
+  /** The root's absolute path, links resolved. */
+  readonly root: string;
+  /** In the order of their versions, oldest first. */
+  versions: readonly Release[] = [];
+  /** In the order of their versions, oldest first. */
+  firmware: readonly FirmwareImage[] = [];
+  ignored: readonly Ignored[] = [];
+
+  readonly #ignore: readonly Bun.Glob[];
+  readonly #latest: LooseVersion | undefined;
+  readonly #hidden: ReadonlySet<string>;
+  #hashes: HashCache = new Map();
+
+  /**
+   * @param root the directory that holds the versions; it is read at once
+   * @throws {OTAError} when the root is missing, no directory, or cannot be read
+   */
+  constructor(root: string, options: ReleasesOptions = {}) {
+    try {
+      this.root = fs.realpathSync(root);
+      fs.readdirSync(this.root);
+    } catch (error) {
+      const found = { ENOENT: "does not exist", ENOTDIR: "is no directory" };
+      const why = found[errorCode(error) as keyof typeof found] ?? errorText(error);
+      throw new OTAError(`the root ${root} ${why}; --root names a directory of releases`, 2);
+    }
+    this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
+    this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
+    this.#hidden = new Set(options.hidden);
+    this.scan();
+  }
+
+  /** Reads the root again; what did not change is not hashed again. */
+  scan(): void {
+    const seen: HashCache = new Map();
+    const ignored: Ignored[] = [];
+    const versions: Release[] = [];
+    const firmware: FirmwareImage[] = [];
+    for (const name of fs.readdirSync(this.root).sort(compareCodePoints)) {
+      const skip = (reason: string) => ignored.push({ path: name, reason });
+      const found = this.#resolve(name);
+      if (typeof found === "string") {
+        skip(found);
+      } else if (found.stat.isDirectory()) {
+        if (!isReleaseName(name)) skip(`no version: a name is ${RELEASE_NAME_RULE}`);
+        else if (this.#counts(name, versions, skip)) {
+          const files = this.#readVersion(name, found.real, seen, ignored);
+          const digest = releaseDigest([...files].map(([path, file]) => [path, file.sha256]));
+          versions.push({ name, version: new LooseVersion(name), files, digest });
+        }
+      } else {
+        const version = firmwareVersion(name);
+        if (version === undefined) skip("neither a version nor a firmware_VERSION.bin");
+        else if (this.#counts(version, firmware, skip)) {
+          const hashes = this.#hash(found.real, found.stat, seen);
+          firmware.push({
+            ...hashes,
+            name: version,
+            version: new LooseVersion(version),
+            file: name,
+          });
+        }
+      }
+    }
+    const byVersion = (a: Release | FirmwareImage, b: Release | FirmwareImage) =>
+      a.version.compare(b.version);
+    this.versions = versions.sort(byVersion);
+    this.firmware = firmware.sort(byVersion);
+    this.ignored = ignored;
+    this.#hashes = seen;
+  }
+
+  /** Whether a version counts beside those found before it, by code point, under the same root. */
+  #counts(
+    name: string,
+    others: readonly { name: string; version: LooseVersion }[],
+    skip: (reason: string) => void,
+  ): boolean {
+    const twin = others.find((other) => other.version.compare(name) === 0);
+    if (twin) skip(`the same version as ${twin.name}, which counts`);
+    const held = this.#latest !== undefined && this.#latest.compare(name) < 0;
+    if (held) skip(`above --latest ${this.#latest}`);
+    return !twin && !held;
+  }
+
+  /** Follows a path below the root to what it is, or says why it is not to be used. */
+  #resolve(path: string): { real: string; stat: fs.Stats } | string {
+    if (path.startsWith(".")) return "its name begins with a dot";
+    if (path.includes("\ufffd")) return "its name is not UTF-8";
+    try {
+      const real = fs.realpathSync(`${this.root}/${path}`);
+      if (!this.#isInside(real)) return "a link that leaves the root";
+      const stat = fs.statSync(real);
+      return stat.isDirectory() || stat.isFile()
+        ? { real, stat }
+        : "neither a file nor a directory";
+    } catch (error) {
+      return errorCode(error) === "ENOENT" ? "a broken link" : `unreadable: ${errorText(error)}`;
+    }
+  }
+
+  #isInside(real: string): boolean {
+    return real.startsWith(this.root === "/" ? "/" : `${this.root}/`);
+  }
+
+  #readVersion(
+    name: string,
+    directory: string,
+    seen: HashCache,
+    ignored: Ignored[],
+  ): Map<string, FileHashes> {
+    const files: [string, FileHashes][] = [];
+    const visit = (real: string, prefix: string, above: readonly string[]) => {
+      for (const item of fs.readdirSync(real, { withFileTypes: true })) {
+        const path = prefix + item.name;
+        const skip = (reason: string) => ignored.push({ path: `${name}/${path}`, reason });
+        const reason = this.#noContent(item.name, path);
+        if (reason) {
+          skip(reason);
+        } else if (item.isDirectory()) {
+          visit(`${real}/${item.name}`, `${path}/`, [...above, real]);
+        } else {
+          const found = this.#resolve(relative(this.root, `${real}/${item.name}`));
+          if (typeof found === "string") skip(found);
+          else if (found.stat.isFile()) {
+            files.push([path, this.#hash(found.real, found.stat, seen)]);
+          } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
+          else visit(found.real, `${path}/`, [...above, real]);
+        }
+      }
+    };
+    visit(directory, "", []);
+    return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
+  }
+
+  #noContent(name: string, path: string): string | undefined {
+    if (NEVER_CONTENT.has(name)) return "never content";
+    if (path === VERSION_FILE) return "the device writes it itself";
+    const problem = pathProblem(path);
+    if (problem) return `the path ${problem}`;
+    const ignored = this.#ignore.some((glob) => glob.match(path) || glob.match(name));
+    return ignored ? "--ignore" : undefined;
+  }
+
+  #hash(real: string, stat: fs.Stats, seen: HashCache): FileHashes {
+    const stamp = stampOf(stat);
+    const known = this.#hashes.get(real);
+    const hashes = known?.stamp === stamp ? known.hashes : hashFile(real);
+    seen.set(real, { stamp, hashes });
+    return hashes;
+  }
+
+  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
+  find(name: string): Release | undefined {
+    const version = new LooseVersion(name);
+    return this.versions.find((release) => release.version.compare(version) === 0);
+  }
+
+  /**
+   * What a device needs, by the rules of the wire: files and firmware are decided apart, each is
+   * the highest that is higher than what the device has, and nothing is ever a downgrade.
+   *
+   * @param query what the device said of itself; any text is allowed in any parameter
+   * @param base what URLs begin with: `http://HOST`, without a slash at the end
+   * @returns the manifest, or `null` when there is nothing newer
+   */
+  manifestFor(query: ManifestQuery, base: string): Manifest | null {
+    const current = query.current_ver ?? "";
+    const extras = query.hash === "sha256";
+    const newest = this.versions.at(-1);
+    const target = newest && newest.version.compare(current) > 0 ? newest : undefined;
+    const image = this.firmware.at(-1);
+    const flash = image && image.version.compare(query.firmware_ver ?? current) > 0;
+    if (!target) {
+      // A device that does not say which firmware it runs would flash the same image for ever, or
+      // skip the files of that version: it gets firmware alone only where there are no files.
+      const mayFlash = query.firmware_ver !== undefined || this.versions.length === 0;
+      if (!flash || !mayFlash) return null;
+    }
+
+    const link = (path: string) => `${base}/${encodePath(path)}`;
+    const hashes = (file: FileHashes) => ({
+      hash: file.sha1,
+      ...(extras && { sha256: file.sha256, size: file.size }),
+    });
+    const entryFor = ([path, file]: readonly [string, FileHashes]): ManifestEntry => {
+      const { hash, ...more } = hashes(file);
+      return { URL: link(`${target!.name}/${path}`), dst_path: `/${path}`, hash, ...more };
+    };
+    const known = this.find(current);
+    const differs = !!query.base && query.base.toLowerCase() !== known?.digest;
+    const has = differs ? undefined : known?.files;
+    const files = target ? [...target.files] : [];
+    return {
+      delete: target && has ? [...has.keys()].filter((path) => !target.files.has(path)) : [],
+      ...(flash && {
+        firmware: {
+          URL: link(image.file),
+          ...hashes(image),
+          ...(extras && { version: image.name }),
+        },
+      }),
+      ...(target && differs && { full: true as const }),
+      new: files.filter(([path]) => !has?.has(path)).map(entryFor),
+      previous_version: current || "0",
+      ...(query.reqid !== undefined && { request_id: query.reqid }),
+      update: files
+        .filter(([path, file]) => has?.has(path) && has.get(path)!.sha256 !== file.sha256)
+        .map(entryFor),
+      version: target?.name ?? (query.firmware_ver === undefined ? image!.name : current || "0"),
+    };
+  }
+
+  /**
+   * Finds the file for the path of a request.
+   *
+   * @param pathname percent-encoded, with its leading slash
+   * @returns `undefined` for whatever is not served: directories, dot entries at the top level,
+   *   hidden files, links that leave the root
+   */
+  locate(pathname: string): ServedFile | undefined {
+    let path: string;
+    try {
+      path = decodeURIComponent(pathname.slice(1));
+    } catch {
+      return undefined;
+    }
+    if (/(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
+    const found = this.#resolve(path);
+    if (typeof found === "string" || !found.stat.isFile() || this.#hidden.has(found.real)) {
+      return undefined;
+    }
+    const stamp = stampOf(found.stat);
+    const known = this.#hashes.get(found.real);
+    const tag = known?.stamp === stamp ? known.hashes.sha256 : sha256(stamp);
+    return { file: found.real, size: found.stat.size, etag: `"${tag.slice(0, 32)}"` };
+  }
+
+  /** What may surprise the owner of this root, whatever device asks: one line each. */
+  warnings(): string[] {
+    const found: string[] = [];
+    if (this.versions.length + this.firmware.length === 0) {
+      found.push(
+        `no release in ${this.root}: put each version of the devices' files in a directory named ` +
+          `by its version (1.0.0/flash/main.py), firmware beside it as firmware_1.0.0.bin`,
+      );
+    }
+    for (const { file } of this.firmware) {
+      if (file.startsWith("firmare_")) found.push(`${file}: spelled firmware_ elsewhere`);
+    }
+    const names = [...new Set([...this.versions, ...this.firmware].map(({ name }) => name))];
+    for (const name of names) {
+      const released = /^(.*?\d)[.+_-]?(?:a|alpha|b|beta|c|rc|dev|pre|preview)[.+_-]?\d*$/i.exec(
+        name,
+      );
+      if (released) {
+        found.push(
+          `${name} sorts after ${released[1]}: a device on ${name} never takes ${released[1]}`,
+        );
+      }
+    }
+    const [withV, without] = [
+      names.filter((n) => /^v/i.test(n)),
+      names.filter((n) => /^\d/.test(n)),
+    ];
+    if (withV.length > 0 && without.length > 0) {
+      found.push(
+        `${withV[0]} sorts after every name without a v (${without.at(-1)}): use one spelling`,
+      );
+    }
+    return found;
+  }
+
+  /** `boardWarnings` of what devices on each version would get. */
+  boardWarningsOfAll(): string[] {
+    return this.versions.flatMap(({ name }) => {
+      const manifest = this.manifestFor({ current_ver: name }, "");
+      return this.boardWarnings(manifest).map((line) => `from ${name}: ${line}`);
+    });
+  }
+
+  /** What boards with Pycom's original library cannot do with a manifest: one line each. */
+  boardWarnings(manifest: Manifest | null): string[] {
+    const found: string[] = [];
+    const has = manifest?.previous_version && this.find(manifest.previous_version)?.files;
+    if (!manifest || !has) return found;
+    const directories = new Set([...has.keys()].flatMap(ancestors));
+    const added = manifest.new.flatMap((item) => ancestors(item.dst_path.slice(1)));
+    for (const directory of new Set(added.filter((path) => !directories.has(path)))) {
+      found.push(
+        `${manifest.version} adds the directory ${directory}; boards with Pycom's library cannot ` +
+          `create it: create it in an earlier way, or keep the files in directories they have`,
+      );
+    }
+    if (manifest.delete.length > 0 && manifest.firmware) {
+      found.push(
+        `${manifest.version} deletes files and ships firmware; a board with Pycom's library that ` +
+          `is cut off while flashing fails on every later try: delete in a release of its own`,
+      );
+    }
+    return found;
+  }
+}
+
+/** What tells a changed file from an unchanged one without reading it. */
+function stampOf(stat: fs.Stats): string {
+  return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev}`;
+}
+
+/** Hashes a file in pieces, for SHA-1 and SHA-256 in one read. */
+function hashFile(file: string): FileHashes {
+  const sha1 = new Bun.CryptoHasher("sha1");
+  const sha256 = new Bun.CryptoHasher("sha256");
+  const piece = new Uint8Array(256 * 1024);
+  const fd = fs.openSync(file, "r");
+  try {
+    let size = 0;
+    for (let read; (read = fs.readSync(fd, piece)) > 0; size += read) {
+      const bytes = piece.subarray(0, read);
+      sha1.update(bytes);
+      sha256.update(bytes);
+    }
+    return { size, sha1: sha1.digest("hex"), sha256: sha256.digest("hex") };
+  } finally {
+    fs.closeSync(fd);
+  }
+}
+
+function sha256(data: string | Uint8Array): string {
+  return new Bun.CryptoHasher("sha256").update(data).digest("hex");
+}
+
+// ──── Server ────────────────────────────────────────────────────────────────────────────────────
+// HTTP in, bytes out. Two promises to deployed boards shape every answer. A board reads 100 bytes
+// at a time and finds the end of the header only inside one such piece, so every 200 to a GET is
+// padded until its header ends on a multiple of 100. And it reads until the connection closes,
+// which Bun does after a response to HTTP/1.0.
+
+/** What `serve` needs; every field has the default of the command line. */
+export interface ServeOptions extends ReleasesOptions {
+  /** The release root; the current directory. */
+  root?: string;
+  /** 0 picks a free one; 8000. */
+  port?: number;
+  /** The address to listen on; 0.0.0.0, all of IPv4. */
+  host?: string;
+  /** What URLs in manifests begin with, instead of the request's `Host`: a CDN, a TLS proxy. */
+  url?: string;
+  /** Called with one line for each request. */
+  log?: (line: string) => void;
+}
+
+/** A server that is listening. */
+export interface OTAServer extends AsyncDisposable {
+  readonly url: URL;
+  readonly releases: Releases;
+  /** Ends when running responses have ended. */
+  stop(): Promise<void>;
+}
+
+/** What a request is answered with, before it is padded. */
+interface Answer {
+  status: number;
+  headers: Record<string, string>;
+  body: Uint8Array<ArrayBuffer> | Bun.BunFile | Blob | null;
+  /** Of the body. */
+  size: number;
+}
+
+const METHODS = "GET, HEAD";
+
+/**
+ * Serves a release root.
+ *
+ * @throws {OTAError} exit code 1 when the address cannot be listened on, 2 when the root or an
+ *   option is wrong
+ */
+export function serve(options: ServeOptions = {}): OTAServer {
+  const { root = ".", port = 8000, host = "0.0.0.0", log = () => {} } = options;
+  const base = options.url === undefined ? undefined : baseURL(options.url);
+  const releases = new Releases(root, options);
+
+  const respond = (request: Request, address: string): Response => {
+    const started = performance.now();
+    const { path, query } = target(request.url, base);
+    let answer: Answer;
+    try {
+      answer = answerTo(request, path, query, releases, base);
+    } catch (error) {
+      // A file that went away or changed its kind between looking and reading.
+      answer = plain(404, `not found: ${errorText(error)}`);
+    }
+    const line = [
+      new Date().toISOString(),
+      address,
+      ...(query.devid || query.wmac ? [`device=${printable(query.devid || query.wmac!)}`] : []),
+      printable(request.method),
+      printable(path),
+      answer.status,
+      request.method === "HEAD" ? 0 : answer.size,
+      `${(performance.now() - started).toFixed(1)}ms`,
+      ...(query.failed ? [`failed=${printable(query.failed)}`] : []),
+    ];
+    log(line.join(" "));
+    return toResponse(request.method, answer);
+  };
+
+  let server: Bun.Server<undefined>;
+  try {
+    server = Bun.serve({
+      port,
+      hostname: host,
+      development: false,
+      idleTimeout: 60,
+      maxRequestBodySize: 0,
+      fetch: (request, bun) => respond(request, bun.requestIP(request)?.address ?? "-"),
+      error: (error) => new Response(`internal error: ${error.message}\n`, { status: 500 }),
+    });
+  } catch (error) {
+    const busy = errorCode(error) === "EADDRINUSE";
+    throw new OTAError(
+      busy
+        ? `port ${port} on ${host} is in use; stop what uses it, or choose another with --port`
+        : `cannot listen on ${host}:${port}: ${errorText(error)}; see --host and --port`,
+    );
+  }
+  const stop = () => server.stop();
+  return { url: server.url, releases, stop, [Symbol.asyncDispose]: () => server.stop(true) };
+}
+
+/** A base for URLs: absolute http(s), no query, and no slash at the end. */
+function baseURL(given: string): string {
+  const url = URL.parse(given);
+  if (!url || !/^https?:$/.test(url.protocol) || url.search || url.hash) {
+    throw new OTAError(
+      `--url expects an http(s) address without a query, found ${JSON.stringify(given)}`,
+      2,
+    );
+  }
+  return url.href.replace(/\/+$/, "");
+}
+
+/**
+ * The path and the query of a request's target. It may be relative (HTTP/1.0 without a Host), so
+ * it cannot go through `new URL`. Below the path of `--url` stands the same as below `/`.
+ */
+function target(url: string, base: string | undefined): { path: string; query: ManifestQuery } {
+  const start = url.startsWith("/") ? 0 : Math.max(0, url.indexOf("/", url.indexOf("//") + 2));
+  const mark = url.indexOf("?", start);
+  let path = mark < 0 ? url.slice(start) : url.slice(start, mark);
+  const prefix = base === undefined ? "/" : `${new URL(base).pathname.replace(/\/$/, "")}/`;
+  if (prefix !== "/" && path.startsWith(prefix)) path = path.slice(prefix.length - 1);
+  return { path, query: mark < 0 ? {} : parseQuery(url.slice(mark + 1)) };
+}
+
+function answerTo(
+  request: Request,
+  path: string,
+  query: ManifestQuery,
+  releases: Releases,
+  base: string | undefined,
+): Answer {
+  if (request.method !== "GET" && request.method !== "HEAD") {
+    const refused = plain(405, `only ${METHODS}`);
+    return { ...refused, headers: { ...refused.headers, Allow: METHODS } };
+  }
+  if (path === "/manifest.json") return manifestAnswer(request, query, releases, base);
+  if (path.startsWith("/-/")) return plain(404, "not found");
+  const found = releases.locate(path);
+  return found ? fileAnswer(request.headers, found) : plain(404, "not found");
+}
+
+function manifestAnswer(
+  request: Request,
+  query: ManifestQuery,
+  releases: Releases,
+  base: string | undefined,
+): Answer {
+  const host = request.headers.get("host");
+  if (base === undefined && (host === null || !isHost(host))) {
+    return plain(400, "a manifest needs the Host header: its URLs begin with it");
+  }
+  const manifest = releases.manifestFor(query, base ?? `http://${host}`);
+  const body = new TextEncoder().encode(JSON.stringify(manifest));
+  const headers = { "Content-Type": "application/json", "Cache-Control": "no-store" };
+  return { status: 200, headers, body, size: body.byteLength };
+}
+
+/** Whether a Host header holds a name or address with an optional port, and nothing else. */
+function isHost(host: string): boolean {
+  return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
+}
+
+/** A file, or the part of it that `Range` asks for, unless `If-None-Match` or `If-Range` say no. */
+function fileAnswer(asked: Headers, { file, size, etag }: ServedFile): Answer {
+  const headers: Record<string, string> = {
+    "Content-Type": Bun.file(file).type,
+    // Else Bun adds one with the file's name, of any length and in any script.
+    "Content-Disposition": "inline",
+    ETag: etag,
+  };
+  if (matches(asked.get("if-none-match"), etag)) {
+    return { status: 304, headers: { ETag: etag }, body: null, size: 0 };
+  }
+  const fresh = [null, etag].includes(asked.get("if-range"));
+  const range = fresh ? parseRange(asked.get("range"), size) : undefined;
+  if (range === "unsatisfiable") {
+    const refused = plain(416, `only bytes 0 to ${size - 1} are there`);
+    return { ...refused, headers: { ...refused.headers, "Content-Range": `bytes */${size}` } };
+  }
+  // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
+  const { start, end } = range ?? { start: 0, end: size };
+  if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${size}`;
+  const body = Bun.file(file).slice(start, end);
+  return { status: range ? 206 : 200, headers, body, size: end - start };
+}
+
+/** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
+function matches(condition: string | null, etag: string): boolean {
+  if (condition === null) return false;
+  const tags = condition.split(",").map((tag) => tag.trim().replace(/^W\//, ""));
+  return tags.includes("*") || tags.includes(etag);
+}
+
+/**
+ * Reads a `Range` of one part (RFC 9110, 14.1.2).
+ *
+ * @returns `end` is exclusive; `undefined` when the header is to be ignored: none, not bytes,
+ *   malformed, or several parts
+ */
+export function parseRange(
+  header: string | null,
+  size: number,
+): { start: number; end: number } | "unsatisfiable" | undefined {
+  const found = /^bytes=\s*(\d*)-(\d*)\s*$/i.exec(header ?? "");
+  if (!found || (found[1] === "" && found[2] === "")) return undefined;
+  if (found[1] === "") {
+    const length = Math.min(Number(found[2]), size);
+    return length === 0 ? "unsatisfiable" : { start: size - length, end: size };
+  }
+  const start = Number(found[1]);
+  const last = found[2] === "" ? Infinity : Number(found[2]);
+  if (last < start) return undefined;
+  return start >= size ? "unsatisfiable" : { start, end: Math.min(last + 1, size) };
+}
+
+function plain(status: number, message: string): Answer {
+  const body = new TextEncoder().encode(`${message}\n`);
+  return { status, headers: { "Content-Type": "text/plain" }, body, size: body.byteLength };
+}
+
+/** What a header block must be a multiple of: the size of the pieces in which boards read. */
+const HEADER_PIECE = 100;
+
+function toResponse(method: string, { status, headers, body, size }: Answer): Response {
+  if (method === "HEAD") {
+    return new Response(null, { status, headers: { ...headers, "Content-Length": `${size}` } });
+  }
+  if (status === 200) headers = { ...headers, "X-Pad": padding(headers, size) };
+  return new Response(body, { status, headers });
+}
+
+/**
+ * The value of `X-Pad` that makes a 200's header block end on a multiple of 100 bytes, given the
+ * other headers. Bun itself adds the status line, `Date` and `Content-Length`.
+ */
+function padding(headers: Record<string, string>, size: number): string {
+  let length =
+    "HTTP/1.1 200 OK\r\n".length +
+    "Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n".length +
+    `Content-Length: ${size}\r\n`.length +
+    "X-Pad: \r\n\r\n".length;
+  for (const name in headers) length += name.length + headers[name]!.length + ": \r\n".length;
+  // At least one character, since an empty header could be left out.
+  return "-".repeat(HEADER_PIECE - (length % HEADER_PIECE));
+}
+
+/** Text from the network for a log: printable ASCII without spaces, at most 64 characters. */
+function printable(text: string): string {
+  const escape = (character: string) => `\\u{${character.codePointAt(0)!.toString(16)}}`;
+  return text
+    .slice(0, 64)
+    .replace(/[^!-~]/gu, escape)
+    .slice(0, 64);
+}
+
+// ──── Disk ──────────────────────────────────────────────────────────────────────────────────────
+// What a device asks of its file system: few operations, each with one effect. Nothing is durable
+// until `sync` says so. The journal does everything through this interface, so that whoever keeps
+// a device's files elsewhere can, and so that every crash can be tried.
+
+/** What `Disk.stat` tells of a path; links are not followed. */
+export interface DiskStat {
+  kind: "file" | "directory" | "link" | "other";
+  size: number;
+  /** The file system it is on. */
+  device: number;
+  /** Permission bits. */
+  mode: number;
+}
+
+/** The file operations of a device. All paths are absolute. Failures throw errors with a `code`. */
+export interface Disk {
+  /** `undefined` when nothing is there, or what is above it is no directory. */
+  stat(path: string): DiskStat | undefined;
+  /** The names in a directory. */
+  list(path: string): string[];
+  /** Up to `length` bytes from `offset`; fewer at the end of the file. */
+  read(path: string, offset: number, length: number): Uint8Array;
+  /** Makes the file hold `data`, whatever it held. */
+  write(path: string, data: Uint8Array): void;
+  /** Adds to the end of the file, which is made when it is not there. */
+  append(path: string, data: Uint8Array): void;
+  /** Another name for a file's content; throws when the file system has no such thing. */
+  link(from: string, to: string): void;
+  /** Another file with the same content and mode. */
+  copy(from: string, to: string): void;
+  /** Moves a file or directory; a file at `to` is replaced, and is at no moment missing. */
+  rename(from: string, to: string): void;
+  unlink(path: string): void;
+  mkdir(path: string): void;
+  /** Removes an empty directory. */
+  rmdir(path: string): void;
+  chmod(path: string, mode: number): void;
+  /** Whether entries can be made in a directory. */
+  writable(path: string): boolean;
+  /**
+   * Takes an exclusive lock that dies with the process, or returns `undefined` when another
+   * process has it.
+   */
+  lock(path: string): Disposable | undefined;
+  /** Bytes free for us on the file system of a path. */
+  free(path: string): number;
+  /** Resolves when what was done to this file's content, or this directory's entries, is durable. */
+  sync(path: string): Promise<void>;
+}
+
+/** The file system of this machine. */
+export const fileSystem: Disk = {
+  stat(path) {
+    try {
+      const stat = fs.lstatSync(path);
+      const kind = stat.isFile()
+        ? "file"
+        : stat.isDirectory()
+          ? "directory"
+          : stat.isSymbolicLink()
+            ? "link"
+            : "other";
+      return { kind, size: stat.size, device: stat.dev, mode: stat.mode & 0o7777 };
+    } catch (error) {
+      if (isMissing(error)) return undefined;
+      throw error;
+    }
+  },
+  list: (path) => fs.readdirSync(path),
+  read(path, offset, length) {
+    const fd = fs.openSync(path, "r");
+    try {
+      const piece = new Uint8Array(length);
+      return piece.subarray(0, fs.readSync(fd, piece, 0, length, offset));
+    } finally {
+      fs.closeSync(fd);
+    }
+  },
+  write: (path, data) => fs.writeFileSync(path, data),
+  append: (path, data) => fs.appendFileSync(path, data),
+  link: fs.linkSync,
+  copy: (from, to) => fs.copyFileSync(from, to),
+  rename: fs.renameSync,
+  unlink: fs.unlinkSync,
+  mkdir: (path) => void fs.mkdirSync(path),
+  rmdir: (path) => fs.rmdirSync(path),
+  chmod: fs.chmodSync,
+  writable(path) {
+    try {
+      fs.accessSync(path, fs.constants.W_OK | fs.constants.X_OK);
+      return true;
+    } catch {
+      return false;
+    }
+  },
+  lock(path) {
+    // SQLite's lock is the kernel's; there is never anything in this database. Its journal is kept
+    // in memory, since a full disk has no room for a file.
+    const database = new Database(path, { create: true, readwrite: true });
+    try {
+      database.run("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE");
+      return { [Symbol.dispose]: () => database.close() };
+    } catch (error) {
+      database.close();
+      if (errorCode(error)?.startsWith("SQLITE_BUSY")) return undefined;
+      throw error;
+    }
+  },
+  free(path) {
+    const { bavail, bsize } = fs.statfsSync(path);
+    return bavail * bsize;
+  },
+  async sync(path) {
+    const file = await fs.promises.open(path, "r");
+    try {
+      await file.sync();
+    } finally {
+      await file.close();
+    }
+  },
+};
+
+function isMissing(error: unknown): boolean {
+  return ["ENOENT", "ENOTDIR"].includes(errorCode(error) ?? "");
+}
+
+/** Unlinks or removes something that may be gone already. */
+function ifThere(remove: () => void): void {
+  try {
+    remove();
+  } catch (error) {
+    if (!isMissing(error)) throw error;
+  }
+}
+
+/** The whole of a small file, or `undefined` when it is not there. */
+function readText(disk: Disk, path: string): string | undefined {
+  const stat = disk.stat(path);
+  if (stat?.kind !== "file") return undefined;
+  return new TextDecoder().decode(disk.read(path, 0, stat.size));
+}
+
+/** Replaces a small file durably: afterwards it holds `text`, and after a crash the old or the new. */
+async function writeDurably(disk: Disk, path: string, text: string): Promise<void> {
+  await writeSynced(disk, `${path}.new`, text);
+  disk.rename(`${path}.new`, path);
+  await disk.sync(dirname(path));
+}
+
+async function writeSynced(disk: Disk, path: string, text: string): Promise<void> {
+  disk.write(path, new TextEncoder().encode(text));
+  await disk.sync(path);
+}
+
+/** Feeds a file's content, in pieces, to a hasher or the like. */
+function readPieces(disk: Disk, path: string, take: (piece: Uint8Array) => void): void {
+  const length = 256 * 1024;
+  for (let offset = 0, piece; ; offset += piece.length) {
+    piece = disk.read(path, offset, length);
+    take(piece);
+    if (piece.length < length) return;
+  }
+}
+
+/** The lowercase hex digest of a file's content. */
+function digestOf(disk: Disk, path: string, algorithm: "sha1" | "sha256"): string {
+  const hasher = new Bun.CryptoHasher(algorithm);
+  readPieces(disk, path, (piece) => hasher.update(piece));
+  return hasher.digest("hex");
+}
+
+// ──── Journal ───────────────────────────────────────────────────────────────────────────────────
+// The files of one device, changed as one transaction. New content is staged below `.ota`, the old
+// content gets a second name there, and a journal that says how to go forward and how to go back is
+// made durable; only then the tree is touched, by steps that can each be repeated. So whenever the
+// process or the power dies, the next `Journal.open` finds out what was under way and ends it:
+//
+//   journal.json, and state.json does not name it       a commit was under way: go forward
+//   journal.json, and state.json names it               it is done; it can still be taken back
+//   rollback.json (journal.json, renamed)               a way back was under way: go back
+//
+// It is assumed of the file system that a rename happens whole or not at all.
+
+/** What is installed on a device. */
+export interface Installed {
+  version: string;
+  /** What it was updated from; `null` when it had nothing. */
+  previous_version: string | null;
+  /** Path below the root → SHA-256, of every file that came from a release. */
+  files: Record<string, string>;
+}
+
+/** A release that was tried and taken back. */
+export interface FailedRelease {
+  version: string;
+  /** `manifestDigest` of the manifest that installed it. */
+  digest: string;
+}
+
+/** The active firmware. */
+export interface ActiveFirmware {
+  version: string;
+  slot: 0 | 1;
+}
+
+/** A command that decides whether a release on trial is good. */
+export interface Check {
+  /** For `sh -c`. */
+  command: string;
+  /** Seconds. */
+  timeout: number;
+}
+
+/** What an update changes. Contents are named by the keys under which they were staged. */
+export interface Change {
+  installed: Installed;
+  /** `manifestDigest` of where this comes from. */
+  digest: string;
+  /** Path below the root → staged key. */
+  put: ReadonlyMap<string, string>;
+  /** Paths below the root. */
+  remove: readonly string[];
+  /** Goes to the inactive slot, which becomes the active one. */
+  firmware?: { key: string; version: string };
+  /** Puts the release on trial. */
+  check?: Check;
+  /** Is owed a run whenever the tree has changed. */
+  restart?: string;
+}
+
+/** One direction of a transaction; its steps are run in this order. Paths are below the root. */
+interface Steps {
+  unlink: string[];
+  rmdir: string[];
+  mkdir: string[];
+  place: [from: string, to: string][];
+}
+
+/** The content of journal.json. It is written once and never changed. */
+interface Transaction {
+  format: number;
+  id: string;
+  from: Installed | null;
+  to: Installed;
+  digest: string;
+  forward: Steps;
+  back: Steps;
+  /** SHA-256 of what is placed, by path: how changes by the application are noticed. */
+  placed: Record<string, string>;
+  check: Check | null;
+  restart: string | null;
+}
+
+/** The content of state.json. */
+export interface State {
+  format: number;
+  installed: Installed | null;
+  failed: FailedRelease[];
+  /** The id of the journal that brought what is installed, while it can be taken back. */
+  journal: string | null;
+  /** How often the check of a release on trial was started; `null`: not on trial. */
+  trial: { starts: number } | null;
+  /** A restart command that is still to be run. */
+  restart: string | null;
+}
+
+const FORMAT = 1;
+const FAILED_KEPT = 16;
+const STAGED = `${OTA_DIR}/staged`;
+const EMPTY: State = {
+  format: FORMAT,
+  installed: null,
+  failed: [],
+  journal: null,
+  trial: null,
+  restart: null,
+};
+
+/** Another process has the device root open. */
+export class BusyError extends OTAError {
+  override name = "BusyError";
+}
+
+/** The image of a firmware slot, below the root. */
+function slotPath(slot: 0 | 1): string {
+  return `${OTA_DIR}/ota_${slot}.bin`;
+}
+
+/** The files of one device root. Only one process at a time has it open. */
+export class Journal implements Disposable {
+  /** Whether opening it ended a commit or a way back that had been cut off. */
+  recovered = false;
+  /** Files that a damaged record was set aside as; only a repair makes a new record. */
+  damaged: string[] = [];
+  /** What the updater had to move out of its way: not part of a release, and nobody's to delete. */
+  displaced: string[] = [];
+
+  #state: State = EMPTY;
+  #transaction: Transaction | undefined;
+
+  private constructor(
+    readonly root: string,
+    private readonly disk: Disk,
+    private readonly lock: Disposable,
+  ) {}
+
+  /**
+   * Opens a device root, made when it is not there, locks it, and ends what was cut off.
+   *
+   * @throws {OTAError} when another process has it open, it cannot be written, or `.ota` was
+   *   written by a newer version of this tool
+   */
+  static async open(root: string, disk: Disk = fileSystem): Promise<Journal> {
+    try {
+      await makeDirectories(disk, `${root}/${STAGED}`);
+    } catch (error) {
+      const hint = { ENOTDIR: "it is no directory", EEXIST: "it is no directory" };
+      const why = hint[errorCode(error) as keyof typeof hint] ?? errorText(error);
+      throw new OTAError(`cannot use ${root} as a device's root: ${why}`, 1, { cause: error });
+    }
+    const lock = disk.lock(`${root}/${OTA_DIR}/lock`);
+    if (!lock) {
+      throw new BusyError(`${root} is in use by another ota.ts; wait until it ends, or end it`);
+    }
+    const journal = new Journal(root, disk, lock);
+    try {
+      journal.#load();
+      if (journal.damaged.length === 0) await journal.#recover();
+      return journal;
+    } catch (error) {
+      journal[Symbol.dispose]();
+      throw error;
+    }
+  }
+
+  /** Reads the recorded state without a lock, and so without ending anything. */
+  static peek(root: string, disk: Disk = fileSystem): State {
+    const state = parseJSON(readText(disk, `${root}/${OTA_DIR}/state.json`) ?? "");
+    return isState(state) ? state : EMPTY;
+  }
+
+  /** Gives the root free for other processes. */
+  [Symbol.dispose](): void {
+    this.lock[Symbol.dispose]();
+  }
+
+  /** @throws {OTAError} when what is installed is not known, until a repair */
+  refuseDamage(): void {
+    if (this.damaged.length === 0) return;
+    throw new OTAError(
+      `the record of what is installed was damaged; it is kept as ${this.damaged.join(", ")}.\n` +
+        "Nothing is done before it is made anew: run client with --repair",
+    );
+  }
+
+  get state(): State {
+    return this.#state;
+  }
+
+  /** The check that a release on trial came with, if any. */
+  get recordedCheck(): Check | undefined {
+    return this.#transaction?.check ?? undefined;
+  }
+
+  /** The release before this one, when `rollback` can go back to it. */
+  get canRollBack(): boolean {
+    return this.#transaction !== undefined && this.#state.journal === this.#transaction.id;
+  }
+
+  // ── Staging: content by key, the hash that it was asked for with. Nothing else changes. ──
+
+  /** Whether the content is here, whole and verified. */
+  isStaged(key: string): boolean {
+    return this.disk.stat(this.#at(`${STAGED}/${key}`)) !== undefined;
+  }
+
+  /** What is here of content that was not received whole: bytes, and the tag it was sent under. */
+  part(key: string): { size: number; etag: string | undefined } {
+    const size = this.disk.stat(this.#part(key))?.size ?? 0;
+    return { size, etag: size > 0 ? readText(this.disk, `${this.#part(key)}.etag`) : undefined };
+  }
+
+  /** Begins to receive content from its first byte. */
+  startPart(key: string, etag: string | undefined): void {
+    this.disk.write(this.#part(key), new Uint8Array());
+    this.disk.write(`${this.#part(key)}.etag`, new TextEncoder().encode(etag ?? ""));
+  }
+
+  appendPart(key: string, bytes: Uint8Array): void {
+    this.disk.append(this.#part(key), bytes);
+  }
+
+  /** Reads what is here of a part. */
+  readPart(key: string, take: (piece: Uint8Array) => void): void {
+    readPieces(this.disk, this.#part(key), take);
+  }
+
+  dropPart(key: string): void {
+    ifThere(() => this.disk.unlink(this.#part(key)));
+    ifThere(() => this.disk.unlink(`${this.#part(key)}.etag`));
+  }
+
+  /** Makes a part, which the caller has verified, staged content. */
+  async finishPart(key: string): Promise<void> {
+    await this.disk.sync(this.#part(key));
+    this.disk.rename(this.#part(key), this.#at(`${STAGED}/${key}`));
+    ifThere(() => this.disk.unlink(`${this.#part(key)}.etag`));
+  }
+
+  /** Stages content that is made here, under its SHA-256, which is returned. */
+  async stage(bytes: Uint8Array): Promise<string> {
+    const key = sha256(bytes);
+    this.disk.write(this.#part(key), bytes);
+    await this.finishPart(key);
+    return key;
+  }
+
+  /** The SHA-256 of staged content, whatever hash it was asked for with. */
+  stagedDigest(key: string): string {
+    return key.length === 64 ? key : this.digest(`${STAGED}/${key}`, "sha256");
+  }
+
+  // ── Looking: what is there now. ──
+
+  /** A name for this device, made at random once. */
+  get id(): string {
+    const path = `${OTA_DIR}/id`;
+    const known = this.read(path)?.trim();
+    if (known) return known;
+    const made = crypto.randomUUID();
+    this.disk.write(this.#at(path), new TextEncoder().encode(`${made}\n`));
+    return made;
+  }
+
+  /** Bytes free for staging. */
+  get free(): number {
+    return this.disk.free(this.#at(OTA_DIR));
+  }
+
+  stat(path: string): DiskStat | undefined {
+    return this.disk.stat(this.#at(path));
+  }
+
+  /** The lowercase hex digest of a file's content. */
+  digest(path: string, algorithm: "sha1" | "sha256"): string {
+    return digestOf(this.disk, this.#at(path), algorithm);
+  }
+
+  /** The text of a small file, or `undefined` when it is not there. */
+  read(path: string): string | undefined {
+    return readText(this.disk, this.#at(path));
+  }
+
+  /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
+  get firmware(): ActiveFirmware | null {
+    return readFirmware(this.root, this.disk);
+  }
+
+  /**
+   * Refuses paths that are symbolic links, or go through one: updates never follow them.
+   *
+   * @throws {OTAError} naming the first
+   */
+  refuseLinks(paths: readonly string[]): void {
+    for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
+      if (this.stat(path)?.kind !== "link") continue;
+      throw new OTAError(`${path} below ${this.root} is a symbolic link; updates never follow one`);
+    }
+  }
+
+  /** The bytes that it takes to keep the old content of files. */
+  backupBytes(paths: readonly string[]): number {
+    const probe = `${STAGED}/probe`;
+    this.disk.write(this.#at(`${probe}.1`), new Uint8Array());
+    const free = this.#linkOrCopy(`${probe}.1`, `${probe}.2`);
+    for (const name of [`${probe}.1`, `${probe}.2`]) this.disk.unlink(this.#at(name));
+    return free ? 0 : paths.reduce((sum, path) => sum + (this.stat(path)?.size ?? 0), 0);
+  }
+
+  /**
+   * Finds what would make a change fail half way, before anything is fetched for it.
+   *
+   * @param put paths that will hold new files
+   * @param remove paths that will be deleted
+   * @throws {OTAError} naming the first path that cannot be changed, and why
+   */
+  preflight(put: Iterable<string>, remove: Iterable<string>): void {
+    const device = this.stat(OTA_DIR)!.device;
+    const removed = new Set(remove);
+    const stop = (path: string, why: string): never => {
+      throw new OTAError(`cannot change ${path} below ${this.root}: ${why}; nothing was changed`);
+    };
+    const checkDirectory = (path: string) => {
+      const stat = this.stat(path);
+      if (!stat) return;
+      if (stat.kind === "file" && removed.has(path)) return;
+      if (stat.kind !== "directory") stop(path, "it is in the way of a directory");
+      if (stat.device !== device) {
+        stop(path, `it is on another file system than ${OTA_DIR}, so it could not be taken back`);
+      }
+      if (!this.disk.writable(this.#at(path))) stop(path, "no permission to write there");
+    };
+    new Set([...put, ...removed].flatMap(ancestors)).forEach(checkDirectory);
+    if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
+    for (const path of removed) {
+      if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
+    }
+    for (const path of put) {
+      const kind = this.stat(path)?.kind;
+      if (kind === "other") stop(path, "it is no regular file");
+      if (kind === "directory") {
+        const other = this.#firstOther(path, removed);
+        if (other) stop(path, `it is a directory that holds ${other}, which is not the updater's`);
+      }
+    }
+  }
+
+  /** A file in a directory that a change does not remove. */
+  #firstOther(directory: string, removed: ReadonlySet<string>): string | undefined {
+    for (const name of this.disk.list(this.#at(directory))) {
+      const path = `${directory}/${name}`;
+      const isDirectory = this.stat(path)?.kind === "directory";
+      const other = isDirectory ? this.#firstOther(path, removed) : path;
+      if (other && !removed.has(other)) return other;
+    }
+    return undefined;
+  }
+
+  // ── Changing: commit, confirm, roll back. ──
+
+  /**
+   * Makes a change, all of whose content is staged. When it fails, everything is as it was; when
+   * it is cut off, the next `open` ends it.
+   *
+   * @throws whatever the disk threw, after going back
+   */
+  async commit(change: Change): Promise<void> {
+    const transaction = await this.#prepare(change);
+    const journal = this.#at(`${OTA_DIR}/journal.json`);
+    await writeSynced(this.disk, `${journal}.new`, JSON.stringify(transaction));
+    if (this.damaged.length > 0) this.#forgetTransactions();
+    this.disk.rename(`${journal}.new`, journal);
+    this.#transaction = transaction;
+    try {
+      await this.disk.sync(this.#at(OTA_DIR));
+      await this.#finishCommit();
+    } catch (error) {
+      await this.#rollBack().catch((second) => {
+        const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
+        throw new OTAError(`${both}; what is left to do is done by the next command`);
+      });
+      throw error;
+    }
+  }
+
+  /** Records what is installed where no file needs to change. */
+  async record(installed: Installed): Promise<void> {
+    if (this.damaged.length > 0) this.#forgetTransactions();
+    await this.#write({ ...this.#state, installed });
+    this.#setRight();
+    this.dropStaged();
+  }
+
+  /** Notes durably that a check is about to be started. */
+  async countStart(): Promise<void> {
+    const starts = (this.#state.trial?.starts ?? 0) + 1;
+    await this.#write({ ...this.#state, trial: { starts } });
+  }
+
+  /** Ends a trial well. Failures of this release and of older ones are history. */
+  async confirm(): Promise<void> {
+    const { installed } = this.#state;
+    await this.#write({ ...this.#state, trial: null, failed: this.#failuresAfter(installed) });
+  }
+
+  /** Notes that the owed restart command was run. */
+  async restarted(): Promise<void> {
+    if (this.#state.restart !== null) await this.#write({ ...this.#state, restart: null });
+  }
+
+  /** Files that the application changed since the commit and that `rollback` would overwrite. */
+  changedSinceCommit(): string[] {
+    if (!this.#transaction) return [];
+    const { back, placed } = this.#transaction;
+    const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
+    return atRisk.filter((path) => {
+      return this.stat(path)?.kind === "file" && this.digest(path, "sha256") !== placed[path];
+    });
+  }
+
+  /**
+   * Takes the device back to the release before, once, and remembers this one as failed.
+   *
+   * @throws {OTAError} when there is nothing to go back to
+   */
+  async rollBack(): Promise<void> {
+    if (!this.canRollBack) throw new OTAError(`${this.root} has no previous release to go back to`);
+    await this.#rollBack();
+  }
+
+  /** Copies and backs up what the steps will need, and writes the steps. */
+  async #prepare(change: Change): Promise<Transaction> {
+    const id = crypto.randomUUID();
+    const backups = `${OTA_DIR}/backup-${id}`;
+    this.disk.mkdir(this.#at(backups));
+    const put = new Map(change.put);
+    if (change.firmware) {
+      const slot = this.firmware?.slot === 0 ? 1 : 0;
+      const active: ActiveFirmware = { version: change.firmware.version, slot };
+      put.set(slotPath(slot), change.firmware.key);
+      const otadata = new TextEncoder().encode(`${JSON.stringify(active)}\n`);
+      put.set(`${OTA_DIR}/otadata`, await this.stage(otadata));
+    }
+
+    const unsynced: string[] = [];
+    const forward: Steps = { unlink: [...change.remove], rmdir: [], mkdir: [], place: [] };
+    const back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [] };
+    const backUp = (path: string) => {
+      const backup = `${backups}/${back.place.length}`;
+      if (!this.#linkOrCopy(path, backup)) unsynced.push(backup);
+      back.place.push([backup, path]);
+    };
+    for (const path of change.remove) backUp(path);
+    const used = new Set<string>();
+    for (const [path, key] of put) {
+      // One content in two places is two files, so that a change to one leaves the other alone.
+      const source = used.has(key) ? `${STAGED}/${key}.${used.size}` : `${STAGED}/${key}`;
+      if (used.has(key)) {
+        this.disk.copy(this.#at(`${STAGED}/${key}`), this.#at(source));
+        unsynced.push(source);
+      }
+      used.add(used.has(key) ? source : key);
+      forward.place.push([source, path]);
+      const old = this.stat(path);
+      if (old?.kind === "file") {
+        backUp(path);
+        this.disk.chmod(this.#at(source), old.mode);
+      } else back.unlink.push(path);
+    }
+
+    const sha256Of = new Map([...put.values()].map((key) => [key, this.stagedDigest(key)]));
+    const needed = new Set([...put.keys()].flatMap(ancestors));
+    forward.mkdir = [...needed].filter((path) => this.stat(path)?.kind !== "directory").sort();
+    forward.rmdir = [...new Set(change.remove.flatMap(ancestors))]
+      .filter((path) => !needed.has(path) && (path.includes("/") || put.has(path)))
+      .sort()
+      .reverse();
+    back.rmdir = forward.mkdir.toReversed();
+    back.mkdir = forward.rmdir.toReversed();
+
+    await inParallel(unsynced, (path) => this.disk.sync(this.#at(path)));
+    await inParallel([STAGED, backups, OTA_DIR], (path) => this.disk.sync(this.#at(path)));
+    return {
+      format: FORMAT,
+      id,
+      from: this.#state.installed,
+      to: change.installed,
+      digest: change.digest,
+      forward,
+      back,
+      placed: Object.fromEntries([...put].map(([path, key]) => [path, sha256Of.get(key)!])),
+      check: change.check ?? null,
+      restart: change.restart ?? null,
+    };
+  }
+
+  /** @returns whether both names share one content, so that there is nothing to make durable */
+  #linkOrCopy(from: string, to: string): boolean {
+    try {
+      this.disk.link(this.#at(from), this.#at(to));
+      return true;
+    } catch (error) {
+      // FAT has no links, and some systems forbid them.
+      if (!["EPERM", "ENOTSUP", "ENOSYS", "EMLINK"].includes(errorCode(error) ?? "")) throw error;
+      this.disk.copy(this.#at(from), this.#at(to));
+      return false;
+    }
+  }
+
+  async #finishCommit(): Promise<void> {
+    const { id, to, forward, check, restart } = this.#transaction!;
+    this.#clean(); // What an earlier journal needed; this one is durable.
+    await this.#run(forward);
+    await this.#write({
+      ...this.#state,
+      installed: to,
+      journal: id,
+      trial: check ? { starts: 0 } : null,
+      failed: check ? this.#state.failed : this.#failuresAfter(to),
+      restart,
+    });
+    this.#setRight();
+    this.dropStaged();
+  }
+
+  async #rollBack(): Promise<void> {
+    const { id, from, to, digest, back, restart } = this.#transaction!;
+    const journal = this.#at(`${OTA_DIR}/journal.json`);
+    const rollback = this.#at(`${OTA_DIR}/rollback.json`);
+    // The direction is marked by a rename, since a full disk has no room for more.
+    if (this.disk.stat(journal)) this.disk.rename(journal, rollback);
+    await this.disk.sync(this.#at(OTA_DIR));
+    await this.#run(back);
+    if (this.#state.journal === id) {
+      const failed = this.#state.failed.filter((release) => release.digest !== digest);
+      failed.push({ version: to.version, digest });
+      await this.#write({
+        ...this.#state,
+        installed: from,
+        journal: null,
+        trial: null,
+        failed: failed.slice(-FAILED_KEPT),
+        restart,
+      });
+    }
+    this.disk.unlink(rollback);
+    await this.disk.sync(this.#at(OTA_DIR));
+    this.#transaction = undefined;
+    this.#clean();
+  }
+
+  #failuresAfter(installed: Installed | null): FailedRelease[] {
+    const current = installed?.version ?? "";
+    return this.#state.failed.filter(
+      ({ version }) => new LooseVersion(version).compare(current) > 0,
+    );
+  }
+
+  /** Removes journals that cannot be trusted, since the record beside them was damaged. */
+  #forgetTransactions(): void {
+    for (const name of ["journal.json", "rollback.json"]) {
+      ifThere(() => this.disk.unlink(this.#at(`${OTA_DIR}/${name}`)));
+    }
+    this.#transaction = undefined;
+  }
+
+  /** There is a good record again: what was set aside is of no more use. */
+  #setRight(): void {
+    for (const path of this.damaged) ifThere(() => this.disk.unlink(this.#at(path)));
+    this.damaged = [];
+    this.#clean();
+  }
+
+  /** Drops what an update staged and did not use. */
+  dropStaged(): void {
+    for (const name of this.disk.list(this.#at(STAGED))) {
+      this.disk.unlink(this.#at(`${STAGED}/${name}`));
+    }
+  }
+
+  /** Runs steps of which any may have been run before; afterwards all are durable. */
+  async #run({ unlink, rmdir, mkdir, place }: Steps): Promise<void> {
+    for (const path of unlink) this.#unlink(path);
+    for (const path of rmdir) this.#rmdir(path);
+    for (const path of mkdir) this.#mkdir(path);
+    for (const [from, to] of place) this.#place(from, to);
+    const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
+    const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
+    await inParallel(directories, async (path) => {
+      if (this.stat(path)?.kind === "directory") await this.disk.sync(this.#at(path));
+    });
+  }
+
+  #unlink(path: string): void {
+    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(this.#at(path)));
+  }
+
+  #rmdir(path: string): void {
+    try {
+      this.disk.rmdir(this.#at(path));
+    } catch (error) {
+      const fine = ["ENOENT", "ENOTDIR", "ENOTEMPTY", "EEXIST", "EBUSY"];
+      if (!fine.includes(errorCode(error) ?? "")) throw error;
+    }
+  }
+
+  #mkdir(path: string): void {
+    const kind = this.stat(path)?.kind;
+    if (kind === "directory") return;
+    if (kind) this.#displace(path);
+    this.disk.mkdir(this.#at(path));
+  }
+
+  #place(from: string, to: string): void {
+    try {
+      this.disk.rename(this.#at(from), this.#at(to));
+    } catch (error) {
+      if (!this.stat(from)) return; // It was placed before.
+      // The application was faster: it removed the directory, or made one of the file's name.
+      for (const above of ancestors(to).reverse()) this.#mkdir(above);
+      if (this.stat(to)?.kind !== "directory") {
+        if (!isMissing(error)) throw error;
+      } else this.#displace(to);
+      this.disk.rename(this.#at(from), this.#at(to));
+    }
+  }
+
+  /** Moves aside what stands in the way of a release and belongs to none. */
+  #displace(path: string): void {
+    const aside = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
+    this.disk.rename(this.#at(path), this.#at(aside));
+    this.displaced.push(`${path} (now ${aside})`);
+  }
+
+  #load(): void {
+    this.#state = this.#loadRecord("state.json", isState) ?? EMPTY;
+    this.#transaction =
+      this.#loadRecord("rollback.json", isTransaction) ??
+      this.#loadRecord("journal.json", isTransaction);
+    this.damaged = this.disk
+      .list(this.#at(OTA_DIR))
+      .filter((name) => name.endsWith(".corrupt"))
+      .map((name) => `${OTA_DIR}/${name}`);
+  }
+
+  /** Reads a record; one that makes no sense is set aside, never overwritten. */
+  #loadRecord<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
+    const path = this.#at(`${OTA_DIR}/${name}`);
+    const text = readText(this.disk, path);
+    if (text === undefined) return undefined;
+    const json = parseJSON(text);
+    const format = (json as { format?: unknown } | null)?.format;
+    if (typeof format === "number" && format > FORMAT) {
+      throw new OTAError(
+        `${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows up to ${FORMAT}: ` +
+          "use the newer ota.ts that wrote it",
+      );
+    }
+    if (isRecord(json)) return json;
+    this.disk.rename(path, `${path}.${crypto.randomUUID()}.corrupt`);
+    return undefined;
+  }
+
+  async #recover(): Promise<void> {
+    if (this.disk.stat(this.#at(`${OTA_DIR}/rollback.json`))) {
+      this.recovered = true;
+      await this.#rollBack();
+    } else if (this.#transaction && !this.canRollBack) {
+      this.recovered = true;
+      await this.#finishCommit();
+    } else this.#clean();
+  }
+
+  async #write(state: State): Promise<void> {
+    await writeDurably(this.disk, this.#at(`${OTA_DIR}/state.json`), JSON.stringify(state));
+    this.#state = state;
+  }
+
+  /** Removes what no journal needs. Staged content stays while nothing was made of it. */
+  #clean(): void {
+    const needed = this.#transaction && `backup-${this.#transaction.id}`;
+    for (const name of this.disk.list(this.#at(OTA_DIR))) {
+      if (/^backup-/.test(name) && name !== needed) this.#removeAll(`${OTA_DIR}/${name}`);
+    }
+  }
+
+  #removeAll(directory: string): void {
+    for (const name of this.disk.list(this.#at(directory))) {
+      this.disk.unlink(this.#at(`${directory}/${name}`));
+    }
+    this.disk.rmdir(this.#at(directory));
+  }
+
+  #at(path: string): string {
+    return `${this.root}/${path}`;
+  }
+
+  #part(key: string): string {
+    return this.#at(`${STAGED}/${key}.part`);
+  }
+}
+
+function parseJSON(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function isInstalled(value: unknown): boolean {
+  return isObject(value) && typeof value.version === "string" && isObject(value.files);
+}
+
+function isState(value: unknown): value is State {
+  return (
+    isObject(value) &&
+    value.format === FORMAT &&
+    (value.installed === null || isInstalled(value.installed)) &&
+    Array.isArray(value.failed)
+  );
+}
+
+function isTransaction(value: unknown): value is Transaction {
+  const isSteps = (steps: unknown) =>
+    isObject(steps) &&
+    ["unlink", "rmdir", "mkdir", "place"].every((name) => Array.isArray(steps[name]));
+  return (
+    isObject(value) &&
+    value.format === FORMAT &&
+    typeof value.id === "string" &&
+    isInstalled(value.to) &&
+    isSteps(value.forward) &&
+    isSteps(value.back)
+  );
+}
+
+/** The firmware that runs on a device; `null` when none was ever flashed. */
+export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmware | null {
+  const otadata = parseJSON(readText(disk, `${root}/${OTA_DIR}/otadata`) ?? "");
+  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
+  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
+}
+
+/** Makes a directory and those above it, durably. */
+async function makeDirectories(disk: Disk, path: string): Promise<void> {
+  const kind = disk.stat(path)?.kind;
+  if (kind === "directory") return;
+  if (kind) throw Object.assign(new Error(`${path} is no directory`), { code: "ENOTDIR" });
+  const above = dirname(path);
+  await makeDirectories(disk, above);
+  disk.mkdir(path);
+  await disk.sync(above);
+}
+
+/** Runs a task for every item, a few at a time. */
+async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void>): Promise<void> {
+  const queue = [...items].values();
+  const worker = async () => {
+    for (const item of queue) await task(item);
+  };
+  await Promise.all(Array.from({ length: 16 }, worker));
+}
+
+// ──── Trial ─────────────────────────────────────────────────────────────────────────────────────
+// What decides whether a release stays. A release with a check is on trial until its check ends
+// well; a check that fails, hangs, or was started three times without an end (a release that kills
+// the device is such a one) takes the device back.
+
+/** What happens during an update, for whoever watches. */
+export type OTAEvent =
+  | { kind: "note"; text: string }
+  /** Bytes of the content of this update that are here, of how many; NaN when not known. */
+  | { kind: "progress"; received: number; total: number }
+  /** One content is here, whole and verified. */
+  | { kind: "fetched"; path: string; size: number };
+
+/** How an update ended. */
+export interface Outcome {
+  result: "updated" | "up to date" | "rolled back" | "not tried";
+  /** The release that the device was on; `"0"` for none. */
+  from: string;
+  /** The release that was offered, or stands. */
+  to: string;
+  /** The same for firmware, when it changed. */
+  firmware?: { from: string; to: string };
+}
+
+/** How releases are tried. */
+export interface TrialOptions {
+  /** Decides whether a new release is good; without one, every release is. */
+  check?: Check;
+  /** A command for `sh -c`, run whenever the tree has changed. */
+  restart?: string;
+  /** Told what happens. */
+  report?: (event: OTAEvent) => void;
+  /** Ends what runs. */
+  signal?: AbortSignal;
+}
+
+const MAX_STARTS = 3;
+/** Seconds after which a restart command is left to itself. */
+const RESTART_TIMEOUT = 60;
+
+/** The trials of one device. */
+class Trial {
+  constructor(
+    private readonly journal: Journal,
+    private readonly options: TrialOptions,
+  ) {
+    this.#reportDisplaced();
+  }
+
+  /**
+   * Ends what an earlier run left: a restart that is owed, a release on trial.
+   *
+   * @returns the outcome, when that release was bad
+   */
+  async resume(): Promise<Outcome | undefined> {
+    const { recordedCheck, state } = this.journal;
+    if (!state.trial) {
+      await this.settle();
+      return undefined;
+    }
+    const { version: to, previous_version } = state.installed!;
+    const good = await this.start(this.options.check ?? recordedCheck);
+    return good ? undefined : { result: "rolled back", from: previous_version ?? "0", to };
+  }
+
+  /** Runs the restart that is owed, where opening the journal has changed the tree. */
+  async settle(): Promise<void> {
+    if (this.journal.recovered || this.journal.state.restart !== null) await this.#restart();
+  }
+
+  /**
+   * Tries the release that was just committed; takes it back when it is bad.
+   *
+   * @returns whether it stays
+   */
+  async start(check: Check | undefined): Promise<boolean> {
+    this.#reportDisplaced();
+    await this.#restart();
+    const { trial, installed } = this.journal.state;
+    if (!trial) return true;
+    if (trial.starts >= MAX_STARTS) {
+      this.#note(
+        `the check of ${installed!.version} was started ${MAX_STARTS} times and never ended`,
+      );
+    } else {
+      await this.journal.countStart();
+      if (!check || (await this.#passes(check, installed!))) {
+        await this.journal.confirm();
+        return true;
+      }
+    }
+    await this.#takeBack();
+    return false;
+  }
+
+  /**
+   * Takes the device back to the release before, by hand.
+   *
+   * @param force even where the application has changed files since
+   * @throws {OTAError} when there is nothing to go back to, or it has
+   */
+  async rollBack(force: boolean): Promise<Outcome> {
+    const { installed } = this.journal.state;
+    const changed = this.journal.canRollBack && !force ? this.journal.changedSinceCommit() : [];
+    if (changed.length > 0) {
+      throw new OTAError(
+        `changed since ${installed?.version} was installed: ${changed.join(", ")}.\n` +
+          "Nothing was done; rollback --force overwrites such files",
+      );
+    }
+    await this.#takeBack();
+    const from = this.journal.state.installed?.version ?? "0";
+    return { result: "rolled back", from, to: installed!.version };
+  }
+
+  async #takeBack(): Promise<void> {
+    await this.journal.rollBack();
+    this.#reportDisplaced();
+    await this.#restart();
+  }
+
+  async #passes(check: Check, installed: Installed): Promise<boolean> {
+    const code = await this.#run(check.command, check.timeout, installed, true);
+    if (code === 0) return true;
+    const why =
+      code === undefined ? `did not end within ${check.timeout} s` : `ended with code ${code}`;
+    this.#note(`${installed.version} is bad: its check ${why}`);
+    return false;
+  }
+
+  /** Runs the restart command, if there is one: the tree has changed. */
+  async #restart(): Promise<void> {
+    const command = this.options.restart ?? this.journal.state.restart;
+    if (command) {
+      const code = await this.#run(command, RESTART_TIMEOUT, this.journal.state.installed, false);
+      if (code === undefined) {
+        this.#note(
+          `the restart command did not end within ${RESTART_TIMEOUT} s; it is left running`,
+        );
+      } else if (code !== 0) this.#note(`the restart command ended with code ${code}`);
+    }
+    await this.journal.restarted();
+  }
+
+  /**
+   * Runs a shell command in the root. What it prints goes to stderr.
+   *
+   * @param end whether to end it, with its whole process group, when it is late or fails
+   * @returns its exit code; `undefined` when it did not end within `timeout` seconds
+   */
+  async #run(
+    command: string,
+    timeout: number,
+    installed: Installed | null,
+    end: boolean,
+  ): Promise<number | undefined> {
+    const child = Bun.spawn(["sh", "-c", command], {
+      cwd: this.journal.root,
+      env: {
+        ...process.env,
+        OTA_VERSION: installed?.version ?? "0",
+        OTA_PREVIOUS_VERSION: installed?.previous_version ?? "0",
+      },
+      stdio: ["ignore", 2, 2],
+      detached: true,
+    });
+    const done = new AbortController();
+    let code: number | undefined;
+    try {
+      code = await Promise.race([child.exited, sleep(timeout, done.signal, this.options.signal)]);
+    } finally {
+      done.abort();
+      child.unref();
+      if (end && code !== 0) endGroup(child.pid);
+    }
+    return code;
+  }
+
+  #note(text: string): void {
+    this.options.report?.({ kind: "note", text });
+  }
+
+  #reportDisplaced(): void {
+    for (const path of this.journal.displaced.splice(0)) {
+      this.#note(`stood in the way of a release and was moved: ${path}`);
+    }
+  }
+}
+
+/**
+ * Takes a device back to the release before, once, and remembers the one it left as failed.
+ *
+ * @param root the device's root
+ * @param force even where the application has changed files that this overwrites
+ * @throws {OTAError} when there is nothing to go back to, or files were changed
+ */
+export async function rollBack(
+  root: string,
+  force = false,
+  options: TrialOptions = {},
+): Promise<Outcome> {
+  using journal = await Journal.open(realRoot(root));
+  return new Trial(journal, options).rollBack(force);
+}
+
+/** What `status` tells of a device. */
+export interface Status {
+  version: string | null;
+  previous_version: string | null;
+  /** The active image, its path below the root. */
+  firmware: { version: string; file: string } | null;
+  /** Whether the release is on trial. */
+  pending: boolean;
+  /** Releases that failed and are not tried again. */
+  failed: string[];
+  /** Only there while another process works on the device. */
+  busy?: true;
+}
+
+/**
+ * Tells what a device is on. A commit or a way back that was cut off is ended first, unless
+ * another process is at work: then what is recorded is told.
+ *
+ * @param root the device's root; nothing is made there
+ * @throws {OTAError} when the record is damaged, or of a newer version of this tool
+ */
+export async function status(root: string, options: TrialOptions = {}): Promise<Status> {
+  const at = realRoot(root);
+  if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(at, Journal.peek(at));
+  let journal: Journal;
+  try {
+    journal = await Journal.open(at);
+  } catch (error) {
+    if (error instanceof BusyError) return { ...describe(at, Journal.peek(at)), busy: true };
+    throw error;
+  }
+  using open = journal;
+  open.refuseDamage();
+  await new Trial(open, options).settle();
+  return describe(at, open.state);
+}
+
+function describe(root: string, { installed, trial, failed }: State): Status {
+  const firmware = readFirmware(root);
+  return {
+    version: installed?.version ?? versionFromFile(root) ?? null,
+    previous_version: installed?.previous_version ?? null,
+    firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
+    pending: trial !== null,
+    failed: failed.map(({ version }) => version),
+  };
+}
+
+/** The version in `flash/OTA_VERSION.py`, if it is there and is one. */
+function versionFromFile(root: string): string | undefined {
+  const text = readText(fileSystem, `${root}/${VERSION_FILE}`) ?? "";
+  const version = /^\s*VERSION\s*=\s*(['"])(.*?)\1/m.exec(text)?.[2];
+  return version !== undefined && isReleaseName(version) ? version : undefined;
+}
+
+function endGroup(pid: number): void {
+  try {
+    process.kill(-pid, "SIGKILL");
+  } catch (error) {
+    if (errorCode(error) !== "ESRCH") throw error;
+  }
+}
+
+/** Resolves after some seconds; rejects with the reason of the first signal that aborts. */
+function sleep(seconds: number, ...signals: (AbortSignal | undefined)[]): Promise<undefined> {
+  const signal = AbortSignal.any(signals.filter((one) => one !== undefined));
+  return new Promise((done, fail) => {
+    const stop = () => {
+      clearTimeout(timer);
+      fail(signal.reason);
+    };
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", stop);
+      done(undefined);
+    }, seconds * 1000);
+    if (signal.aborted) stop();
+    else signal.addEventListener("abort", stop, { once: true });
+  });
+}
+
+/** The absolute path of a device's root, links resolved; it need not be there. */
+function realRoot(root: string): string {
+  return fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
+}
+
+// ──── Device ────────────────────────────────────────────────────────────────────────────────────
+// The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
+// `OTA` with `connect` and `getData`, and gets everything else from here.
+
+/** What to get, beside the path. */
+export interface Want {
+  /** Begin at this byte, if the content still has the tag `etag`; else at 0. */
+  offset?: number;
+  etag?: string;
+  /** SHA-256 of content that the device has, as a dictionary for a delta. */
+  dictionary?: Uint8Array;
+  signal: AbortSignal;
+}
+
+/** How the bytes of a body are coded. */
+export type Encoding = "identity" | "gzip" | "zstd" | "dcz";
+
+/** What a transport got. */
+export interface Data {
+  body: ReadableStream<Uint8Array>;
+  /** Where in the content the body begins: what was wanted, or 0. */
+  offset: number;
+  /** Bytes of the whole content, offset included, as it is coded; absent when unknown. */
+  total?: number;
+  /** A strong tag of the content, for resuming; absent when there is none. */
+  etag?: string;
+  encoding: Encoding;
+  headers: Headers;
+}
+
+/**
+ * A transfer that failed.
+ *
+ * @param retry whether another try may succeed
+ * @param pause seconds that the other side asks us to wait before it
+ */
+export class TransferError extends OTAError {
+  override name = "TransferError";
+  constructor(
+    message: string,
+    readonly retry: boolean,
+    readonly pause = 0,
+  ) {
+    super(message);
+  }
+}
+
+/** What an update is told to do; every field but `root` has the default of the command line. */
+export interface OTAOptions extends TrialOptions {
+  /** The directory that is the device's file system. */
+  root: string;
+  /** The release it is on, for as long as it has no record of its own. */
+  ver?: string;
+  /** A name for this device, instead of the one kept in `.ota`. */
+  id?: string;
+  /** Downloads at once; 4. */
+  jobs?: number;
+  /** Seconds without a byte after which a transfer is given up and tried again; 30. */
+  timeout?: number;
+  /** Asks for the full list, fetches what differs, and makes a new record. */
+  repair?: boolean;
+  /** Tries a release even if it failed before. */
+  retry?: boolean;
+}
+
+/** One content to fetch. */
+interface Download {
+  /** SHA-256, or SHA-1 where the server does not send that. */
+  key: string;
+  url: string;
+  /** Where it goes, for messages. */
+  path: string;
+  size: number | undefined;
+}
+
+/** What an update will do, worked out before anything is fetched. */
+interface Plan {
+  put: Map<string, string>;
+  remove: string[];
+  firmware?: { key: string; version: string };
+  downloads: Download[];
+  /** Files of the release that are there already: path → SHA-256. */
+  kept: Map<string, string>;
+}
+
+const TRIES = 5;
+/** Content without a known size is not received beyond this. */
+const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
+
+/**
+ * A device. One `update` is one transaction:
+ *
+ *  1. Open the journal; what was cut off before is ended, and a release on trial is tried.
+ *  2. Ask for a manifest, saying what the device has. `null`: there is nothing to do.
+ *  3. Stage: fetch what is not there, by hash, with retries and resume. The tree is untouched.
+ *  4. Commit: the journal makes the change whole or not at all.
+ *  5. Try: the check decides. Good: confirmed. Bad: back to the release before, and this one is
+ *     remembered and not tried again until a different one is offered.
+ *
+ * A transport implements `connect` and `getData`, and throws `TransferError` when it fails.
+ */
+export abstract class OTA {
+  readonly root: string;
+  protected readonly options: Readonly<OTAOptions>;
+
+  constructor(options: OTAOptions) {
+    this.options = options;
+    this.root = realRoot(options.root);
+  }
+
+  /**
+   * Gets ready to carry bytes: joins the network, opens the port.
+   *
+   * @throws {TransferError}
+   */
+  abstract connect(): Promise<void>;
+
+  /**
+   * Gets what stands at a path: the manifest, with its query, or an entry's URL as the manifest has
+   * it. Moves bytes and nothing else: `OTA` decodes, verifies, retries and resumes.
+   *
+   * @throws {TransferError} when there is no content; the body of what is returned may fail, too
+   */
+  abstract getData(path: string, want: Want): Promise<Data>;
+
+  /**
+   * Brings the device to the newest release.
+   *
+   * @throws {OTAError} when that failed, for whatever reason; the device is as it was
+   */
+  async update(): Promise<Outcome> {
+    using journal = await Journal.open(this.root);
+    const trial = new Trial(journal, this.options);
+    if (!this.options.repair) journal.refuseDamage();
+    const bad = await trial.resume();
+    if (bad) return bad;
+
+    const current = this.#currentVersion(journal);
+    await this.connect();
+    const manifest = await this.#askForManifest(journal, current);
+    if (!manifest) return { result: "up to date", from: current || "0", to: current || "0" };
+    const digest = manifestDigest(manifest);
+    const failed = journal.state.failed.some((release) => release.digest === digest);
+    if (failed && !this.options.retry) {
+      return { result: "not tried", from: current || "0", to: manifest.version };
+    }
+
+    const plan = this.#plan(journal, manifest);
+    await planVersionFile(journal, plan, manifest.version);
+    journal.preflight([...plan.put.keys()], plan.remove);
+    this.#checkSpace(journal, plan);
+    await this.#stage(journal, plan);
+    return this.#commit(journal, trial, plan, manifest, current);
+  }
+
+  // ── Asking ──
+
+  /** The release the device is on; `""` when it has nothing. */
+  #currentVersion(journal: Journal): string {
+    const given = this.options.ver;
+    const recorded = journal.state.installed?.version ?? versionFromFile(this.root);
+    if (recorded !== undefined) {
+      if (given !== undefined && given !== recorded) {
+        this.#note(`the device is on ${recorded} by its own record; --ver ${given} is not used`);
+      }
+      return recorded;
+    }
+    if (given !== undefined && isEmptyRoot(this.root)) {
+      this.#note(`${this.root} is empty: everything is fetched, whatever --ver ${given} says`);
+      return "";
+    }
+    return given ?? "";
+  }
+
+  async #askForManifest(journal: Journal, current: string): Promise<Manifest | null> {
+    const { installed, failed } = journal.state;
+    const query = {
+      // Without a version the answer is the full list.
+      ...(!this.options.repair && { current_ver: current }),
+      firmware_ver: journal.firmware?.version ?? "",
+      hash: "sha256",
+      ...(installed &&
+        !this.options.repair && { base: releaseDigest(Object.entries(installed.files)) }),
+      devid: this.options.id ?? journal.id,
+      ...(failed.length > 0 && { failed: failed.at(-1)!.version }),
+    };
+    const search = Object.entries(query).map(
+      ([name, value]) => `${name}=${encodeURIComponent(value)}`,
+    );
+    const body = await this.#withRetries(() => this.#readAll(`/manifest.json?${search.join("&")}`));
+    return parseManifest(body, current || undefined);
+  }
+
+  /** Reads a whole manifest, as far as one may be long. */
+  async #readAll(path: string): Promise<Uint8Array> {
+    const pieces: Uint8Array[] = [];
+    let size = 0;
+    await this.#receive(path, {}, () => {
+      return (piece) => {
+        size += piece.byteLength;
+        if (size > MAX_MANIFEST_BYTES) {
+          throw new TransferError(`the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`, false);
+        }
+        pieces.push(piece);
+      };
+    });
+    return Buffer.concat(pieces);
+  }
+
+  /** Compares what the manifest lists with what is there. */
+  #plan(journal: Journal, manifest: Manifest): Plan {
+    const plan: Plan = { put: new Map(), remove: [], downloads: [], kept: new Map() };
+    const entries = [...manifest.new, ...manifest.update].map((entry) => {
+      return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
+    });
+    const listed = new Set(entries.map(({ path }) => path));
+    const recorded = Object.keys(journal.state.installed?.files ?? {});
+    const gone = manifest.full || this.options.repair ? recorded.filter((p) => !listed.has(p)) : [];
+    const remove = [...new Set([...manifest.delete, ...gone])];
+    journal.refuseLinks([...listed, ...remove]);
+    plan.remove = remove.filter((path) => journal.stat(path)?.kind === "file");
+
+    const wanted = new Map<string, Download>();
+    for (const { path, key, URL: url, size, sha256 } of entries) {
+      if (hasContent(journal, path, key, size)) {
+        plan.kept.set(path, sha256 ?? journal.digest(path, "sha256"));
+      } else {
+        plan.put.set(path, key);
+        wanted.set(key, { key, url, path, size });
+      }
+    }
+    const { firmware } = manifest;
+    if (firmware) {
+      const key = firmware.sha256 ?? firmware.hash;
+      plan.firmware = { key, version: firmware.version! };
+      wanted.set(key, {
+        key,
+        url: firmware.URL,
+        path: basename(firmware.URL),
+        size: firmware.size,
+      });
+    }
+    plan.downloads = [...wanted.values()];
+    return plan;
+  }
+
+  #checkSpace(journal: Journal, plan: Plan): void {
+    const sizes = new Map(plan.downloads.map(({ key, size }) => [key, size ?? 0]));
+    let needed = journal.backupBytes([...plan.put.keys(), ...plan.remove]);
+    for (const { key, size } of plan.downloads) {
+      if (!journal.isStaged(key)) needed += Math.max(0, (size ?? 0) - journal.part(key).size);
+    }
+    const once = new Set<string>();
+    for (const key of plan.put.values()) {
+      // One content in two places is kept twice.
+      if (once.has(key)) needed += sizes.get(key) ?? 0;
+      once.add(key);
+    }
+    // The journal, the record, and the directories: some 200 bytes a file, and a margin.
+    needed += 64 * 1024 + 200 * (plan.put.size + plan.remove.length + plan.kept.size);
+    const { free } = journal;
+    if (needed > free) {
+      throw new OTAError(
+        `not enough space in ${this.root}: this update needs ${needed} bytes, and ${free} are ` +
+          "free; nothing was fetched",
+      );
+    }
+  }
+
+  // ── Staging ──
+
+  async #stage(journal: Journal, plan: Plan): Promise<void> {
+    const sizes = plan.downloads.map(({ size }) => size ?? NaN);
+    const total = sizes.reduce((sum, size) => sum + size, 0);
+    let received = 0;
+    const progress = (bytes: number) => {
+      received += bytes;
+      this.options.report?.({ kind: "progress", received, total });
+    };
+    const failure = new AbortController();
+    const queue = plan.downloads.values();
+    const worker = async () => {
+      for (const item of queue) {
+        failure.signal.throwIfAborted();
+        await this.#fetch(journal, item, progress, failure.signal);
+      }
+    };
+    const workers = Array.from({ length: this.options.jobs ?? 4 }, worker);
+    for (const running of workers) running.catch((error) => failure.abort(error));
+    const ends = await Promise.allSettled(workers);
+    if (ends.some((end) => end.status === "rejected")) throw failure.signal.reason;
+  }
+
+  /** Gets one content staged. */
+  async #fetch(
+    journal: Journal,
+    item: Download,
+    progress: (bytes: number) => void,
+    signal: AbortSignal,
+  ): Promise<void> {
+    if (journal.isStaged(item.key)) progress(item.size ?? 0);
+    else {
+      await this.#withRetries(() => this.#fetchOnce(journal, item, progress, signal), signal);
+      const size = item.size ?? journal.stat(`${STAGED}/${item.key}`)!.size;
+      this.options.report?.({ kind: "fetched", path: item.path, size });
+    }
+  }
+
+  async #fetchOnce(
+    journal: Journal,
+    { key, url, path, size }: Download,
+    progress: (bytes: number) => void,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const hasher = new Bun.CryptoHasher(key.length === 64 ? "sha256" : "sha1");
+    const limit = size ?? MAX_UNSIZED_BYTES;
+    let received = 0;
+    const count = (bytes: number) => {
+      received += bytes;
+      progress(bytes);
+    };
+    try {
+      const part = journal.part(key);
+      const keep = () => {
+        count(part.size);
+        journal.readPart(key, (piece) => hasher.update(piece));
+      };
+      if (size === 0) journal.startPart(key, undefined);
+      else if (part.size === size) keep();
+      else {
+        const want = part.size > 0 && part.etag ? { offset: part.size, etag: part.etag } : {};
+        await this.#receive(url, { ...want, signal }, (data) => {
+          if (data.offset > 0 && data.offset === want.offset) keep();
+          else if (data.offset === 0) journal.startPart(key, data.etag);
+          else throw new TransferError(`${path}: asked for other bytes than were sent`, true);
+          return (piece) => {
+            count(piece.byteLength);
+            if (received > limit) {
+              journal.dropPart(key);
+              throw new TransferError(`${path} is longer than the ${limit} bytes expected`, true);
+            }
+            hasher.update(piece);
+            journal.appendPart(key, piece);
+          };
+        });
+      }
+      if (size !== undefined && received < size) {
+        throw new TransferError(`${path} was cut off after ${received} of ${size} bytes`, true);
+      }
+      const found = hasher.digest("hex");
+      if (found !== key) {
+        journal.dropPart(key);
+        throw new TransferError(`${path} does not verify: expected ${key}, found ${found}`, true);
+      }
+      await journal.finishPart(key);
+    } catch (error) {
+      progress(-received);
+      throw error;
+    }
+  }
+
+  /**
+   * Receives one body, and gives up when it stalls.
+   *
+   * @param begin is called once the head is here, and returns what takes the pieces of the body
+   */
+  async #receive(
+    path: string,
+    want: Omit<Want, "signal"> & { signal?: AbortSignal },
+    begin: (data: Data) => (piece: Uint8Array) => void,
+  ): Promise<void> {
+    const idle = this.options.timeout ?? 30;
+    const stalled = new AbortController();
+    const outer = [want.signal, this.options.signal].filter((signal) => signal !== undefined);
+    const signal = AbortSignal.any([stalled.signal, ...outer]);
+    const data = await within(this.getData(path, { ...want, signal }), idle, signal);
+    const reader = data.body.getReader();
+    try {
+      if (data.encoding !== "identity") {
+        throw new TransferError(`${path} came coded as ${data.encoding}, unasked`, true);
+      }
+      const take = begin(data);
+      const isSlow = slownessWatch();
+      for (;;) {
+        const { done, value } = await within(reader.read(), idle, signal);
+        if (done) return;
+        if (isSlow(value.byteLength)) throw new TransferError(`${path} comes too slowly`, true);
+        take(value);
+      }
+    } catch (error) {
+      stalled.abort(error);
+      reader.cancel(error).catch(() => {});
+      throw error;
+    }
+  }
+
+  /** Tries up to five times, with growing pauses. */
+  async #withRetries<T>(task: () => Promise<T>, signal?: AbortSignal): Promise<T> {
+    const end = [signal, this.options.signal].filter((one) => one !== undefined);
+    for (let tries = 1; ; tries++) {
+      try {
+        return await task();
+      } catch (error) {
+        for (const one of end) one.throwIfAborted();
+        if (!(error instanceof TransferError) || !error.retry) throw error;
+        if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
+        const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
+        this.#note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
+        await sleep(pause, ...end);
+      }
+    }
+  }
+
+  // ── Committing ──
+
+  async #commit(
+    journal: Journal,
+    trial: Trial,
+    plan: Plan,
+    manifest: Manifest,
+    current: string,
+  ): Promise<Outcome> {
+    const { check, restart, repair } = this.options;
+    const files = new Map(
+      manifest.full || repair ? [] : Object.entries(journal.state.installed?.files ?? {}),
+    );
+    for (const path of [...manifest.delete, ...plan.remove]) files.delete(path);
+    for (const [path, sha256] of plan.kept) files.set(path, sha256);
+    for (const [path, key] of plan.put) files.set(path, journal.stagedDigest(key));
+    files.delete(VERSION_FILE);
+    const same = manifest.version === current;
+    const installed: Installed = {
+      version: manifest.version,
+      previous_version: (same && journal.state.installed?.previous_version) || current || null,
+      files: Object.fromEntries(files),
+    };
+    const outcome: Outcome = { result: "updated", from: current || "0", to: manifest.version };
+    if (plan.put.size + plan.remove.length === 0 && !plan.firmware) {
+      await journal.record(installed);
+      return same ? { ...outcome, result: "up to date" } : outcome;
+    }
+    if (plan.firmware) {
+      const from = journal.firmware?.version ?? "0";
+      outcome.firmware = { from, to: plan.firmware.version };
+    }
+    const { put, remove, firmware } = plan;
+    const digest = manifestDigest(manifest);
+    await journal.commit({ installed, digest, put, remove, firmware, check, restart });
+    const good = await trial.start(check);
+    return good ? outcome : { ...outcome, result: "rolled back" };
+  }
+
+  #note(text: string): void {
+    this.options.report?.({ kind: "note", text });
+  }
+}
+
+/** Whether a file is there and has the content of that key (SHA-256 or SHA-1) and size. */
+function hasContent(journal: Journal, path: string, key: string, size?: number): boolean {
+  const stat = journal.stat(path);
+  if (stat?.kind !== "file" || (size !== undefined && stat.size !== size)) return false;
+  return journal.digest(path, key.length === 64 ? "sha256" : "sha1") === key;
+}
+
+/** Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`. */
+async function planVersionFile(journal: Journal, plan: Plan, version: string): Promise<void> {
+  const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
+  if (!hasFlash && journal.stat("flash")?.kind !== "directory") return;
+  journal.refuseLinks([VERSION_FILE]);
+  const bytes = new TextEncoder().encode(`VERSION = '${version}'\n`);
+  const key = await journal.stage(bytes);
+  if (!hasContent(journal, VERSION_FILE, key, bytes.byteLength)) plan.put.set(VERSION_FILE, key);
+}
+
+/** Whether a device has no file of its own yet. */
+function isEmptyRoot(root: string): boolean {
+  return fs.readdirSync(root).every((name) => name === OTA_DIR);
+}
+
+/** Waits for something from the other side, which may never come. */
+async function within<T>(promise: Promise<T>, seconds: number, signal: AbortSignal): Promise<T> {
+  const done = new AbortController();
+  const late = sleep(seconds, done.signal, signal).then(() => {
+    throw new TransferError(`nothing came for ${seconds} s`, true);
+  });
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    done.abort();
+  }
+}
+
+/**
+ * Watches the rate at which a body comes.
+ *
+ * @returns a function that is told of received bytes, and says whether less than 10 bytes a second
+ *   came for five minutes
+ */
+function slownessWatch(): (bytes: number) => boolean {
+  const [seconds, rate] = [300, 10];
+  let since = performance.now();
+  let received = 0;
+  return (bytes) => {
+    received += bytes;
+    if (performance.now() - since < seconds * 1000) return false;
+    const isSlow = received < seconds * rate;
+    since = performance.now();
+    received = 0;
+    return isSlow;
+  };
+}
+
+// ──── Transports ────────────────────────────────────────────────────────────────────────────────
+// How a device gets its bytes. A transport moves them and knows nothing else.
+
+const MAX_REDIRECTS = 5;
+
+/** A device that updates over HTTP: the `WiFiOTA` of Pycom's OTA tutorial, for anything with IP. */
+export class HttpOTA extends OTA {
+  readonly #server: URL;
+
+  /**
+   * @param server the address of the server, such as `http://192.168.4.1:8000`
+   * @throws {OTAError} when that is no http(s) address
+   */
+  constructor(server: string | URL, options: OTAOptions) {
+    super(options);
+    const url = URL.parse(String(server));
+    if (!url || !/^https?:$/.test(url.protocol)) {
+      throw new OTAError(`expected an http(s) address of a server, found ${server}`, 2);
+    }
+    this.#server = url;
+  }
+
+  /** There is nothing to get ready: connections are made as they are needed. */
+  override async connect(): Promise<void> {}
+
+  override async getData(path: string, want: Want): Promise<Data> {
+    // A path is looked for below the server's address, as with `--url http://cdn/fleet`.
+    const base = this.#server.href.replace(/\/+$/, "");
+    const response = await this.#get(new URL(path.startsWith("/") ? base + path : path), want);
+    const { status, headers } = response;
+    if (status !== 200 && status !== 206) {
+      await response.body?.cancel();
+      const again = status >= 500 || [408, 416, 425, 429].includes(status);
+      const pause = Math.min(Number(headers.get("retry-after")) || 0, 60);
+      throw new TransferError(`${response.url} answered ${status}`, again, pause);
+    }
+    const range = /^bytes (\d+)-\d+\/(\d+)$/.exec(headers.get("content-range") ?? "");
+    const length = headers.get("content-length");
+    return {
+      body: response.body ?? new Blob([]).stream(),
+      offset: status === 206 ? Number(range?.[1] ?? NaN) : 0,
+      total: status === 206 ? Number(range?.[2]) : length === null ? undefined : Number(length),
+      etag: strongTag(headers.get("etag")),
+      encoding: encodingOf(headers.get("content-encoding")),
+      headers,
+    };
+  }
+
+  /** Follows redirects, a few, and none to elsewhere. */
+  async #get(url: URL, want: Want): Promise<Response> {
+    const headers: Record<string, string> = {
+      // Else Bun would ask for every coding, and a resumed transfer could not be put together.
+      "Accept-Encoding": "identity",
+      "User-Agent": `ota.ts/${TOOL_VERSION}`,
+    };
+    if (want.offset && want.etag) {
+      headers["Range"] = `bytes=${want.offset}-`;
+      headers["If-Range"] = want.etag;
+    }
+    let at = url;
+    for (let redirects = 0; redirects <= MAX_REDIRECTS; redirects++) {
+      let response: Response;
+      try {
+        const { signal } = want;
+        response = await fetch(at, { headers, signal, redirect: "manual", decompress: false });
+      } catch (error) {
+        want.signal.throwIfAborted();
+        throw new TransferError(`cannot reach ${at.origin}: ${errorText(error)}`, true);
+      }
+      if (![301, 302, 303, 307, 308].includes(response.status)) return response;
+      await response.body?.cancel();
+      const next = URL.parse(response.headers.get("location") ?? "", at.href);
+      if (next?.origin !== url.origin) {
+        throw new TransferError(`${at} redirects to another server, which is not followed`, false);
+      }
+      at = next;
+    }
+    throw new TransferError(`${url} redirects more than ${MAX_REDIRECTS} times`, false);
+  }
+}
+
+/** A tag with which a transfer can be resumed: present, and not weak. */
+function strongTag(etag: string | null): string | undefined {
+  return etag?.startsWith('"') ? etag : undefined;
+}
+
+function encodingOf(header: string | null): Encoding {
+  const name = header?.toLowerCase() ?? "identity";
+  if (["identity", "gzip", "zstd", "dcz"].includes(name)) return name as Encoding;
+  throw new TransferError(`content came coded as ${name}, which nobody asked for`, true);
+}
+
+// ──── Command line ──────────────────────────────────────────────────────────────────────────────
+// One table says which commands and options there are; parsing, help and hints come from it.
+// stdout is for results, stderr for everything else.
+
+/** One option: its name is the key in `OPTIONS`. */
+interface OptionSpec {
+  type: "string" | "boolean";
+  /** What stands for the value in the help. */
+  value?: string;
+  multiple?: true;
+  help: string;
+}
+
+const OPTIONS = {
+  root: { type: "string", value: "DIR", help: "the directory of releases, or of the device" },
+  port: { type: "string", value: "N", help: "the port; 0 picks a free one (8000)" },
+  host: { type: "string", value: "ADDR", help: "the address to listen on (0.0.0.0)" },
+  url: { type: "string", value: "BASE", help: "what URLs begin with, instead of the Host asked" },
+  ignore: {
+    type: "string",
+    value: "GLOB",
+    multiple: true,
+    help: "what is no content: *.md, flash/tests/**; may be repeated",
+  },
+  latest: { type: "string", value: "V", help: "offer nothing above this version" },
+  ver: { type: "string", value: "V", help: "the release a device is on" },
+  server: { type: "string", value: "URL", help: "the server (http://127.0.0.1:8000)" },
+  id: { type: "string", value: "ID", help: "a name for this device (a random one, kept)" },
+  every: { type: "string", value: "DURATION", help: "keep asking: 30s, 10m, 1h" },
+  jobs: { type: "string", value: "N", help: "downloads at once (4)" },
+  timeout: { type: "string", value: "SECONDS", help: "give a silent transfer up after (30)" },
+  check: { type: "string", value: "CMD", help: "decides whether a new release is good" },
+  "check-timeout": { type: "string", value: "SECONDS", help: "how long a check may take (60)" },
+  restart: { type: "string", value: "CMD", help: "run whenever the files have changed" },
+  repair: { type: "boolean", help: "ask for the full list, fetch what differs" },
+  retry: { type: "boolean", help: "try a release even if it failed before" },
+  force: { type: "boolean", help: "overwrite files that the application changed" },
+  json: { type: "boolean", help: "print JSON" },
+  help: { type: "boolean", help: "show this help" },
+  version: { type: "boolean", help: "show the version of ota.ts" },
+} satisfies Record<string, OptionSpec>;
+
+type OptionName = keyof typeof OPTIONS;
+/** The options that were given. */
+type Given = { [name in OptionName]?: name extends "ignore" ? string[] : string } & {
+  [name in "repair" | "retry" | "force" | "json" | "help" | "version"]?: boolean;
+};
+
+interface Command {
+  summary: string;
+  options: readonly OptionName[];
+  /** More help: what the command does by default, what its exit code means. */
+  notes: string;
+  run: (given: Given) => number | Promise<number>;
+}
+
+const EXIT_CODES = `Exit codes: 0 updated, or nothing newer; 1 failed, and the device is as it was;
+2 usage; 3 the release failed its check (now, or before and was not tried again).`;
+
+const COMMANDS: Record<string, Command> = {
+  serve: {
+    summary: "serve a directory of releases to devices",
+    options: ["root", "port", "host", "url", "ignore", "latest"],
+    notes: "The root is the current directory by default. Ctrl-C ends it after running responses.",
+    run: runServe,
+  },
+  client: {
+    summary: "be a device: fetch, verify, apply, and go back when a release is bad",
+    options: [
+      ...(["ver", "root", "server", "id", "every", "jobs", "timeout"] as const),
+      ...(["check", "check-timeout", "restart", "repair", "retry"] as const),
+    ],
+    notes: `The root is ./device by default. The last line on stdout says how it ended.\n${EXIT_CODES}`,
+    run: runClient,
+  },
+  rollback: {
+    summary: "take a device back to the release before",
+    options: ["root", "restart", "force"],
+    notes: "The root is ./device by default. The release it leaves is not installed again.",
+    run: runRollback,
+  },
+  status: {
+    summary: "show what a device is on; ends what a reset has cut off",
+    options: ["root", "json"],
+    notes: "The root is ./device by default. Run it at boot, before the application.",
+    run: runStatus,
+  },
+  manifest: {
+    summary: "show what the server would answer, and what may surprise",
+    options: ["ver", "root", "url", "ignore", "latest"],
+    notes: "The root is the current directory by default. Warnings go to stderr.",
+    run: runManifest,
+  },
+};
+
+/** The help of the tool, or of one command. */
+function help(name?: string): string {
+  const command = name === undefined ? undefined : COMMANDS[name];
+  if (!command) {
+    const names = Object.entries(COMMANDS).map(
+      ([n, { summary }]) => `  ${n.padEnd(10)} ${summary}`,
+    );
+    return (
+      `ota.ts ${TOOL_VERSION}: over-the-air updates, both ends\n\n` +
+      `Usage: bun ota.ts COMMAND [options]\n\n${names.join("\n")}\n\n` +
+      "bun ota.ts COMMAND --help shows the options of a command."
+    );
+  }
+  const lines = [...command.options, "help" as const].map((option) => {
+    const spec: OptionSpec = OPTIONS[option];
+    return `  ${`--${option} ${spec.value ?? ""}`.padEnd(26)} ${spec.help}`;
+  });
+  return `bun ota.ts ${name}: ${command.summary}\n\n` + `${lines.join("\n")}\n\n${command.notes}`;
+}
+
+/**
+ * Runs the command line.
+ *
+ * @param args without the names of Bun and of this file
+ * @returns the exit code
+ */
+export async function main(args: readonly string[]): Promise<number> {
+  try {
+    const [name, ...rest] = args;
+    if (name === undefined) return say(help(), 2, process.stderr);
+    if (name === "--help" || name === "-h" || name === "help") return say(help(rest[0]), 0);
+    if (name === "--version") return say(`ota.ts ${TOOL_VERSION}`, 0);
+    const command = COMMANDS[name];
+    if (!command) {
+      throw new OTAError(`no command ${name}${hint(name, Object.keys(COMMANDS))}; see --help`, 2);
+    }
+    const given = parseOptions(name, command, rest);
+    if (given.help) return say(help(name), 0);
+    if (given.version) return say(`ota.ts ${TOOL_VERSION}`, 0);
+    return await command.run(given);
+  } catch (error) {
+    // A system error (a full disk, no permission) has a code and is no bug of ours.
+    if (!(error instanceof OTAError) && errorCode(error) === undefined) throw error;
+    console.error(`ota.ts: ${errorText(error)}`);
+    return error instanceof OTAError ? error.exitCode : 1;
+  }
+}
+
+function say(text: string, code: number, stream: NodeJS.WriteStream = process.stdout): number {
+  stream.write(`${text}\n`);
+  return code;
+}
+
+function parseOptions(name: string, command: Command, args: string[]): Given {
+  const names: readonly OptionName[] = [...command.options, "help", "version"];
+  const options = Object.fromEntries(names.map((option) => [option, OPTIONS[option]]));
+  const { values, tokens } = parseArgs({ args, options, strict: false, tokens: true });
+  for (const token of tokens) {
+    if (token.kind === "positional") {
+      throw new OTAError(`${name} takes no argument ${token.value}; see ${name} --help`, 2);
+    }
+    if (token.kind !== "option") continue;
+    const spec = options[token.name] as OptionSpec | undefined;
+    if (!spec) {
+      const flags = names.map((option) => `--${option}`);
+      const found = token.rawName;
+      throw new OTAError(`${name} has no option ${found}${hint(found, flags)}`, 2);
+    }
+    if (spec.type === "string" && (token.value === undefined || token.value === "")) {
+      throw new OTAError(`--${token.name} needs a value: --${token.name} ${spec.value}`, 2);
+    }
+    if (spec.type === "boolean" && token.value !== undefined) {
+      throw new OTAError(`--${token.name} takes no value, found ${token.value}`, 2);
+    }
+  }
+  return values as Given;
+}
+
+/** `; did you mean X?` for the nearest of the candidates, when one is near. */
+function hint(found: string, candidates: readonly string[]): string {
+  const near = candidates
+    .map((candidate) => ({ candidate, distance: editDistance(found, candidate) }))
+    .sort((a, b) => a.distance - b.distance)[0];
+  return near && near.distance <= 2 ? `; did you mean ${near.candidate}?` : "";
+}
+
+/** Levenshtein's distance: how many characters to add, drop or replace. */
+function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= b.length; j++) {
+      const replaced = row[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1);
+      next.push(Math.min(replaced, row[j]! + 1, next[j - 1]! + 1));
+    }
+    row = next;
+  }
+  return row[b.length]!;
+}
+
+function numberOption(given: Given, name: "port" | "jobs" | "timeout" | "check-timeout") {
+  const text = given[name];
+  if (text === undefined) return undefined;
+  const limits = {
+    port: [0, 65535],
+    jobs: [1, 64],
+    timeout: [1, 3600],
+    "check-timeout": [1, 86400],
+  };
+  const [low, high] = limits[name] as [number, number];
+  const value = /^\d+$/.test(text) ? Number(text) : NaN;
+  if (value >= low && value <= high) return value;
+  throw new OTAError(`--${name} expects a whole number from ${low} to ${high}, found ${text}`, 2);
+}
+
+/** Reads `90`, `90s`, `10m` or `1h` as seconds. */
+function parseDuration(text: string): number {
+  const [, amount, unit] = /^(\d+)(s|m|h|)$/.exec(text) ?? [];
+  const seconds = Number(amount) * { s: 1, m: 60, h: 3600, "": 1 }[unit as "s" | "m" | "h" | ""];
+  if (seconds >= 1) return seconds;
+  throw new OTAError(`--every expects a duration such as 30s, 10m or 1h, found ${text}`, 2);
+}
+
+/** Aborts when a person or the system asks the process to end. */
+function interruption(reason: string): AbortSignal {
+  const interrupted = new AbortController();
+  const abort = () => interrupted.abort(new OTAError(reason));
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, abort);
+  return interrupted.signal;
+}
+
+/** Bytes for people: `812 B`, `4.1 KB`, `1.5 MB`. */
+function formatBytes(bytes: number): string {
+  if (bytes < 1000) return `${bytes} B`;
+  const power = Math.min(Math.floor(Math.log10(bytes) / 3), 4);
+  return `${(bytes / 1000 ** power).toFixed(1)} ${" KMGT"[power]}B`;
+}
+
+// ── serve and manifest ──
+
+async function runServe(given: Given): Promise<number> {
+  const out = Bun.stdout.writer();
+  const flush = setInterval(() => out.flush(), 100);
+  const log = (line: string) => void out.write(`${line}\n`);
+  const { root, host, url, ignore, latest } = given;
+  const options = { root, host, url, ignore, latest, port: numberOption(given, "port"), log };
+  const server = serve(options);
+  const stopped = new Promise((done) => {
+    interruption("stopped").addEventListener("abort", done, { once: true });
+  });
+  for (const line of describeServer(server, given)) log(line);
+  const { releases } = server;
+  const surprises = [...releases.warnings(), ...releases.boardWarningsOfAll()];
+  for (const line of surprises) console.error(`warning: ${line}`);
+  await out.flush();
+  await stopped;
+  // A second Ctrl-C does not wait.
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => process.exit(0));
+  await server.stop();
+  clearInterval(flush);
+  await out.end();
+  return 0;
+}
+
+/** What a server says of itself once it listens. */
+function* describeServer({ url, releases }: OTAServer, given: Given): Generator<string> {
+  const local = `http://127.0.0.1:${url.port}`;
+  const isAny = given.host === undefined || given.host === "0.0.0.0" || given.host === "::";
+  const address = given.url ?? (isAny ? local : url.origin);
+  yield `ota.ts ${TOOL_VERSION} serves ${releases.root} at ${isAny ? local : url.origin}`;
+  for (const { name, files } of releases.versions) {
+    const bytes = [...files.values()].reduce((sum, { size }) => sum + size, 0);
+    yield `version  ${name.padEnd(12)} ${files.size} files, ${formatBytes(bytes)}`;
+  }
+  for (const { name, file, size } of releases.firmware) {
+    yield `firmware ${name.padEnd(12)} ${file}, ${formatBytes(size)}`;
+  }
+  const shown = 20;
+  for (const { path, reason } of releases.ignored.slice(0, shown)) {
+    yield `ignored  ${printable(path)}: ${reason}`;
+  }
+  const more = releases.ignored.length - shown;
+  if (more > 0) yield `ignored  and ${more} more`;
+  const oldest = releases.versions[0]?.name ?? releases.firmware[0]?.name ?? "1.0.0";
+  yield `try      curl '${address}/manifest.json?current_ver=${oldest}'`;
+}
+
+function runManifest(given: Given): number {
+  const { root = ".", ignore, latest } = given;
+  const base = baseURL(given.url ?? "http://127.0.0.1:8000");
+  const releases = new Releases(root, { ignore, latest });
+  const manifest = releases.manifestFor({ current_ver: given.ver }, base);
+  const surprises = [...releases.warnings(), ...releases.boardWarnings(manifest)];
+  for (const line of surprises) console.error(`warning: ${line}`);
+  return say(JSON.stringify(manifest, null, 2), 0);
+}
+
+// ── client, rollback and status ──
+
+async function runClient(given: Given): Promise<number> {
+  const { ver, server = "http://127.0.0.1:8000", every } = given;
+  if (ver !== undefined && !isReleaseName(ver)) {
+    throw new OTAError(`--ver expects a release name (${RELEASE_NAME_RULE}), found ${ver}`, 2);
+  }
+  const pause = every === undefined ? undefined : parseDuration(every);
+  const check = given.check && {
+    command: given.check,
+    timeout: numberOption(given, "check-timeout") ?? 60,
+  };
+  const signal = interruption("interrupted; the device is as it was");
+  const watcher = progressWatcher();
+  const { id, repair, retry, restart } = given;
+  const device = new HttpOTA(server, {
+    ...{ root: given.root ?? "device", ver, id, repair, retry, restart, signal },
+    jobs: numberOption(given, "jobs"),
+    timeout: numberOption(given, "timeout"),
+    ...(check && { check }),
+    report: watcher.report,
+  });
+  const once = async () => {
+    const outcome = await device.update().finally(watcher.end);
+    return say(outcomeLine(outcome), exitCode(outcome));
+  };
+  if (pause === undefined) return once();
+
+  for (let failures = 0; ;) {
+    try {
+      await once();
+      failures = 0;
+    } catch (error) {
+      if (signal.aborted) return 0;
+      if (error instanceof OTAError && error.exitCode === 2) throw error;
+      console.error(`ota.ts: ${errorText(error)}`);
+      failures++;
+    }
+    // Twice as long after each failure, to sixteen times; and never all devices at once.
+    const wait = pause * 2 ** Math.min(failures, 4) * (0.9 + 0.2 * Math.random());
+    const stopped = await sleep(wait, signal).catch(() => true);
+    if (stopped) return 0;
+  }
+}
+
+function outcomeLine({ result, from, to, firmware }: Outcome): string {
+  if (result === "rolled back") return `rolled back ${to} -> ${from}`;
+  if (result === "not tried")
+    return `not tried ${to}: it failed before (--retry tries it); on ${from}`;
+  if (result === "up to date") return `up to date ${to}`;
+  const flashed = firmware ? ` (firmware ${firmware.from} -> ${firmware.to})` : "";
+  return `updated ${from} -> ${to}${flashed}`;
+}
+
+function exitCode({ result }: Outcome): number {
+  return result === "updated" || result === "up to date" ? 0 : 3;
+}
+
+/** Shows what happens on stderr: a bar on a terminal, else a line a file. */
+function progressWatcher(): { report: (event: OTAEvent) => void; end: () => void } {
+  const terminal = process.stderr.isTTY;
+  const started = performance.now();
+  let drawn = 0;
+  const clear = () => {
+    if (drawn > 0) process.stderr.write("\r\x1b[K");
+    drawn = 0;
+  };
+  const report = (event: OTAEvent) => {
+    if (event.kind === "note") {
+      clear();
+      console.error(`ota.ts: ${event.text}`);
+    } else if (event.kind === "fetched" && !terminal) {
+      console.error(`fetched ${event.path} (${formatBytes(event.size)})`);
+    } else if (event.kind === "progress" && terminal && performance.now() - drawn > 100) {
+      drawn = performance.now();
+      process.stderr.write(`\r\x1b[K${progressBar(event.received, event.total, drawn - started)}`);
+    }
+  };
+  return { report, end: clear };
+}
+
+function progressBar(received: number, total: number, milliseconds: number): string {
+  const rate = received / (milliseconds / 1000);
+  const speed = `${formatBytes(received)}, ${formatBytes(Math.round(rate))}/s`;
+  if (!(total > 0)) return speed;
+  const width = 24;
+  const done = Math.min(width, Math.max(0, Math.round((width * received) / total)));
+  const left = rate > 0 ? Math.ceil((total - received) / rate) : 0;
+  return `[${"#".repeat(done).padEnd(width)}] ${speed}, ${left} s left`;
+}
+
+async function runRollback(given: Given): Promise<number> {
+  const watcher = progressWatcher();
+  const options = { restart: given.restart, report: watcher.report };
+  return say(outcomeLine(await rollBack(given.root ?? "device", given.force, options)), 0);
+}
+
+async function runStatus(given: Given): Promise<number> {
+  const root = given.root ?? "device";
+  const found = await status(root, { report: progressWatcher().report });
+  if (given.json) return say(JSON.stringify(found, null, 2), 0);
+  const lines = Object.entries(found).map(([name, value]) => {
+    const list = Array.isArray(value) ? value.join(", ") || "none" : value;
+    const firmware =
+      name === "firmware" && value ? `${found.firmware!.version} (${found.firmware!.file})` : list;
+    return `${`${name}:`.padEnd(18)}${firmware ?? "none"}`;
+  });
+  return say(lines.join("\n"), 0);
+}
+
+if (import.meta.main) process.exitCode = await main(process.argv.slice(2));

@@ -1,0 +1,408 @@
+// A board to run the example's Python on: MicroPython compiled to WebAssembly, a flash that
+// survives resets, and a power switch that can be pulled at any file operation.
+//
+// Each start is a new interpreter. All files are in Emscripten's memory file system, so its
+// functions are the flash driver: they are counted, and at the chosen one a PowerCut is thrown,
+// which leaves the interpreter for good; not one more line of Python runs. What a board would lose
+// then is lost too: of a file that was open for writing nothing is certain.
+import { join } from "node:path";
+import {
+  loadMicroPython,
+  type FileSystem,
+  type MicroPython,
+  type Stream,
+} from "@micropython/micropython-webassembly-pyscript";
+import type { Link } from "./link.ts";
+
+/** How a start ended: Python ran to its end, or what took the power away. */
+export type End = "done" | "error" | "reset" | "cut";
+
+export interface Start {
+  end: End;
+  /** The Python error, if there was one. */
+  error: string;
+  /** What was printed. */
+  output: string[];
+  /** The file operations, each in words. */
+  operations: string[];
+}
+
+export interface Options {
+  /** The power goes before this file operation, counted from 0. */
+  cutAt?: number;
+  /** Chooses what becomes of files that were open for writing then. */
+  torn?: number;
+  /** Bytes of heap. */
+  heap?: number;
+  /** The heap cannot grow beyond that. */
+  hardHeap?: boolean;
+}
+
+class PowerCut {
+  constructor(readonly end: "reset" | "cut" | "done") {}
+}
+
+/** The parts of a MEMFS path that are no flash of a board. */
+const NOT_FLASH = new Set(["dev", "home", "proc", "tmp", "stand", "hw"]);
+const WRITES = 3; // O_WRONLY | O_RDWR
+const CREATES = 64 | 512; // O_CREAT | O_TRUNC
+
+const standins = join(import.meta.dir, "standins");
+
+const ERRNO = { EEXIST: 20, EXDEV: 75, ENOSPC: 28 /* as a board says it */ };
+
+export type Kind = "esp32" | "pycom" | "plain";
+
+export class Board {
+  /** Path to content, below / of the board. */
+  files = new Map<string, Uint8Array>();
+  directories = new Set<string>();
+  /** Bytes that all files together may have. */
+  capacity = Infinity;
+  /** LoRa: what was sent, and the downlinks that wait. */
+  uplinks: Uint8Array[] = [];
+  downlinks: Uint8Array[] = [];
+  /** The power goes after that many uplinks, at the latest. */
+  uplinksLeft = Infinity;
+
+  constructor(
+    readonly kind: Kind,
+    readonly link: Link,
+  ) {
+    if (kind === "plain") return;
+    const [first, second] = this.slots();
+    this.files.set("/hw/otadata", text(JSON.stringify({ boot: first, running: first })));
+    this.files.set(`/hw/${first}`, text("\xe9 the firmware from the factory"));
+    this.files.set(`/hw/${second}`, new Uint8Array(0));
+    this.directories.add("/hw");
+  }
+
+  slots(): [string, string] {
+    return this.kind === "pycom" ? ["Factory", "ota_0"] : ["ota_0", "ota_1"];
+  }
+
+  /** Where `flash/` of a release is on this board. */
+  get home(): string {
+    return this.kind === "pycom" ? "/flash" : "";
+  }
+
+  write(path: string, content: Uint8Array | string): void {
+    this.files.set(path, typeof content === "string" ? text(content) : content);
+    for (let at = path.indexOf("/", 1); at > 0; at = path.indexOf("/", at + 1)) {
+      this.directories.add(path.slice(0, at));
+    }
+  }
+
+  read(path: string): string | undefined {
+    const content = this.files.get(path);
+    return content && new TextDecoder().decode(content);
+  }
+
+  copy(): Board {
+    const other = new Board(this.kind, this.link);
+    other.files = new Map(this.files);
+    other.directories = new Set(this.directories);
+    other.capacity = this.capacity;
+    return other;
+  }
+
+  /** Everything but what belongs to the updater: the release, and what the application made. */
+  tree(): Record<string, string> {
+    const out: Record<string, string> = {};
+    for (const path of [...this.files.keys()].sort()) {
+      if (path.includes("/.ota/") || path.startsWith("/hw/")) continue;
+      out[path] = Buffer.from(this.files.get(path)!).toString("base64");
+    }
+    return out;
+  }
+
+  /** The firmware that runs: its first bytes tell which one it is. */
+  firmware(): Uint8Array {
+    return this.files.get(`/hw/${this.otadata().running}`)!;
+  }
+
+  otadata(): Record<string, string> {
+    return JSON.parse(this.read("/hw/otadata")!) as Record<string, string>;
+  }
+
+  /** What the bootloader does before Python starts. */
+  #bootloader(): void {
+    if (this.kind === "plain") return;
+    const data = this.otadata();
+    const image = (slot: string) => this.files.get(`/hw/${slot}`)!;
+    const boot = data.boot!;
+    const [first, second] = this.slots();
+    const other = boot === first ? second : first;
+    if (this.kind === "esp32" && data[boot] === "pending") {
+      // Started once and not marked valid: never again.
+      data[boot] = "aborted";
+      data.boot = other;
+    } else if (image(boot)[0] !== 0xe9) data.boot = other;
+    else if (data[boot] === "new") data[boot] = "pending";
+    data.running = data.boot!;
+    this.write("/hw/otadata", JSON.stringify(data));
+  }
+
+  /** Starts the board and runs `code` after `boot.py`, unless `boot` is false. */
+  async start(code = "", options: Options & { boot?: boolean } = {}): Promise<Start> {
+    this.#bootloader();
+    const result: Start = { end: "done", error: "", output: [], operations: [] };
+    const mp = await loadMicroPython({
+      heapsize: options.heap ?? 128 * 1024,
+      stdout: (line) => void result.output.push(line),
+      stderr: (line) => void result.output.push(line),
+    });
+    const { FS } = mp;
+    this.#load(FS);
+    this.#devices(FS);
+    const open = this.#driver(FS, result, options);
+    const path = this.kind === "pycom" ? ["", "/flash", "/flash/lib"] : ["", ".frozen", "/lib"];
+    const setup = [
+      `import sys, os`,
+      `sys.path[:] = ${JSON.stringify(["/stand", ...path])}`,
+      `os.chdir(${JSON.stringify(this.home || "/")})`,
+      `del sys, os`,
+    ].join("\n");
+    if (options.hardHeap) freezeHeap(mp);
+    try {
+      mp.runPython(setup);
+      if (options.boot !== false) mp.runPython(`execfile("${this.home}/boot.py")`);
+      if (code) mp.runPython(code);
+    } catch (error) {
+      if (error instanceof PowerCut) result.end = error.end;
+      else {
+        result.end = "error";
+        result.error = String(error instanceof Error ? error.message : error);
+      }
+    }
+    if (options.hardHeap) thawHeap();
+    this.#save(FS);
+    if (result.end === "cut") this.#tear(open, options.torn ?? 0);
+    return result;
+  }
+
+  /** Starts the board until it stays up; returns all that was printed. */
+  async settle(limit = 8): Promise<string[]> {
+    const output: string[] = [];
+    for (let i = 0; i < limit; i++) {
+      const { end, output: lines, error } = await this.start();
+      output.push(...lines, ...(error ? [error] : []));
+      if (end === "done") return output;
+    }
+    throw new Error(`the board resets for ever:\n${output.join("\n")}`);
+  }
+
+  #load(FS: FileSystem): void {
+    for (const path of [...this.directories].sort()) FS.mkdir(path);
+    for (const [path, content] of this.files) FS.writeFile(path, content);
+    FS.mkdir("/stand");
+    for (const [name, code] of STANDINS) {
+      if (name === "esp32.py" && this.kind !== "esp32") continue;
+      if (name === "pycom.py" && this.kind !== "pycom") continue;
+      FS.writeFile(`/stand/${name}`, code);
+    }
+  }
+
+  #save(FS: FileSystem): void {
+    this.files = new Map();
+    this.directories = new Set();
+    const walk = (at: string) => {
+      for (const name of FS.readdir(at || "/")) {
+        if (name === "." || name === ".." || (at === "" && NOT_FLASH.has(name) && name !== "hw"))
+          continue;
+        const path = `${at}/${name}`;
+        if (FS.isDir(FS.stat(path).mode)) {
+          this.directories.add(path);
+          walk(path);
+        } else this.files.set(path, new Uint8Array(FS.readFile(path)));
+      }
+    };
+    walk("");
+  }
+
+  /** A file that was open for writing: as far as it got, half, empty, or not there at all. */
+  #tear(open: Set<string>, torn: number): void {
+    for (const path of open) {
+      const content = this.files.get(path);
+      if (!content || path.startsWith("/hw/")) continue;
+      if (torn % 4 === 1) this.files.set(path, content.slice(0, content.length >> 1));
+      if (torn % 4 === 2) this.files.set(path, new Uint8Array(0));
+      if (torn % 4 === 3) this.files.delete(path);
+    }
+  }
+
+  /** Counts and disturbs what Python does to files. Returns the paths that are open for writing. */
+  #driver(FS: FileSystem, result: Start, options: Options): Set<string> {
+    const open = new Set<string>();
+    const paths = new Map<Stream, string>();
+    const isFlash = (path: string) => path !== "/stand" && !/^\/(dev|stand)\//.test(path);
+    const step = (words: string) => {
+      if (result.operations.length === options.cutAt) throw new PowerCut("cut");
+      result.operations.push(words);
+    };
+    const used = () => {
+      let sum = 0;
+      const walk = (at: string) => {
+        for (const name of FS.readdir(at || "/")) {
+          if (name === "." || name === ".." || (at === "" && NOT_FLASH.has(name))) continue;
+          const stat = FS.stat(`${at}/${name}`);
+          if (FS.isDir(stat.mode)) walk(`${at}/${name}`);
+          else sum += stat.size;
+        }
+      };
+      walk("");
+      return sum;
+    };
+    const original = {
+      open: FS.open,
+      close: FS.close,
+      write: FS.write,
+      rename: FS.rename,
+      unlink: FS.unlink,
+      mkdir: FS.mkdir,
+      rmdir: FS.rmdir,
+    };
+    FS.open = (path, flags, mode) => {
+      const writes = typeof flags === "number" && (flags & WRITES) !== 0 && isFlash(path);
+      if (writes && (Number(flags) & CREATES) !== 0) step(`create ${path}`);
+      const stream = original.open(path, flags, mode);
+      if (writes) {
+        open.add(path);
+        paths.set(stream, path);
+      }
+      return stream;
+    };
+    FS.write = (stream, buffer, offset, length, position) => {
+      const path = paths.get(stream);
+      if (path !== undefined) {
+        step(`write ${path} ${length}`);
+        if (
+          this.capacity < Infinity &&
+          !path.startsWith("/hw/") &&
+          used() + length > this.capacity
+        ) {
+          throw new FS.ErrnoError(ERRNO.ENOSPC);
+        }
+      }
+      return original.write(stream, buffer, offset, length, position);
+    };
+    FS.close = (stream) => {
+      const path = paths.get(stream);
+      if (path !== undefined) {
+        step(`close ${path}`);
+        paths.delete(stream);
+        open.delete(path);
+      }
+      original.close(stream);
+    };
+    FS.rename = (from, to) => {
+      step(`rename ${from} ${to}`);
+      const top = (path: string) =>
+        path.startsWith("/sd/") ? "/sd" : path.startsWith("/hw/") ? "/hw" : "";
+      if (top(from) !== top(to)) throw new FS.ErrnoError(ERRNO.EXDEV);
+      // FAT, as Pycom's boards have it, does not rename over a file.
+      if (this.kind === "pycom" && top(from) !== "/hw" && FS.analyzePath(to).exists) {
+        throw new FS.ErrnoError(ERRNO.EEXIST);
+      }
+      original.rename(from, to);
+    };
+    FS.unlink = (path) => {
+      step(`remove ${path}`);
+      original.unlink(path);
+    };
+    FS.mkdir = (path, mode) => {
+      step(`mkdir ${path}`);
+      return original.mkdir(path, mode);
+    };
+    FS.rmdir = (path) => {
+      step(`rmdir ${path}`);
+      original.rmdir(path);
+    };
+    return open;
+  }
+
+  #devices(FS: FileSystem): void {
+    let major = 64;
+    const device = (path: string, ops: Parameters<FileSystem["registerDevice"]>[1]) => {
+      const id = FS.makedev(major++, 0);
+      FS.registerDevice(id, ops);
+      FS.mkdev(path, 0o666, id);
+    };
+    device("/dev/power", {
+      write: () => {
+        throw new PowerCut("reset");
+      },
+    });
+    device("/dev/lora", {
+      write: (_stream, buffer, offset, length) => {
+        this.uplinks.push(new Uint8Array(buffer.slice(offset, offset + length)));
+        if (this.uplinks.length >= this.uplinksLeft) throw new PowerCut("done");
+        return length;
+      },
+      read: (_stream, buffer, offset) => {
+        const next = this.downlinks.shift() ?? new Uint8Array(0);
+        buffer.set(next, offset);
+        return next.length;
+      },
+    });
+    let named = false;
+    let rest: Uint8Array | undefined;
+    device("/dev/tcp", {
+      open: () => {
+        named = false;
+        rest = undefined;
+        if (!this.link.open()) throw new FS.ErrnoError(111);
+      },
+      close: () => this.link.close(),
+      write: (_stream, buffer, offset, length) => {
+        // The first line names the address; this network has only one server.
+        if (named) this.link.send(new Uint8Array(buffer.slice(offset, offset + length)));
+        named = true;
+        return length;
+      },
+      read: (_stream, buffer, offset, length) => {
+        if (rest === undefined) {
+          const piece = this.link.receive();
+          const size = piece?.length ?? 0xffff;
+          buffer.set([size >> 8, size & 0xff], offset);
+          if (size > 0 && size < 0xffff) rest = piece;
+          return 2;
+        }
+        const now = rest.slice(0, length);
+        buffer.set(now, offset);
+        rest = now.length < rest.length ? rest.slice(now.length) : undefined;
+        return now.length;
+      },
+    });
+  }
+}
+
+function text(content: string): Uint8Array {
+  return content.startsWith("\xe9")
+    ? Buffer.from(content, "latin1")
+    : new TextEncoder().encode(content);
+}
+
+const STANDINS = new Map<string, string>();
+for (const name of new Bun.Glob("*.py").scanSync(standins)) {
+  STANDINS.set(name, await Bun.file(join(standins, name)).text());
+}
+
+/**
+ * MicroPython's heap grows when it is full; a board's does not. Takes all other memory of this
+ * interpreter away, and keeps it from getting more.
+ */
+function freezeHeap(mp: MicroPython): void {
+  WebAssembly.Memory.prototype.grow = () => {
+    throw new RangeError("no more memory");
+  };
+  for (let size = 1 << 26; size >= 64;) {
+    if (mp._module._malloc(size) === 0) size >>= 1;
+  }
+}
+
+const grow = WebAssembly.Memory.prototype.grow;
+
+function thawHeap(): void {
+  WebAssembly.Memory.prototype.grow = grow;
+}

@@ -1,0 +1,133 @@
+// A heap like a board's, for MicroPython in WebAssembly.
+//
+// There, the heap grows when it is full, and garbage is collected only between two calls from
+// JavaScript: the collector cannot see WebAssembly's own stack. On a board the heap has a fixed
+// size, and is collected when it is full. Here the heap is kept from growing, and collected at
+// moments that the test chooses: inside a file operation that Python called, where everything that
+// lives is reachable from MicroPython's own stack of Python frames. A board collects more often
+// than that, so what fits here fits there.
+import { loadMicroPython, type MicroPython } from "@micropython/micropython-webassembly-pyscript";
+
+type Options = Parameters<typeof loadMicroPython>[0];
+
+let latest: WebAssembly.Memory | undefined;
+
+/** As loadMicroPython(), and remembers the memory of the interpreter for the functions below. */
+export async function load(options: Options): Promise<MicroPython> {
+  const original = WebAssembly.instantiate;
+  const wrapped = async (bytes: BufferSource, imports?: WebAssembly.Imports) => {
+    const result = await original(bytes, imports);
+    latest = result.instance.exports.memory as WebAssembly.Memory;
+    return result;
+  };
+  WebAssembly.instantiate = wrapped as typeof WebAssembly.instantiate;
+  try {
+    return await loadMicroPython(options);
+  } finally {
+    WebAssembly.instantiate = original;
+  }
+}
+
+/** Where the interpreter counts how deep calls from JavaScript are nested; it collects at 0. */
+let depthAt: number | undefined;
+
+async function findDepth(): Promise<number> {
+  const mp = await load({ heapsize: 64 * 1024 });
+  const memory = latest!;
+  const look = () => new Int32Array(memory.buffer.slice(0));
+  const seen: Int32Array[] = [];
+  const code = "f = open('/dev/probe', 'wb')\nf.write(b'x')\nf.close()";
+  const id = mp.FS.makedev(64, 0);
+  mp.FS.registerDevice(id, {
+    write: (_stream, _buffer, _offset, length) => {
+      seen.push(look());
+      if (seen.length < 3) mp.runPython(code);
+      return length;
+    },
+  });
+  mp.FS.mkdev("/dev/probe", 0o666, id);
+  mp.runPython("0");
+  const before = look();
+  mp.runPython(code);
+  const found: number[] = [];
+  for (let i = 0; i < before.length; i++) {
+    if (before[i] === 0 && seen.every((words, depth) => words[i] === depth + 1)) found.push(i);
+  }
+  if (found.length !== 1) throw new Error(`found ${found.length} places for the depth of calls`);
+  return found[0]!;
+}
+
+export class FixedHeap {
+  /** The most bytes that were alive after a collection. */
+  live = 0;
+  /** The most bytes that were taken before one, garbage and all. */
+  taken = 0;
+  collections = 0;
+  #mp: MicroPython;
+  #memory: WebAssembly.Memory;
+  #reserve = 0;
+  #grow = WebAssembly.Memory.prototype.grow;
+  #note: (taken: number, live: number) => void;
+
+  /** Loads an interpreter whose heap is `size` bytes and stays so. */
+  static async load(options: Options & { heapsize: number }): Promise<[MicroPython, FixedHeap]> {
+    depthAt ??= await findDepth();
+    const mp = await load(options);
+    return [mp, new FixedHeap(mp)];
+  }
+
+  private constructor(mp: MicroPython) {
+    this.#mp = mp;
+    this.#memory = latest!;
+    const numbers: number[] = [];
+    this.#note = (taken, live) => {
+      numbers.push(taken, live);
+      this.taken = Math.max(this.taken, taken);
+      this.live = Math.max(this.live, live);
+    };
+    const id = mp.FS.makedev(63, 0);
+    mp.FS.registerDevice(id, {
+      write: (_stream, buffer, offset, length) => {
+        const words = new TextDecoder().decode(new Uint8Array(buffer.slice(offset, offset + length)));
+        this.#memo = Number(words);
+        return length;
+      },
+    });
+    mp.FS.mkdev("/dev/memo", 0o666, id);
+    mp.runPython(`def _memo():\n import gc\n f = open("/dev/memo", "wb")\n f.write(b"%d" % gc.mem_alloc())\n f.close()\n gc.collect()\n`);
+  }
+
+  #memo = 0;
+
+  /** Takes all memory outside the heap away. */
+  freeze(): void {
+    this.#reserve = this.#mp._module._malloc(256);
+    WebAssembly.Memory.prototype.grow = () => {
+      throw new RangeError("this heap does not grow");
+    };
+    const warn = console.error;
+    console.error = () => {};
+    for (let size = 1 << 26; size >= 32; ) if (this.#mp._module._malloc(size) === 0) size >>= 1;
+    console.error = warn;
+  }
+
+  thaw(): void {
+    WebAssembly.Memory.prototype.grow = this.#grow;
+  }
+
+  /** Collects garbage, now, in the middle of a call from Python. */
+  collect(): void {
+    const words = new Int32Array(this.#memory.buffer);
+    const depth = words[depthAt!]!;
+    this.#mp._module._free(this.#reserve);
+    this.#mp.runPython("_memo()");
+    const taken = this.#memo;
+    words[depthAt!] = 0;
+    this.#mp.runPython("_memo()");
+    this.#mp.runPython("_memo()");
+    words[depthAt!] = depth;
+    this.#reserve = this.#mp._module._malloc(256);
+    this.#note(taken, this.#memo);
+    this.collections++;
+  }
+}

@@ -1,0 +1,84 @@
+// The network side of link.ts: real TCP connections in a thread of their own, one at a time.
+import { connect, type Socket } from "node:net";
+
+declare const self: Worker;
+
+let socket: Socket | undefined;
+let inbox: Uint8Array[] = [];
+let ended = false;
+let waiting: (() => void) | undefined;
+let state: Int32Array;
+let data: Uint8Array;
+
+function reply(status: number, bytes?: Uint8Array): void {
+  if (bytes) data.set(bytes);
+  Atomics.store(state, 1, status);
+  Atomics.store(state, 0, 1);
+  Atomics.notify(state, 0);
+}
+
+function receive(): void {
+  const next = inbox.shift();
+  if (next) {
+    const now = next.subarray(0, data.length);
+    if (next.length > now.length) inbox.unshift(next.subarray(now.length));
+    reply(now.length, now);
+  } else if (ended) reply(0);
+  else waiting = receive;
+}
+
+function wake(): void {
+  const then = waiting;
+  waiting = undefined;
+  then?.();
+}
+
+export type Command =
+  | { do: "start"; memory: SharedArrayBuffer }
+  | { do: "open"; port: number }
+  | { do: "send"; bytes: Uint8Array }
+  | { do: "receive" }
+  | { do: "close" };
+
+self.onmessage = ({ data: command }: MessageEvent<Command>) => {
+  switch (command.do) {
+    case "start":
+      state = new Int32Array(command.memory, 0, 2);
+      data = new Uint8Array(command.memory, 8);
+      return reply(0);
+    case "open": {
+      inbox = [];
+      ended = false;
+      let open = false;
+      const mine = connect(command.port, "127.0.0.1");
+      socket = mine;
+      mine.on("connect", () => {
+        open = true;
+        reply(0);
+      });
+      mine.on("data", (bytes: Uint8Array) => {
+        if (socket !== mine) return;
+        inbox.push(bytes);
+        wake();
+      });
+      mine.on("error", () => {
+        if (!open) reply(-1);
+      });
+      mine.on("close", () => {
+        if (socket !== mine) return;
+        ended = true;
+        wake();
+      });
+      return;
+    }
+    case "send":
+      socket?.write(command.bytes);
+      return reply(0);
+    case "receive":
+      return receive();
+    case "close":
+      socket?.destroy();
+      socket = undefined;
+      return reply(0);
+  }
+};

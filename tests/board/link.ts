@@ -1,0 +1,95 @@
+// A network for Python, which can only wait: real TCP connections to a server on this machine,
+// used synchronously. A worker holds the connection; this thread sleeps until it answers.
+//
+// It hands out what arrives in pieces of its own choice, and can break: the ways in which a real
+// network disturbs a reader, on demand and always the same.
+import type { Command } from "./link-worker.ts";
+
+export interface Weather {
+  /** The size of the next piece; `total` bytes of this response were handed out before. */
+  piece?: (total: number) => number;
+  /** After that many bytes of a response the connection ends. */
+  cutAfter?: number;
+  /** After that many bytes of a response nothing comes any more. */
+  silentAfter?: number;
+  /** Only for requests whose first line matches; all without it. */
+  only?: RegExp;
+  /** Changes the bytes of a response on the way. */
+  spoil?: (bytes: Uint8Array, total: number) => Uint8Array;
+}
+
+export class Link {
+  weather: Weather = {};
+  /** The first line of every request. */
+  readonly requests: string[] = [];
+  #worker = new Worker(new URL("./link-worker.ts", import.meta.url).href);
+  #state: Int32Array;
+  #data: Uint8Array;
+  #inbox = new Uint8Array(0);
+  #total = 0;
+  #line = "";
+
+  constructor(public port: number) {
+    const memory = new SharedArrayBuffer(8 + 65536);
+    this.#state = new Int32Array(memory, 0, 2);
+    this.#data = new Uint8Array(memory, 8);
+    this.#ask({ do: "start", memory });
+  }
+
+  #ask(command: Command): number {
+    Atomics.store(this.#state, 0, 0);
+    this.#worker.postMessage(command);
+    if (Atomics.wait(this.#state, 0, 0, 10_000) === "timed-out") {
+      throw new Error(`the network does not answer: ${command.do}`);
+    }
+    return this.#state[1]!;
+  }
+
+  /** Opens a connection; false if nobody listens. */
+  open(): boolean {
+    this.#inbox = new Uint8Array(0);
+    this.#total = 0;
+    this.#line = "";
+    return this.#ask({ do: "open", port: this.port }) === 0;
+  }
+
+  send(bytes: Uint8Array): void {
+    if (!this.#line.includes("\r\n")) {
+      this.#line += new TextDecoder().decode(bytes);
+      if (this.#line.includes("\r\n")) this.requests.push(this.#line.split("\r\n")[0]!);
+    }
+    this.#ask({ do: "send", bytes: bytes.slice() });
+  }
+
+  /** The next piece, empty at the end of the connection; undefined when none comes. */
+  receive(): Uint8Array | undefined {
+    const line = this.#line.split("\r\n")[0]!;
+    const weather = !this.weather.only || this.weather.only.test(line) ? this.weather : {};
+    const cut = weather.cutAfter ?? Infinity;
+    const silent = weather.silentAfter ?? Infinity;
+    if (this.#total >= silent) return undefined;
+    if (this.#total >= cut) return new Uint8Array(0);
+    if (this.#inbox.length === 0) {
+      const size = this.#ask({ do: "receive" });
+      this.#inbox = new Uint8Array(this.#data.subarray(0, size));
+    }
+    const size = Math.min(
+      weather.piece?.(this.#total) ?? 512,
+      cut - this.#total,
+      silent - this.#total,
+    );
+    let piece = this.#inbox.slice(0, size);
+    this.#inbox = this.#inbox.slice(piece.length);
+    if (weather.spoil && piece.length > 0) piece = weather.spoil(piece, this.#total);
+    this.#total += piece.length;
+    return piece;
+  }
+
+  close(): void {
+    this.#ask({ do: "close" });
+  }
+
+  stop(): void {
+    this.#worker.terminate();
+  }
+}

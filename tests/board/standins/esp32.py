@@ -1,0 +1,61 @@
+# Stands in for esp32 on a board with two firmware slots. The test is the
+# bootloader: between two starts it reads what is written here.
+
+import json
+import os
+
+SIZE = 65536
+
+
+def _read():
+    with open("/hw/otadata") as f:
+        return json.load(f)
+
+
+def _write(data):
+    with open("/hw/otadata.new", "w") as f:
+        f.write(json.dumps(data))
+    os.rename("/hw/otadata.new", "/hw/otadata")
+
+
+class Partition:
+    BOOT = 0
+    RUNNING = 1
+
+    def __init__(self, name):
+        self.name = _read()["running"] if name == Partition.RUNNING else name
+        self.path = "/hw/" + self.name
+        os.stat(self.path)
+
+    def info(self):
+        return (0, 16, 0x10000, SIZE, self.name, False)
+
+    def get_next_update(self):
+        return Partition("ota_1" if self.name == "ota_0" else "ota_0")
+
+    def readblocks(self, n, buf):
+        with open(self.path, "rb") as f:
+            f.seek(n * 4096)
+            f.readinto(buf)
+
+    def writeblocks(self, n, buf):
+        assert len(buf) == 4096 and self.name != _read()["running"]
+        with open(self.path, "r+b") as f:
+            f.seek(n * 4096)
+            f.write(buf)
+
+    def set_boot(self):
+        with open(self.path, "rb") as f:
+            if f.read(1) != b"\xe9":
+                raise OSError(-5379, "ESP_ERR_OTA_VALIDATE_FAILED")
+        data = _read()
+        data["boot"] = self.name
+        if data["running"] != self.name:
+            data[self.name] = "new"
+        _write(data)
+
+    @classmethod
+    def mark_app_valid_cancel_rollback(cls):
+        data = _read()
+        data[data["running"]] = "valid"
+        _write(data)

@@ -1,0 +1,1038 @@
+/**
+ * The journal against every crash: a model test after MCUboot's simulator.
+ *
+ * A scenario is a list of steps, each a call of the journal or something that the application does.
+ * For each step a model, which knows nothing of journals, says what the device is afterwards. Then
+ * the scenario is played again and again on a disk in memory, and at each single operation the
+ * process is killed or the power is cut, which loses what was not synced. A fresh journal opens what
+ * is left, and is itself killed or cut off at each of its operations; the one after that must find
+ * the device as it was before or after the step that was cut off, byte for byte, and from there the
+ * rest of the scenario must work. The same is done with operations that fail.
+ *
+ * Random trees with random changes follow the scenarios. Set SEED to repeat a run.
+ */
+
+import { afterAll, describe, expect, test } from "bun:test";
+import type { ActiveFirmware, Change, Installed } from "../ota.ts";
+import { Journal, LooseVersion, OTAError, readFirmware } from "../ota.ts";
+import type { Fault, PowerCut } from "./helpers/memory-disk.ts";
+import { MemoryDisk } from "./helpers/memory-disk.ts";
+import { Random } from "./helpers/random.ts";
+
+const ROOT = "/device";
+const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
+const counts = { crashes: 0, recoveries: 0, faults: 0, trees: 0 };
+
+console.log(`journal: SEED=${SEED}`);
+
+// ── The model: what a device is, and what each step makes of it. ──
+
+/** What a release has: path → content. */
+type Files = Record<string, string>;
+
+interface Release {
+  version: string;
+  files: Files;
+  /** Its firmware image; the firmware has the version of the release. */
+  firmware?: string;
+}
+
+interface UpdateOptions {
+  check?: boolean;
+  restart?: string;
+  /** Place every file, as a repair does, also those that are the same. */
+  whole?: boolean;
+}
+
+/** A device outside of `.ota`, and what can be told of the inside. */
+interface World {
+  /** Path → mode and content, as in `644 text`. */
+  files: ReadonlyMap<string, string>;
+  directories: ReadonlySet<string>;
+  firmware: ActiveFirmware | null;
+  slots: readonly [string | null, string | null];
+  installed: Installed | null;
+  starts: number | null;
+  failed: readonly string[];
+  restart: string | null;
+  damaged: boolean;
+  /** What going back needs; `null` when there is nothing to go back to. */
+  undo: Undo | null;
+}
+
+interface Undo {
+  before: World;
+  /** Paths that the update put or removed. */
+  touched: ReadonlySet<string>;
+  put: ReadonlySet<string>;
+  made: readonly string[];
+  removed: readonly string[];
+  failure: string;
+  restart: string | null;
+}
+
+const EMPTY_WORLD: World = {
+  files: new Map(),
+  directories: new Set(),
+  firmware: null,
+  slots: [null, null],
+  installed: null,
+  starts: null,
+  failed: [],
+  restart: null,
+  damaged: false,
+  undo: null,
+};
+
+const sha256 = (text: string): string => new Bun.CryptoHasher("sha256").update(text).digest("hex");
+const encode = (text: string): Uint8Array => new TextEncoder().encode(text);
+const decode = (bytes: Uint8Array): string => new TextDecoder().decode(bytes);
+
+function above(path: string): string[] {
+  const parts = path.split("/");
+  return parts.slice(1).map((_, i) => parts.slice(0, i + 1).join("/"));
+}
+
+/** What an update from what is installed to a release puts and removes. */
+function difference(
+  world: World,
+  release: Release,
+  { whole = false }: UpdateOptions,
+): { put: Map<string, string>; remove: string[] } {
+  const known = world.installed?.files ?? {};
+  const entries = Object.entries(release.files);
+  const put = entries.filter(([path, text]) => whole || known[path] !== sha256(text));
+  const remove = Object.keys(known).filter((path) => !(path in release.files));
+  return { put: new Map(put), remove: remove.filter((path) => world.files.has(path)) };
+}
+
+function updated(world: World, release: Release, options: UpdateOptions = {}): World {
+  const { put, remove } = difference(world, release, options);
+  const files = new Map(world.files);
+  const directories = new Set(world.directories);
+  const made: string[] = [];
+  const removed: string[] = [];
+  for (const path of remove) files.delete(path);
+  // A directory that the release leaves empty goes, but for those at the top.
+  const isEmpty = (directory: string): boolean => {
+    const isBelow = (path: string): boolean => path.startsWith(`${directory}/`);
+    return ![...files.keys(), ...directories].some(isBelow);
+  };
+  for (const directory of [...new Set(remove.flatMap(above))].sort().reverse()) {
+    const isNeeded = [...put.keys()].some((path) => path.startsWith(`${directory}/`));
+    if (isNeeded || !isEmpty(directory)) continue;
+    if (!directory.includes("/")) continue;
+    directories.delete(directory);
+    removed.unshift(directory);
+  }
+  for (const path of put.keys()) {
+    for (const directory of [...directories].sort().reverse()) {
+      if (directory !== path && !directory.startsWith(`${path}/`)) continue;
+      directories.delete(directory);
+      removed.unshift(directory);
+    }
+  }
+  for (const [path, text] of put) {
+    for (const directory of above(path)) {
+      if (directories.has(directory)) continue;
+      directories.add(directory);
+      made.push(directory);
+    }
+    const mode = world.files.get(path)?.split(" ", 1)[0] ?? "644";
+    files.set(path, `${mode} ${text}`);
+  }
+  let { firmware, slots } = world;
+  if (release.firmware !== undefined) {
+    const slot = firmware?.slot === 0 ? 1 : 0;
+    firmware = { version: release.version, slot };
+    slots = slot === 0 ? [release.firmware, slots[1]] : [slots[0], release.firmware];
+  }
+  const installed = installedBy(world, release);
+  return {
+    files,
+    directories,
+    firmware,
+    slots,
+    installed,
+    starts: options.check ? 0 : null,
+    failed: options.check ? world.failed : failuresAfter(world, release.version),
+    restart: options.restart ?? null,
+    damaged: false,
+    undo: {
+      before: world,
+      touched: new Set([...put.keys(), ...remove]),
+      put: new Set(put.keys()),
+      made: made.reverse(),
+      removed,
+      failure: `${release.version} ${digestOf(release)}`,
+      restart: options.restart ?? null,
+    },
+  };
+}
+
+function installedBy(world: World, { version, files }: Release): Installed {
+  const hashes = Object.entries(files).map(([path, text]) => [path, sha256(text)]);
+  const previous_version = world.installed?.version ?? null;
+  return { version, previous_version, files: Object.fromEntries(hashes) };
+}
+
+const digestOf = (release: Release): string => sha256(JSON.stringify(release));
+
+function failuresAfter(world: World, version: string): string[] {
+  return world.failed.filter((failure) => {
+    return new LooseVersion(failure.split(" ")[0]!).compare(version) > 0;
+  });
+}
+
+/** The way back; what the application made meanwhile stays. */
+function rolledBack(world: World): World {
+  const { before, touched, put, made, removed, failure, restart } = world.undo!;
+  const files = new Map(world.files);
+  const directories = new Set(world.directories);
+  for (const path of put) files.delete(path);
+  const inUse = (directory: string): boolean => {
+    return [...files.keys(), ...directories].some((path) => path.startsWith(`${directory}/`));
+  };
+  for (const directory of made) if (!inUse(directory)) directories.delete(directory);
+  for (const directory of removed) directories.add(directory);
+  for (const path of touched) {
+    const old = before.files.get(path);
+    if (old === undefined) continue;
+    for (const directory of above(path)) directories.add(directory);
+    files.set(path, old);
+    // What the application put where a file of the old release belongs was moved aside.
+    directories.delete(path);
+    for (const other of [...files.keys(), ...directories]) {
+      if (!other.startsWith(`${path}/`)) continue;
+      files.delete(other);
+      directories.delete(other);
+    }
+  }
+  // A file of the application where a directory of the old release belongs was moved aside, too.
+  for (const directory of directories) files.delete(directory);
+  return {
+    ...before,
+    files,
+    directories,
+    starts: null,
+    failed: [...world.failed.filter((other) => other !== failure), failure],
+    restart,
+    damaged: false,
+    undo: null,
+  };
+}
+
+/** What can be seen of a world, as a plain object with its keys in order. */
+function visible(world: World): Record<string, unknown> {
+  const { files, directories, undo, ...rest } = world;
+  const { version, previous_version, files: hashes } = world.installed ?? {};
+  return {
+    ...rest,
+    files: Object.fromEntries([...files].sort(([a], [b]) => (a < b ? -1 : 1))),
+    directories: [...directories].sort(),
+    installed: world.installed && {
+      version,
+      previous_version,
+      files: Object.fromEntries(Object.entries(hashes ?? {}).sort(([a], [b]) => (a < b ? -1 : 1))),
+    },
+    canRollBack: undo !== null,
+  };
+}
+
+const same = (a: unknown, b: unknown): boolean => Bun.deepEquals(a, b, true);
+
+// ── The device: what is really there. ──
+
+/** Looks at a device without asking the journal. */
+function lookAtTree(disk: MemoryDisk): Pick<World, "files" | "directories" | "firmware" | "slots"> {
+  const all = [...disk.walk(ROOT)];
+  const tree = all.filter(([path]) => path !== ".ota" && !path.startsWith(".ota/"));
+  const files = tree.filter(([, { kind }]) => kind === "file");
+  const directories = tree.filter(([, { kind }]) => kind === "directory");
+  const slot = (n: 0 | 1): string | null => {
+    const image = all.find(([path]) => path === `.ota/ota_${n}.bin`)?.[1];
+    return image ? decode(image.data) : null;
+  };
+  return {
+    files: new Map(
+      files.map(([path, { mode, data }]) => [path, `${mode.toString(8)} ${decode(data)}`]),
+    ),
+    directories: new Set(directories.map(([path]) => path)),
+    firmware: readFirmware(ROOT, disk),
+    slots: [slot(0), slot(1)],
+  };
+}
+
+function look(disk: MemoryDisk, journal: Journal): Record<string, unknown> {
+  const { installed, trial, failed, restart } = journal.state;
+  const world = {
+    ...lookAtTree(disk),
+    installed,
+    starts: trial?.starts ?? null,
+    failed: failed.map(({ version, digest }) => `${version} ${digest}`),
+    restart,
+    damaged: journal.damaged.length > 0,
+    undo: null,
+  };
+  return { ...visible(world), canRollBack: journal.canRollBack };
+}
+
+/** What does the steps: a device with a journal that is open. */
+interface Player {
+  disk: MemoryDisk;
+  journal: Journal;
+  world: World;
+}
+
+interface Step {
+  name: string;
+  do(player: Player): Promise<void> | void;
+  then(world: World): World;
+  /** Done by the application, not by the updater: no crash is tried in it. */
+  apart?: boolean;
+}
+
+/** Gets content staged: in pieces, as from a network, or at once. */
+async function stage(journal: Journal, text: string): Promise<string> {
+  const key = sha256(text);
+  if (journal.isStaged(key)) return key;
+  if (text.length % 2 === 0) return journal.stage(encode(text));
+  const bytes = encode(text);
+  journal.startPart(key, '"tag"');
+  journal.appendPart(key, bytes.subarray(0, bytes.length >> 1));
+  journal.appendPart(key, bytes.subarray(bytes.length >> 1));
+  await journal.finishPart(key);
+  return key;
+}
+
+async function update(
+  { journal, world }: Player,
+  release: Release,
+  options: UpdateOptions,
+): Promise<void> {
+  const { put, remove } = difference(world, release, options);
+  journal.preflight(put.keys(), remove);
+  const keys = new Map<string, string>();
+  for (const [path, text] of put) keys.set(path, await stage(journal, text));
+  const { firmware: image, version } = release;
+  const change: Change = {
+    installed: installedBy(world, release),
+    digest: digestOf(release),
+    put: keys,
+    remove,
+  };
+  if (image !== undefined) change.firmware = { key: await stage(journal, image), version };
+  if (options.check) change.check = { command: "true", timeout: 60 };
+  if (options.restart) change.restart = options.restart;
+  await journal.commit(change);
+}
+
+const steps = {
+  stage: (release: Release): Step => ({
+    name: `stage ${release.version}`,
+    do: async ({ journal }) => {
+      for (const text of Object.values(release.files)) await stage(journal, text);
+    },
+    then: (world) => world,
+  }),
+  update: (release: Release, options: UpdateOptions = {}): Step => ({
+    name: `update to ${release.version}`,
+    do: (player) => update(player, release, options),
+    then: (world) => updated(world, release, options),
+  }),
+  /** A release with the same content. */
+  record: (version: string): Step => ({
+    name: `record ${version}`,
+    do: ({ journal, world }) => journal.record(renamed(world, version)),
+    then: (world) => ({ ...world, installed: renamed(world, version) }),
+  }),
+  countStart: (): Step => ({
+    name: "countStart",
+    do: ({ journal }) => journal.countStart(),
+    then: (world) => ({ ...world, starts: (world.starts ?? 0) + 1 }),
+  }),
+  confirm: (): Step => ({
+    name: "confirm",
+    do: ({ journal }) => journal.confirm(),
+    then: (world) => ({
+      ...world,
+      starts: null,
+      failed: failuresAfter(world, world.installed!.version),
+    }),
+  }),
+  restarted: (): Step => ({
+    name: "restarted",
+    do: ({ journal }) => journal.restarted(),
+    then: (world) => ({ ...world, restart: null }),
+  }),
+  rollBack: (): Step => ({
+    name: "rollBack",
+    do: ({ journal }) => journal.rollBack(),
+    then: rolledBack,
+  }),
+  /** Another process, later. */
+  reopen: (): Step => ({
+    name: "reopen",
+    do: async (player) => {
+      player.journal[Symbol.dispose]();
+      player.journal = await Journal.open(ROOT, player.disk);
+    },
+    then: (world) => world,
+  }),
+  /** The application makes files, and deletes those that are `null`; `a/b/` is a directory. */
+  app: (changes: Record<string, string | null>): Step => ({
+    name: `the application: ${Object.keys(changes).join(", ")}`,
+    apart: true,
+    do: ({ disk }) => {
+      for (const [path, text] of Object.entries(changes)) appChange(disk, path, text);
+      disk.settle();
+    },
+    then: (world) => {
+      const files = new Map(world.files);
+      const directories = new Set(world.directories);
+      for (const [path, text] of Object.entries(changes)) {
+        for (const directory of above(path)) directories.add(directory);
+        if (path.endsWith("/")) {
+          if (text === null) directories.delete(path.slice(0, -1));
+        } else if (text === null) files.delete(path);
+        else files.set(path, `${files.get(path)?.split(" ", 1)[0] ?? "644"} ${text}`);
+      }
+      return { ...world, files, directories };
+    },
+  }),
+  chmod: (path: string, mode: number): Step => ({
+    name: `chmod ${path}`,
+    apart: true,
+    do: ({ disk }) => {
+      disk.chmod(`${ROOT}/${path}`, mode);
+      disk.settle();
+    },
+    then: (world) => {
+      const text = world.files.get(path)!.replace(/^\d+/, mode.toString(8));
+      return { ...world, files: new Map(world.files).set(path, text) };
+    },
+  }),
+  /** A record is damaged, and the next process finds it so. */
+  damage: (record: "state.json" | "journal.json"): Step => ({
+    name: `damage ${record}`,
+    apart: true,
+    do: async (player) => {
+      player.journal[Symbol.dispose]();
+      player.disk.write(`${ROOT}/.ota/${record}`, encode('{"format":1,"ins'));
+      player.journal = await Journal.open(ROOT, player.disk);
+      player.disk.settle();
+    },
+    then: (world) => {
+      if (record === "journal.json") return { ...world, damaged: true, undo: null };
+      const { files, directories, firmware, slots } = world;
+      return { ...EMPTY_WORLD, files, directories, firmware, slots, damaged: true };
+    },
+  }),
+};
+
+function renamed(world: World, version: string): Installed {
+  const { files, version: previous_version } = world.installed!;
+  return { version, previous_version, files };
+}
+
+function appChange(disk: MemoryDisk, path: string, text: string | null): void {
+  for (const directory of above(path)) {
+    if (!disk.stat(`${ROOT}/${directory}`)) disk.mkdir(`${ROOT}/${directory}`);
+  }
+  if (path.endsWith("/")) {
+    if (text === null) disk.rmdir(`${ROOT}/${path}`);
+  } else if (text === null) disk.unlink(`${ROOT}/${path}`);
+  else disk.write(`${ROOT}/${path}`, encode(text));
+}
+
+// ── Playing a scenario, and ending it early. ──
+
+interface Scenario {
+  name: string;
+  /** What the device went through before; nothing goes wrong in it. */
+  before?: Step[];
+  steps: Step[];
+  /** What the application had in the way, and finds below `.ota` at the end. */
+  displaced?: string[];
+}
+
+/** A scenario at its start, with what the model says of it. */
+interface Stage {
+  scenario: Scenario;
+  start: MemoryDisk;
+  /** The device before the first step, and after each. */
+  worlds: World[];
+}
+
+/** How far a play came. */
+interface Outcome {
+  /** How many steps were ended. */
+  progress: number;
+  /** The step that was under way. */
+  step: Step | undefined;
+  error: unknown;
+}
+
+async function play(
+  disk: MemoryDisk,
+  steps: readonly Step[],
+  worlds: readonly World[],
+  progress = 0,
+): Promise<Outcome> {
+  let player: Player | undefined;
+  let step: Step | undefined;
+  try {
+    player = { disk, journal: await Journal.open(ROOT, disk), world: worlds[progress]! };
+    for (; progress < steps.length; progress++) {
+      step = steps[progress]!;
+      player.world = worlds[progress]!;
+      disk.isWatching = step.apart !== true;
+      await step.do(player);
+      disk.isWatching = true;
+      step = undefined;
+    }
+    return { progress, step, error: undefined };
+  } catch (error) {
+    return { progress, step, error };
+  } finally {
+    disk.isWatching = true;
+    player?.journal[Symbol.dispose]();
+  }
+}
+
+async function prepare(scenario: Scenario, links: boolean): Promise<Stage> {
+  const start = new MemoryDisk({ links });
+  const { before = [], steps } = scenario;
+  const all = [EMPTY_WORLD];
+  for (const step of [...before, ...steps]) all.push(step.then(all.at(-1)!));
+  const { error } = await play(start, before, all);
+  if (error) throw error;
+  return { scenario, start: start.clone(), worlds: all.slice(before.length) };
+}
+
+/** Says where something went wrong, so that it can be looked at. */
+class Wrong extends Error {
+  override name = "Wrong";
+}
+
+function wrong(where: string, message: string, found?: unknown, expected?: unknown[]): never {
+  const show = (value: unknown): string => Bun.inspect(value, { depth: 6 });
+  const alternatives = (expected ?? []).map((one) => `\nexpected ${show(one)}`).join("\nor");
+  throw new Wrong(
+    `${where}: ${message} (SEED=${SEED})${found === undefined ? "" : `\nfound ${show(found)}`}` +
+      alternatives,
+  );
+}
+
+/** Before recovery, a path that is in both releases holds its old or its new content. */
+function checkPaths(disk: MemoryDisk, allowed: readonly World[], where: string): void {
+  const { files } = lookAtTree(disk);
+  const [first, ...others] = allowed;
+  for (const [path, content] of first!.files) {
+    const contents = [content, ...others.map((world) => world.files.get(path))];
+    if (contents.includes(undefined) || contents.includes(files.get(path))) continue;
+    wrong(where, `before recovery, ${path} is neither old nor new`, files.get(path), contents);
+  }
+}
+
+/** What is staged under a hash has that hash. */
+function checkStaged(disk: MemoryDisk, where: string): void {
+  for (const [name, { data }] of disk.walk(`${ROOT}/.ota/staged`)) {
+    if (/^[0-9a-f]{64}$/.test(name) && sha256(decode(data)) !== name) {
+      wrong(where, `${name} is staged, and is not what it says`, decode(data));
+    }
+  }
+}
+
+/** What the updater keeps when nothing is under way. */
+function checkLeftovers(
+  disk: MemoryDisk,
+  canRollBack: boolean,
+  scenario: Scenario,
+  undisturbed: boolean,
+): void {
+  const names = disk.list(`${ROOT}/.ota`);
+  const backups = names.filter((name) => name.startsWith("backup-"));
+  const records = names.filter((name) => /json|corrupt/.test(name)).sort();
+  const expected = canRollBack ? ["journal.json", "state.json"] : ["state.json"];
+  expect({ records, backups: backups.length }).toEqual({
+    records: expected,
+    backups: canRollBack ? 1 : 0,
+  });
+  const displaced = names.filter((name) => name.startsWith("displaced-"));
+  const found = displaced.flatMap((name) => {
+    const path = `${ROOT}/.ota/${name}`;
+    if (disk.stat(path)?.kind === "file") return [decode(disk.read(path, 0, 1000))];
+    const files = disk.walk(path).values();
+    return [...files.filter(({ kind }) => kind === "file").map(({ data }) => decode(data))];
+  });
+  const { displaced: precious = [] } = scenario;
+  if (undisturbed) {
+    expect(found.sort()).toEqual(precious);
+    expect(disk.list(`${ROOT}/.ota/staged`)).toEqual([]);
+  } else {
+    // After a crash, files of a release can be in the directory that was moved aside; and what was
+    // staged and not dropped in time goes with the next update.
+    expect(found).toEqual(expect.arrayContaining(precious));
+  }
+}
+
+/** Opens what is left, and says which of the worlds it is. */
+async function recover(
+  disk: MemoryDisk,
+  { worlds }: Stage,
+  allowed: readonly number[],
+  where: string,
+  adapt = (seen: Record<string, unknown>): Record<string, unknown> => seen,
+): Promise<number[]> {
+  const journal = await Journal.open(ROOT, disk);
+  const found = adapt(look(disk, journal));
+  journal[Symbol.dispose]();
+  const expected = allowed.map((i) => adapt(visible(worlds[i]!)));
+  const matches = allowed.filter((_, i) => same(found, expected[i]));
+  if (matches.length === 0) wrong(where, "after recovery it is something else", found, expected);
+  checkStaged(disk, where);
+  return matches;
+}
+
+/** Plays the rest of a scenario, and checks how it ends. */
+async function playOn(
+  disk: MemoryDisk,
+  { scenario, worlds }: Stage,
+  from: number,
+  where: string,
+): Promise<void> {
+  const { error } = await play(disk, scenario.steps, worlds, from);
+  if (error) wrong(where, `going on at step ${from} failed: ${Bun.inspect(error)}`);
+  const journal = await Journal.open(ROOT, disk);
+  const found = look(disk, journal);
+  const expected = visible(worlds.at(-1)!);
+  if (!same(found, expected)) wrong(where, `going on at step ${from}`, found, [expected]);
+  checkLeftovers(disk, journal.canRollBack, scenario, from === 0);
+  if (journal.recovered) wrong(where, "there was something to recover after the end");
+  journal[Symbol.dispose]();
+}
+
+const HOWS = ["kill", "drop", "prefix", "subset", "subset"] as const;
+
+function aftermath(disk: MemoryDisk, how: "kill" | PowerCut, random: Random): MemoryDisk {
+  return how === "kill" ? disk.kill() : disk.powerCut(how, random);
+}
+
+/** How thoroughly what is left after a crash is tried: the chances that it is. */
+interface Effort {
+  /** That recovery is cut off, at each of its operations. */
+  again: number;
+  /** That the rest of the scenario is played. */
+  on: number;
+}
+
+/** Recovers from a crash in every way, also when recovering is cut off. */
+async function survive(
+  disk: MemoryDisk,
+  stage: Stage,
+  allowed: readonly number[],
+  where: string,
+  random: Random,
+  effort: Effort,
+): Promise<void> {
+  const worlds = allowed.map((i) => stage.worlds[i]!);
+  for (const how of HOWS) {
+    counts.crashes++;
+    const left = aftermath(disk, how, random);
+    const here = `${where}, ${how}`;
+    checkPaths(left, worlds, here);
+    const recovered = left.clone();
+    const matches = await recover(recovered, stage, allowed, here);
+    for (let at = 1; at <= recovered.changes; at++) {
+      if (!random.chance(effort.again)) continue;
+      counts.recoveries++;
+      const second = left.clone();
+      second.crashAt(at, random.chance(0.5));
+      await Journal.open(ROOT, second).catch(() => {});
+      const then = random.pick(HOWS);
+      const there = `${here}; recovery at ${at}, ${then}`;
+      if (!second.isDead) wrong(there, "it did not crash");
+      const leftAgain = aftermath(second, then, random);
+      checkPaths(leftAgain, worlds, there);
+      await recover(leftAgain, stage, allowed, there);
+    }
+    // Where both worlds look the same there is no telling which step is next.
+    if (matches.length === 1 && random.chance(effort.on)) {
+      await playOn(recovered, stage, matches[0]!, here);
+    }
+  }
+}
+
+/** Crashes at one operation of a scenario. */
+async function crash(
+  stage: Stage,
+  at: number,
+  torn: boolean,
+  random: Random,
+  effort: Effort,
+): Promise<void> {
+  const { scenario, start, worlds } = stage;
+  const disk = start.clone();
+  disk.crashAt(at, torn);
+  const { progress, step } = await play(disk, scenario.steps, worlds);
+  const where = `${scenario.name}: ${torn ? "in" : "before"} change ${at} (${step?.name ?? "open"})`;
+  if (!disk.isDead) wrong(where, "it did not crash");
+  const allowed = step ? [progress, progress + 1] : [progress];
+  await survive(disk, stage, allowed, where, random, effort);
+}
+
+async function tryCrashes(scenario: Scenario, links: boolean, effort: Effort): Promise<void> {
+  const random = new Random(SEED);
+  const stage = await prepare(scenario, links);
+  const { start, worlds } = stage;
+  const whole = start.clone();
+  await playOn(whole, stage, 0, scenario.name);
+  const count = start.clone();
+  await play(count, scenario.steps, worlds);
+  for (const [i, { name }] of count.log.entries()) {
+    await crash(stage, i + 1, false, random, effort);
+    if (["write", "append", "copy"].includes(name)) await crash(stage, i + 1, true, random, effort);
+  }
+  // And after each step: what has returned is durable.
+  for (let ended = 1; ended <= scenario.steps.length; ended++) {
+    const disk = start.clone();
+    const { error } = await play(disk, scenario.steps.slice(0, ended), worlds);
+    if (error) throw error;
+    const where = `${scenario.name}: after step ${ended}`;
+    await survive(disk, stage, [ended], where, random, effort);
+  }
+}
+
+// ── Operations that fail. ──
+
+const FAULTS: Omit<Fault, "at">[] = [
+  { code: "EIO", lasting: false },
+  { code: "EIO", lasting: true },
+  { code: "ENOSPC", lasting: false },
+  { code: "ENOSPC", lasting: true },
+  { code: "EROFS", lasting: true },
+];
+
+/** A scenario was stopped by an error, and the cause is gone: what is there, and does it go on? */
+async function goOn(
+  disk: MemoryDisk,
+  stage: Stage,
+  { progress, step, error }: Outcome,
+  isOnce: boolean,
+  where: string,
+): Promise<void> {
+  const { steps } = stage.scenario;
+  if (error === undefined) return playOn(disk, stage, steps.length, where);
+  if (!(error instanceof Error)) wrong(where, `it threw ${Bun.inspect(error)}`);
+  const isUpdate = step?.name.startsWith("update") ?? false;
+  const isStuck = error.message.includes("going back failed as well");
+  if (isStuck && isOnce) wrong(where, `one fault was too much: ${error.message}`);
+  const allowed = step && (!isUpdate || isStuck) ? [progress, progress + 1] : [progress];
+  if (isUpdate && !isStuck) {
+    const found = lookAtTree(disk);
+    const { files, directories, firmware, slots } = stage.worlds[progress]!;
+    const expected = { files, directories, firmware, slots };
+    if (!same(found, expected)) wrong(where, "it did not go back", found, [expected]);
+  } else
+    checkPaths(
+      disk,
+      allowed.map((i) => stage.worlds[i]!),
+      where,
+    );
+  // An update that fails may have dropped what was needed to go back further.
+  const matches = await recover(disk, stage, allowed, where, (seen) => {
+    return isUpdate ? { ...seen, canRollBack: undefined } : seen;
+  });
+  if (matches.length === 1 || !step) await playOn(disk, stage, matches[0]!, where);
+}
+
+async function tryFaults(scenario: Scenario, links: boolean, effort: number): Promise<void> {
+  const random = new Random(SEED);
+  const stage = await prepare(scenario, links);
+  const whole = stage.start.clone();
+  await play(whole, scenario.steps, stage.worlds);
+  for (let at = 1; at <= whole.operations; at++) {
+    for (const fault of FAULTS) {
+      if (!random.chance(effort)) continue;
+      const disk = stage.start.clone();
+      disk.fault = { ...fault, at };
+      const outcome = await play(disk, scenario.steps, stage.worlds);
+      disk.fault = undefined;
+      if (disk.strikes === 0) continue;
+      counts.faults++;
+      const when = `${fault.lasting ? "from" : "at"} operation ${at}`;
+      const where = `${scenario.name}: ${fault.code} ${when} (${outcome.step?.name ?? "open"})`;
+      await goOn(disk, stage, outcome, !fault.lasting, where);
+    }
+  }
+}
+
+/** Plays a scenario on disks of every size, from too small to large enough. */
+async function tryCapacities(scenario: Scenario, links: boolean): Promise<void> {
+  const stage = await prepare(scenario, links);
+  const full = stage.start.clone();
+  full.capacity = 1e9;
+  const used = full.capacity - full.free(ROOT);
+  let failures = 0;
+  for (let spare = 0; ; spare += 13) {
+    const disk = stage.start.clone();
+    disk.capacity = used + spare;
+    const outcome = await play(disk, scenario.steps, stage.worlds);
+    disk.capacity = Infinity;
+    counts.faults++;
+    await goOn(disk, stage, outcome, false, `${scenario.name}: ${spare} bytes free`);
+    if (outcome.error === undefined) break;
+    failures++;
+  }
+  expect(failures).toBeGreaterThan(10);
+}
+
+// ── The scenarios. ──
+
+const v1: Release = {
+  version: "1.0.0",
+  files: {
+    "boot.py": "boot 1",
+    "flash/main.py": "main 1",
+    "flash/same.py": "same",
+    "flash/lib/moved.py": "moved",
+    "flash/lib/gone.py": "gone",
+    "flash/lib/deep/er/x.py": "x",
+    "sd/only.bin": "only",
+  },
+};
+
+const v2: Release = {
+  version: "1.0.1",
+  files: {
+    "boot.py": "boot 2",
+    "flash/main.py": "main two",
+    "flash/same.py": "same",
+    "flash/moved here.py": "moved",
+    "flash/new/one/y.py": "y",
+    "flash/new/two.py": "two",
+  },
+};
+
+const v3: Release = {
+  version: "1.0.2",
+  files: { "boot.py": "boot 2", "flash/main.py": "main 3", "flash/new/z.py": "z", "top/a.py": "a" },
+};
+
+const own = {
+  "flash/settings.json": "{}",
+  "flash/lib/log.txt": "log",
+  "flash/lib/deep/empty/": "",
+  "data/today.csv": "1,2,3",
+  "spool/": "",
+};
+
+const scenarios: Scenario[] = [
+  { name: "first installation", steps: [steps.stage(v1), steps.update(v1), steps.rollBack()] },
+  {
+    name: "add, change, delete, move; go back later",
+    before: [steps.app(own), steps.update(v1)],
+    steps: [
+      steps.stage(v2),
+      steps.update(v2),
+      steps.reopen(),
+      steps.app({
+        "flash/new/log.txt": "of the application",
+        "flash/new/more/": "",
+        "flash/settings.json": "changed",
+        "flash/main.py": "changed",
+        "data/tomorrow.csv": "4",
+      }),
+      steps.rollBack(),
+    ],
+  },
+  {
+    name: "directories of the application keep nothing else",
+    before: [steps.update(v1)],
+    steps: [steps.update(v2), steps.rollBack(), steps.update(v3)],
+  },
+  {
+    name: "trial that fails",
+    before: [steps.app(own), steps.update(v1)],
+    steps: [
+      steps.update(v2, { check: true, restart: "reboot" }),
+      steps.restarted(),
+      steps.countStart(),
+      steps.reopen(),
+      steps.countStart(),
+      steps.rollBack(),
+      steps.restarted(),
+    ],
+  },
+  {
+    name: "trial that ends well",
+    before: [steps.update(v1), steps.update(v2), steps.rollBack()],
+    steps: [
+      steps.update(v3, { check: true }),
+      steps.countStart(),
+      steps.confirm(),
+      steps.reopen(),
+      steps.rollBack(),
+    ],
+  },
+  {
+    name: "changes of type",
+    before: [
+      steps.app({ "a.own": "own", "f.own/": "" }),
+      steps.update({
+        version: "1",
+        files: { a: "file a", "b/c/d": "d", "b/e": "e", "f/g": "file g", "f/h/i/j": "j", k: "k" },
+      }),
+    ],
+    steps: [
+      steps.update({
+        version: "2",
+        files: { "a/b/c": "c", "a/d": "a/d", b: "file b", "f/g/x": "x", "f/h": "file h", k: "kk" },
+      }),
+      steps.rollBack(),
+    ],
+  },
+  {
+    name: "changes of type, and the application is in the way back",
+    before: [
+      steps.app({ "own/": "" }),
+      steps.update({ version: "1", files: { "a/b": "file b", c: "c", "d/e/f": "f", "d/g": "g" } }),
+    ],
+    steps: [
+      steps.update({ version: "2", files: { "a/b/c/x": "x", "a/b/d": "d", c: "c2", "d/g": "g2" } }),
+      steps.app({ "a/b/c/own": "precious", "d/e": "a file" }),
+      steps.rollBack(),
+    ],
+    displaced: ["a file", "precious"],
+  },
+  {
+    name: "a file where an empty directory is",
+    before: [
+      steps.update({ version: "1", files: { "a/x": "x", "b/y": "y", "b/z/q": "q" } }),
+      steps.app({ "b/z/empty/": "" }),
+    ],
+    steps: [
+      steps.update({ version: "2", files: { "b/y": "y" } }),
+      steps.update({ version: "3", files: { "b/y": "y", a: "file a", "b/z": "file z" } }),
+      steps.rollBack(),
+    ],
+  },
+  {
+    name: "the application removed what is to be put back",
+    before: [steps.update(v1)],
+    steps: [
+      steps.update(v2),
+      steps.app({
+        "flash/new/one/y.py": null,
+        "flash/new/one/": null,
+        "flash/main.py": null,
+        "boot.py": null,
+        "sd/": null,
+      }),
+      steps.rollBack(),
+    ],
+  },
+  {
+    name: "firmware, three times",
+    before: [steps.update(v1)],
+    steps: [
+      steps.update({ ...v1, version: "1.1", firmware: "image 1" }),
+      steps.update({ ...v2, version: "1.2", firmware: "image two" }),
+      steps.reopen(),
+      steps.update({ ...v2, version: "1.3", firmware: "image 3" }),
+      steps.rollBack(),
+    ],
+  },
+  {
+    name: "firmware, first and taken back",
+    before: [steps.update(v1)],
+    steps: [steps.update({ ...v2, firmware: "image 1" }, { check: true }), steps.rollBack()],
+  },
+  {
+    name: "firmware, second and taken back",
+    before: [steps.update({ ...v1, firmware: "image 1" })],
+    steps: [
+      steps.update({ ...v2, firmware: "image 2" }, { check: true }),
+      steps.countStart(),
+      steps.rollBack(),
+      steps.update({ ...v3, firmware: "image 3" }),
+    ],
+  },
+  {
+    name: "one content under several names",
+    before: [steps.update({ version: "1", files: { a: "one", b: "one", "c/d": "one", e: "e" } })],
+    steps: [
+      steps.update({
+        version: "2",
+        files: { a: "two", b: "two", "c/d": "one", e: "two", f: "two" },
+      }),
+      steps.app({ a: "changed" }),
+      steps.rollBack(),
+    ],
+  },
+  {
+    name: "the same again",
+    before: [steps.app(own), steps.update(v1)],
+    steps: [steps.update(v1, { whole: true }), steps.update(v2), steps.update(v2, { whole: true })],
+  },
+  {
+    name: "second update, then back",
+    before: [steps.app(own), steps.update(v1)],
+    steps: [steps.update(v2), steps.update(v3, { check: true }), steps.rollBack()],
+  },
+  {
+    name: "modes",
+    before: [
+      steps.update({ version: "1", files: { run: "run 1", "lib/tool": "tool 1", own: "x" } }),
+      steps.chmod("run", 0o755),
+      steps.chmod("lib/tool", 0o500),
+      steps.chmod("own", 0o400),
+    ],
+    steps: [
+      steps.update({
+        version: "2",
+        files: { run: "run 2", "lib/x/tool": "tool 1", new: "run 2", own: "run 2" },
+      }),
+      steps.rollBack(),
+    ],
+  },
+  {
+    name: "a release with the same content",
+    before: [steps.update(v1), steps.update(v2)],
+    steps: [steps.record("1.0.1.1"), steps.reopen(), steps.rollBack()],
+  },
+  ...(["state.json", "journal.json"] as const).map((record) => ({
+    name: `repair of a damaged ${record}`,
+    before: [steps.app(own), steps.update(v1), steps.update(v2), steps.damage(record)],
+    steps: [
+      steps.update({ ...v3, firmware: "image" }, { whole: true }),
+      steps.reopen(),
+      steps.rollBack(),
+    ],
+  })),
+];
+
+for (const links of [true, false]) {
+  const kind = `${links ? "with" : "without"} hard links`;
+  describe(`crash at every operation, ${kind}`, () => {
+    for (const scenario of scenarios) {
+      test(scenario.name, () => tryCrashes(scenario, links, { again: 0.03, on: 0.2 }));
+    }
+  });
+  describe(`an operation fails, ${kind}`, () => {
+    for (const scenario of scenarios) {
+      test(scenario.name, () => tryFaults(scenario, links, 0.25));
+    }
+    for (const scenario of scenarios.slice(0, 4)) {
+      test(`full disk: ${scenario.name}`, () => tryCapacities(scenario, links));
+    }
+  });
+}
+
+afterAll(() => {
+  console.log(
+    `journal: ${counts.crashes} crashes, ${counts.recoveries} crashes in recoveries, ` +
+      `${counts.faults} faults, ${counts.trees} random trees`,
+  );
+});
