@@ -761,71 +761,6 @@ export class Releases {
     const tag = known?.stamp === stamp ? known.hashes.sha256 : sha256(stamp);
     return { file: found.real, size: found.stat.size, etag: `"${tag.slice(0, 32)}"` };
   }
-
-  /** What may surprise the owner of this root, whatever device asks: one line each. */
-  warnings(): string[] {
-    const found: string[] = [];
-    if (this.versions.length + this.firmware.length === 0) {
-      found.push(
-        `no release in ${this.root}: put each version of the devices' files in a directory named ` +
-          `by its version (1.0.0/flash/main.py), firmware beside it as firmware_1.0.0.bin`,
-      );
-    }
-    for (const { file } of this.firmware) {
-      if (file.startsWith("firmare_")) found.push(`${file}: spelled firmware_ elsewhere`);
-    }
-    const names = [...new Set([...this.versions, ...this.firmware].map(({ name }) => name))];
-    for (const name of names) {
-      const released = /^(.*?\d)[.+_-]?(?:a|alpha|b|beta|c|rc|dev|pre|preview)[.+_-]?\d*$/i.exec(
-        name,
-      );
-      if (released) {
-        found.push(
-          `${name} sorts after ${released[1]}: a device on ${name} never takes ${released[1]}`,
-        );
-      }
-    }
-    const [withV, without] = [
-      names.filter((n) => /^v/i.test(n)),
-      names.filter((n) => /^\d/.test(n)),
-    ];
-    if (withV.length > 0 && without.length > 0) {
-      found.push(
-        `${withV[0]} sorts after every name without a v (${without.at(-1)}): use one spelling`,
-      );
-    }
-    return found;
-  }
-
-  /** `boardWarnings` of what devices on each version would get. */
-  boardWarningsOfAll(): string[] {
-    return this.versions.flatMap(({ name }) => {
-      const manifest = this.manifestFor({ current_ver: name }, "");
-      return this.boardWarnings(manifest).map((line) => `from ${name}: ${line}`);
-    });
-  }
-
-  /** What boards with Pycom's original library cannot do with a manifest: one line each. */
-  boardWarnings(manifest: Manifest | null): string[] {
-    const found: string[] = [];
-    const has = manifest?.previous_version && this.find(manifest.previous_version)?.files;
-    if (!manifest || !has) return found;
-    const directories = new Set([...has.keys()].flatMap(ancestors));
-    const added = manifest.new.flatMap((item) => ancestors(item.dst_path.slice(1)));
-    for (const directory of new Set(added.filter((path) => !directories.has(path)))) {
-      found.push(
-        `${manifest.version} adds the directory ${directory}; boards with Pycom's library cannot ` +
-          `create it: create it in an earlier way, or keep the files in directories they have`,
-      );
-    }
-    if (manifest.delete.length > 0 && manifest.firmware) {
-      found.push(
-        `${manifest.version} deletes files and ships firmware; a board with Pycom's library that ` +
-          `is cut off while flashing fails on every later try: delete in a release of its own`,
-      );
-    }
-    return found;
-  }
 }
 
 /** What tells a changed file from an unchanged one without reading it. */
@@ -856,6 +791,70 @@ function sha256(data: string | Uint8Array): string {
   return new Bun.CryptoHasher("sha256").update(data).digest("hex");
 }
 
+// ──── Advice ─────────────────────────────────────────────────────────────────────────────────────
+// What the owner of a release root should know before devices do: one line each, and no errors.
+
+/** What may surprise the owner of a root, whatever device asks: one line each. */
+export function rootWarnings(releases: Releases): string[] {
+  const found: string[] = [];
+  if (releases.versions.length + releases.firmware.length === 0) {
+    found.push(
+      `no release in ${releases.root}: put each version of the devices' files in a directory named ` +
+        `by its version (1.0.0/flash/main.py), firmware beside it as firmware_1.0.0.bin`,
+    );
+  }
+  for (const { file } of releases.firmware) {
+    if (file.startsWith("firmare_")) found.push(`${file}: spelled firmware_ elsewhere`);
+  }
+  const names = [...new Set([...releases.versions, ...releases.firmware].map(({ name }) => name))];
+  for (const name of names) {
+    const released = /^(.*?\d)[.+_-]?(?:a|alpha|b|beta|c|rc|dev|pre|preview)[.+_-]?\d*$/i.exec(
+      name,
+    );
+    if (released) {
+      found.push(
+        `${name} sorts after ${released[1]}: a device on ${name} never takes ${released[1]}`,
+      );
+    }
+  }
+  const [withV, without] = [names.filter((n) => /^v/i.test(n)), names.filter((n) => /^\d/.test(n))];
+  if (withV.length > 0 && without.length > 0) {
+    found.push(
+      `${withV[0]} sorts after every name without a v (${without.at(-1)}): use one spelling`,
+    );
+  }
+  return found;
+}
+
+/** `boardWarnings` of what devices on each version would get. */
+export function allBoardWarnings(releases: Releases): string[] {
+  return releases.versions.flatMap(({ name }) => {
+    const manifest = releases.manifestFor({ current_ver: name }, "");
+    return boardWarnings(releases, manifest).map((line) => `from ${name}: ${line}`);
+  });
+}
+
+/** What boards with Pycom's original library cannot do with a manifest: one line each. */
+export function boardWarnings(releases: Releases, manifest: Manifest | null): string[] {
+  const found: string[] = [];
+  const has = manifest?.previous_version && releases.find(manifest.previous_version)?.files;
+  if (!manifest || !has) return found;
+  const directories = new Set([...has.keys()].flatMap(ancestors));
+  const added = manifest.new.flatMap((item) => ancestors(item.dst_path.slice(1)));
+  for (const directory of new Set(added.filter((path) => !directories.has(path)))) {
+    found.push(
+      `${manifest.version} adds the directory ${directory}; boards with Pycom's library cannot ` +
+        `create directories: keep its files in directories that they have`,
+    );
+  }
+  if (manifest.delete.length > 0 && manifest.firmware) {
+    found.push(
+      `${manifest.version} deletes files and ships firmware; a board with Pycom's library that ` +
+        `is cut off while flashing fails on every later try: delete in a release of its own`,
+    );
+  }
+  return found;
+}
 // ──── Server ────────────────────────────────────────────────────────────────────────────────────
 // HTTP in, bytes out. Two promises to deployed boards shape every answer. A board reads 100 bytes
 // at a time and finds the end of the header only inside one such piece, so every 200 to a GET is
@@ -937,6 +936,8 @@ export function serve(options: ServeOptions = {}): OTAServer {
       port,
       hostname: host,
       development: false,
+      // Bun's default would share a port that is in use.
+      reusePort: false,
       idleTimeout: 60,
       maxRequestBodySize: 0,
       fetch: (request, bun) => respond(request, bun.requestIP(request)?.address ?? "-"),
@@ -1282,9 +1283,247 @@ function digestOf(disk: Disk, path: string, algorithm: "sha1" | "sha256"): strin
   return hasher.digest("hex");
 }
 
+// ──── Device files ───────────────────────────────────────────────────────────────────────────────
+// The files below one device's root: what is there, and content that is staged to become part of it.
+// Nothing here changes anything but `.ota/staged`.
+
+/** The active firmware. */
+export interface ActiveFirmware {
+  version: string;
+  slot: 0 | 1;
+}
+
+const STAGED = `${OTA_DIR}/staged`;
+
+/** The files of one device, for looking and for staging. All paths are below the root. */
+export class DeviceFiles {
+  /**
+   * @param root absolute, links resolved
+   */
+  constructor(
+    readonly root: string,
+    protected readonly disk: Disk,
+  ) {}
+
+  /** A name for this device, made at random once. */
+  get id(): string {
+    const path = `${OTA_DIR}/id`;
+    const known = this.read(path)?.trim();
+    if (known) return known;
+    const made = crypto.randomUUID();
+    this.disk.write(this.at(path), new TextEncoder().encode(`${made}\n`));
+    return made;
+  }
+
+  /** Bytes free for staging. */
+  get free(): number {
+    return this.disk.free(this.at(OTA_DIR));
+  }
+
+  stat(path: string): DiskStat | undefined {
+    return this.disk.stat(this.at(path));
+  }
+
+  /** The lowercase hex digest of a file's content. */
+  digest(path: string, algorithm: "sha1" | "sha256"): string {
+    return digestOf(this.disk, this.at(path), algorithm);
+  }
+
+  /** Whether a file is there and has the content of that key (SHA-256 or SHA-1) and size. */
+  hasContent(path: string, key: string, size?: number): boolean {
+    const stat = this.stat(path);
+    if (stat?.kind !== "file" || (size !== undefined && stat.size !== size)) return false;
+    return this.digest(path, key.length === 64 ? "sha256" : "sha1") === key;
+  }
+
+  /** The text of a small file, or `undefined` when it is not there. */
+  read(path: string): string | undefined {
+    return readText(this.disk, this.at(path));
+  }
+
+  /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
+  get firmware(): ActiveFirmware | null {
+    return readFirmware(this.root, this.disk);
+  }
+
+  /**
+   * Refuses paths that are symbolic links, or go through one: updates never follow them.
+   *
+   * @throws {OTAError} naming the first
+   */
+  refuseLinks(paths: readonly string[]): void {
+    for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
+      if (this.stat(path)?.kind !== "link") continue;
+      throw new OTAError(`${path} below ${this.root} is a symbolic link; updates never follow one`);
+    }
+  }
+
+  /** The bytes that it takes to keep the old content of files. */
+  backupBytes(paths: readonly string[]): number {
+    const probe = `${STAGED}/probe`;
+    this.disk.write(this.at(`${probe}.1`), new Uint8Array());
+    const free = this.linkOrCopy(`${probe}.1`, `${probe}.2`);
+    for (const name of [`${probe}.1`, `${probe}.2`]) this.disk.unlink(this.at(name));
+    return free ? 0 : paths.reduce((sum, path) => sum + (this.stat(path)?.size ?? 0), 0);
+  }
+
+  /**
+   * Finds what would make a change fail half way, before anything is fetched for it.
+   *
+   * @param put paths that will hold new files
+   * @param remove paths that will be deleted
+   * @throws {OTAError} naming the first path that cannot be changed, and why
+   */
+  preflight(put: Iterable<string>, remove: Iterable<string>): void {
+    const device = this.stat(OTA_DIR)!.device;
+    const removed = new Set(remove);
+    const stop = (path: string, why: string): never => {
+      throw new OTAError(`cannot change ${path} below ${this.root}: ${why}; nothing was changed`);
+    };
+    const checkDirectory = (path: string) => {
+      const stat = this.stat(path);
+      if (!stat) return;
+      if (stat.kind === "file" && removed.has(path)) return;
+      if (stat.kind !== "directory") stop(path, "it is in the way of a directory");
+      if (stat.device !== device) {
+        stop(path, `it is on another file system than ${OTA_DIR}, so it could not be taken back`);
+      }
+      if (!this.disk.writable(this.at(path))) stop(path, "no permission to write there");
+    };
+    new Set([...put, ...removed].flatMap(ancestors)).forEach(checkDirectory);
+    if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
+    for (const path of removed) {
+      if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
+    }
+    for (const path of put) {
+      const kind = this.stat(path)?.kind;
+      if (kind === "other") stop(path, "it is no regular file");
+      if (kind === "directory") {
+        const other = this.#firstOther(path, removed);
+        if (other) stop(path, `it is a directory that holds ${other}, which is not the updater's`);
+      }
+    }
+  }
+
+  /** A file in a directory that a change does not remove. */
+  #firstOther(directory: string, removed: ReadonlySet<string>): string | undefined {
+    for (const name of this.disk.list(this.at(directory))) {
+      const path = `${directory}/${name}`;
+      const isDirectory = this.stat(path)?.kind === "directory";
+      const other = isDirectory ? this.#firstOther(path, removed) : path;
+      if (other && !removed.has(other)) return other;
+    }
+    return undefined;
+  }
+
+  // ── Staging: content is named by its key, the hash that it was asked for with. ──
+
+  /** Whether the content is here, whole and verified. */
+  isStaged(key: string): boolean {
+    return this.disk.stat(this.at(`${STAGED}/${key}`)) !== undefined;
+  }
+
+  /** What is here of content that was not received whole: bytes, and the tag it was sent under. */
+  part(key: string): { size: number; etag: string | undefined } {
+    const size = this.disk.stat(this.#part(key))?.size ?? 0;
+    return { size, etag: size > 0 ? readText(this.disk, `${this.#part(key)}.etag`) : undefined };
+  }
+
+  /** Begins to receive content from its first byte. */
+  startPart(key: string, etag: string | undefined): void {
+    this.disk.write(this.#part(key), new Uint8Array());
+    this.disk.write(`${this.#part(key)}.etag`, new TextEncoder().encode(etag ?? ""));
+  }
+
+  appendPart(key: string, bytes: Uint8Array): void {
+    this.disk.append(this.#part(key), bytes);
+  }
+
+  /** Reads what is here of a part. */
+  readPart(key: string, take: (piece: Uint8Array) => void): void {
+    readPieces(this.disk, this.#part(key), take);
+  }
+
+  dropPart(key: string): void {
+    ifThere(() => this.disk.unlink(this.#part(key)));
+    ifThere(() => this.disk.unlink(`${this.#part(key)}.etag`));
+  }
+
+  /** Makes a part, which the caller has verified, staged content. */
+  async finishPart(key: string): Promise<void> {
+    await this.disk.sync(this.#part(key));
+    this.disk.rename(this.#part(key), this.at(`${STAGED}/${key}`));
+    ifThere(() => this.disk.unlink(`${this.#part(key)}.etag`));
+  }
+
+  /** Stages content that is made here, under its SHA-256, which is returned. */
+  async stage(bytes: Uint8Array): Promise<string> {
+    const key = sha256(bytes);
+    this.disk.write(this.#part(key), bytes);
+    await this.finishPart(key);
+    return key;
+  }
+
+  /** The SHA-256 of staged content, whatever hash it was asked for with. */
+  stagedDigest(key: string): string {
+    return key.length === 64 ? key : this.digest(`${STAGED}/${key}`, "sha256");
+  }
+
+  /** Drops what an update staged and did not use. */
+  dropStaged(): void {
+    for (const name of this.disk.list(this.at(STAGED))) {
+      this.disk.unlink(this.at(`${STAGED}/${name}`));
+    }
+  }
+
+  /** @returns whether both names share one content, so that there is nothing to make durable */
+  protected linkOrCopy(from: string, to: string): boolean {
+    try {
+      this.disk.link(this.at(from), this.at(to));
+      return true;
+    } catch (error) {
+      // FAT has no links, and some systems forbid them.
+      if (!["EPERM", "ENOTSUP", "ENOSYS", "EMLINK"].includes(errorCode(error) ?? "")) throw error;
+      this.disk.copy(this.at(from), this.at(to));
+      return false;
+    }
+  }
+
+  protected at(path: string): string {
+    return `${this.root}/${path}`;
+  }
+
+  #part(key: string): string {
+    return this.at(`${STAGED}/${key}.part`);
+  }
+}
+
+/** The image of a firmware slot, below the root. */
+function slotPath(slot: 0 | 1): string {
+  return `${OTA_DIR}/ota_${slot}.bin`;
+}
+
+/** The firmware that runs on a device; `null` when none was ever flashed. */
+export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmware | null {
+  const otadata = parseJSON(readText(disk, `${root}/${OTA_DIR}/otadata`) ?? "");
+  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
+  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
+}
+
+function parseJSON(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
 // ──── Journal ───────────────────────────────────────────────────────────────────────────────────
-// The files of one device, changed as one transaction. New content is staged below `.ota`, the old
-// content gets a second name there, and a journal that says how to go forward and how to go back is
+// The files of one device, changed as one transaction. New content is staged, the old content gets a second name there, and a journal that says how to go forward and how to go back is
 // made durable; only then the tree is touched, by steps that can each be repeated. So whenever the
 // process or the power dies, the next `Journal.open` finds out what was under way and ends it:
 //
@@ -1310,12 +1549,6 @@ export interface FailedRelease {
   digest: string;
 }
 
-/** The active firmware. */
-export interface ActiveFirmware {
-  version: string;
-  slot: 0 | 1;
-}
-
 /** A command that decides whether a release on trial is good. */
 export interface Check {
   /** For `sh -c`. */
@@ -1326,6 +1559,8 @@ export interface Check {
 
 /** What an update changes. Contents are named by the keys under which they were staged. */
 export interface Change {
+  /** What the device is on, where there is no record of it. */
+  from?: Installed;
   installed: Installed;
   /** `manifestDigest` of where this comes from. */
   digest: string;
@@ -1379,7 +1614,6 @@ export interface State {
 
 const FORMAT = 1;
 const FAILED_KEPT = 16;
-const STAGED = `${OTA_DIR}/staged`;
 const EMPTY: State = {
   format: FORMAT,
   installed: null,
@@ -1394,13 +1628,8 @@ export class BusyError extends OTAError {
   override name = "BusyError";
 }
 
-/** The image of a firmware slot, below the root. */
-function slotPath(slot: 0 | 1): string {
-  return `${OTA_DIR}/ota_${slot}.bin`;
-}
-
 /** The files of one device root. Only one process at a time has it open. */
-export class Journal implements Disposable {
+export class Journal extends DeviceFiles implements Disposable {
   /** Whether opening it ended a commit or a way back that had been cut off. */
   recovered = false;
   /** Files that a damaged record was set aside as; only a repair makes a new record. */
@@ -1412,10 +1641,12 @@ export class Journal implements Disposable {
   #transaction: Transaction | undefined;
 
   private constructor(
-    readonly root: string,
-    private readonly disk: Disk,
+    root: string,
+    disk: Disk,
     private readonly lock: Disposable,
-  ) {}
+  ) {
+    super(root, disk);
+  }
 
   /**
    * Opens a device root, made when it is not there, locks it, and ends what was cut off.
@@ -1480,165 +1711,6 @@ export class Journal implements Disposable {
     return this.#transaction !== undefined && this.#state.journal === this.#transaction.id;
   }
 
-  // ── Staging: content by key, the hash that it was asked for with. Nothing else changes. ──
-
-  /** Whether the content is here, whole and verified. */
-  isStaged(key: string): boolean {
-    return this.disk.stat(this.#at(`${STAGED}/${key}`)) !== undefined;
-  }
-
-  /** What is here of content that was not received whole: bytes, and the tag it was sent under. */
-  part(key: string): { size: number; etag: string | undefined } {
-    const size = this.disk.stat(this.#part(key))?.size ?? 0;
-    return { size, etag: size > 0 ? readText(this.disk, `${this.#part(key)}.etag`) : undefined };
-  }
-
-  /** Begins to receive content from its first byte. */
-  startPart(key: string, etag: string | undefined): void {
-    this.disk.write(this.#part(key), new Uint8Array());
-    this.disk.write(`${this.#part(key)}.etag`, new TextEncoder().encode(etag ?? ""));
-  }
-
-  appendPart(key: string, bytes: Uint8Array): void {
-    this.disk.append(this.#part(key), bytes);
-  }
-
-  /** Reads what is here of a part. */
-  readPart(key: string, take: (piece: Uint8Array) => void): void {
-    readPieces(this.disk, this.#part(key), take);
-  }
-
-  dropPart(key: string): void {
-    ifThere(() => this.disk.unlink(this.#part(key)));
-    ifThere(() => this.disk.unlink(`${this.#part(key)}.etag`));
-  }
-
-  /** Makes a part, which the caller has verified, staged content. */
-  async finishPart(key: string): Promise<void> {
-    await this.disk.sync(this.#part(key));
-    this.disk.rename(this.#part(key), this.#at(`${STAGED}/${key}`));
-    ifThere(() => this.disk.unlink(`${this.#part(key)}.etag`));
-  }
-
-  /** Stages content that is made here, under its SHA-256, which is returned. */
-  async stage(bytes: Uint8Array): Promise<string> {
-    const key = sha256(bytes);
-    this.disk.write(this.#part(key), bytes);
-    await this.finishPart(key);
-    return key;
-  }
-
-  /** The SHA-256 of staged content, whatever hash it was asked for with. */
-  stagedDigest(key: string): string {
-    return key.length === 64 ? key : this.digest(`${STAGED}/${key}`, "sha256");
-  }
-
-  // ── Looking: what is there now. ──
-
-  /** A name for this device, made at random once. */
-  get id(): string {
-    const path = `${OTA_DIR}/id`;
-    const known = this.read(path)?.trim();
-    if (known) return known;
-    const made = crypto.randomUUID();
-    this.disk.write(this.#at(path), new TextEncoder().encode(`${made}\n`));
-    return made;
-  }
-
-  /** Bytes free for staging. */
-  get free(): number {
-    return this.disk.free(this.#at(OTA_DIR));
-  }
-
-  stat(path: string): DiskStat | undefined {
-    return this.disk.stat(this.#at(path));
-  }
-
-  /** The lowercase hex digest of a file's content. */
-  digest(path: string, algorithm: "sha1" | "sha256"): string {
-    return digestOf(this.disk, this.#at(path), algorithm);
-  }
-
-  /** The text of a small file, or `undefined` when it is not there. */
-  read(path: string): string | undefined {
-    return readText(this.disk, this.#at(path));
-  }
-
-  /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
-  get firmware(): ActiveFirmware | null {
-    return readFirmware(this.root, this.disk);
-  }
-
-  /**
-   * Refuses paths that are symbolic links, or go through one: updates never follow them.
-   *
-   * @throws {OTAError} naming the first
-   */
-  refuseLinks(paths: readonly string[]): void {
-    for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
-      if (this.stat(path)?.kind !== "link") continue;
-      throw new OTAError(`${path} below ${this.root} is a symbolic link; updates never follow one`);
-    }
-  }
-
-  /** The bytes that it takes to keep the old content of files. */
-  backupBytes(paths: readonly string[]): number {
-    const probe = `${STAGED}/probe`;
-    this.disk.write(this.#at(`${probe}.1`), new Uint8Array());
-    const free = this.#linkOrCopy(`${probe}.1`, `${probe}.2`);
-    for (const name of [`${probe}.1`, `${probe}.2`]) this.disk.unlink(this.#at(name));
-    return free ? 0 : paths.reduce((sum, path) => sum + (this.stat(path)?.size ?? 0), 0);
-  }
-
-  /**
-   * Finds what would make a change fail half way, before anything is fetched for it.
-   *
-   * @param put paths that will hold new files
-   * @param remove paths that will be deleted
-   * @throws {OTAError} naming the first path that cannot be changed, and why
-   */
-  preflight(put: Iterable<string>, remove: Iterable<string>): void {
-    const device = this.stat(OTA_DIR)!.device;
-    const removed = new Set(remove);
-    const stop = (path: string, why: string): never => {
-      throw new OTAError(`cannot change ${path} below ${this.root}: ${why}; nothing was changed`);
-    };
-    const checkDirectory = (path: string) => {
-      const stat = this.stat(path);
-      if (!stat) return;
-      if (stat.kind === "file" && removed.has(path)) return;
-      if (stat.kind !== "directory") stop(path, "it is in the way of a directory");
-      if (stat.device !== device) {
-        stop(path, `it is on another file system than ${OTA_DIR}, so it could not be taken back`);
-      }
-      if (!this.disk.writable(this.#at(path))) stop(path, "no permission to write there");
-    };
-    new Set([...put, ...removed].flatMap(ancestors)).forEach(checkDirectory);
-    if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
-    for (const path of removed) {
-      if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
-    }
-    for (const path of put) {
-      const kind = this.stat(path)?.kind;
-      if (kind === "other") stop(path, "it is no regular file");
-      if (kind === "directory") {
-        const other = this.#firstOther(path, removed);
-        if (other) stop(path, `it is a directory that holds ${other}, which is not the updater's`);
-      }
-    }
-  }
-
-  /** A file in a directory that a change does not remove. */
-  #firstOther(directory: string, removed: ReadonlySet<string>): string | undefined {
-    for (const name of this.disk.list(this.#at(directory))) {
-      const path = `${directory}/${name}`;
-      const isDirectory = this.stat(path)?.kind === "directory";
-      const other = isDirectory ? this.#firstOther(path, removed) : path;
-      if (other && !removed.has(other)) return other;
-    }
-    return undefined;
-  }
-
   // ── Changing: commit, confirm, roll back. ──
 
   /**
@@ -1649,13 +1721,13 @@ export class Journal implements Disposable {
    */
   async commit(change: Change): Promise<void> {
     const transaction = await this.#prepare(change);
-    const journal = this.#at(`${OTA_DIR}/journal.json`);
+    const journal = this.at(`${OTA_DIR}/journal.json`);
     await writeSynced(this.disk, `${journal}.new`, JSON.stringify(transaction));
     if (this.damaged.length > 0) this.#forgetTransactions();
     this.disk.rename(`${journal}.new`, journal);
     this.#transaction = transaction;
     try {
-      await this.disk.sync(this.#at(OTA_DIR));
+      await this.disk.sync(this.at(OTA_DIR));
       await this.#finishCommit();
     } catch (error) {
       await this.#rollBack().catch((second) => {
@@ -1715,7 +1787,7 @@ export class Journal implements Disposable {
   async #prepare(change: Change): Promise<Transaction> {
     const id = crypto.randomUUID();
     const backups = `${OTA_DIR}/backup-${id}`;
-    this.disk.mkdir(this.#at(backups));
+    this.disk.mkdir(this.at(backups));
     const put = new Map(change.put);
     if (change.firmware) {
       const slot = this.firmware?.slot === 0 ? 1 : 0;
@@ -1730,7 +1802,7 @@ export class Journal implements Disposable {
     const back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [] };
     const backUp = (path: string) => {
       const backup = `${backups}/${back.place.length}`;
-      if (!this.#linkOrCopy(path, backup)) unsynced.push(backup);
+      if (!this.linkOrCopy(path, backup)) unsynced.push(backup);
       back.place.push([backup, path]);
     };
     for (const path of change.remove) backUp(path);
@@ -1739,7 +1811,7 @@ export class Journal implements Disposable {
       // One content in two places is two files, so that a change to one leaves the other alone.
       const source = used.has(key) ? `${STAGED}/${key}.${used.size}` : `${STAGED}/${key}`;
       if (used.has(key)) {
-        this.disk.copy(this.#at(`${STAGED}/${key}`), this.#at(source));
+        this.disk.copy(this.at(`${STAGED}/${key}`), this.at(source));
         unsynced.push(source);
       }
       used.add(used.has(key) ? source : key);
@@ -1747,7 +1819,7 @@ export class Journal implements Disposable {
       const old = this.stat(path);
       if (old?.kind === "file") {
         backUp(path);
-        this.disk.chmod(this.#at(source), old.mode);
+        this.disk.chmod(this.at(source), old.mode);
       } else back.unlink.push(path);
     }
 
@@ -1761,12 +1833,12 @@ export class Journal implements Disposable {
     back.rmdir = forward.mkdir.toReversed();
     back.mkdir = forward.rmdir.toReversed();
 
-    await inParallel(unsynced, (path) => this.disk.sync(this.#at(path)));
-    await inParallel([STAGED, backups, OTA_DIR], (path) => this.disk.sync(this.#at(path)));
+    await inParallel(unsynced, (path) => this.disk.sync(this.at(path)));
+    await inParallel([STAGED, backups, OTA_DIR], (path) => this.disk.sync(this.at(path)));
     return {
       format: FORMAT,
       id,
-      from: this.#state.installed,
+      from: this.#state.installed ?? change.from ?? null,
       to: change.installed,
       digest: change.digest,
       forward,
@@ -1775,19 +1847,6 @@ export class Journal implements Disposable {
       check: change.check ?? null,
       restart: change.restart ?? null,
     };
-  }
-
-  /** @returns whether both names share one content, so that there is nothing to make durable */
-  #linkOrCopy(from: string, to: string): boolean {
-    try {
-      this.disk.link(this.#at(from), this.#at(to));
-      return true;
-    } catch (error) {
-      // FAT has no links, and some systems forbid them.
-      if (!["EPERM", "ENOTSUP", "ENOSYS", "EMLINK"].includes(errorCode(error) ?? "")) throw error;
-      this.disk.copy(this.#at(from), this.#at(to));
-      return false;
-    }
   }
 
   async #finishCommit(): Promise<void> {
@@ -1808,11 +1867,11 @@ export class Journal implements Disposable {
 
   async #rollBack(): Promise<void> {
     const { id, from, to, digest, back, restart } = this.#transaction!;
-    const journal = this.#at(`${OTA_DIR}/journal.json`);
-    const rollback = this.#at(`${OTA_DIR}/rollback.json`);
+    const journal = this.at(`${OTA_DIR}/journal.json`);
+    const rollback = this.at(`${OTA_DIR}/rollback.json`);
     // The direction is marked by a rename, since a full disk has no room for more.
     if (this.disk.stat(journal)) this.disk.rename(journal, rollback);
-    await this.disk.sync(this.#at(OTA_DIR));
+    await this.disk.sync(this.at(OTA_DIR));
     await this.#run(back);
     if (this.#state.journal === id) {
       const failed = this.#state.failed.filter((release) => release.digest !== digest);
@@ -1827,7 +1886,7 @@ export class Journal implements Disposable {
       });
     }
     this.disk.unlink(rollback);
-    await this.disk.sync(this.#at(OTA_DIR));
+    await this.disk.sync(this.at(OTA_DIR));
     this.#transaction = undefined;
     this.#clean();
   }
@@ -1842,23 +1901,16 @@ export class Journal implements Disposable {
   /** Removes journals that cannot be trusted, since the record beside them was damaged. */
   #forgetTransactions(): void {
     for (const name of ["journal.json", "rollback.json"]) {
-      ifThere(() => this.disk.unlink(this.#at(`${OTA_DIR}/${name}`)));
+      ifThere(() => this.disk.unlink(this.at(`${OTA_DIR}/${name}`)));
     }
     this.#transaction = undefined;
   }
 
   /** There is a good record again: what was set aside is of no more use. */
   #setRight(): void {
-    for (const path of this.damaged) ifThere(() => this.disk.unlink(this.#at(path)));
+    for (const path of this.damaged) ifThere(() => this.disk.unlink(this.at(path)));
     this.damaged = [];
     this.#clean();
-  }
-
-  /** Drops what an update staged and did not use. */
-  dropStaged(): void {
-    for (const name of this.disk.list(this.#at(STAGED))) {
-      this.disk.unlink(this.#at(`${STAGED}/${name}`));
-    }
   }
 
   /** Runs steps of which any may have been run before; afterwards all are durable. */
@@ -1870,17 +1922,17 @@ export class Journal implements Disposable {
     const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
     const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
     await inParallel(directories, async (path) => {
-      if (this.stat(path)?.kind === "directory") await this.disk.sync(this.#at(path));
+      if (this.stat(path)?.kind === "directory") await this.disk.sync(this.at(path));
     });
   }
 
   #unlink(path: string): void {
-    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(this.#at(path)));
+    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(this.at(path)));
   }
 
   #rmdir(path: string): void {
     try {
-      this.disk.rmdir(this.#at(path));
+      this.disk.rmdir(this.at(path));
     } catch (error) {
       const fine = ["ENOENT", "ENOTDIR", "ENOTEMPTY", "EEXIST", "EBUSY"];
       if (!fine.includes(errorCode(error) ?? "")) throw error;
@@ -1891,12 +1943,12 @@ export class Journal implements Disposable {
     const kind = this.stat(path)?.kind;
     if (kind === "directory") return;
     if (kind) this.#displace(path);
-    this.disk.mkdir(this.#at(path));
+    this.disk.mkdir(this.at(path));
   }
 
   #place(from: string, to: string): void {
     try {
-      this.disk.rename(this.#at(from), this.#at(to));
+      this.disk.rename(this.at(from), this.at(to));
     } catch (error) {
       if (!this.stat(from)) return; // It was placed before.
       // The application was faster: it removed the directory, or made one of the file's name.
@@ -1904,14 +1956,14 @@ export class Journal implements Disposable {
       if (this.stat(to)?.kind !== "directory") {
         if (!isMissing(error)) throw error;
       } else this.#displace(to);
-      this.disk.rename(this.#at(from), this.#at(to));
+      this.disk.rename(this.at(from), this.at(to));
     }
   }
 
   /** Moves aside what stands in the way of a release and belongs to none. */
   #displace(path: string): void {
     const aside = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
-    this.disk.rename(this.#at(path), this.#at(aside));
+    this.disk.rename(this.at(path), this.at(aside));
     this.displaced.push(`${path} (now ${aside})`);
   }
 
@@ -1921,14 +1973,14 @@ export class Journal implements Disposable {
       this.#loadRecord("rollback.json", isTransaction) ??
       this.#loadRecord("journal.json", isTransaction);
     this.damaged = this.disk
-      .list(this.#at(OTA_DIR))
+      .list(this.at(OTA_DIR))
       .filter((name) => name.endsWith(".corrupt"))
       .map((name) => `${OTA_DIR}/${name}`);
   }
 
   /** Reads a record; one that makes no sense is set aside, never overwritten. */
   #loadRecord<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
-    const path = this.#at(`${OTA_DIR}/${name}`);
+    const path = this.at(`${OTA_DIR}/${name}`);
     const text = readText(this.disk, path);
     if (text === undefined) return undefined;
     const json = parseJSON(text);
@@ -1945,7 +1997,7 @@ export class Journal implements Disposable {
   }
 
   async #recover(): Promise<void> {
-    if (this.disk.stat(this.#at(`${OTA_DIR}/rollback.json`))) {
+    if (this.disk.stat(this.at(`${OTA_DIR}/rollback.json`))) {
       this.recovered = true;
       await this.#rollBack();
     } else if (this.#transaction && !this.canRollBack) {
@@ -1955,44 +2007,24 @@ export class Journal implements Disposable {
   }
 
   async #write(state: State): Promise<void> {
-    await writeDurably(this.disk, this.#at(`${OTA_DIR}/state.json`), JSON.stringify(state));
+    await writeDurably(this.disk, this.at(`${OTA_DIR}/state.json`), JSON.stringify(state));
     this.#state = state;
   }
 
   /** Removes what no journal needs. Staged content stays while nothing was made of it. */
   #clean(): void {
     const needed = this.#transaction && `backup-${this.#transaction.id}`;
-    for (const name of this.disk.list(this.#at(OTA_DIR))) {
+    for (const name of this.disk.list(this.at(OTA_DIR))) {
       if (/^backup-/.test(name) && name !== needed) this.#removeAll(`${OTA_DIR}/${name}`);
     }
   }
 
   #removeAll(directory: string): void {
-    for (const name of this.disk.list(this.#at(directory))) {
-      this.disk.unlink(this.#at(`${directory}/${name}`));
+    for (const name of this.disk.list(this.at(directory))) {
+      this.disk.unlink(this.at(`${directory}/${name}`));
     }
-    this.disk.rmdir(this.#at(directory));
+    this.disk.rmdir(this.at(directory));
   }
-
-  #at(path: string): string {
-    return `${this.root}/${path}`;
-  }
-
-  #part(key: string): string {
-    return this.#at(`${STAGED}/${key}.part`);
-  }
-}
-
-function parseJSON(text: string): unknown {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return undefined;
-  }
-}
-
-function isObject(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 function isInstalled(value: unknown): boolean {
@@ -2020,13 +2052,6 @@ function isTransaction(value: unknown): value is Transaction {
     isSteps(value.forward) &&
     isSteps(value.back)
   );
-}
-
-/** The firmware that runs on a device; `null` when none was ever flashed. */
-export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmware | null {
-  const otadata = parseJSON(readText(disk, `${root}/${OTA_DIR}/otadata`) ?? "");
-  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
-  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
 /** Makes a directory and those above it, durably. */
@@ -2339,6 +2364,111 @@ function realRoot(root: string): string {
   return fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
 }
 
+// ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
+// What an update will do, worked out and checked before anything is fetched: a change that cannot
+// be made whole is not begun.
+
+/** One content to fetch. */
+interface Download {
+  /** SHA-256, or SHA-1 where the server does not send that. */
+  key: string;
+  url: string;
+  /** Where it goes, for messages. */
+  path: string;
+  size: number | undefined;
+}
+
+/** What an update will do, worked out before anything is fetched. */
+interface Plan {
+  put: Map<string, string>;
+  remove: string[];
+  firmware?: { key: string; version: string };
+  downloads: Download[];
+  /** Files of the release that are there already: path → SHA-256. */
+  kept: Map<string, string>;
+}
+
+/**
+ * Compares what a manifest lists with what is there.
+ *
+ * @param recorded the paths that the updater has installed
+ * @param full whether of those, the ones that the manifest lacks are to go
+ * @throws {OTAError} naming the first path that cannot be changed, and why
+ */
+export async function makePlan(
+  files: DeviceFiles,
+  manifest: Manifest,
+  recorded: readonly string[],
+  full: boolean,
+): Promise<Plan> {
+  const plan: Plan = { put: new Map(), remove: [], downloads: [], kept: new Map() };
+  const entries = [...manifest.new, ...manifest.update].map((entry) => {
+    return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
+  });
+  const listed = new Set(entries.map(({ path }) => path));
+  const gone = full ? recorded.filter((path) => !listed.has(path)) : [];
+  const remove = [...new Set([...manifest.delete, ...gone])];
+  files.refuseLinks([...listed, ...remove]);
+  plan.remove = remove.filter((path) => files.stat(path)?.kind === "file");
+
+  const wanted = new Map<string, Download>();
+  for (const { path, key, URL: url, size, sha256 } of entries) {
+    if (files.hasContent(path, key, size)) {
+      plan.kept.set(path, sha256 ?? files.digest(path, "sha256"));
+    } else {
+      plan.put.set(path, key);
+      wanted.set(key, { key, url, path, size });
+    }
+  }
+  const { firmware } = manifest;
+  if (firmware) {
+    const key = firmware.sha256 ?? firmware.hash;
+    plan.firmware = { key, version: firmware.version! };
+    wanted.set(key, { key, url: firmware.URL, path: basename(firmware.URL), size: firmware.size });
+  }
+  plan.downloads = [...wanted.values()];
+  await planVersionFile(files, plan, manifest.version);
+  files.preflight(plan.put.keys(), plan.remove);
+  checkSpace(files, plan);
+  return plan;
+}
+
+/** Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`. */
+async function planVersionFile(files: DeviceFiles, plan: Plan, version: string): Promise<void> {
+  const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
+  if (!hasFlash && files.stat("flash")?.kind !== "directory") return;
+  files.refuseLinks([VERSION_FILE]);
+  const bytes = new TextEncoder().encode(`VERSION = '${version}'\n`);
+  const key = sha256(bytes);
+  if (files.hasContent(VERSION_FILE, key, bytes.byteLength)) return;
+  await files.stage(bytes);
+  plan.put.set(VERSION_FILE, key);
+}
+
+/** @throws {OTAError} with both numbers, when a plan needs more space than there is */
+function checkSpace(files: DeviceFiles, plan: Plan): void {
+  const sizes = new Map(plan.downloads.map(({ key, size }) => [key, size ?? 0]));
+  let needed = files.backupBytes([...plan.put.keys(), ...plan.remove]);
+  for (const { key, size } of plan.downloads) {
+    if (!files.isStaged(key)) needed += Math.max(0, (size ?? 0) - files.part(key).size);
+  }
+  const once = new Set<string>();
+  for (const key of plan.put.values()) {
+    // One content in two places is kept twice.
+    if (once.has(key)) needed += sizes.get(key) ?? 0;
+    once.add(key);
+  }
+  // The journal, the record, and the directories: some 200 bytes a file, and a margin.
+  needed += 64 * 1024 + 200 * (plan.put.size + plan.remove.length + plan.kept.size);
+  const { free } = files;
+  if (needed > free) {
+    throw new OTAError(
+      `not enough space in ${files.root}: this update needs ${needed} bytes, and ${free} are ` +
+        "free; nothing was fetched",
+    );
+  }
+}
+
 // ──── Device ────────────────────────────────────────────────────────────────────────────────────
 // The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
 // `OTA` with `connect` and `getData`, and gets everything else from here.
@@ -2404,26 +2534,6 @@ export interface OTAOptions extends TrialOptions {
   retry?: boolean;
 }
 
-/** One content to fetch. */
-interface Download {
-  /** SHA-256, or SHA-1 where the server does not send that. */
-  key: string;
-  url: string;
-  /** Where it goes, for messages. */
-  path: string;
-  size: number | undefined;
-}
-
-/** What an update will do, worked out before anything is fetched. */
-interface Plan {
-  put: Map<string, string>;
-  remove: string[];
-  firmware?: { key: string; version: string };
-  downloads: Download[];
-  /** Files of the release that are there already: path → SHA-256. */
-  kept: Map<string, string>;
-}
-
 const TRIES = 5;
 /** Content without a known size is not received beyond this. */
 const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
@@ -2486,10 +2596,9 @@ export abstract class OTA {
       return { result: "not tried", from: current || "0", to: manifest.version };
     }
 
-    const plan = this.#plan(journal, manifest);
-    await planVersionFile(journal, plan, manifest.version);
-    journal.preflight([...plan.put.keys()], plan.remove);
-    this.#checkSpace(journal, plan);
+    const recorded = Object.keys(journal.state.installed?.files ?? {});
+    const full = manifest.full === true || this.options.repair === true;
+    const plan = await makePlan(journal, manifest, recorded, full);
     await this.#stage(journal, plan);
     return this.#commit(journal, trial, plan, manifest, current);
   }
@@ -2515,19 +2624,20 @@ export abstract class OTA {
 
   async #askForManifest(journal: Journal, current: string): Promise<Manifest | null> {
     const { installed, failed } = journal.state;
-    const query = {
-      // Without a version the answer is the full list.
-      ...(!this.options.repair && { current_ver: current }),
+    const query: ManifestQuery = {
+      current_ver: current,
       firmware_ver: journal.firmware?.version ?? "",
       hash: "sha256",
-      ...(installed &&
-        !this.options.repair && { base: releaseDigest(Object.entries(installed.files)) }),
       devid: this.options.id ?? journal.id,
-      ...(failed.length > 0 && { failed: failed.at(-1)!.version }),
     };
-    const search = Object.entries(query).map(
-      ([name, value]) => `${name}=${encodeURIComponent(value)}`,
-    );
+    const files = Object.entries(installed?.files ?? {});
+    // Without a version the answer is the full list.
+    if (this.options.repair) delete query.current_ver;
+    else if (files.length > 0) query.base = releaseDigest(files);
+    if (failed.length > 0) query.failed = failed.at(-1)!.version;
+    const search = Object.entries(query).map(([name, value]) => {
+      return `${name}=${encodeURIComponent(value!)}`;
+    });
     const body = await this.#withRetries(() => this.#readAll(`/manifest.json?${search.join("&")}`));
     return parseManifest(body, current || undefined);
   }
@@ -2546,66 +2656,6 @@ export abstract class OTA {
       };
     });
     return Buffer.concat(pieces);
-  }
-
-  /** Compares what the manifest lists with what is there. */
-  #plan(journal: Journal, manifest: Manifest): Plan {
-    const plan: Plan = { put: new Map(), remove: [], downloads: [], kept: new Map() };
-    const entries = [...manifest.new, ...manifest.update].map((entry) => {
-      return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
-    });
-    const listed = new Set(entries.map(({ path }) => path));
-    const recorded = Object.keys(journal.state.installed?.files ?? {});
-    const gone = manifest.full || this.options.repair ? recorded.filter((p) => !listed.has(p)) : [];
-    const remove = [...new Set([...manifest.delete, ...gone])];
-    journal.refuseLinks([...listed, ...remove]);
-    plan.remove = remove.filter((path) => journal.stat(path)?.kind === "file");
-
-    const wanted = new Map<string, Download>();
-    for (const { path, key, URL: url, size, sha256 } of entries) {
-      if (hasContent(journal, path, key, size)) {
-        plan.kept.set(path, sha256 ?? journal.digest(path, "sha256"));
-      } else {
-        plan.put.set(path, key);
-        wanted.set(key, { key, url, path, size });
-      }
-    }
-    const { firmware } = manifest;
-    if (firmware) {
-      const key = firmware.sha256 ?? firmware.hash;
-      plan.firmware = { key, version: firmware.version! };
-      wanted.set(key, {
-        key,
-        url: firmware.URL,
-        path: basename(firmware.URL),
-        size: firmware.size,
-      });
-    }
-    plan.downloads = [...wanted.values()];
-    return plan;
-  }
-
-  #checkSpace(journal: Journal, plan: Plan): void {
-    const sizes = new Map(plan.downloads.map(({ key, size }) => [key, size ?? 0]));
-    let needed = journal.backupBytes([...plan.put.keys(), ...plan.remove]);
-    for (const { key, size } of plan.downloads) {
-      if (!journal.isStaged(key)) needed += Math.max(0, (size ?? 0) - journal.part(key).size);
-    }
-    const once = new Set<string>();
-    for (const key of plan.put.values()) {
-      // One content in two places is kept twice.
-      if (once.has(key)) needed += sizes.get(key) ?? 0;
-      once.add(key);
-    }
-    // The journal, the record, and the directories: some 200 bytes a file, and a margin.
-    needed += 64 * 1024 + 200 * (plan.put.size + plan.remove.length + plan.kept.size);
-    const { free } = journal;
-    if (needed > free) {
-      throw new OTAError(
-        `not enough space in ${this.root}: this update needs ${needed} bytes, and ${free} are ` +
-          "free; nothing was fetched",
-      );
-    }
   }
 
   // ── Staging ──
@@ -2786,7 +2836,8 @@ export abstract class OTA {
     }
     const { put, remove, firmware } = plan;
     const digest = manifestDigest(manifest);
-    await journal.commit({ installed, digest, put, remove, firmware, check, restart });
+    const from = current ? { version: current, previous_version: null, files: {} } : undefined;
+    await journal.commit({ from, installed, digest, put, remove, firmware, check, restart });
     const good = await trial.start(check);
     return good ? outcome : { ...outcome, result: "rolled back" };
   }
@@ -2794,23 +2845,6 @@ export abstract class OTA {
   #note(text: string): void {
     this.options.report?.({ kind: "note", text });
   }
-}
-
-/** Whether a file is there and has the content of that key (SHA-256 or SHA-1) and size. */
-function hasContent(journal: Journal, path: string, key: string, size?: number): boolean {
-  const stat = journal.stat(path);
-  if (stat?.kind !== "file" || (size !== undefined && stat.size !== size)) return false;
-  return journal.digest(path, key.length === 64 ? "sha256" : "sha1") === key;
-}
-
-/** Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`. */
-async function planVersionFile(journal: Journal, plan: Plan, version: string): Promise<void> {
-  const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
-  if (!hasFlash && journal.stat("flash")?.kind !== "directory") return;
-  journal.refuseLinks([VERSION_FILE]);
-  const bytes = new TextEncoder().encode(`VERSION = '${version}'\n`);
-  const key = await journal.stage(bytes);
-  if (!hasContent(journal, VERSION_FILE, key, bytes.byteLength)) plan.put.set(VERSION_FILE, key);
 }
 
 /** Whether a device has no file of its own yet. */
@@ -3180,17 +3214,17 @@ function formatBytes(bytes: number): string {
 
 async function runServe(given: Given): Promise<number> {
   const out = Bun.stdout.writer();
-  const flush = setInterval(() => out.flush(), 100);
   const log = (line: string) => void out.write(`${line}\n`);
   const { root, host, url, ignore, latest } = given;
   const options = { root, host, url, ignore, latest, port: numberOption(given, "port"), log };
   const server = serve(options);
+  const flush = setInterval(() => out.flush(), 100);
   const stopped = new Promise((done) => {
     interruption("stopped").addEventListener("abort", done, { once: true });
   });
   for (const line of describeServer(server, given)) log(line);
   const { releases } = server;
-  const surprises = [...releases.warnings(), ...releases.boardWarningsOfAll()];
+  const surprises = [...rootWarnings(releases), ...allBoardWarnings(releases)];
   for (const line of surprises) console.error(`warning: ${line}`);
   await out.flush();
   await stopped;
@@ -3230,7 +3264,7 @@ function runManifest(given: Given): number {
   const base = baseURL(given.url ?? "http://127.0.0.1:8000");
   const releases = new Releases(root, { ignore, latest });
   const manifest = releases.manifestFor({ current_ver: given.ver }, base);
-  const surprises = [...releases.warnings(), ...releases.boardWarnings(manifest)];
+  const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
   for (const line of surprises) console.error(`warning: ${line}`);
   return say(JSON.stringify(manifest, null, 2), 0);
 }

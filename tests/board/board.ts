@@ -9,9 +9,9 @@ import { join } from "node:path";
 import {
   loadMicroPython,
   type FileSystem,
-  type MicroPython,
   type Stream,
 } from "@micropython/micropython-webassembly-pyscript";
+import { FixedHeap } from "./heap.ts";
 import type { Link } from "./link.ts";
 
 /** How a start ended: Python ran to its end, or what took the power away. */
@@ -25,6 +25,8 @@ export interface Start {
   output: string[];
   /** The file operations, each in words. */
   operations: string[];
+  /** With a fixed heap: how it was used. */
+  heap?: FixedHeap;
 }
 
 export interface Options {
@@ -32,10 +34,8 @@ export interface Options {
   cutAt?: number;
   /** Chooses what becomes of files that were open for writing then. */
   torn?: number;
-  /** Bytes of heap. */
+  /** Bytes of heap, which then are all there is. */
   heap?: number;
-  /** The heap cannot grow beyond that. */
-  hardHeap?: boolean;
 }
 
 class PowerCut {
@@ -147,15 +147,19 @@ export class Board {
   async start(code = "", options: Options & { boot?: boolean } = {}): Promise<Start> {
     this.#bootloader();
     const result: Start = { end: "done", error: "", output: [], operations: [] };
-    const mp = await loadMicroPython({
+    const settings = {
       heapsize: options.heap ?? 128 * 1024,
-      stdout: (line) => void result.output.push(line),
-      stderr: (line) => void result.output.push(line),
-    });
+      stdout: (line: string) => void result.output.push(line),
+      stderr: (line: string) => void result.output.push(line),
+    };
+    const [mp, heap] = options.heap
+      ? await FixedHeap.load(settings)
+      : [await loadMicroPython(settings), undefined];
+    result.heap = heap;
     const { FS } = mp;
     this.#load(FS);
-    this.#devices(FS);
-    const open = this.#driver(FS, result, options);
+    this.#devices(FS, heap);
+    const open = this.#driver(FS, result, options, heap);
     const path = this.kind === "pycom" ? ["", "/flash", "/flash/lib"] : ["", ".frozen", "/lib"];
     const setup = [
       `import sys, os`,
@@ -163,7 +167,7 @@ export class Board {
       `os.chdir(${JSON.stringify(this.home || "/")})`,
       `del sys, os`,
     ].join("\n");
-    if (options.hardHeap) freezeHeap(mp);
+    heap?.freeze();
     try {
       mp.runPython(setup);
       if (options.boot !== false) mp.runPython(`execfile("${this.home}/boot.py")`);
@@ -175,7 +179,7 @@ export class Board {
         result.error = String(error instanceof Error ? error.message : error);
       }
     }
-    if (options.hardHeap) thawHeap();
+    heap?.thaw();
     this.#save(FS);
     if (result.end === "cut") this.#tear(open, options.torn ?? 0);
     return result;
@@ -232,7 +236,12 @@ export class Board {
   }
 
   /** Counts and disturbs what Python does to files. Returns the paths that are open for writing. */
-  #driver(FS: FileSystem, result: Start, options: Options): Set<string> {
+  #driver(
+    FS: FileSystem,
+    result: Start,
+    options: Options,
+    heap: FixedHeap | undefined,
+  ): Set<string> {
     const open = new Set<string>();
     const paths = new Map<Stream, string>();
     const isFlash = (path: string) => path !== "/stand" && !/^\/(dev|stand)\//.test(path);
@@ -256,6 +265,7 @@ export class Board {
     const original = {
       open: FS.open,
       close: FS.close,
+      read: FS.read,
       write: FS.write,
       rename: FS.rename,
       unlink: FS.unlink,
@@ -295,6 +305,11 @@ export class Board {
       }
       original.close(stream);
     };
+    FS.read = (stream, buffer, offset, length, position) => {
+      // The manifest is read piece by piece and nothing else happens meanwhile.
+      if (stream.path?.endsWith("/.ota/manifest")) heap?.collect();
+      return original.read(stream, buffer, offset, length, position);
+    };
     FS.rename = (from, to) => {
       step(`rename ${from} ${to}`);
       const top = (path: string) =>
@@ -321,7 +336,7 @@ export class Board {
     return open;
   }
 
-  #devices(FS: FileSystem): void {
+  #devices(FS: FileSystem, heap: FixedHeap | undefined): void {
     let major = 64;
     const device = (path: string, ops: Parameters<FileSystem["registerDevice"]>[1]) => {
       const id = FS.makedev(major++, 0);
@@ -362,6 +377,7 @@ export class Board {
       },
       read: (_stream, buffer, offset, length) => {
         if (rest === undefined) {
+          heap?.collect();
           const piece = this.link.receive();
           const size = piece?.length ?? 0xffff;
           buffer.set([size >> 8, size & 0xff], offset);
@@ -386,23 +402,4 @@ function text(content: string): Uint8Array {
 const STANDINS = new Map<string, string>();
 for (const name of new Bun.Glob("*.py").scanSync(standins)) {
   STANDINS.set(name, await Bun.file(join(standins, name)).text());
-}
-
-/**
- * MicroPython's heap grows when it is full; a board's does not. Takes all other memory of this
- * interpreter away, and keeps it from getting more.
- */
-function freezeHeap(mp: MicroPython): void {
-  WebAssembly.Memory.prototype.grow = () => {
-    throw new RangeError("no more memory");
-  };
-  for (let size = 1 << 26; size >= 64;) {
-    if (mp._module._malloc(size) === 0) size >>= 1;
-  }
-}
-
-const grow = WebAssembly.Memory.prototype.grow;
-
-function thawHeap(): void {
-  WebAssembly.Memory.prototype.grow = grow;
 }

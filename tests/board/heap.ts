@@ -15,12 +15,12 @@ let latest: WebAssembly.Memory | undefined;
 /** As loadMicroPython(), and remembers the memory of the interpreter for the functions below. */
 export async function load(options: Options): Promise<MicroPython> {
   const original = WebAssembly.instantiate;
-  const wrapped = async (bytes: BufferSource, imports?: WebAssembly.Imports) => {
-    const result = await original(bytes, imports);
-    latest = result.instance.exports.memory as WebAssembly.Memory;
+  WebAssembly.instantiate = (async (...given: Parameters<typeof original>) => {
+    const result = await original(...given);
+    const instance = "instance" in result ? (result.instance as WebAssembly.Instance) : result;
+    latest = instance.exports.memory as WebAssembly.Memory;
     return result;
-  };
-  WebAssembly.instantiate = wrapped as typeof WebAssembly.instantiate;
+  }) as typeof original;
   try {
     return await loadMicroPython(options);
   } finally {
@@ -57,6 +57,15 @@ async function findDepth(): Promise<number> {
   return found[0]!;
 }
 
+const MEMO = `
+def _memo():
+    import gc
+    f = open("/dev/memo", "wb")
+    f.write(b"%d" % gc.mem_alloc())
+    f.close()
+    gc.collect()
+`;
+
 export class FixedHeap {
   /** The most bytes that were alive after a collection. */
   live = 0;
@@ -67,37 +76,35 @@ export class FixedHeap {
   #memory: WebAssembly.Memory;
   #reserve = 0;
   #grow = WebAssembly.Memory.prototype.grow;
-  #note: (taken: number, live: number) => void;
+  #memo = 0;
 
   /** Loads an interpreter whose heap is `size` bytes and stays so. */
   static async load(options: Options & { heapsize: number }): Promise<[MicroPython, FixedHeap]> {
     depthAt ??= await findDepth();
-    const mp = await load(options);
-    return [mp, new FixedHeap(mp)];
+    // Emscripten says on the console each time that it gets no memory.
+    const error = console.error;
+    console.error = () => {};
+    try {
+      const mp = await load(options);
+      return [mp, new FixedHeap(mp)];
+    } finally {
+      console.error = error;
+    }
   }
 
   private constructor(mp: MicroPython) {
     this.#mp = mp;
     this.#memory = latest!;
-    const numbers: number[] = [];
-    this.#note = (taken, live) => {
-      numbers.push(taken, live);
-      this.taken = Math.max(this.taken, taken);
-      this.live = Math.max(this.live, live);
-    };
     const id = mp.FS.makedev(63, 0);
     mp.FS.registerDevice(id, {
       write: (_stream, buffer, offset, length) => {
-        const words = new TextDecoder().decode(new Uint8Array(buffer.slice(offset, offset + length)));
-        this.#memo = Number(words);
+        this.#memo = Number(Buffer.from(buffer.slice(offset, offset + length)).toString());
         return length;
       },
     });
     mp.FS.mkdev("/dev/memo", 0o666, id);
-    mp.runPython(`def _memo():\n import gc\n f = open("/dev/memo", "wb")\n f.write(b"%d" % gc.mem_alloc())\n f.close()\n gc.collect()\n`);
+    mp.runPython(MEMO);
   }
-
-  #memo = 0;
 
   /** Takes all memory outside the heap away. */
   freeze(): void {
@@ -105,10 +112,7 @@ export class FixedHeap {
     WebAssembly.Memory.prototype.grow = () => {
       throw new RangeError("this heap does not grow");
     };
-    const warn = console.error;
-    console.error = () => {};
-    for (let size = 1 << 26; size >= 32; ) if (this.#mp._module._malloc(size) === 0) size >>= 1;
-    console.error = warn;
+    for (let size = 1 << 26; size >= 32;) if (this.#mp._module._malloc(size) === 0) size >>= 1;
   }
 
   thaw(): void {
@@ -127,7 +131,8 @@ export class FixedHeap {
     this.#mp.runPython("_memo()");
     words[depthAt!] = depth;
     this.#reserve = this.#mp._module._malloc(256);
-    this.#note(taken, this.#memo);
+    this.live = Math.max(this.live, this.#memo);
+    this.taken = Math.max(this.taken, taken);
     this.collections++;
   }
 }

@@ -25,7 +25,7 @@ export class Link {
   #worker = new Worker(new URL("./link-worker.ts", import.meta.url).href);
   #state: Int32Array;
   #data: Uint8Array;
-  #inbox = new Uint8Array(0);
+  #inbox: Uint8Array = new Uint8Array(0);
   #total = 0;
   #line = "";
 

@@ -23,6 +23,13 @@ declare module "@micropython/micropython-webassembly-pyscript" {
       length: number,
       position?: number,
     ): number;
+    read(
+      stream: Stream,
+      buffer: Int8Array,
+      offset: number,
+      length: number,
+      position?: number,
+    ): number;
     rename(from: string, to: string): void;
     unlink(path: string): void;
     mkdir(path: string, mode?: number): unknown;
