@@ -18,6 +18,15 @@
  */
 
 import { Database } from "bun:sqlite";
+import {
+  createPrivateKey,
+  createPublicKey,
+  generateKeyPairSync,
+  type KeyObject,
+  sign,
+  timingSafeEqual,
+  verify,
+} from "node:crypto";
 import * as fs from "node:fs";
 import { basename, dirname, relative, resolve } from "node:path";
 import { parseArgs } from "node:util";
@@ -120,6 +129,11 @@ export class LooseVersion {
       if (order !== 0) return order;
     }
     return this.parts.length - theirs.length;
+  }
+
+  /** The same text for equal versions, and for no others. */
+  get key(): string {
+    return JSON.stringify(this.parts, (_, part) => (typeof part === "bigint" ? `${part}` : part));
   }
 
   toString(): string {
@@ -395,6 +409,11 @@ function checkPathsAgree(manifest: Manifest): void {
   if (both) refuse(`${both} is both deleted and written`);
 }
 
+/** Lowercase hex. */
+function sha256(data: string | Uint8Array): string {
+  return new Bun.CryptoHasher("sha256").update(data).digest("hex");
+}
+
 /**
  * The digest of a whole release, sent as `base`: lowercase hex SHA-256 over the lines
  * `path NUL sha256hex LF`, sorted by path in UTF-8 byte order.
@@ -451,10 +470,78 @@ function encodePath(path: string): string {
   return path.split("/").map(encodeURIComponent).join("/");
 }
 
-// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
-// One release root on disk: which versions and firmware images it holds, what is ignored and why,
-// and what a device needs to reach the newest. Everything that decides what a device gets is here;
-// the server only carries it.
+// ──── Trust ─────────────────────────────────────────────────────────────────────────────────────
+// Who made a manifest. A signature binds its bytes to the request that asked for them, so that
+// neither a changed nor an old answer passes; the hashes in the manifest then vouch for content.
+
+/** The response header that carries a manifest's signature, in base64. */
+export const SIGNATURE_HEADER = "X-OTA-Signature";
+
+/** What is signed: Ed25519 over `ota-manifest-1` LF `reqid` LF body, body before any coding. */
+function signedBytes(body: string | Uint8Array, reqid: string): Uint8Array {
+  return Buffer.concat([Buffer.from(`ota-manifest-1\n${reqid}\n`), Buffer.from(body)]);
+}
+
+/** Makes a key pair, both PEM as openssl reads and writes them (PKCS #8, SPKI). */
+export function makeKeys(): { key: string; pub: string } {
+  const { privateKey, publicKey } = generateKeyPairSync("ed25519");
+  return {
+    key: privateKey.export({ type: "pkcs8", format: "pem" }).toString(),
+    pub: publicKey.export({ type: "spki", format: "pem" }).toString(),
+  };
+}
+
+/**
+ * Signs a manifest.
+ *
+ * @param reqid of the request; empty when none was sent
+ * @returns base64
+ */
+export function signManifest(body: string | Uint8Array, reqid: string, key: KeyObject): string {
+  return sign(null, signedBytes(body, reqid), key).toString("base64");
+}
+
+/** Whether one of the keys made a signature. */
+export function isSignedBy(
+  keys: readonly KeyObject[],
+  signature: string,
+  body: string | Uint8Array,
+  reqid: string,
+): boolean {
+  const bytes = Buffer.from(signature, "base64");
+  return keys.some((key) => verify(null, signedBytes(body, reqid), key, bytes));
+}
+
+/**
+ * Reads a key of a key pair.
+ *
+ * @param file PEM, as `keygen` and openssl write it
+ * @throws {OTAError} when it cannot be read or is no Ed25519 key of that kind
+ */
+export function readKey(file: string, kind: "private" | "public"): KeyObject {
+  try {
+    const pem = fs.readFileSync(file);
+    const key = kind === "private" ? createPrivateKey(pem) : createPublicKey(pem);
+    if (key.asymmetricKeyType === "ed25519") return key;
+    throw new Error(`it is a key for ${key.asymmetricKeyType}`);
+  } catch (error) {
+    throw new OTAError(
+      `cannot use ${file}: expected an Ed25519 ${kind} key in PEM, as keygen writes it; found: ` +
+        errorText(error),
+      2,
+    );
+  }
+}
+
+/** Compares secrets without telling by the time it takes how much of them was right. */
+function isSameSecret(a: string, b: string): boolean {
+  return timingSafeEqual(Buffer.from(sha256(a)), Buffer.from(sha256(b)));
+}
+
+// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
+// What one release root on disk holds, hashed once. Nobody can know when a copy of many files into
+// the root has ended, so a version or a firmware image counts once nothing in it has changed for a
+// second; until then its last good index stands. Only a rename publishes at once or not at all.
 
 /** What is known of one file's content. */
 export interface FileHashes {
@@ -465,24 +552,30 @@ export interface FileHashes {
   sha256: string;
 }
 
+/** A file that was read and hashed. */
+export interface IndexedFile extends FileHashes {
+  /** Absolute, links resolved. */
+  file: string;
+}
+
 /** One version: a directory below the root, the whole file system of a device. */
 export interface Release {
   /** The directory's name: `1.0.1`. */
   name: string;
   version: LooseVersion;
   /** Path on the device, without a leading slash → content. Sorted by path. */
-  files: ReadonlyMap<string, FileHashes>;
+  files: ReadonlyMap<string, IndexedFile>;
   /** `releaseDigest` of the files. */
   digest: string;
 }
 
 /** One firmware image: a file `firmware_VERSION.bin` below the root. */
-export interface FirmwareImage extends FileHashes {
+export interface FirmwareImage extends IndexedFile {
   /** The VERSION in the file's name. */
   name: string;
   version: LooseVersion;
-  /** The file's name. */
-  file: string;
+  /** The file's name, as in URLs. */
+  path: string;
 }
 
 /** What below the root counts for nothing, and why. */
@@ -492,38 +585,46 @@ export interface Ignored {
   reason: string;
 }
 
-/** A file below the root, found for a request. */
-export interface ServedFile {
-  /** Absolute, links resolved. */
-  file: string;
-  size: number;
-  /** Strong, quoted. */
-  etag: string;
-}
-
 /** How to read a release root. */
 export interface ReleasesOptions {
   /** Globs of what is no content. Without a slash they match names, else paths in the version. */
   ignore?: readonly string[];
   /** The highest version and firmware to offer; absent: all. */
   latest?: string;
-  /** Absolute paths of files that are never served. */
-  hidden?: readonly string[];
+  /** Seconds without a change before something counts; 1. 0: the root is known to be complete. */
+  quiet?: number;
 }
 
-/** Hashes by absolute path, each with the stamp of the file that they were made of. */
-type HashCache = Map<string, { stamp: string; hashes: FileHashes }>;
+/** What a look at a version or an image found, nothing read yet. */
+interface Look {
+  files: { path: string; file: string; stat: fs.Stats }[];
+  ignored: Ignored[];
+  /** The same as long as nothing changes. */
+  stamp: string;
+  /** When something changed last, in ms since 1970. */
+  changed: number;
+}
+
+/** A version or an image that counts, with the stamp of the look that it was made of. */
+interface Known {
+  stamp: string;
+  item: Release | FirmwareImage;
+}
 
 const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
+/** Milliseconds between two looks at a root that does not tell of changes, or may not. */
+const POLL = { watched: 60_000, unwatched: 1_000 };
+/** Milliseconds from the first change to a look: a copy of many files is one change. */
+const GATHER = 200;
 
-/**
- * A release root.
- *
- * @example
- * const releases = new Releases("examples/smart-meter");
- * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
- */
-export class Releases {
+/** Looks at a root again and again. */
+export interface Watch extends Disposable {
+  /** Asks for a scan, for instance because content was found to be other than indexed. */
+  soon: () => void;
+}
+
+/** A release root, as it was when it was last scanned. */
+export class ReleaseIndex {
   /** The root's absolute path, links resolved. */
   readonly root: string;
   /** In the order of their versions, oldest first. */
@@ -531,69 +632,169 @@ export class Releases {
   /** In the order of their versions, oldest first. */
   firmware: readonly FirmwareImage[] = [];
   ignored: readonly Ignored[] = [];
+  /** Path below the root → file, of all that versions and firmware consist of. */
+  files: ReadonlyMap<string, IndexedFile> = new Map();
+  /** How long the last scan took, in seconds. */
+  scanSeconds = 0;
 
   readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
-  readonly #hidden: ReadonlySet<string>;
-  #hashes: HashCache = new Map();
+  readonly #quiet: number;
+  /** By name below the root. */
+  #known = new Map<string, Known>();
+  /** What is changing, by name below the root: since when it has looked as it does now. */
+  #restless = new Map<string, { stamp: string; since: number; changed: number }>();
+  /** Hashes by absolute path, each with the stamp of the file that they were made of. */
+  #hashes = new Map<string, { stamp: string; hashes: IndexedFile }>();
+  #scanning: Promise<boolean> = Promise.resolve(false);
+  #breath = performance.now();
 
-  /**
-   * @param root the directory that holds the versions; it is read at once
-   * @throws {OTAError} when the root is missing, no directory, or cannot be read
-   */
-  constructor(root: string, options: ReleasesOptions = {}) {
-    try {
-      this.root = fs.realpathSync(root);
-      fs.readdirSync(this.root);
-    } catch (error) {
-      const found = { ENOENT: "does not exist", ENOTDIR: "is no directory" };
-      const why = found[errorCode(error) as keyof typeof found] ?? errorText(error);
-      throw new OTAError(`the root ${root} ${why}; --root names a directory of releases`, 2);
-    }
+  /** Nothing is read before `begin`. */
+  constructor(root: string, options: ReleasesOptions) {
+    this.root = root;
     this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
-    this.#hidden = new Set(options.hidden);
-    this.scan();
+    this.#quiet = (options.quiet ?? 1) * 1000;
   }
 
-  /** Reads the root again; what did not change is not hashed again. */
-  scan(): void {
-    const seen: HashCache = new Map();
+  /** Reads a root for the first time, and waits a little for what is changing just now. */
+  protected async begin(): Promise<void> {
+    await this.scan();
+    const patience = performance.now() + 2 * this.#quiet;
+    while (this.#restless.size > 0 && performance.now() < patience) {
+      await Bun.sleep(this.#nextLook());
+      await this.scan();
+    }
+  }
+
+  /** What is changing, and so does not count yet, or not as it is now. */
+  get restless(): string[] {
+    return [...this.#restless.keys()];
+  }
+
+  /**
+   * Reads the root again; what did not change is not hashed again.
+   *
+   * @returns whether anything is different now
+   */
+  scan(): Promise<boolean> {
+    // One after the other: one that is under way may have missed what this one is asked for.
+    const scan = this.#scanning.then(() => this.#scan());
+    this.#scanning = scan.catch(() => false);
+    return scan;
+  }
+
+  /**
+   * Scans whenever files change, until it is disposed of.
+   *
+   * @param changed is called after a scan that found something different
+   */
+  watch(changed: () => void): Watch {
+    let timer: Timer | undefined;
+    let due = Infinity;
+    let idle = POLL.unwatched;
+    let closed = false;
+    const plan = (milliseconds: number) => {
+      const at = performance.now() + milliseconds;
+      if (closed || at >= due) return;
+      clearTimeout(timer);
+      due = at;
+      timer = setTimeout(look, milliseconds);
+    };
+    const look = async () => {
+      due = Infinity;
+      const different = await this.scan().catch(() => false); // The root is away: look again.
+      if (different && !closed) changed();
+      plan(this.#restless.size > 0 ? this.#nextLook() : idle);
+    };
+    const soon = () => plan(GATHER + 4000 * this.scanSeconds);
+    let watcher: fs.FSWatcher | undefined;
+    try {
+      watcher = fs.watch(this.root, { recursive: true }, soon);
+      watcher.on("error", () => (idle = POLL.unwatched));
+      idle = POLL.watched;
+    } catch {
+      // Too many directories for the system, or one that cannot be watched: looking does as well.
+    }
+    plan(idle);
+    const close = () => {
+      closed = true;
+      clearTimeout(timer);
+      watcher?.close();
+    };
+    return { soon, [Symbol.dispose]: close };
+  }
+
+  /** Milliseconds until something restless may have become quiet. */
+  #nextLook(): number {
+    const now = Date.now();
+    const waits = [...this.#restless.values()].map(({ since, changed }) => {
+      return Math.min(since, Math.max(changed, 0)) + this.#quiet - now;
+    });
+    return Math.max(20, Math.min(...waits) + 5);
+  }
+
+  async #scan(): Promise<boolean> {
+    const started = performance.now();
+    const before = [...this.#known.values()].map(({ stamp }) => stamp).join();
     const ignored: Ignored[] = [];
     const versions: Release[] = [];
     const firmware: FirmwareImage[] = [];
-    for (const name of fs.readdirSync(this.root).sort(compareCodePoints)) {
+    const names = fs.readdirSync(this.root).sort(compareCodePoints);
+    for (const name of names) {
       const skip = (reason: string) => ignored.push({ path: name, reason });
-      const found = this.#resolve(name);
+      const found = this.resolve(name);
       if (typeof found === "string") {
         skip(found);
       } else if (found.stat.isDirectory()) {
         if (!isReleaseName(name)) skip(`no version: a name is ${RELEASE_NAME_RULE}`);
         else if (this.#counts(name, versions, skip)) {
-          const files = this.#readVersion(name, found.real, seen, ignored);
-          const digest = releaseDigest([...files].map(([path, file]) => [path, file.sha256]));
-          versions.push({ name, version: new LooseVersion(name), files, digest });
+          const look = () => this.#lookAt(name, found.real);
+          const release = await this.#settled(name, look, ignored, async (files) => {
+            const digest = releaseDigest([...files].map(([path, { sha256 }]) => [path, sha256]));
+            return { name, version: new LooseVersion(name), files, digest };
+          });
+          if (release) versions.push(release as Release);
         }
       } else {
         const version = firmwareVersion(name);
         if (version === undefined) skip("neither a version nor a firmware_VERSION.bin");
         else if (this.#counts(version, firmware, skip)) {
-          const hashes = this.#hash(found.real, found.stat, seen);
-          firmware.push({
-            ...hashes,
-            name: version,
-            version: new LooseVersion(version),
-            file: name,
+          const look = () => lookAtFile(name, found.real);
+          const image = await this.#settled(name, look, ignored, async (files) => {
+            const hashes = files.get(name)!;
+            return { ...hashes, name: version, version: new LooseVersion(version), path: name };
           });
+          if (image) firmware.push(image as FirmwareImage);
         }
       }
+    }
+    const gone = [...this.#known.keys(), ...this.#restless.keys()].filter(
+      (n) => !names.includes(n),
+    );
+    for (const name of gone) {
+      this.#known.delete(name);
+      this.#restless.delete(name);
     }
     const byVersion = (a: Release | FirmwareImage, b: Release | FirmwareImage) =>
       a.version.compare(b.version);
     this.versions = versions.sort(byVersion);
     this.firmware = firmware.sort(byVersion);
     this.ignored = ignored;
-    this.#hashes = seen;
+    this.scanSeconds = (performance.now() - started) / 1000;
+    const after = [...this.#known.values()].map(({ stamp }) => stamp).join();
+    if (before !== after) this.#collectFiles();
+    return before !== after;
+  }
+
+  #collectFiles(): void {
+    const files = new Map<string, IndexedFile>(this.firmware.map((image) => [image.path, image]));
+    for (const release of this.versions) {
+      for (const [path, file] of release.files) files.set(`${release.name}/${path}`, file);
+    }
+    this.files = files;
+    const used = new Set([...files.values()].map(({ file }) => file));
+    for (const file of this.#hashes.keys()) if (!used.has(file)) this.#hashes.delete(file);
   }
 
   /** Whether a version counts beside those found before it, by code point, under the same root. */
@@ -609,13 +810,136 @@ export class Releases {
     return !twin && !held;
   }
 
+  /** A version or an image: made new once it is quiet, until then the last good one. */
+  async #settled(
+    name: string,
+    lookAgain: () => Look,
+    ignored: Ignored[],
+    make: (files: Map<string, IndexedFile>) => Promise<Release | FirmwareImage>,
+  ): Promise<Release | FirmwareImage | undefined> {
+    const look = lookAgain();
+    ignored.push(...look.ignored);
+    const known = this.#known.get(name);
+    if (known?.stamp === look.stamp) {
+      this.#restless.delete(name);
+      return known.item;
+    }
+    const now = Date.now();
+    const restless = this.#restless.get(name);
+    const since = restless?.stamp === look.stamp ? restless.since : now;
+    if (now - Math.min(since, look.changed) >= this.#quiet) {
+      const files = await this.#hashAll(look.files);
+      if (files && lookAgain().stamp === look.stamp) {
+        const item = await make(files);
+        this.#known.set(name, { stamp: look.stamp, item });
+        this.#restless.delete(name);
+        return item;
+      }
+    }
+    this.#restless.set(name, { stamp: look.stamp, since, changed: look.changed });
+    return known?.item;
+  }
+
+  /** @returns `undefined` when a file went away meanwhile */
+  async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | undefined> {
+    const files: [string, IndexedFile][] = [];
+    for (const { path, file, stat } of found) {
+      const stamp = stampOf(stat);
+      const known = this.#hashes.get(file);
+      try {
+        const hashes = known?.stamp === stamp ? known.hashes : await this.#hash(file);
+        this.#hashes.set(file, { stamp, hashes });
+        files.push([path, hashes]);
+      } catch {
+        return undefined;
+      }
+    }
+    return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
+  }
+
+  /** Hashes a file in pieces, for SHA-1 and SHA-256 in one read; requests go on meanwhile. */
+  async #hash(file: string): Promise<IndexedFile> {
+    const sha1 = new Bun.CryptoHasher("sha1");
+    const sha256 = new Bun.CryptoHasher("sha256");
+    const fd = fs.openSync(file, "r");
+    try {
+      let size = 0;
+      for (let read; (read = fs.readSync(fd, this.#piece)) > 0; size += read) {
+        const bytes = this.#piece.subarray(0, read);
+        sha1.update(bytes);
+        sha256.update(bytes);
+        if (performance.now() - this.#breath > 10) {
+          await new Promise(setImmediate);
+          this.#breath = performance.now();
+        }
+      }
+      return { file, size, sha1: sha1.digest("hex"), sha256: sha256.digest("hex") };
+    } finally {
+      fs.closeSync(fd);
+    }
+  }
+
+  readonly #piece = new Uint8Array(256 * 1024);
+
+  #lookAt(name: string, directory: string): Look {
+    const look: Look = { files: [], ignored: [], stamp: "", changed: 0 };
+    const stamps: string[] = [];
+    const note = (path: string, stat: fs.Stats) => {
+      stamps.push(path, stampOf(stat));
+      look.changed = Math.max(look.changed, stat.ctimeMs);
+    };
+    const visit = (real: string, prefix: string, above: readonly string[]) => {
+      note(prefix, fs.statSync(real));
+      for (const item of fs.readdirSync(real, { withFileTypes: true })) {
+        const path = prefix + item.name;
+        const skip = (reason: string) => look.ignored.push({ path: `${name}/${path}`, reason });
+        const reason = this.#noContent(item.name, path);
+        if (reason) {
+          skip(reason);
+        } else if (item.isDirectory()) {
+          visit(`${real}/${item.name}`, `${path}/`, [...above, real]);
+        } else {
+          const at = `${real}/${item.name}`;
+          const found = item.isFile()
+            ? { real: at, stat: fs.statSync(at) }
+            : this.resolve(relative(this.root, at));
+          if (typeof found === "string") skip(found);
+          else if (found.stat.isFile()) {
+            note(path, found.stat);
+            look.files.push({ path, file: found.real, stat: found.stat });
+          } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
+          else visit(found.real, `${path}/`, [...above, real]);
+        }
+      }
+    };
+    try {
+      visit(directory, "", []);
+    } catch (error) {
+      // Something went away while we looked: a look that is never the same twice.
+      stamps.push(`${errorText(error)} ${performance.now()}`);
+      look.changed = Date.now();
+    }
+    look.stamp = `${name} ${Bun.hash(stamps.join("\0"))}`;
+    return look;
+  }
+
+  #noContent(name: string, path: string): string | undefined {
+    if (NEVER_CONTENT.has(name)) return "never content";
+    if (path === VERSION_FILE) return "the device writes it itself";
+    if (name.includes("\ufffd")) return "its name is not UTF-8";
+    const problem = pathProblem(path);
+    if (problem) return `the path ${problem}`;
+    const ignored = this.#ignore.some((glob) => glob.match(path) || glob.match(name));
+    return ignored ? "--ignore" : undefined;
+  }
+
   /** Follows a path below the root to what it is, or says why it is not to be used. */
-  #resolve(path: string): { real: string; stat: fs.Stats } | string {
+  protected resolve(path: string): { real: string; stat: fs.Stats } | string {
     if (path.startsWith(".")) return "its name begins with a dot";
     if (path.includes("\ufffd")) return "its name is not UTF-8";
     try {
       const real = fs.realpathSync(`${this.root}/${path}`);
-      if (!this.#isInside(real)) return "a link that leaves the root";
+      if (!isInside(real, this.root)) return "a link that leaves the root";
       const stat = fs.statSync(real);
       return stat.isDirectory() || stat.isFile()
         ? { real, stat }
@@ -624,142 +948,15 @@ export class Releases {
       return errorCode(error) === "ENOENT" ? "a broken link" : `unreadable: ${errorText(error)}`;
     }
   }
+}
 
-  #isInside(real: string): boolean {
-    return real.startsWith(this.root === "/" ? "/" : `${this.root}/`);
-  }
-
-  #readVersion(
-    name: string,
-    directory: string,
-    seen: HashCache,
-    ignored: Ignored[],
-  ): Map<string, FileHashes> {
-    const files: [string, FileHashes][] = [];
-    const visit = (real: string, prefix: string, above: readonly string[]) => {
-      for (const item of fs.readdirSync(real, { withFileTypes: true })) {
-        const path = prefix + item.name;
-        const skip = (reason: string) => ignored.push({ path: `${name}/${path}`, reason });
-        const reason = this.#noContent(item.name, path);
-        if (reason) {
-          skip(reason);
-        } else if (item.isDirectory()) {
-          visit(`${real}/${item.name}`, `${path}/`, [...above, real]);
-        } else {
-          const found = this.#resolve(relative(this.root, `${real}/${item.name}`));
-          if (typeof found === "string") skip(found);
-          else if (found.stat.isFile()) {
-            files.push([path, this.#hash(found.real, found.stat, seen)]);
-          } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
-          else visit(found.real, `${path}/`, [...above, real]);
-        }
-      }
-    };
-    visit(directory, "", []);
-    return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
-  }
-
-  #noContent(name: string, path: string): string | undefined {
-    if (NEVER_CONTENT.has(name)) return "never content";
-    if (path === VERSION_FILE) return "the device writes it itself";
-    const problem = pathProblem(path);
-    if (problem) return `the path ${problem}`;
-    const ignored = this.#ignore.some((glob) => glob.match(path) || glob.match(name));
-    return ignored ? "--ignore" : undefined;
-  }
-
-  #hash(real: string, stat: fs.Stats, seen: HashCache): FileHashes {
-    const stamp = stampOf(stat);
-    const known = this.#hashes.get(real);
-    const hashes = known?.stamp === stamp ? known.hashes : hashFile(real);
-    seen.set(real, { stamp, hashes });
-    return hashes;
-  }
-
-  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
-  find(name: string): Release | undefined {
-    const version = new LooseVersion(name);
-    return this.versions.find((release) => release.version.compare(version) === 0);
-  }
-
-  /**
-   * What a device needs, by the rules of the wire: files and firmware are decided apart, each is
-   * the highest that is higher than what the device has, and nothing is ever a downgrade.
-   *
-   * @param query what the device said of itself; any text is allowed in any parameter
-   * @param base what URLs begin with: `http://HOST`, without a slash at the end
-   * @returns the manifest, or `null` when there is nothing newer
-   */
-  manifestFor(query: ManifestQuery, base: string): Manifest | null {
-    const current = query.current_ver ?? "";
-    const extras = query.hash === "sha256";
-    const newest = this.versions.at(-1);
-    const target = newest && newest.version.compare(current) > 0 ? newest : undefined;
-    const image = this.firmware.at(-1);
-    const flash = image && image.version.compare(query.firmware_ver ?? current) > 0;
-    if (!target) {
-      // A device that does not say which firmware it runs would flash the same image for ever, or
-      // skip the files of that version: it gets firmware alone only where there are no files.
-      const mayFlash = query.firmware_ver !== undefined || this.versions.length === 0;
-      if (!flash || !mayFlash) return null;
-    }
-
-    const link = (path: string) => `${base}/${encodePath(path)}`;
-    const hashes = (file: FileHashes) => ({
-      hash: file.sha1,
-      ...(extras && { sha256: file.sha256, size: file.size }),
-    });
-    const entryFor = ([path, file]: readonly [string, FileHashes]): ManifestEntry => {
-      const { hash, ...more } = hashes(file);
-      return { URL: link(`${target!.name}/${path}`), dst_path: `/${path}`, hash, ...more };
-    };
-    const known = this.find(current);
-    const differs = !!query.base && query.base.toLowerCase() !== known?.digest;
-    const has = differs ? undefined : known?.files;
-    const files = target ? [...target.files] : [];
-    return {
-      delete: target && has ? [...has.keys()].filter((path) => !target.files.has(path)) : [],
-      ...(flash && {
-        firmware: {
-          URL: link(image.file),
-          ...hashes(image),
-          ...(extras && { version: image.name }),
-        },
-      }),
-      ...(target && differs && { full: true as const }),
-      new: files.filter(([path]) => !has?.has(path)).map(entryFor),
-      previous_version: current || "0",
-      ...(query.reqid !== undefined && { request_id: query.reqid }),
-      update: files
-        .filter(([path, file]) => has?.has(path) && has.get(path)!.sha256 !== file.sha256)
-        .map(entryFor),
-      version: target?.name ?? (query.firmware_ver === undefined ? image!.name : current || "0"),
-    };
-  }
-
-  /**
-   * Finds the file for the path of a request.
-   *
-   * @param pathname percent-encoded, with its leading slash
-   * @returns `undefined` for whatever is not served: directories, dot entries at the top level,
-   *   hidden files, links that leave the root
-   */
-  locate(pathname: string): ServedFile | undefined {
-    let path: string;
-    try {
-      path = decodeURIComponent(pathname.slice(1));
-    } catch {
-      return undefined;
-    }
-    if (/(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
-    const found = this.#resolve(path);
-    if (typeof found === "string" || !found.stat.isFile() || this.#hidden.has(found.real)) {
-      return undefined;
-    }
-    const stamp = stampOf(found.stat);
-    const known = this.#hashes.get(found.real);
-    const tag = known?.stamp === stamp ? known.hashes.sha256 : sha256(stamp);
-    return { file: found.real, size: found.stat.size, etag: `"${tag.slice(0, 32)}"` };
+function lookAtFile(name: string, file: string): Look {
+  try {
+    const stat = fs.statSync(file);
+    const stamp = `${name} ${stampOf(stat)}`;
+    return { files: [{ path: name, file, stat }], ignored: [], stamp, changed: stat.ctimeMs };
+  } catch {
+    return { files: [], ignored: [], stamp: `${name} ${performance.now()}`, changed: Date.now() };
   }
 }
 
@@ -768,27 +965,227 @@ function stampOf(stat: fs.Stats): string {
   return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev}`;
 }
 
-/** Hashes a file in pieces, for SHA-1 and SHA-256 in one read. */
-function hashFile(file: string): FileHashes {
-  const sha1 = new Bun.CryptoHasher("sha1");
-  const sha256 = new Bun.CryptoHasher("sha256");
-  const piece = new Uint8Array(256 * 1024);
-  const fd = fs.openSync(file, "r");
-  try {
-    let size = 0;
-    for (let read; (read = fs.readSync(fd, piece)) > 0; size += read) {
-      const bytes = piece.subarray(0, read);
-      sha1.update(bytes);
-      sha256.update(bytes);
-    }
-    return { size, sha1: sha1.digest("hex"), sha256: sha256.digest("hex") };
-  } finally {
-    fs.closeSync(fd);
-  }
+/** Whether an absolute path, links resolved, is below a directory. */
+function isInside(path: string, directory: string): boolean {
+  return path.startsWith(directory === "/" ? "/" : `${directory}/`);
 }
 
-function sha256(data: string | Uint8Array): string {
-  return new Bun.CryptoHasher("sha256").update(data).digest("hex");
+// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
+// What a device needs to reach the newest release, and where content is found. Everything that
+// decides what a device gets is here; the server only carries it.
+
+/** A file below the root, found for a request. */
+export interface ServedFile {
+  /** Absolute, links resolved. */
+  file: string;
+  size: number;
+  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
+  sha256?: string;
+  /** Strong, quoted. */
+  etag: string;
+}
+
+/** What an answer to a device is made of. */
+interface Decision {
+  /** The release that it gets; absent: firmware alone. */
+  target: Release | undefined;
+  /** The release that it has, as far as we know its files. */
+  has: Release | undefined;
+  /** Whether it has something else than it says. */
+  full: boolean;
+  image: FirmwareImage | undefined;
+  /** What it is on afterwards. */
+  version: string;
+}
+
+/** The most that is kept of manifests, in characters. */
+const MANIFEST_BUDGET = 16 * 1024 * 1024;
+
+/**
+ * A release root.
+ *
+ * @example
+ * const releases = await Releases.open("examples/smart-meter");
+ * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
+ */
+export class Releases extends ReleaseIndex {
+  /** The two parts of a manifest around what is echoed, by what they depend on. */
+  #manifests = new Map<string, [head: string, tail: string]>();
+  #manifestSize = 0;
+  #byVersion = new Map<string, Release>();
+
+  /**
+   * Reads a release root.
+   *
+   * @param root the directory that holds the versions
+   * @throws {OTAError} when the root is missing, no directory, or cannot be read
+   */
+  static async open(root: string, options: ReleasesOptions = {}): Promise<Releases> {
+    try {
+      const real = fs.realpathSync(root);
+      fs.readdirSync(real);
+      const releases = new Releases(real, options);
+      await releases.begin();
+      return releases;
+    } catch (error) {
+      const found = { ENOENT: "does not exist", ENOTDIR: "is no directory" };
+      const why = found[errorCode(error) as keyof typeof found] ?? errorText(error);
+      throw new OTAError(`the root ${root} ${why}; --root names a directory of releases`, 2);
+    }
+  }
+
+  override async scan(): Promise<boolean> {
+    const different = await super.scan();
+    if (different) {
+      this.#manifests.clear();
+      this.#manifestSize = 0;
+      this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
+    }
+    return different;
+  }
+
+  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
+  find(name: string): Release | undefined {
+    return this.#byVersion.get(new LooseVersion(name).key);
+  }
+
+  /**
+   * What a device needs, by the rules of the wire: files and firmware are decided apart, each is
+   * the highest that is higher than what the device has, and nothing is ever a downgrade.
+   *
+   * @param query what the device said of itself; any text is allowed in any parameter
+   * @param base what URLs begin with: `http://HOST`, without a slash at the end
+   * @param suffix what URLs end with: `?token=…`
+   * @returns the manifest, or `null` when there is nothing newer
+   */
+  manifestFor(query: ManifestQuery, base: string, suffix = ""): Manifest | null {
+    const decision = this.#decide(query);
+    if (!decision) return null;
+    const { head, tail } = this.#compose(decision, query.hash === "sha256", base, suffix);
+    return {
+      ...head,
+      previous_version: query.current_ver || "0",
+      ...(query.reqid !== undefined && { request_id: query.reqid }),
+      ...tail,
+    };
+  }
+
+  /** `manifestFor` as compact JSON; what does not depend on the single device is made once. */
+  manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
+    const decision = this.#decide(query);
+    if (!decision) return "null";
+    const { target, has, full, image, version } = decision;
+    const key = [query.hash === "sha256", base, suffix, has?.name, full, image?.name, version];
+    const known = target && this.#manifests.get(key.join("\n"));
+    const [head, tail] = known ?? this.#stringify(decision, query, base, suffix);
+    if (target && !known) this.#keep(key.join("\n"), [head, tail]);
+    const request = query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`;
+    const previous = JSON.stringify(query.current_ver || "0");
+    return `${head}"previous_version":${previous},${request}${tail}`;
+  }
+
+  #stringify(
+    decision: Decision,
+    query: ManifestQuery,
+    base: string,
+    suffix: string,
+  ): [head: string, tail: string] {
+    const { head, tail } = this.#compose(decision, query.hash === "sha256", base, suffix);
+    return [`${JSON.stringify(head).slice(0, -1)},`, JSON.stringify(tail).slice(1)];
+  }
+
+  /** Hosts are the asker's choice, so the number of manifests is not ours: the oldest go. */
+  #keep(key: string, parts: [string, string]): void {
+    this.#manifests.set(key, parts);
+    this.#manifestSize += parts[0].length + parts[1].length;
+    for (const [oldest, [head, tail]] of this.#manifests) {
+      if (this.#manifestSize <= MANIFEST_BUDGET) break;
+      this.#manifests.delete(oldest);
+      this.#manifestSize -= head.length + tail.length;
+    }
+  }
+
+  #decide(query: ManifestQuery): Decision | null {
+    const current = query.current_ver ?? "";
+    const newest = this.versions.at(-1);
+    const target = newest && newest.version.compare(current) > 0 ? newest : undefined;
+    const highest = this.firmware.at(-1);
+    const isNewer = highest && highest.version.compare(query.firmware_ver ?? current) > 0;
+    const image = isNewer ? highest : undefined;
+    if (!target) {
+      // A device that does not say which firmware it runs would flash the same image for ever, or
+      // skip the files of that version: it gets firmware alone only where there are no files.
+      const mayFlash = query.firmware_ver !== undefined || this.versions.length === 0;
+      if (!image || !mayFlash) return null;
+      const version = query.firmware_ver === undefined ? image.name : current || "0";
+      return { target, has: undefined, full: false, image, version };
+    }
+    const known = this.find(current);
+    const full = !!query.base && query.base.toLowerCase() !== known?.digest;
+    return { target, has: full ? undefined : known, full, image, version: target.name };
+  }
+
+  /** The fields of a manifest before and after those that echo the request. */
+  #compose(
+    { target, has, full, image, version }: Decision,
+    extras: boolean,
+    base: string,
+    suffix: string,
+  ) {
+    const link = (path: string) => `${base}/${encodePath(path)}${suffix}`;
+    const hashes = (file: FileHashes) => ({
+      hash: file.sha1,
+      ...(extras && { sha256: file.sha256, size: file.size }),
+    });
+    const entry = ([path, file]: readonly [string, FileHashes]): ManifestEntry => {
+      return { URL: link(`${target!.name}/${path}`), dst_path: `/${path}`, ...hashes(file) };
+    };
+    const files = [...(target?.files ?? [])];
+    const old = has?.files;
+    return {
+      head: {
+        delete: [...(old?.keys() ?? [])].filter((path) => !target!.files.has(path)),
+        ...(image && {
+          firmware: {
+            URL: link(image.path),
+            ...hashes(image),
+            ...(extras && { version: image.name }),
+          },
+        }),
+        ...(full && { full: true as const }),
+        new: files.filter(([path]) => !old?.has(path)).map(entry),
+      },
+      tail: {
+        update: files
+          .filter(([path, file]) => old?.has(path) && old.get(path)!.sha256 !== file.sha256)
+          .map(entry),
+        version,
+      },
+    };
+  }
+
+  /**
+   * Finds the file for the path of a request.
+   *
+   * @param pathname percent-encoded, with its leading slash
+   * @returns `undefined` for whatever is not served: directories, dot entries at the top level,
+   *   links that leave the root
+   */
+  locate(pathname: string): ServedFile | undefined {
+    let path: string;
+    try {
+      path = pathname.includes("%") ? decodeURIComponent(pathname.slice(1)) : pathname.slice(1);
+    } catch {
+      return undefined;
+    }
+    const indexed = this.files.get(path);
+    if (indexed) return { ...indexed, etag: `"${indexed.sha256.slice(0, 32)}"` };
+    if (/(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
+    const found = this.resolve(path);
+    if (typeof found === "string" || !found.stat.isFile()) return undefined;
+    const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
+    return { file: found.real, size: found.stat.size, etag };
+  }
 }
 
 // ──── Advice ─────────────────────────────────────────────────────────────────────────────────────
@@ -855,6 +1252,56 @@ export function boardWarnings(releases: Releases, manifest: Manifest | null): st
   }
   return found;
 }
+// ──── Metrics ───────────────────────────────────────────────────────────────────────────────────
+// What a server has done, as Prometheus reads it (text format 0.0.4). Label values are versions of
+// the root, or `other`: nobody outside can make them many.
+
+/** Counters of one server. */
+class Metrics {
+  readonly #counts = new Map<string, number>();
+
+  /** Adds to a counter, `name{labels}`. */
+  add(name: string, labels: Record<string, string | number>, amount = 1): void {
+    const pairs = Object.entries(labels).map(([label, value]) => `${label}="${value}"`);
+    const key = pairs.length > 0 ? `${name}{${pairs.join(",")}}` : name;
+    this.#counts.set(key, (this.#counts.get(key) ?? 0) + amount);
+  }
+
+  /** The label for a version that a device named. */
+  static label(releases: Releases, version: string | undefined): string {
+    if (version === undefined || version === "" || version === "0") return "none";
+    const image = releases.firmware.find((known) => known.version.compare(version) === 0);
+    return releases.find(version)?.name ?? image?.name ?? "other";
+  }
+
+  /** The whole text; what is not counted is read off the releases. */
+  text(releases: Releases): string {
+    const gauges: [name: string, help: string, value: string][] = [
+      ["ota_releases", "Versions offered", `ota_releases ${releases.versions.length}`],
+      ["ota_firmware", "Firmware images offered", `ota_firmware ${releases.firmware.length}`],
+      ["ota_scan_seconds", "Duration of the last scan", `ota_scan_seconds ${releases.scanSeconds}`],
+      ["ota_build_info", "The version of ota.ts", `ota_build_info{version="${TOOL_VERSION}"} 1`],
+    ];
+    const lines = gauges.flatMap(([name, help, value]) => {
+      return [`# HELP ${name} ${help}`, `# TYPE ${name} gauge`, value];
+    });
+    for (const [name, help] of Object.entries(COUNTERS)) {
+      lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} counter`);
+      for (const [key, value] of this.#counts) {
+        if (key === name || key.startsWith(`${name}{`)) lines.push(`${key} ${value}`);
+      }
+    }
+    return `${lines.join("\n")}\n`;
+  }
+}
+
+const COUNTERS = {
+  ota_requests_total: "Requests by status",
+  ota_sent_bytes_total: "Bytes of bodies sent",
+  ota_manifests_total: "Manifests by the version a device has and the one it gets",
+  ota_failures_total: "Manifests asked for by devices that report a version as failed",
+};
+
 // ──── Server ────────────────────────────────────────────────────────────────────────────────────
 // HTTP in, bytes out. Two promises to deployed boards shape every answer. A board reads 100 bytes
 // at a time and finds the end of the header only inside one such piece, so every 200 to a GET is
@@ -871,8 +1318,16 @@ export interface ServeOptions extends ReleasesOptions {
   host?: string;
   /** What URLs in manifests begin with, instead of the request's `Host`: a CDN, a TLS proxy. */
   url?: string;
+  /** File of the Ed25519 private key that signs manifests. */
+  sign?: string;
+  /** What every request must carry, in `Authorization: Bearer` or as `token=`. */
+  token?: string;
+  /** Files of the certificate and its key, PEM, for HTTPS. */
+  tls?: { cert: string; key: string };
   /** Called with one line for each request. */
   log?: (line: string) => void;
+  /** Called when a version or an image came, changed or went. */
+  changed?: (releases: Releases) => void;
 }
 
 /** A server that is listening. */
@@ -883,53 +1338,50 @@ export interface OTAServer extends AsyncDisposable {
   stop(): Promise<void>;
 }
 
+/** What a server accepts of a request. Bun itself refuses headers of more than 16 KiB with 431. */
+export const LIMITS = {
+  /** Characters of the path and the query. */
+  target: 4096,
+  /** Characters of the query. */
+  query: 2048,
+  /** Characters of `current_ver`, which may have no control characters. */
+  version: 128,
+  /** Seconds without a byte either way before a connection is closed. */
+  idle: 60,
+};
+
 /** What a request is answered with, before it is padded. */
 interface Answer {
   status: number;
   headers: Record<string, string>;
-  body: Uint8Array<ArrayBuffer> | Bun.BunFile | Blob | null;
+  body: Uint8Array<ArrayBuffer> | Blob | null;
   /** Of the body. */
   size: number;
 }
 
 const METHODS = "GET, HEAD";
+/** Content up to this is read whole and checked before it is sent; larger goes from disk. */
+const MAX_CHECKED = 16 * 1024 * 1024;
+/** The most that is kept of content, in bytes. */
+const CONTENT_BUDGET = 64 * 1024 * 1024;
+/** What content may be kept for by a cache, in seconds; then it asks again, with the tag. */
+const MAX_AGE = 60;
 
 /**
- * Serves a release root.
+ * Serves a release root, and keeps up with it.
  *
  * @throws {OTAError} exit code 1 when the address cannot be listened on, 2 when the root or an
  *   option is wrong
  */
-export function serve(options: ServeOptions = {}): OTAServer {
-  const { root = ".", port = 8000, host = "0.0.0.0", log = () => {} } = options;
-  const base = options.url === undefined ? undefined : baseURL(options.url);
-  const releases = new Releases(root, options);
-
-  const respond = (request: Request, address: string): Response => {
-    const started = performance.now();
-    const { path, query } = target(request.url, base);
-    let answer: Answer;
-    try {
-      answer = answerTo(request, path, query, releases, base);
-    } catch (error) {
-      // A file that went away or changed its kind between looking and reading.
-      answer = plain(404, `not found: ${errorText(error)}`);
+export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
+  const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
+  const releases = await Releases.open(root, options);
+  for (const secret of [options.sign, tls?.key]) {
+    if (secret !== undefined && isInside(fs.realpathSync(secret), releases.root)) {
+      throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
     }
-    const line = [
-      new Date().toISOString(),
-      address,
-      ...(query.devid || query.wmac ? [`device=${printable(query.devid || query.wmac!)}`] : []),
-      printable(request.method),
-      printable(path),
-      answer.status,
-      request.method === "HEAD" ? 0 : answer.size,
-      `${(performance.now() - started).toFixed(1)}ms`,
-      ...(query.failed ? [`failed=${printable(query.failed)}`] : []),
-    ];
-    log(line.join(" "));
-    return toResponse(request.method, answer);
-  };
-
+  }
+  const service = new Service(releases, options);
   let server: Bun.Server<undefined>;
   try {
     server = Bun.serve({
@@ -938,108 +1390,252 @@ export function serve(options: ServeOptions = {}): OTAServer {
       development: false,
       // Bun's default would share a port that is in use.
       reusePort: false,
-      idleTimeout: 60,
-      maxRequestBodySize: 0,
-      fetch: (request, bun) => respond(request, bun.requestIP(request)?.address ?? "-"),
-      error: (error) => new Response(`internal error: ${error.message}\n`, { status: 500 }),
+      idleTimeout: LIMITS.idle,
+      ...(tls && { tls: { cert: Bun.file(tls.cert), key: Bun.file(tls.key) } }),
+      fetch: (request, bun) => service.respond(request, bun.requestIP(request)?.address ?? "-"),
     });
   } catch (error) {
-    const busy = errorCode(error) === "EADDRINUSE";
-    throw new OTAError(
-      busy
-        ? `port ${port} on ${host} is in use; stop what uses it, or choose another with --port`
-        : `cannot listen on ${host}:${port}: ${errorText(error)}; see --host and --port`,
-    );
+    if (errorCode(error) === "EADDRINUSE") {
+      const what = `port ${port} on ${host} is in use`;
+      throw new OTAError(`${what}; stop what uses it, or choose another with --port`);
+    }
+    const hint = tls ? "--host, --port, --tls-cert and --tls-key" : "--host and --port";
+    throw new OTAError(`cannot listen on ${host}:${port}: ${errorText(error)}; see ${hint}`);
   }
-  const stop = () => server.stop();
-  return { url: server.url, releases, stop, [Symbol.asyncDispose]: () => server.stop(true) };
+  const watch = releases.watch(() => {
+    service.forget();
+    options.changed?.(releases);
+  });
+  service.onMismatch = watch.soon;
+  const stop = async (force = false) => {
+    watch[Symbol.dispose]();
+    await server.stop(force);
+  };
+  return { url: server.url, releases, stop, [Symbol.asyncDispose]: () => stop(true) };
 }
 
 /** A base for URLs: absolute http(s), no query, and no slash at the end. */
 function baseURL(given: string): string {
   const url = URL.parse(given);
   if (!url || !/^https?:$/.test(url.protocol) || url.search || url.hash) {
-    throw new OTAError(
-      `--url expects an http(s) address without a query, found ${JSON.stringify(given)}`,
-      2,
-    );
+    const found = JSON.stringify(given);
+    throw new OTAError(`--url expects an http(s) address without a query, found ${found}`, 2);
   }
   return url.href.replace(/\/+$/, "");
 }
 
-/**
- * The path and the query of a request's target. It may be relative (HTTP/1.0 without a Host), so
- * it cannot go through `new URL`. Below the path of `--url` stands the same as below `/`.
- */
-function target(url: string, base: string | undefined): { path: string; query: ManifestQuery } {
-  const start = url.startsWith("/") ? 0 : Math.max(0, url.indexOf("/", url.indexOf("//") + 2));
-  const mark = url.indexOf("?", start);
-  let path = mark < 0 ? url.slice(start) : url.slice(start, mark);
-  const prefix = base === undefined ? "/" : `${new URL(base).pathname.replace(/\/$/, "")}/`;
-  if (prefix !== "/" && path.startsWith(prefix)) path = path.slice(prefix.length - 1);
-  return { path, query: mark < 0 ? {} : parseQuery(url.slice(mark + 1)) };
+/** Answers requests. */
+class Service {
+  /** Is told when content on disk is other than indexed. */
+  onMismatch: () => void = () => {};
+
+  readonly #base: string | undefined;
+  /** The path of `--url`, with a slash at both ends: below it stands the same as below `/`. */
+  readonly #prefix: string;
+  readonly #scheme: string;
+  readonly #key: KeyObject | undefined;
+  readonly #metrics = new Metrics();
+  /** Content by SHA-256, least recently used first. */
+  readonly #contents = new Map<string, Uint8Array<ArrayBuffer>>();
+  #contentSize = 0;
+
+  constructor(
+    readonly releases: Releases,
+    readonly options: ServeOptions,
+  ) {
+    this.#base = options.url === undefined ? undefined : baseURL(options.url);
+    this.#prefix = `${this.#base ? new URL(this.#base).pathname.replace(/\/$/, "") : ""}/`;
+    this.#scheme = options.tls ? "https" : "http";
+    this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
+  }
+
+  /** Drops content that belongs to no release any more. */
+  forget(): void {
+    const used = new Set([...this.releases.files.values()].map((file) => file.sha256));
+    for (const key of this.#contents.keys()) if (!used.has(key)) this.#drop(key);
+  }
+
+  respond(request: Request, address: string): Response | Promise<Response> {
+    const started = performance.now();
+    const { path, query, length } = this.#target(request.url);
+    const finish = (answer: Answer): Response => {
+      const size = request.method === "HEAD" ? 0 : answer.size;
+      this.#metrics.add("ota_requests_total", { status: answer.status });
+      this.#metrics.add("ota_sent_bytes_total", {}, size);
+      this.options.log?.(
+        logLine(request.method, path, query, address, answer.status, size, started),
+      );
+      return toResponse(request.method, answer);
+    };
+    const answer = this.#refuse(request, query, length) ?? this.#answer(request, path, query);
+    return answer instanceof Promise ? answer.then(finish) : finish(answer);
+  }
+
+  /** The parts of a target. It may be relative (HTTP/1.0 without a Host): no `new URL` here. */
+  #target(url: string): { path: string; query: ManifestQuery; length: number } {
+    const start = url.startsWith("/") ? 0 : Math.max(0, url.indexOf("/", url.indexOf("//") + 2));
+    const length = url.length - start;
+    const mark = url.indexOf("?", start);
+    let path = mark < 0 ? url.slice(start) : url.slice(start, mark);
+    if (this.#prefix !== "/" && path.startsWith(this.#prefix)) {
+      path = path.slice(this.#prefix.length - 1);
+    }
+    const search = mark < 0 ? "" : url.slice(mark + 1);
+    const query = search === "" || search.length > LIMITS.query ? {} : parseQuery(search);
+    return { path, query, length: search.length > LIMITS.query ? Infinity : length };
+  }
+
+  /** What is wrong with a request, whatever it asks for. */
+  #refuse(request: Request, query: ManifestQuery, length: number): Answer | undefined {
+    const { method, headers } = request;
+    if (length > LIMITS.target) return plain(414, "the address is too long");
+    const { token } = this.options;
+    if (token !== undefined && !isSameSecret(givenToken(headers, query), token)) {
+      return plain(401, "a token is needed", { "WWW-Authenticate": "Bearer" });
+    }
+    if (method !== "GET" && method !== "HEAD") {
+      return plain(405, `only ${METHODS}`, { Allow: METHODS });
+    }
+    const hasBody = Number(headers.get("content-length") ?? 0) > 0;
+    if (hasBody || headers.has("transfer-encoding")) {
+      return plain(413, "a request has no body here", { Connection: "close" });
+    }
+    return undefined;
+  }
+
+  #answer(request: Request, path: string, query: ManifestQuery): Answer | Promise<Answer> {
+    if (path === "/manifest.json") return this.#manifest(request, query);
+    if (path === "/-/health") return this.#health();
+    if (path === "/-/metrics") {
+      return content("text/plain; version=0.0.4", encode(this.#metrics.text(this.releases)));
+    }
+    const found = path.startsWith("/-/") ? undefined : this.releases.locate(path);
+    if (!found) return plain(404, "not found");
+    return this.#file(request.headers, found);
+  }
+
+  #manifest(request: Request, query: ManifestQuery): Answer {
+    const { current_ver = "", reqid = "", token } = query;
+    if (current_ver.length > LIMITS.version || hasControls(current_ver)) {
+      return plain(400, `current_ver: at most ${LIMITS.version} characters, none of them controls`);
+    }
+    const host = request.headers.get("host");
+    if (this.#base === undefined && (host === null || !isHost(host))) {
+      return plain(400, "a manifest needs the Host header: its URLs begin with it");
+    }
+    // A board sends nothing with a download but its URL.
+    const withToken = token !== undefined && this.options.token !== undefined;
+    const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
+    const base = this.#base ?? `${this.#scheme}://${host}`;
+    const json = this.releases.manifestJSON(query, base, suffix);
+    const newest = json === "null" ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
+    const from = Metrics.label(this.releases, current_ver);
+    this.#metrics.add("ota_manifests_total", { from, to: newest });
+    if (query.failed) {
+      const version = Metrics.label(this.releases, query.failed);
+      this.#metrics.add("ota_failures_total", { version });
+    }
+    const answer = content("application/json", encode(json));
+    answer.headers["Cache-Control"] = "no-store";
+    if (this.#key) answer.headers[SIGNATURE_HEADER] = signManifest(json, reqid, this.#key);
+    return answer;
+  }
+
+  #health(): Answer {
+    try {
+      fs.readdirSync(this.releases.root);
+    } catch (error) {
+      return plain(503, `the root cannot be read: ${errorText(error)}`);
+    }
+    const { versions, firmware } = this.releases;
+    const isEmpty = versions.length + firmware.length === 0;
+    return isEmpty ? plain(503, "the root has no version") : plain(200, "ok");
+  }
+
+  /** A file, or the part of it that `Range` asks for, unless a condition says no. */
+  #file(asked: Headers, file: ServedFile): Answer | Promise<Answer> {
+    const headers: Record<string, string> = {
+      "Content-Type": Bun.file(file.file).type,
+      ETag: file.etag,
+      "Cache-Control": `max-age=${MAX_AGE}`,
+    };
+    if (matches(asked.get("if-none-match"), file.etag)) {
+      const { "Content-Type": _, ...kept } = headers;
+      return { status: 304, headers: kept, body: null, size: 0 };
+    }
+    const fresh = [null, file.etag].includes(asked.get("if-range"));
+    const range = fresh ? parseRange(asked.get("range"), file.size) : undefined;
+    if (range === "unsatisfiable") {
+      const last = file.size - 1;
+      return plain(416, `only bytes 0 to ${last} are there`, {
+        "Content-Range": `bytes */${file.size}`,
+      });
+    }
+    const { start, end } = range ?? { start: 0, end: file.size };
+    if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${file.size}`;
+    const status = range ? 206 : 200;
+    const size = end - start;
+    if (file.sha256 === undefined || file.size > MAX_CHECKED) {
+      // Else Bun adds one with the file's name, of any length and in any script.
+      headers["Content-Disposition"] = "inline";
+      // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
+      return { status, headers, body: Bun.file(file.file).slice(start, end), size };
+    }
+    const answer = (bytes: Uint8Array<ArrayBuffer>): Answer => {
+      return { status, headers, body: range ? bytes.subarray(start, end) : bytes, size };
+    };
+    const kept = this.#contents.get(file.sha256);
+    if (kept) {
+      this.#contents.delete(file.sha256);
+      this.#contents.set(file.sha256, kept);
+      return answer(kept);
+    }
+    return this.#read(file, file.sha256).then((bytes) => {
+      return bytes ? answer(bytes) : plain(503, "changing just now", { "Retry-After": "2" });
+    });
+  }
+
+  /** Reads content whole; `undefined` when it is not what was indexed. */
+  async #read(file: ServedFile, key: string): Promise<Uint8Array<ArrayBuffer> | undefined> {
+    const bytes = await Bun.file(file.file)
+      .bytes()
+      .catch(() => undefined);
+    if (!bytes || sha256(bytes) !== key) {
+      this.onMismatch();
+      return undefined;
+    }
+    if (!this.#contents.has(key)) {
+      this.#contents.set(key, bytes);
+      this.#contentSize += bytes.byteLength;
+    }
+    for (const oldest of this.#contents.keys()) {
+      if (this.#contentSize <= CONTENT_BUDGET) break;
+      this.#drop(oldest);
+    }
+    return bytes;
+  }
+
+  #drop(key: string): void {
+    this.#contentSize -= this.#contents.get(key)?.byteLength ?? 0;
+    this.#contents.delete(key);
+  }
 }
 
-function answerTo(
-  request: Request,
-  path: string,
-  query: ManifestQuery,
-  releases: Releases,
-  base: string | undefined,
-): Answer {
-  if (request.method !== "GET" && request.method !== "HEAD") {
-    const refused = plain(405, `only ${METHODS}`);
-    return { ...refused, headers: { ...refused.headers, Allow: METHODS } };
-  }
-  if (path === "/manifest.json") return manifestAnswer(request, query, releases, base);
-  if (path.startsWith("/-/")) return plain(404, "not found");
-  const found = releases.locate(path);
-  return found ? fileAnswer(request.headers, found) : plain(404, "not found");
+const encode = (text: string) => new TextEncoder().encode(text);
+
+function hasControls(text: string): boolean {
+  return /[\u0000-\u001f\u007f-\u009f]/.test(text);
 }
 
-function manifestAnswer(
-  request: Request,
-  query: ManifestQuery,
-  releases: Releases,
-  base: string | undefined,
-): Answer {
-  const host = request.headers.get("host");
-  if (base === undefined && (host === null || !isHost(host))) {
-    return plain(400, "a manifest needs the Host header: its URLs begin with it");
-  }
-  const manifest = releases.manifestFor(query, base ?? `http://${host}`);
-  const body = new TextEncoder().encode(JSON.stringify(manifest));
-  const headers = { "Content-Type": "application/json", "Cache-Control": "no-store" };
-  return { status: 200, headers, body, size: body.byteLength };
+/** The token of a request, `""` for none. */
+function givenToken(headers: Headers, query: ManifestQuery): string {
+  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
+  return bearer ?? query.token ?? "";
 }
 
 /** Whether a Host header holds a name or address with an optional port, and nothing else. */
 function isHost(host: string): boolean {
   return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
-}
-
-/** A file, or the part of it that `Range` asks for, unless `If-None-Match` or `If-Range` say no. */
-function fileAnswer(asked: Headers, { file, size, etag }: ServedFile): Answer {
-  const headers: Record<string, string> = {
-    "Content-Type": Bun.file(file).type,
-    // Else Bun adds one with the file's name, of any length and in any script.
-    "Content-Disposition": "inline",
-    ETag: etag,
-  };
-  if (matches(asked.get("if-none-match"), etag)) {
-    return { status: 304, headers: { ETag: etag }, body: null, size: 0 };
-  }
-  const fresh = [null, etag].includes(asked.get("if-range"));
-  const range = fresh ? parseRange(asked.get("range"), size) : undefined;
-  if (range === "unsatisfiable") {
-    const refused = plain(416, `only bytes 0 to ${size - 1} are there`);
-    return { ...refused, headers: { ...refused.headers, "Content-Range": `bytes */${size}` } };
-  }
-  // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
-  const { start, end } = range ?? { start: 0, end: size };
-  if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${size}`;
-  const body = Bun.file(file).slice(start, end);
-  return { status: range ? 206 : 200, headers, body, size: end - start };
 }
 
 /** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
@@ -1071,9 +1667,14 @@ export function parseRange(
   return start >= size ? "unsatisfiable" : { start, end: Math.min(last + 1, size) };
 }
 
-function plain(status: number, message: string): Answer {
-  const body = new TextEncoder().encode(`${message}\n`);
-  return { status, headers: { "Content-Type": "text/plain" }, body, size: body.byteLength };
+/** A short answer for people. */
+function plain(status: number, message: string, headers: Record<string, string> = {}): Answer {
+  const answer = content("text/plain", encode(`${message}\n`));
+  return { ...answer, status, headers: { ...answer.headers, ...headers } };
+}
+
+function content(type: string, body: Uint8Array<ArrayBuffer>): Answer {
+  return { status: 200, headers: { "Content-Type": type }, body, size: body.byteLength };
 }
 
 /** What a header block must be a multiple of: the size of the pieces in which boards read. */
@@ -1109,6 +1710,30 @@ function printable(text: string): string {
     .slice(0, 64)
     .replace(/[^!-~]/gu, escape)
     .slice(0, 64);
+}
+
+/** One request, one line: time, address, device, method, path, status, bytes, time, failure. */
+function logLine(
+  method: string,
+  path: string,
+  query: ManifestQuery,
+  address: string,
+  status: number,
+  size: number,
+  started: number,
+): string {
+  const device = query.devid || query.wmac;
+  return [
+    new Date().toISOString(),
+    address,
+    ...(device ? [`device=${printable(device)}`] : []),
+    printable(method),
+    printable(path),
+    status,
+    size,
+    `${(performance.now() - started).toFixed(1)}ms`,
+    ...(query.failed ? [`failed=${printable(query.failed)}`] : []),
+  ].join(" ");
 }
 
 // ──── Disk ──────────────────────────────────────────────────────────────────────────────────────
@@ -2532,6 +3157,8 @@ export interface OTAOptions extends TrialOptions {
   repair?: boolean;
   /** Tries a release even if it failed before. */
   retry?: boolean;
+  /** Ed25519 public keys, one of which must have signed the manifest. */
+  verify?: readonly KeyObject[];
 }
 
 const TRIES = 5;
@@ -2635,18 +3262,24 @@ export abstract class OTA {
     if (this.options.repair) delete query.current_ver;
     else if (files.length > 0) query.base = releaseDigest(files);
     if (failed.length > 0) query.failed = failed.at(-1)!.version;
+    const { verify } = this.options;
+    if (verify) query.reqid = crypto.randomUUID();
     const search = Object.entries(query).map(([name, value]) => {
       return `${name}=${encodeURIComponent(value!)}`;
     });
-    const body = await this.#withRetries(() => this.#readAll(`/manifest.json?${search.join("&")}`));
-    return parseManifest(body, current || undefined);
+    const path = `/manifest.json?${search.join("&")}`;
+    const { body, headers } = await this.#withRetries(() => this.#readAll(path));
+    if (verify) checkSignature(verify, headers, body, query.reqid!);
+    const manifest = parseManifest(body, current || undefined);
+    if (verify && manifest) checkSigned(manifest, query);
+    return manifest;
   }
 
   /** Reads a whole manifest, as far as one may be long. */
-  async #readAll(path: string): Promise<Uint8Array> {
+  async #readAll(path: string): Promise<{ body: Uint8Array; headers: Headers }> {
     const pieces: Uint8Array[] = [];
     let size = 0;
-    await this.#receive(path, {}, () => {
+    const { headers } = await this.#receive(path, {}, () => {
       return (piece) => {
         size += piece.byteLength;
         if (size > MAX_MANIFEST_BYTES) {
@@ -2655,7 +3288,7 @@ export abstract class OTA {
         pieces.push(piece);
       };
     });
-    return Buffer.concat(pieces);
+    return { body: Buffer.concat(pieces), headers };
   }
 
   // ── Staging ──
@@ -2759,7 +3392,7 @@ export abstract class OTA {
     path: string,
     want: Omit<Want, "signal"> & { signal?: AbortSignal },
     begin: (data: Data) => (piece: Uint8Array) => void,
-  ): Promise<void> {
+  ): Promise<Data> {
     const idle = this.options.timeout ?? 30;
     const stalled = new AbortController();
     const outer = [want.signal, this.options.signal].filter((signal) => signal !== undefined);
@@ -2774,7 +3407,7 @@ export abstract class OTA {
       const isSlow = slownessWatch();
       for (;;) {
         const { done, value } = await within(reader.read(), idle, signal);
-        if (done) return;
+        if (done) return data;
         if (isSlow(value.byteLength)) throw new TransferError(`${path} comes too slowly`, true);
         take(value);
       }
@@ -2847,6 +3480,36 @@ export abstract class OTA {
   }
 }
 
+/** @throws {OTAError} unless one of the keys signed a manifest for this very request */
+function checkSignature(
+  keys: readonly KeyObject[],
+  headers: Headers,
+  body: Uint8Array,
+  reqid: string,
+): void {
+  const signature = headers.get(SIGNATURE_HEADER);
+  if (!signature) refuse("it is not signed, and --verify was given");
+  if (!isSignedBy(keys, signature, body, reqid)) refuse("none of the keys given signed it");
+}
+
+/** @throws {OTAError} when a signed manifest answers another question than was asked */
+function checkSigned(
+  manifest: Manifest,
+  { current_ver, firmware_ver, reqid }: ManifestQuery,
+): void {
+  const { request_id, previous_version, firmware } = manifest;
+  if (request_id !== reqid) refuse("its request_id is another than was sent");
+  if (previous_version !== (current_ver || "0")) {
+    refuse(`it is for a device on ${previous_version}, and this one is on ${current_ver || "0"}`);
+  }
+  if (firmware && new LooseVersion(firmware.version!).compare(firmware_ver ?? "") <= 0) {
+    refuse(`its firmware ${firmware.version} is not newer than the active one, ${firmware_ver}`);
+  }
+  const contents = [...manifest.new, ...manifest.update, ...(firmware ? [firmware] : [])];
+  const bare = contents.find(({ sha256 }) => sha256 === undefined);
+  if (bare) refuse(`${bare.URL} has no sha256`);
+}
+
 /** Whether a device has no file of its own yet. */
 function isEmptyRoot(root: string): boolean {
   return fs.readdirSync(root).every((name) => name === OTA_DIR);
@@ -2890,21 +3553,38 @@ function slownessWatch(): (bytes: number) => boolean {
 
 const MAX_REDIRECTS = 5;
 
+/** What `HttpOTA` needs beside the rest. */
+export interface HttpOptions extends OTAOptions {
+  /** Sent as `Authorization: Bearer`, to the origin of the server only. */
+  token?: string;
+  /** File of a certificate authority to trust beside the system's, PEM. */
+  ca?: string;
+}
+
 /** A device that updates over HTTP: the `WiFiOTA` of Pycom's OTA tutorial, for anything with IP. */
 export class HttpOTA extends OTA {
   readonly #server: URL;
+  readonly #token: string | undefined;
+  readonly #tls: { ca: string } | undefined;
 
   /**
    * @param server the address of the server, such as `http://192.168.4.1:8000`
-   * @throws {OTAError} when that is no http(s) address
+   * @throws {OTAError} when that is no http(s) address, or `ca` cannot be read
    */
-  constructor(server: string | URL, options: OTAOptions) {
+  constructor(server: string | URL, options: HttpOptions) {
     super(options);
     const url = URL.parse(String(server));
     if (!url || !/^https?:$/.test(url.protocol)) {
       throw new OTAError(`expected an http(s) address of a server, found ${server}`, 2);
     }
     this.#server = url;
+    this.#token = options.token;
+    try {
+      this.#tls =
+        options.ca === undefined ? undefined : { ca: fs.readFileSync(options.ca, "utf8") };
+    } catch (error) {
+      throw new OTAError(`cannot read the certificate authority: ${errorText(error)}`, 2);
+    }
   }
 
   /** There is nothing to get ready: connections are made as they are needed. */
@@ -2940,6 +3620,9 @@ export class HttpOTA extends OTA {
       "Accept-Encoding": "identity",
       "User-Agent": `ota.ts/${TOOL_VERSION}`,
     };
+    if (this.#token !== undefined && url.origin === this.#server.origin) {
+      headers["Authorization"] = `Bearer ${this.#token}`;
+    }
     if (want.offset && want.etag) {
       headers["Range"] = `bytes=${want.offset}-`;
       headers["If-Range"] = want.etag;
@@ -2948,8 +3631,13 @@ export class HttpOTA extends OTA {
     for (let redirects = 0; redirects <= MAX_REDIRECTS; redirects++) {
       let response: Response;
       try {
-        const { signal } = want;
-        response = await fetch(at, { headers, signal, redirect: "manual", decompress: false });
+        response = await fetch(at, {
+          headers,
+          signal: want.signal,
+          redirect: "manual",
+          decompress: false,
+          ...(this.#tls && { tls: this.#tls }),
+        });
       } catch (error) {
         want.signal.throwIfAborted();
         throw new TransferError(`cannot reach ${at.origin}: ${errorText(error)}`, true);
@@ -3002,6 +3690,18 @@ const OPTIONS = {
     help: "what is no content: *.md, flash/tests/**; may be repeated",
   },
   latest: { type: "string", value: "V", help: "offer nothing above this version" },
+  sign: { type: "string", value: "FILE", help: "sign manifests with this key (see keygen)" },
+  token: { type: "string", value: "T", help: "a secret that requests carry (or OTA_TOKEN)" },
+  "tls-cert": { type: "string", value: "FILE", help: "the certificate for HTTPS, PEM" },
+  "tls-key": { type: "string", value: "FILE", help: "the key of that certificate, PEM" },
+  ca: { type: "string", value: "FILE", help: "trust this certificate authority, PEM" },
+  verify: {
+    type: "string",
+    value: "FILE",
+    multiple: true,
+    help: "refuse what is not signed by this public key; may be repeated",
+  },
+  out: { type: "string", value: "NAME", help: "write NAME.key and NAME.pub" },
   ver: { type: "string", value: "V", help: "the release a device is on" },
   server: { type: "string", value: "URL", help: "the server (http://127.0.0.1:8000)" },
   id: { type: "string", value: "ID", help: "a name for this device (a random one, kept)" },
@@ -3021,7 +3721,7 @@ const OPTIONS = {
 
 type OptionName = keyof typeof OPTIONS;
 /** The options that were given. */
-type Given = { [name in OptionName]?: name extends "ignore" ? string[] : string } & {
+type Given = { [name in OptionName]?: name extends "ignore" | "verify" ? string[] : string } & {
   [name in "repair" | "retry" | "force" | "json" | "help" | "version"]?: boolean;
 };
 
@@ -3039,8 +3739,14 @@ const EXIT_CODES = `Exit codes: 0 updated, or nothing newer; 1 failed, and the d
 const COMMANDS: Record<string, Command> = {
   serve: {
     summary: "serve a directory of releases to devices",
-    options: ["root", "port", "host", "url", "ignore", "latest"],
-    notes: "The root is the current directory by default. Ctrl-C ends it after running responses.",
+    options: [
+      ...(["root", "port", "host", "url", "ignore", "latest"] as const),
+      ...(["sign", "token", "tls-cert", "tls-key"] as const),
+    ],
+    notes:
+      "The root is the current directory by default. Ctrl-C ends it after running responses.\n" +
+      `Limits: ${LIMITS.target} characters of path and query, ${LIMITS.query} of them in the query, ` +
+      `${LIMITS.version} in\ncurrent_ver; no request bodies; ${LIMITS.idle} s without a byte.`,
     run: runServe,
   },
   client: {
@@ -3048,6 +3754,7 @@ const COMMANDS: Record<string, Command> = {
     options: [
       ...(["ver", "root", "server", "id", "every", "jobs", "timeout"] as const),
       ...(["check", "check-timeout", "restart", "repair", "retry"] as const),
+      ...(["verify", "token", "ca"] as const),
     ],
     notes: `The root is ./device by default. The last line on stdout says how it ended.\n${EXIT_CODES}`,
     run: runClient,
@@ -3069,6 +3776,12 @@ const COMMANDS: Record<string, Command> = {
     options: ["ver", "root", "url", "ignore", "latest"],
     notes: "The root is the current directory by default. Warnings go to stderr.",
     run: runManifest,
+  },
+  keygen: {
+    summary: "make a key pair for signing manifests",
+    options: ["out"],
+    notes: "NAME.key stays with the server, away from its root; NAME.pub goes to the devices.",
+    run: runKeygen,
   },
 };
 
@@ -3215,17 +3928,27 @@ function formatBytes(bytes: number): string {
 async function runServe(given: Given): Promise<number> {
   const out = Bun.stdout.writer();
   const log = (line: string) => void out.write(`${line}\n`);
-  const { root, host, url, ignore, latest } = given;
-  const options = { root, host, url, ignore, latest, port: numberOption(given, "port"), log };
-  const server = serve(options);
+  const { root, host, url, ignore, latest, sign } = given;
+  const [cert, key] = [given["tls-cert"], given["tls-key"]];
+  if ((cert === undefined) !== (key === undefined)) {
+    throw new OTAError("--tls-cert and --tls-key go together", 2);
+  }
+  const server = await serve({
+    ...{ root, host, url, ignore, latest, sign, log },
+    port: numberOption(given, "port"),
+    token: tokenOption(given),
+    ...(cert && key && { tls: { cert, key } }),
+    changed: (releases) => {
+      log(`now      ${releases.versions.map(({ name }) => name).join(" ") || "no version"}`);
+      warn(releases);
+    },
+  });
   const flush = setInterval(() => out.flush(), 100);
   const stopped = new Promise((done) => {
     interruption("stopped").addEventListener("abort", done, { once: true });
   });
   for (const line of describeServer(server, given)) log(line);
-  const { releases } = server;
-  const surprises = [...rootWarnings(releases), ...allBoardWarnings(releases)];
-  for (const line of surprises) console.error(`warning: ${line}`);
+  warn(server.releases);
   await out.flush();
   await stopped;
   // A second Ctrl-C does not wait.
@@ -3234,6 +3957,16 @@ async function runServe(given: Given): Promise<number> {
   clearInterval(flush);
   await out.end();
   return 0;
+}
+
+function warn(releases: Releases): void {
+  const lines = [...rootWarnings(releases), ...allBoardWarnings(releases)];
+  for (const line of lines) console.error(`warning: ${line}`);
+}
+
+/** The token, of which the environment is no secret to other users, unlike a command line. */
+function tokenOption(given: Given): string | undefined {
+  return given.token ?? (process.env.OTA_TOKEN || undefined);
 }
 
 /** What a server says of itself once it listens. */
@@ -3246,8 +3979,8 @@ function* describeServer({ url, releases }: OTAServer, given: Given): Generator<
     const bytes = [...files.values()].reduce((sum, { size }) => sum + size, 0);
     yield `version  ${name.padEnd(12)} ${files.size} files, ${formatBytes(bytes)}`;
   }
-  for (const { name, file, size } of releases.firmware) {
-    yield `firmware ${name.padEnd(12)} ${file}, ${formatBytes(size)}`;
+  for (const { name, path, size } of releases.firmware) {
+    yield `firmware ${name.padEnd(12)} ${path}, ${formatBytes(size)}`;
   }
   const shown = 20;
   for (const { path, reason } of releases.ignored.slice(0, shown)) {
@@ -3255,18 +3988,37 @@ function* describeServer({ url, releases }: OTAServer, given: Given): Generator<
   }
   const more = releases.ignored.length - shown;
   if (more > 0) yield `ignored  and ${more} more`;
+  for (const name of releases.restless) yield `changing ${name}: counts once quiet for a second`;
   const oldest = releases.versions[0]?.name ?? releases.firmware[0]?.name ?? "1.0.0";
   yield `try      curl '${address}/manifest.json?current_ver=${oldest}'`;
 }
 
-function runManifest(given: Given): number {
+async function runManifest(given: Given): Promise<number> {
   const { root = ".", ignore, latest } = given;
   const base = baseURL(given.url ?? "http://127.0.0.1:8000");
-  const releases = new Releases(root, { ignore, latest });
+  const releases = await Releases.open(root, { ignore, latest, quiet: 0 });
   const manifest = releases.manifestFor({ current_ver: given.ver }, base);
   const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
   for (const line of surprises) console.error(`warning: ${line}`);
   return say(JSON.stringify(manifest, null, 2), 0);
+}
+
+function runKeygen(given: Given): number {
+  const { out } = given;
+  if (out === undefined) throw new OTAError("keygen needs --out NAME", 2);
+  const { key, pub } = makeKeys();
+  for (const [file, pem, mode] of [
+    [`${out}.key`, key, 0o600],
+    [`${out}.pub`, pub, 0o644],
+  ] as const) {
+    try {
+      fs.writeFileSync(file, pem, { mode, flag: "wx" });
+    } catch (error) {
+      if (errorCode(error) !== "EEXIST") throw error;
+      throw new OTAError(`${file} is there already, and a key is never overwritten: move it away`);
+    }
+  }
+  return say(`wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)`, 0);
 }
 
 // ── client, rollback and status ──
@@ -3284,7 +4036,9 @@ async function runClient(given: Given): Promise<number> {
   const signal = interruption("interrupted; the device is as it was");
   const watcher = progressWatcher();
   const { id, repair, retry, restart } = given;
+  const verify = given.verify?.map((file) => readKey(file, "public"));
   const device = new HttpOTA(server, {
+    ...{ verify, token: tokenOption(given), ca: given.ca },
     ...{ root: given.root ?? "device", ver, id, repair, retry, restart, signal },
     jobs: numberOption(given, "jobs"),
     timeout: numberOption(given, "timeout"),

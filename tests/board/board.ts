@@ -167,11 +167,14 @@ export class Board {
       `os.chdir(${JSON.stringify(this.home || "/")})`,
       `del sys, os`,
     ].join("\n");
-    heap?.freeze();
+    const lines = [
+      ...(heap ? [`open("/dev/freeze", "wb").write(b"x")`] : []),
+      ...(options.boot !== false ? [`execfile("${this.home}/boot.py")`] : []),
+      code,
+    ];
     try {
       mp.runPython(setup);
-      if (options.boot !== false) mp.runPython(`execfile("${this.home}/boot.py")`);
-      if (code) mp.runPython(code);
+      mp.runPython(lines.join("\n"));
     } catch (error) {
       if (error instanceof PowerCut) result.end = error.end;
       else {
@@ -343,6 +346,12 @@ export class Board {
       FS.registerDevice(id, ops);
       FS.mkdev(path, 0o666, id);
     };
+    device("/dev/freeze", {
+      write: (_stream, _buffer, _offset, length) => {
+        heap?.freeze();
+        return length;
+      },
+    });
     device("/dev/power", {
       write: () => {
         throw new PowerCut("reset");

@@ -78,7 +78,7 @@ export class Link {
       cut - this.#total,
       silent - this.#total,
     );
-    let piece = this.#inbox.slice(0, size);
+    let piece: Uint8Array = this.#inbox.slice(0, size);
     this.#inbox = this.#inbox.slice(piece.length);
     if (weather.spoil && piece.length > 0) piece = weather.spoil(piece, this.#total);
     this.#total += piece.length;

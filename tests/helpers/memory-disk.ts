@@ -295,13 +295,12 @@ export class MemoryDisk implements Disk {
 
   link(from: string, to: string): void {
     this.#begin("link", from);
-    if (!this.#links) throw failure("EPERM", "link", from);
     const source = this.#above("link", from);
     const inode = this.#at("link", from);
-    if (inode.kind === "directory") throw failure("EPERM", "link", from);
     const { parent, name } = this.#above("link", to);
     if (parent.entries.has(name)) throw failure("EEXIST", "link", to);
     if (parent.device !== inode.device) throw failure("EXDEV", "link", to);
+    if (!this.#links || inode.kind === "directory") throw failure("EPERM", "link", from);
     this.#checkWritable("link", parent, to);
     parent.entries.set(name, inode.number);
     this.#pending.push({
@@ -314,7 +313,8 @@ export class MemoryDisk implements Disk {
 
   copy(from: string, to: string): void {
     const torn = this.#begin("copy", from);
-    const { data, mode } = this.#file("copyfile", from);
+    const { kind, data, mode } = this.#at("copyfile", from);
+    if (kind !== "file") throw failure("ENOTSUP", "copyfile", from);
     if (!(mode & 0o400)) throw failure("EACCES", "copyfile", from);
     this.#fill(to, () => data, torn);
     this.#setMode(this.#at("copyfile", to), mode);
@@ -327,10 +327,11 @@ export class MemoryDisk implements Disk {
     const inode = this.#at("rename", from);
     const old = this.#inodes.get(target.parent.entries.get(target.name) ?? 0);
     if (target.parent.device !== inode.device) throw failure("EXDEV", "rename", to);
+    if (to.startsWith(`${from}/`)) throw failure("EINVAL", "rename", to);
+    if (from.startsWith(`${to}/`)) throw failure("ENOTEMPTY", "rename", to);
     this.#checkWritable("rename", source.parent, from);
     this.#checkWritable("rename", target.parent, to);
     if (old === inode) return; // Two names of one file: both stay.
-    if (`${to}/`.startsWith(`${from}/`)) throw failure("EINVAL", "rename", to);
     if (inode.kind === "directory") {
       if (old && old.kind !== "directory") throw failure("ENOTDIR", "rename", to);
       if (old && old.entries.size > 0) throw failure("ENOTEMPTY", "rename", to);

@@ -1,0 +1,60 @@
+/**
+ * Benchmarks of ota.ts beside real peers, run in turn on the same machine:
+ *
+ *     bun run bench                    # everything, some minutes
+ *     bun run bench server air         # parts of it
+ *     bun run bench --quick            # fewer and shorter rounds
+ *     bun run bench --ota FILE         # another ota.ts than the one here: before and after
+ *
+ * What counts are the ratios, each the median of several rounds, with the range they lay in. All
+ * traffic is on loopback; only `air` fetches two public packages, from the npm registry.
+ */
+
+import * as fs from "node:fs";
+import { cpus, loadavg } from "node:os";
+import { benchAir } from "./air.ts";
+import { benchDevice } from "./device.ts";
+import { benchFleet } from "./fleet.ts";
+import { OTA, type Effort } from "./harness.ts";
+import { benchServer } from "./server.ts";
+import { benchStart } from "./start.ts";
+
+const PARTS: Record<string, (effort: Effort) => Promise<void>> = {
+  server: benchServer,
+  start: benchStart,
+  device: benchDevice,
+  air: benchAir,
+  fleet: benchFleet,
+};
+
+const given = process.argv.slice(2);
+const quick = given.includes("--quick");
+const names = given.filter((name, i) => !name.startsWith("--") && given[i - 1] !== "--ota");
+const unknown = names.find((name) => !(name in PARTS));
+if (unknown !== undefined) {
+  console.error(`bench: no part ${unknown}; there are ${Object.keys(PARTS).join(", ")}, --quick`);
+  process.exit(2);
+}
+if (process.platform !== "linux") {
+  console.error("bench: needs Linux: it reads /proc, and its peers are Debian's packages");
+  process.exit(2);
+}
+
+const [processor] = cpus();
+const digest = new Bun.CryptoHasher("sha256").update(fs.readFileSync(OTA)).digest("hex");
+console.log(
+  `ota.ts ${digest.slice(0, 12)}, Bun ${Bun.version}, ${cpus().length} × ${processor?.model}, ` +
+    `load ${loadavg()[0]?.toFixed(1)}${quick ? ", --quick: not for quoting" : ""}`,
+);
+for (const [name, bench] of Object.entries(PARTS)) {
+  if (names.length > 0 && !names.includes(name)) continue;
+  const started = performance.now();
+  try {
+    await bench({ quick, rounds: quick ? 2 : 5 });
+  } catch (error) {
+    process.exitCode = 1;
+    console.error(`bench: ${name} failed: ${error instanceof Error ? error.stack : error}`);
+  }
+  console.error(`\n(${name}: ${((performance.now() - started) / 1000).toFixed(0)} s)`);
+}
+process.exit();

@@ -1,0 +1,170 @@
+/**
+ * A server with much to serve: how long until it answers, what it holds after many requests, and
+ * what it costs while nobody asks.
+ */
+
+import * as fs from "node:fs";
+import { Random } from "../helpers/random.ts";
+import {
+  cpuOf,
+  freePort,
+  inRounds,
+  median,
+  mebibytes,
+  memoryOf,
+  missing,
+  put,
+  ratio,
+  run,
+  scratch,
+  serveCommand,
+  settle,
+  start,
+  table,
+  until,
+  whole,
+  type Effort,
+} from "./harness.ts";
+import { noise } from "./trees.ts";
+
+const VERSIONS = 10;
+const FILES = 2_000; // In each.
+const BYTES = 2 ** 30;
+const REQUESTS = 100_000;
+
+export async function benchStart({ rounds, quick }: Effort): Promise<void> {
+  if (missing("start", ["sha1sum", "sha256sum"]).length > 0) return;
+  const root = scratch("start/releases");
+  const paths = await makeRoot(root);
+  await settle();
+
+  const list = `${scratch("start")}/list`;
+  fs.writeFileSync(list, paths.map((path) => `${root}/${path}\0`).join(""));
+  const sum = (tool: string) => async () =>
+    (await run(["sh", "-c", `xargs -0 ${tool} < '${list}' > '${list}.${tool}'`])).seconds;
+  const times = { ota: [] as number[], sha1: [] as number[], sha256: [] as number[] };
+  const [sha1, sha256] = [sum("sha1sum"), sum("sha256sum")];
+  await sha1(); // The page cache is warm from here on.
+  await inRounds(rounds, [
+    async () => void times.ota.push(await timeToFirstManifest(root)),
+    async () => void times.sha1.push(await sha1()),
+    async () => void times.sha256.push(await sha256()),
+  ]);
+  const seconds = (values: number[]) => `${median(values).toFixed(2)} s`;
+  table(
+    `Start on ${whole(paths.length)} files, ${mebibytes(BYTES)}, to the first manifest; ` +
+      `median of ${rounds} rounds, warm page cache`,
+    ["", "time", "ota.ts / this"],
+    [
+      ["ota.ts serve (SHA-1 and SHA-256)", seconds(times.ota), ""],
+      ["sha1sum", seconds(times.sha1), ratio(times.ota, times.sha1)],
+      ["sha256sum", seconds(times.sha256), ratio(times.ota, times.sha256)],
+    ],
+  );
+  await weighRunning(root, paths, quick ? 5 : 15);
+}
+
+async function makeRoot(root: string): Promise<string[]> {
+  const random = new Random(4);
+  const mean = BYTES / (VERSIONS * FILES);
+  const paths: string[] = [];
+  for (let left = BYTES, i = 0; i < VERSIONS * FILES; i++) {
+    const last = i === VERSIONS * FILES - 1;
+    const size = last ? left : Math.min(left, Math.round(mean * (0.02 + 1.96 * random.next())));
+    left -= size;
+    const path = `1.${Math.floor(i / FILES)}.0/flash/${i % 40}/part_${i % FILES}.bin`;
+    put(`${root}/${path}`, noise(size, i));
+    paths.push(path);
+    if (i % 500 === 0) await Bun.sleep(0); // For Ctrl-C.
+  }
+  return paths;
+}
+
+const FIRST = "/manifest.json?current_ver=1.8.0";
+
+/** Whether a server answers with the manifest of the whole newest release. */
+async function answersWhole(origin: string): Promise<boolean> {
+  const response = await fetch(origin + FIRST);
+  const text = await response.text();
+  if (response.status !== 200) return false;
+  const { version, update } = JSON.parse(text) as { version: string; update: unknown[] };
+  return version === `1.${VERSIONS - 1}.0` && update.length === FILES;
+}
+
+async function timeToFirstManifest(root: string): Promise<number> {
+  const port = await freePort();
+  const started = performance.now();
+  await using server = start(serveCommand(root, port));
+  await until(server, () => answersWhole(`http://127.0.0.1:${port}`));
+  return (performance.now() - started) / 1000;
+}
+
+async function weighRunning(root: string, paths: string[], window: number): Promise<void> {
+  const port = await freePort();
+  const origin = `http://127.0.0.1:${port}`;
+  await using server = start(serveCommand(root, port));
+  await until(server, () => answersWhole(origin));
+  const fresh = memoryOf(server.pid);
+  const idle = async () => {
+    await Bun.sleep(3000); // What a start or a load leaves to do.
+    const before = cpuOf(server.pid);
+    await Bun.sleep(window * 1000);
+    return ((cpuOf(server.pid) - before) / window) * 100;
+  };
+  const idleFresh = await idle();
+  const wrong = await mixedRequests(origin, paths);
+  const after = memoryOf(server.pid);
+  const idleAfter = await idle();
+  const row = (name: string, memory: typeof fresh, cpu: number) => [
+    name,
+    mebibytes(memory.resident),
+    mebibytes(memory.anonymous),
+    mebibytes(memory.peak),
+    `${cpu.toFixed(2)} %`,
+  ];
+  table(
+    `Memory with that root, and CPU of one core while idle, over ${window} s`,
+    ["", "resident", "of it anonymous", "peak so far", "idle CPU"],
+    [
+      row("after the start", fresh, idleFresh),
+      row(`after ${whole(REQUESTS)} mixed requests`, after, idleAfter),
+    ],
+  );
+  console.log(
+    wrong.size === 0 ? "\nevery request was answered as it should be" : `\n${wrong.size}`,
+  );
+  for (const [what, count] of wrong) console.log(`WRONG: ${what}: ${count} times`);
+}
+
+/** @returns what was answered otherwise than it should be, and how often */
+async function mixedRequests(origin: string, paths: string[]): Promise<Map<string, number>> {
+  const random = new Random(5);
+  const wrong = new Map<string, number>();
+  let left = REQUESTS;
+  const one = async () => {
+    const path = `/${random.pick(paths)}`;
+    const dice = random.next();
+    const [what, target, status, init]: [string, string, number, RequestInit?] =
+      dice < 0.3
+        ? ["a manifest", `/manifest.json?current_ver=1.${random.below(VERSIONS)}.0`, 200]
+        : dice < 0.45
+          ? ["a manifest of an unknown version", `/manifest.json?current_ver=${random.next()}`, 200]
+          : dice < 0.75
+            ? ["a file", path, 200]
+            : dice < 0.85
+              ? ["nothing", `/${random.next()}/${random.next()}`, 404]
+              : dice < 0.95
+                ? ["a range", path, 206, { headers: { Range: "bytes=0-99" } }]
+                : ["a head", path, 200, { method: "HEAD" }];
+    const response = await fetch(origin + target, init);
+    await response.arrayBuffer();
+    if (response.status === status) return;
+    const found = `${what} answered ${response.status}`;
+    wrong.set(found, (wrong.get(found) ?? 0) + 1);
+  };
+  const worker = async () => {
+    while (left-- > 0) await one();
+  };
+  await Promise.all(Array.from({ length: 16 }, worker));
+  return wrong;
+}
