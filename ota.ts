@@ -29,7 +29,8 @@ import {
 } from "node:crypto";
 import * as fs from "node:fs";
 import { basename, dirname, relative, resolve } from "node:path";
-import { parseArgs } from "node:util";
+import { parseArgs, promisify } from "node:util";
+import * as zlib from "node:zlib";
 
 /** The version of this tool, as `--version` prints it. */
 export const TOOL_VERSION = "0.1.0";
@@ -409,10 +410,12 @@ function checkPathsAgree(manifest: Manifest): void {
   if (both) refuse(`${both} is both deleted and written`);
 }
 
-/** Lowercase hex. */
-function sha256(data: string | Uint8Array): string {
-  return new Bun.CryptoHasher("sha256").update(data).digest("hex");
+/** The lowercase hex digest of bytes, or of text in UTF-8. */
+function hexDigest(algorithm: "sha1" | "sha256", data: string | Uint8Array): string {
+  return new Bun.CryptoHasher(algorithm).update(data).digest("hex");
 }
+
+const sha256 = (data: string | Uint8Array) => hexDigest("sha256", data);
 
 /**
  * The digest of a whole release, sent as `base`: lowercase hex SHA-256 over the lines
@@ -634,6 +637,8 @@ export class ReleaseIndex {
   ignored: readonly Ignored[] = [];
   /** Path below the root → file, of all that versions and firmware consist of. */
   files: ReadonlyMap<string, IndexedFile> = new Map();
+  /** The same files by their SHA-256. */
+  contents: ReadonlyMap<string, IndexedFile> = new Map();
   /** How long the last scan took, in seconds. */
   scanSeconds = 0;
 
@@ -793,6 +798,7 @@ export class ReleaseIndex {
       for (const [path, file] of release.files) files.set(`${release.name}/${path}`, file);
     }
     this.files = files;
+    this.contents = new Map([...files.values()].map((file) => [file.sha256, file]));
     const used = new Set([...files.values()].map(({ file }) => file));
     for (const file of this.#hashes.keys()) if (!used.has(file)) this.#hashes.delete(file);
   }
@@ -1252,6 +1258,184 @@ export function boardWarnings(releases: Releases, manifest: Manifest | null): st
   }
   return found;
 }
+// ──── Encodings ─────────────────────────────────────────────────────────────────────────────────
+// How content is made smaller for the air, one place for both ends. `dcz` is RFC 9842, Compression
+// Dictionary Transport: a zstd frame made with the file that the device has as its dictionary, so
+// that only what changed is sent. We depart from the RFC in two ways: plain http will do, and a
+// device may name any content that the server knows, without `Use-As-Dictionary`.
+
+/** How the bytes of a body are coded. */
+export type Encoding = "identity" | "gzip" | "zstd" | "dcz";
+
+/**
+ * Content and dictionaries larger than this are not coded: both ends hold them in memory, several
+ * at a time, and a window of this size is what RFC 9842 lets every decoder have.
+ */
+export const MAX_CODED = 8 * 1024 * 1024;
+
+/** The fixed part of a dcz header (RFC 9842, section 5); the dictionary's SHA-256 follows. */
+const DCZ_MAGIC = Buffer.from("5e2a4d1820000000", "hex");
+const DCZ_HEADER = DCZ_MAGIC.length + 32;
+
+const { ZSTD_c_compressionLevel, ZSTD_c_windowLog } = zlib.constants;
+const gzipAsync = promisify(zlib.gzip);
+const zstdAsync = promisify(zlib.zstdCompress);
+
+/**
+ * Level 19 finds within a hundredth what 22 finds; above 2 MiB it takes seconds, and 12 a fraction
+ * of one. The window is that of `MAX_CODED`, so that all of the dictionary can be referred to.
+ */
+function zstdOptions(size: number, dictionary?: Uint8Array, level?: number): zlib.ZstdOptions {
+  const params = {
+    [ZSTD_c_compressionLevel]: level ?? (size <= 2 * 1024 * 1024 ? 19 : 12),
+    [ZSTD_c_windowLog]: 23,
+  };
+  return { params, ...(dictionary && { dictionary: Buffer.from(dictionary) }) };
+}
+
+/** The level for what is sent once. */
+const FAST = 3;
+
+/** Codes content, off the event loop. */
+async function encodeContent(
+  encoding: Encoding,
+  content: Uint8Array,
+  dictionary?: Uint8Array,
+  level?: number,
+): Promise<Uint8Array<ArrayBuffer>> {
+  const size = content.byteLength;
+  if (encoding === "gzip") return new Uint8Array(await gzipAsync(content, { level: level ?? 9 }));
+  if (encoding === "zstd") {
+    return new Uint8Array(await zstdAsync(content, zstdOptions(size, undefined, level)));
+  }
+  if (encoding === "dcz" && dictionary) {
+    const frame = await zstdAsync(content, zstdOptions(size, dictionary));
+    const hash = Buffer.from(sha256(dictionary), "hex");
+    return new Uint8Array(Buffer.concat([DCZ_MAGIC, hash, frame]));
+  }
+  return new Uint8Array(content);
+}
+
+/**
+ * Decodes content.
+ *
+ * @param limit the most bytes it may have: nothing expands for ever
+ * @param dictionary the one that was offered
+ * @throws when the bytes are not so coded, were made with another dictionary, or are too many
+ */
+function decodeContent(
+  encoding: Encoding,
+  bytes: Uint8Array,
+  limit: number,
+  dictionary?: Uint8Array,
+): Uint8Array {
+  const maxOutputLength = Math.max(1, limit);
+  if (encoding === "gzip") return zlib.gunzipSync(bytes, { maxOutputLength });
+  if (encoding === "zstd") return zlib.zstdDecompressSync(bytes, { maxOutputLength });
+  if (encoding === "dcz") {
+    const header = Buffer.from(bytes.subarray(0, DCZ_HEADER));
+    const hash = Buffer.from(sha256(dictionary ?? new Uint8Array()), "hex");
+    if (!header.equals(Buffer.concat([DCZ_MAGIC, hash]))) throw new Error("another dictionary");
+    const options = { maxOutputLength, dictionary: Buffer.from(dictionary!) };
+    return zlib.zstdDecompressSync(bytes.subarray(DCZ_HEADER), options);
+  }
+  return bytes;
+}
+
+/** What an `Accept-Encoding` accepts of what we have (RFC 9110, 12.5.3; `q=0` means no). */
+export function acceptedEncodings(header: string | null): Set<Encoding> {
+  const accepted = new Set<Encoding>();
+  for (const item of header?.toLowerCase().split(",") ?? []) {
+    const [name, ...parameters] = item.split(";").map((part) => part.trim());
+    if (parameters.some((parameter) => /^q=0(\.0*)?$/.test(parameter))) continue;
+    if (name === "gzip" || name === "zstd" || name === "dcz") accepted.add(name);
+  }
+  return accepted;
+}
+
+/** The SHA-256, lowercase hex, in an `Available-Dictionary: :base64:`; `undefined` for none. */
+export function availableDictionary(header: string | null): string | undefined {
+  const base64 = /^:([A-Za-z0-9+/]{43}=):$/.exec(header?.trim() ?? "")?.[1];
+  return base64 === undefined ? undefined : Buffer.from(base64, "base64").toString("hex");
+}
+
+/** Bytes by key, up to a budget; what was not used for longest goes first. */
+class ByteCache {
+  readonly #kept = new Map<string, Uint8Array<ArrayBuffer>>();
+  #size = 0;
+
+  constructor(private readonly budget: number) {}
+
+  get(key: string): Uint8Array<ArrayBuffer> | undefined {
+    const bytes = this.#kept.get(key);
+    if (bytes) {
+      this.#kept.delete(key);
+      this.#kept.set(key, bytes);
+    }
+    return bytes;
+  }
+
+  set(key: string, bytes: Uint8Array<ArrayBuffer>): void {
+    this.#drop(key);
+    this.#kept.set(key, bytes);
+    this.#size += bytes.byteLength;
+    for (const oldest of this.#kept.keys()) {
+      if (this.#size <= this.budget) break;
+      this.#drop(oldest);
+    }
+  }
+
+  #drop(key: string): void {
+    this.#size -= this.#kept.get(key)?.byteLength ?? 0;
+    this.#kept.delete(key);
+  }
+}
+
+/** The most that is kept of coded content, in bytes. */
+const CODED_BUDGET = 32 * 1024 * 1024;
+/** Encoders that may be at work or wait; who asks for one more gets plain bytes. */
+const MAX_ENCODING = 64;
+
+/** Coded content, made once whoever asks and however many ask at once. */
+class Encoder {
+  readonly #done = new ByteCache(CODED_BUDGET);
+  readonly #running = new Map<string, Promise<Uint8Array<ArrayBuffer> | undefined>>();
+  /** The size of what was made and has been dropped since: it tells what not to make again. */
+  readonly #sizes = new Map<string, number>();
+
+  /**
+   * Codes content, or says that it is not worth it.
+   *
+   * @param key names the content (and the dictionary)
+   * @returns `undefined` when that would not be smaller, or failed
+   */
+  encode(
+    encoding: Encoding,
+    key: string,
+    content: Uint8Array,
+    dictionary?: Uint8Array,
+  ): Uint8Array<ArrayBuffer> | Promise<Uint8Array<ArrayBuffer> | undefined> | undefined {
+    const name = `${encoding} ${key}`;
+    const done = this.#done.get(name);
+    if (done) return done;
+    if ((this.#sizes.get(name) ?? 0) >= content.byteLength) return undefined;
+    const running = this.#running.get(name);
+    if (running || this.#running.size >= MAX_ENCODING) return running;
+    const made = encodeContent(encoding, content, dictionary)
+      .then((bytes) => {
+        if (this.#sizes.size > 100_000) this.#sizes.clear();
+        this.#sizes.set(name, bytes.byteLength);
+        if (bytes.byteLength >= content.byteLength) return undefined;
+        this.#done.set(name, bytes);
+        return bytes;
+      })
+      .catch(() => undefined)
+      .finally(() => this.#running.delete(name));
+    this.#running.set(name, made);
+    return made;
+  }
+}
+
 // ──── Metrics ───────────────────────────────────────────────────────────────────────────────────
 // What a server has done, as Prometheus reads it (text format 0.0.4). Label values are versions of
 // the root, or `other`: nobody outside can make them many.
@@ -1298,6 +1482,7 @@ class Metrics {
 const COUNTERS = {
   ota_requests_total: "Requests by status",
   ota_sent_bytes_total: "Bytes of bodies sent",
+  ota_saved_bytes_total: "Bytes of bodies that coding made unnecessary",
   ota_manifests_total: "Manifests by the version a device has and the one it gets",
   ota_failures_total: "Manifests asked for by devices that report a version as failed",
 };
@@ -1357,6 +1542,17 @@ interface Answer {
   body: Uint8Array<ArrayBuffer> | Blob | null;
   /** Of the body. */
   size: number;
+  /** How the body is coded, and the bytes that this saves. */
+  coding?: { encoding: Encoding; saved: number };
+}
+
+/** One form of a content that can be sent. */
+interface Representation {
+  encoding: Encoding;
+  /** Strong, quoted, and its own. */
+  etag: string;
+  size: number;
+  part: (start: number, end: number) => Uint8Array<ArrayBuffer> | Blob;
 }
 
 const METHODS = "GET, HEAD";
@@ -1402,10 +1598,7 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
     const hint = tls ? "--host, --port, --tls-cert and --tls-key" : "--host and --port";
     throw new OTAError(`cannot listen on ${host}:${port}: ${errorText(error)}; see ${hint}`);
   }
-  const watch = releases.watch(() => {
-    service.forget();
-    options.changed?.(releases);
-  });
+  const watch = releases.watch(() => options.changed?.(releases));
   service.onMismatch = watch.soon;
   const stop = async (force = false) => {
     watch[Symbol.dispose]();
@@ -1435,9 +1628,8 @@ class Service {
   readonly #scheme: string;
   readonly #key: KeyObject | undefined;
   readonly #metrics = new Metrics();
-  /** Content by SHA-256, least recently used first. */
-  readonly #contents = new Map<string, Uint8Array<ArrayBuffer>>();
-  #contentSize = 0;
+  readonly #contents = new ByteCache(CONTENT_BUDGET);
+  readonly #encoder = new Encoder();
 
   constructor(
     readonly releases: Releases,
@@ -1449,12 +1641,6 @@ class Service {
     this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
   }
 
-  /** Drops content that belongs to no release any more. */
-  forget(): void {
-    const used = new Set([...this.releases.files.values()].map((file) => file.sha256));
-    for (const key of this.#contents.keys()) if (!used.has(key)) this.#drop(key);
-  }
-
   respond(request: Request, address: string): Response | Promise<Response> {
     const started = performance.now();
     const { path, query, length } = this.#target(request.url);
@@ -1462,9 +1648,9 @@ class Service {
       const size = request.method === "HEAD" ? 0 : answer.size;
       this.#metrics.add("ota_requests_total", { status: answer.status });
       this.#metrics.add("ota_sent_bytes_total", {}, size);
-      this.options.log?.(
-        logLine(request.method, path, query, address, answer.status, size, started),
-      );
+      if (answer.coding) this.#metrics.add("ota_saved_bytes_total", {}, answer.coding.saved);
+      const taken = performance.now() - started;
+      this.options.log?.(logLine(request.method, path, query, address, answer, size, taken));
       return toResponse(request.method, answer);
     };
     const answer = this.#refuse(request, query, length) ?? this.#answer(request, path, query);
@@ -1507,14 +1693,14 @@ class Service {
     if (path === "/manifest.json") return this.#manifest(request, query);
     if (path === "/-/health") return this.#health();
     if (path === "/-/metrics") {
-      return content("text/plain; version=0.0.4", encode(this.#metrics.text(this.releases)));
+      return content("text/plain; version=0.0.4", utf8(this.#metrics.text(this.releases)));
     }
     const found = path.startsWith("/-/") ? undefined : this.releases.locate(path);
     if (!found) return plain(404, "not found");
     return this.#file(request.headers, found);
   }
 
-  #manifest(request: Request, query: ManifestQuery): Answer {
+  #manifest(request: Request, query: ManifestQuery): Answer | Promise<Answer> {
     const { current_ver = "", reqid = "", token } = query;
     if (current_ver.length > LIMITS.version || hasControls(current_ver)) {
       return plain(400, `current_ver: at most ${LIMITS.version} characters, none of them controls`);
@@ -1535,10 +1721,23 @@ class Service {
       const version = Metrics.label(this.releases, query.failed);
       this.#metrics.add("ota_failures_total", { version });
     }
-    const answer = content("application/json", encode(json));
+    const answer = content("application/json", utf8(json));
     answer.headers["Cache-Control"] = "no-store";
     if (this.#key) answer.headers[SIGNATURE_HEADER] = signManifest(json, reqid, this.#key);
-    return answer;
+    const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
+    const [encoding] = (["zstd", "gzip"] as const).filter((name) => accepted.has(name));
+    if (!encoding || answer.size < MIN_CODED) return answer;
+    const bytes = answer.body as Uint8Array<ArrayBuffer>;
+    // One with a request id is nobody else's: it is coded fast, and not kept.
+    const coded = query.reqid
+      ? encodeContent(encoding, bytes, undefined, FAST)
+      : this.#encoder.encode(encoding, sha256(bytes), bytes);
+    return Promise.resolve(coded).then((body) => {
+      if (!body) return answer;
+      const coding = { encoding, saved: bytes.byteLength - body.byteLength };
+      const headers = { ...answer.headers, "Content-Encoding": encoding };
+      return { ...answer, headers, body, size: body.byteLength, coding };
+    });
   }
 
   #health(): Answer {
@@ -1552,76 +1751,111 @@ class Service {
     return isEmpty ? plain(503, "the root has no version") : plain(200, "ok");
   }
 
-  /** A file, or the part of it that `Range` asks for, unless a condition says no. */
+  /** A file, in the smallest form that the asker accepts. */
   #file(asked: Headers, file: ServedFile): Answer | Promise<Answer> {
-    const headers: Record<string, string> = {
-      "Content-Type": Bun.file(file.file).type,
-      ETag: file.etag,
-      "Cache-Control": `max-age=${MAX_AGE}`,
-    };
-    if (matches(asked.get("if-none-match"), file.etag)) {
-      const { "Content-Type": _, ...kept } = headers;
-      return { status: 304, headers: kept, body: null, size: 0 };
-    }
-    const fresh = [null, file.etag].includes(asked.get("if-range"));
-    const range = fresh ? parseRange(asked.get("range"), file.size) : undefined;
-    if (range === "unsatisfiable") {
-      const last = file.size - 1;
-      return plain(416, `only bytes 0 to ${last} are there`, {
-        "Content-Range": `bytes */${file.size}`,
-      });
-    }
-    const { start, end } = range ?? { start: 0, end: file.size };
-    if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${file.size}`;
-    const status = range ? 206 : 200;
-    const size = end - start;
-    if (file.sha256 === undefined || file.size > MAX_CHECKED) {
-      // Else Bun adds one with the file's name, of any length and in any script.
-      headers["Content-Disposition"] = "inline";
+    const { sha256: key, size, etag } = file;
+    if (key === undefined || size > MAX_CHECKED) {
       // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
-      return { status, headers, body: Bun.file(file.file).slice(start, end), size };
+      const part = (start: number, end: number) => Bun.file(file.file).slice(start, end);
+      const answer = select(asked, file, { encoding: "identity", etag, size, part });
+      // Else Bun adds one with the file's name, of any length and in any script.
+      if (answer.body) answer.headers["Content-Disposition"] = "inline";
+      return answer;
     }
-    const answer = (bytes: Uint8Array<ArrayBuffer>): Answer => {
-      return { status, headers, body: range ? bytes.subarray(start, end) : bytes, size };
+    const send = (bytes: Uint8Array<ArrayBuffer> | undefined) => {
+      if (!bytes) return plain(503, "changing just now", { "Retry-After": "2" });
+      const accepted = acceptedEncodings(asked.get("accept-encoding"));
+      if (accepted.size === 0 || size > MAX_CODED || size < MIN_CODED) {
+        return select(asked, file, represent("identity", etag, bytes));
+      }
+      return this.#smallest(asked, accepted, key, bytes).then(({ encoding, tag, coded }) => {
+        return select(asked, file, represent(encoding, etag.replace(/"$/, `${tag}"`), coded));
+      });
     };
-    const kept = this.#contents.get(file.sha256);
-    if (kept) {
-      this.#contents.delete(file.sha256);
-      this.#contents.set(file.sha256, kept);
-      return answer(kept);
+    const kept = this.#contents.get(key);
+    return kept ? send(kept) : this.#read(file.file, key).then(send);
+  }
+
+  /** The smallest of what the asker accepts: a delta, a coding, or plain. */
+  async #smallest(
+    asked: Headers,
+    accepted: ReadonlySet<Encoding>,
+    key: string,
+    bytes: Uint8Array<ArrayBuffer>,
+  ): Promise<{ encoding: Encoding; tag: string; coded: Uint8Array<ArrayBuffer> }> {
+    const known = accepted.has("dcz") && availableDictionary(asked.get("available-dictionary"));
+    const old = known ? this.releases.contents.get(known) : undefined;
+    const dictionary =
+      old && old.size > 0 && old.size <= MAX_CODED
+        ? (this.#contents.get(old.sha256) ?? (await this.#read(old.file, old.sha256)))
+        : undefined;
+    const whole = accepted.has("zstd") ? "zstd" : accepted.has("gzip") ? "gzip" : undefined;
+    const [delta, coded] = await Promise.all([
+      dictionary && this.#encoder.encode("dcz", `${key} ${known}`, bytes, dictionary),
+      whole && this.#encoder.encode(whole, key, bytes),
+    ]);
+    if (delta && delta.byteLength < (coded ?? bytes).byteLength) {
+      return { encoding: "dcz", tag: `-dcz-${old!.sha256.slice(0, 16)}`, coded: delta };
     }
-    return this.#read(file, file.sha256).then((bytes) => {
-      return bytes ? answer(bytes) : plain(503, "changing just now", { "Retry-After": "2" });
-    });
+    if (whole && coded) return { encoding: whole, tag: `-${whole}`, coded };
+    return { encoding: "identity", tag: "", coded: bytes };
   }
 
   /** Reads content whole; `undefined` when it is not what was indexed. */
-  async #read(file: ServedFile, key: string): Promise<Uint8Array<ArrayBuffer> | undefined> {
-    const bytes = await Bun.file(file.file)
-      .bytes()
-      .catch(() => undefined);
+  async #read(file: string, key: string): Promise<Uint8Array<ArrayBuffer> | undefined> {
+    const bytes = await fs.promises.readFile(file).catch(() => undefined);
     if (!bytes || sha256(bytes) !== key) {
       this.onMismatch();
       return undefined;
     }
-    if (!this.#contents.has(key)) {
-      this.#contents.set(key, bytes);
-      this.#contentSize += bytes.byteLength;
-    }
-    for (const oldest of this.#contents.keys()) {
-      if (this.#contentSize <= CONTENT_BUDGET) break;
-      this.#drop(oldest);
-    }
-    return bytes;
-  }
-
-  #drop(key: string): void {
-    this.#contentSize -= this.#contents.get(key)?.byteLength ?? 0;
-    this.#contents.delete(key);
+    const content = new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+    this.#contents.set(key, content);
+    return content;
   }
 }
 
-const encode = (text: string) => new TextEncoder().encode(text);
+/** Content shorter than this is not worth the header that says how it is coded. */
+const MIN_CODED = 64;
+
+function represent(
+  encoding: Encoding,
+  etag: string,
+  bytes: Uint8Array<ArrayBuffer>,
+): Representation {
+  const size = bytes.byteLength;
+  const part = (start: number, end: number) =>
+    start === 0 && end === size ? bytes : bytes.subarray(start, end);
+  return { encoding, etag, size, part };
+}
+
+/** A representation, or the part of it that `Range` asks for, unless a condition says no. */
+function select(asked: Headers, file: ServedFile, form: Representation): Answer {
+  const { encoding, etag, size } = form;
+  const headers: Record<string, string> = {
+    "Content-Type": Bun.file(file.file).type,
+    ETag: etag,
+    "Cache-Control": `max-age=${MAX_AGE}`,
+    Vary: "Accept-Encoding, Available-Dictionary",
+  };
+  if (encoding !== "identity") headers["Content-Encoding"] = encoding;
+  if (matches(asked.get("if-none-match"), etag)) {
+    const { "Content-Type": _, ...kept } = headers;
+    return { status: 304, headers: kept, body: null, size: 0 };
+  }
+  const fresh = [null, etag].includes(asked.get("if-range"));
+  const range = fresh ? parseRange(asked.get("range"), size) : undefined;
+  if (range === "unsatisfiable") {
+    const unit = { "Content-Range": `bytes */${size}` };
+    return plain(416, `only bytes 0 to ${size - 1} are there`, unit);
+  }
+  const { start, end } = range ?? { start: 0, end: size };
+  if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${size}`;
+  const coding = encoding === "identity" ? undefined : { encoding, saved: file.size - size };
+  const body = form.part(start, end);
+  return { status: range ? 206 : 200, headers, body, size: end - start, ...(coding && { coding }) };
+}
+
+const utf8 = (text: string) => new TextEncoder().encode(text);
 
 function hasControls(text: string): boolean {
   return /[\u0000-\u001f\u007f-\u009f]/.test(text);
@@ -1669,7 +1903,7 @@ export function parseRange(
 
 /** A short answer for people. */
 function plain(status: number, message: string, headers: Record<string, string> = {}): Answer {
-  const answer = content("text/plain", encode(`${message}\n`));
+  const answer = content("text/plain", utf8(`${message}\n`));
   return { ...answer, status, headers: { ...answer.headers, ...headers } };
 }
 
@@ -1712,15 +1946,18 @@ function printable(text: string): string {
     .slice(0, 64);
 }
 
-/** One request, one line: time, address, device, method, path, status, bytes, time, failure. */
+/**
+ * One request, one line: time, address, device, method, path, status, bytes, milliseconds, and
+ * where there are any, the coding and the version that the device reports as failed.
+ */
 function logLine(
   method: string,
   path: string,
   query: ManifestQuery,
   address: string,
-  status: number,
+  { status, coding }: Answer,
   size: number,
-  started: number,
+  milliseconds: number,
 ): string {
   const device = query.devid || query.wmac;
   return [
@@ -1731,7 +1968,8 @@ function logLine(
     printable(path),
     status,
     size,
-    `${(performance.now() - started).toFixed(1)}ms`,
+    `${milliseconds.toFixed(1)}ms`,
+    ...(coding ? [`coding=${coding.encoding}`] : []),
     ...(query.failed ? [`failed=${printable(query.failed)}`] : []),
   ].join(" ");
 }
@@ -1920,6 +2158,12 @@ export interface ActiveFirmware {
 
 const STAGED = `${OTA_DIR}/staged`;
 
+/** How a part was sent, for resuming. */
+interface SentAs {
+  etag?: string;
+  encoding: Encoding;
+}
+
 /** The files of one device, for looking and for staging. All paths are below the root. */
 export class DeviceFiles {
   /**
@@ -1959,6 +2203,13 @@ export class DeviceFiles {
     const stat = this.stat(path);
     if (stat?.kind !== "file" || (size !== undefined && stat.size !== size)) return false;
     return this.digest(path, key.length === 64 ? "sha256" : "sha1") === key;
+  }
+
+  /** The bytes of a file, or `undefined` when it is not there, empty, or larger than `limit`. */
+  readWhole(path: string, limit: number): Uint8Array | undefined {
+    const stat = this.stat(path);
+    if (stat?.kind !== "file" || stat.size === 0 || stat.size > limit) return undefined;
+    return this.disk.read(this.at(path), 0, stat.size);
   }
 
   /** The text of a small file, or `undefined` when it is not there. */
@@ -2048,16 +2299,19 @@ export class DeviceFiles {
     return this.disk.stat(this.at(`${STAGED}/${key}`)) !== undefined;
   }
 
-  /** What is here of content that was not received whole: bytes, and the tag it was sent under. */
-  part(key: string): { size: number; etag: string | undefined } {
+  /** What is here of content that was not received whole, as it was sent. */
+  part(key: string): { size: number; etag: string | undefined; encoding: Encoding } {
     const size = this.disk.stat(this.#part(key))?.size ?? 0;
-    return { size, etag: size > 0 ? readText(this.disk, `${this.#part(key)}.etag`) : undefined };
+    const sent = parseJSON(readText(this.disk, `${this.#part(key)}.sent`) ?? "");
+    const { etag, encoding } = (isObject(sent) ? sent : {}) as Partial<SentAs>;
+    return { size, etag, encoding: encoding ?? "identity" };
   }
 
   /** Begins to receive content from its first byte. */
-  startPart(key: string, etag: string | undefined): void {
+  startPart(key: string, etag?: string, encoding: Encoding = "identity"): void {
     this.disk.write(this.#part(key), new Uint8Array());
-    this.disk.write(`${this.#part(key)}.etag`, new TextEncoder().encode(etag ?? ""));
+    const sent: SentAs = { ...(etag !== undefined && { etag }), encoding };
+    this.disk.write(`${this.#part(key)}.sent`, utf8(JSON.stringify(sent)));
   }
 
   appendPart(key: string, bytes: Uint8Array): void {
@@ -2071,14 +2325,14 @@ export class DeviceFiles {
 
   dropPart(key: string): void {
     ifThere(() => this.disk.unlink(this.#part(key)));
-    ifThere(() => this.disk.unlink(`${this.#part(key)}.etag`));
+    ifThere(() => this.disk.unlink(`${this.#part(key)}.sent`));
   }
 
   /** Makes a part, which the caller has verified, staged content. */
   async finishPart(key: string): Promise<void> {
     await this.disk.sync(this.#part(key));
     this.disk.rename(this.#part(key), this.at(`${STAGED}/${key}`));
-    ifThere(() => this.disk.unlink(`${this.#part(key)}.etag`));
+    ifThere(() => this.disk.unlink(`${this.#part(key)}.sent`));
   }
 
   /** Stages content that is made here, under its SHA-256, which is returned. */
@@ -2087,6 +2341,19 @@ export class DeviceFiles {
     this.disk.write(this.#part(key), bytes);
     await this.finishPart(key);
     return key;
+  }
+
+  /**
+   * Stages content that another file below the root has.
+   *
+   * @returns whether it does have it
+   */
+  async stageCopy(key: string, path: string): Promise<boolean> {
+    if (!this.hasContent(path, key)) return false;
+    this.disk.copy(this.at(path), this.#part(key));
+    if (!this.hasContent(`${STAGED}/${key}.part`, key)) return false;
+    await this.finishPart(key);
+    return true;
   }
 
   /** The SHA-256 of staged content, whatever hash it was asked for with. */
@@ -2721,6 +2988,8 @@ export interface Outcome {
   to: string;
   /** The same for firmware, when it changed. */
   firmware?: { from: string; to: string };
+  /** What it cost, when something was fetched. */
+  traffic?: Traffic;
 }
 
 /** How releases are tried. */
@@ -3001,6 +3270,10 @@ interface Download {
   /** Where it goes, for messages. */
   path: string;
   size: number | undefined;
+  /** A file on the device that may have the same content. */
+  twin?: string;
+  /** A file on the device that it is to replace: the dictionary for a delta. */
+  old?: string;
 }
 
 /** What an update will do, worked out before anything is fetched. */
@@ -3016,14 +3289,14 @@ interface Plan {
 /**
  * Compares what a manifest lists with what is there.
  *
- * @param recorded the paths that the updater has installed
+ * @param recorded path → SHA-256 of what the updater has installed
  * @param full whether of those, the ones that the manifest lacks are to go
  * @throws {OTAError} naming the first path that cannot be changed, and why
  */
 export async function makePlan(
   files: DeviceFiles,
   manifest: Manifest,
-  recorded: readonly string[],
+  recorded: Readonly<Record<string, string>>,
   full: boolean,
 ): Promise<Plan> {
   const plan: Plan = { put: new Map(), remove: [], downloads: [], kept: new Map() };
@@ -3031,7 +3304,7 @@ export async function makePlan(
     return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
   });
   const listed = new Set(entries.map(({ path }) => path));
-  const gone = full ? recorded.filter((path) => !listed.has(path)) : [];
+  const gone = full ? Object.keys(recorded).filter((path) => !listed.has(path)) : [];
   const remove = [...new Set([...manifest.delete, ...gone])];
   files.refuseLinks([...listed, ...remove]);
   plan.remove = remove.filter((path) => files.stat(path)?.kind === "file");
@@ -3042,14 +3315,23 @@ export async function makePlan(
       plan.kept.set(path, sha256 ?? files.digest(path, "sha256"));
     } else {
       plan.put.set(path, key);
-      wanted.set(key, { key, url, path, size });
+      const old = files.stat(path)?.kind === "file" ? path : undefined;
+      wanted.set(key, { key, url, path, size, ...(old && { old }) });
     }
+  }
+  const paths = new Map(Object.entries(recorded).map(([path, sha256]) => [sha256, path]));
+  for (const [path, sha256] of plan.kept) paths.set(sha256, path);
+  for (const item of wanted.values()) {
+    const twin = paths.get(item.key);
+    if (twin !== undefined) item.twin = twin;
   }
   const { firmware } = manifest;
   if (firmware) {
     const key = firmware.sha256 ?? firmware.hash;
+    const { URL: url, size } = firmware;
+    const active = files.firmware && slotPath(files.firmware.slot);
     plan.firmware = { key, version: firmware.version! };
-    wanted.set(key, { key, url: firmware.URL, path: basename(firmware.URL), size: firmware.size });
+    wanted.set(key, { key, url, path: basename(url), size, ...(active && { old: active }) });
   }
   plan.downloads = [...wanted.values()];
   await planVersionFile(files, plan, manifest.version);
@@ -3094,29 +3376,28 @@ function checkSpace(files: DeviceFiles, plan: Plan): void {
   }
 }
 
-// ──── Device ────────────────────────────────────────────────────────────────────────────────────
-// The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
-// `OTA` with `connect` and `getData`, and gets everything else from here.
+// ──── Transfer ──────────────────────────────────────────────────────────────────────────────────
+// Getting bytes from another side that may be slow, silent, cut off or lying: everything is bounded
+// in time and in size, and tried again where that can help.
 
 /** What to get, beside the path. */
 export interface Want {
   /** Begin at this byte, if the content still has the tag `etag`; else at 0. */
   offset?: number;
   etag?: string;
+  /** Codings that can be decoded; absent: none. */
+  accept?: readonly Encoding[];
   /** SHA-256 of content that the device has, as a dictionary for a delta. */
   dictionary?: Uint8Array;
   signal: AbortSignal;
 }
 
-/** How the bytes of a body are coded. */
-export type Encoding = "identity" | "gzip" | "zstd" | "dcz";
-
 /** What a transport got. */
 export interface Data {
   body: ReadableStream<Uint8Array>;
-  /** Where in the content the body begins: what was wanted, or 0. */
+  /** Where in the content, as it is coded, the body begins: what was wanted, or 0. */
   offset: number;
-  /** Bytes of the whole content, offset included, as it is coded; absent when unknown. */
+  /** Bytes of the whole content as it is coded, offset included; absent when unknown. */
   total?: number;
   /** A strong tag of the content, for resuming; absent when there is none. */
   etag?: string;
@@ -3141,6 +3422,312 @@ export class TransferError extends OTAError {
   }
 }
 
+/** Content came whole and is not what the manifest says: another manifest may say otherwise. */
+class ContentError extends TransferError {
+  override name = "ContentError";
+}
+
+/** Content came coded and does not decode to what it should be: plain, it may. */
+class CodingError extends TransferError {
+  override name = "CodingError";
+}
+
+const TRIES = 5;
+/** Slower than this many bytes a second over so many seconds counts as stalled. */
+const SLOWEST = { rate: 10, seconds: 300 };
+
+/** Receives bodies for one update. */
+class Receiver {
+  /** Bytes of all bodies so far, as they came. */
+  received = 0;
+
+  /**
+   * @param timeout seconds without a byte after which a transfer is given up
+   * @param signal ends everything
+   * @param note is told of every try that failed
+   */
+  constructor(
+    private readonly getData: (path: string, want: Want) => Promise<Data>,
+    private readonly timeout: number,
+    private readonly signal: AbortSignal | undefined,
+    private readonly note: (text: string) => void,
+  ) {}
+
+  /**
+   * Receives one body.
+   *
+   * @param begin is called once the head is here, and returns what takes the pieces of the body
+   */
+  async receive(
+    path: string,
+    want: Omit<Want, "signal"> & { signal?: AbortSignal },
+    begin: (data: Data) => (piece: Uint8Array) => void,
+  ): Promise<Data> {
+    const stalled = new AbortController();
+    const signal = anySignal(stalled.signal, want.signal, this.signal);
+    const data = await within(this.getData(path, { ...want, signal }), this.timeout, signal);
+    const reader = data.body.getReader();
+    try {
+      if (data.encoding !== "identity" && !want.accept?.includes(data.encoding)) {
+        throw new TransferError(`${path} came coded as ${data.encoding}, unasked`, true);
+      }
+      const take = begin(data);
+      const isSlow = slownessWatch();
+      for (;;) {
+        const { done, value } = await within(reader.read(), this.timeout, signal);
+        if (done) return data;
+        this.received += value.byteLength;
+        if (isSlow(value.byteLength)) throw new TransferError(`${path} comes too slowly`, true);
+        take(value);
+      }
+    } catch (error) {
+      stalled.abort(error);
+      reader.cancel(error).catch(() => {});
+      throw error;
+    }
+  }
+
+  /** Tries up to five times, with growing pauses. */
+  async withRetries<T>(task: () => Promise<T>, signal?: AbortSignal): Promise<T> {
+    for (let tries = 1; ; tries++) {
+      try {
+        return await task();
+      } catch (error) {
+        anySignal(signal, this.signal).throwIfAborted();
+        if (!(error instanceof TransferError) || !error.retry) throw error;
+        // The same wrong content twice is no accident of the way here.
+        if (error instanceof ContentError && tries === 2) throw error;
+        if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
+        const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
+        this.note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
+        await sleep(pause, signal, this.signal);
+      }
+    }
+  }
+}
+
+function anySignal(...signals: (AbortSignal | undefined)[]): AbortSignal {
+  return AbortSignal.any(signals.filter((signal) => signal !== undefined));
+}
+
+/** Waits for something from the other side, which may never come. */
+async function within<T>(promise: Promise<T>, seconds: number, signal: AbortSignal): Promise<T> {
+  const done = new AbortController();
+  const late = sleep(seconds, done.signal, signal).then(() => {
+    throw new TransferError(`nothing came for ${seconds} s`, true);
+  });
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    done.abort();
+  }
+}
+
+/**
+ * Watches the rate at which a body comes.
+ *
+ * @returns a function that is told of received bytes, and says whether they come too slowly
+ */
+export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => boolean {
+  let since = performance.now();
+  let received = 0;
+  return (bytes) => {
+    received += bytes;
+    if (performance.now() - since < seconds * 1000) return false;
+    const isSlow = received < seconds * rate;
+    since = performance.now();
+    received = 0;
+    return isSlow;
+  };
+}
+
+// ──── Fetch ─────────────────────────────────────────────────────────────────────────────────────
+// Staging all content of a plan, at the least cost in bytes: from what the device has, else as a
+// delta against it, else coded, else plain; and never twice what is here already.
+
+/** What an update cost on the air. */
+export interface Traffic {
+  /** Bytes of all bodies, as they came. */
+  received: number;
+  /** Bytes of the content that the release needed and the tree did not have in place. */
+  content: number;
+  /** Contents that were on the device under another name, or staged before. */
+  reused: number;
+}
+
+/** Content without a known size is not received beyond this. */
+const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
+
+/** Fetches what a plan needs. */
+class Fetcher {
+  #received = 0;
+
+  /**
+   * @param report is told of progress
+   */
+  constructor(
+    private readonly files: DeviceFiles,
+    private readonly receiver: Receiver,
+    private readonly traffic: Traffic,
+    private readonly report: (event: OTAEvent) => void,
+  ) {}
+
+  /**
+   * Stages all content of a plan.
+   *
+   * @param jobs downloads at once
+   * @throws {TransferError} when content is not to be had as the manifest has it
+   */
+  async fetchAll({ downloads }: Plan, jobs: number): Promise<void> {
+    const total = downloads.reduce((sum, { size }) => sum + (size ?? NaN), 0);
+    const progress = (bytes: number) => {
+      this.#received += bytes;
+      this.report({ kind: "progress", received: this.#received, total });
+    };
+    const failure = new AbortController();
+    const queue = downloads.values();
+    const worker = async () => {
+      for (const item of queue) {
+        failure.signal.throwIfAborted();
+        await this.#fetch(item, progress, failure.signal);
+      }
+    };
+    const workers = Array.from({ length: jobs }, worker);
+    for (const running of workers) running.catch((error) => failure.abort(error));
+    const ends = await Promise.allSettled(workers);
+    if (ends.some((end) => end.status === "rejected")) throw failure.signal.reason;
+  }
+
+  /** Gets one content staged. */
+  async #fetch(
+    item: Download,
+    progress: (bytes: number) => void,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const { key, path, size, twin } = item;
+    this.traffic.content += size ?? 0;
+    if (this.files.isStaged(key) || (twin && (await this.files.stageCopy(key, twin)))) {
+      this.traffic.reused++;
+      return progress(size ?? 0);
+    }
+    const get = (plain: boolean) => {
+      return this.receiver.withRetries(() => {
+        return this.#fetchOnce(item, plain, progress, signal);
+      }, signal);
+    };
+    try {
+      await get(false);
+    } catch (error) {
+      if (!(error instanceof CodingError)) throw error;
+      this.report({ kind: "note", text: `${error.message}; fetching it plain` });
+      await get(true);
+    }
+    const staged = size ?? this.files.stat(`${STAGED}/${key}`)!.size;
+    if (size === undefined) this.traffic.content += staged;
+    this.report({ kind: "fetched", path, size: staged });
+  }
+
+  async #fetchOnce(
+    { key, url, path, size, old }: Download,
+    plain: boolean,
+    progress: (bytes: number) => void,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const { files } = this;
+    const hasher = new Bun.CryptoHasher(key.length === 64 ? "sha256" : "sha1");
+    const limit = size ?? MAX_UNSIZED_BYTES;
+    const codable = !plain && size !== undefined && size <= MAX_CODED;
+    const dictionary = codable && old ? files.readWhole(old, MAX_CODED) : undefined;
+    if (plain) files.dropPart(key);
+    const part = files.part(key);
+    let { encoding } = part;
+    let total = size;
+    let received = 0;
+    const count = (bytes: number) => {
+      received += bytes;
+      progress(bytes);
+    };
+    const keep = () => {
+      count(part.size);
+      files.readPart(key, (piece) => hasher.update(piece));
+    };
+    try {
+      if (size === 0) files.startPart(key);
+      else if (part.size === size && encoding === "identity") keep();
+      else {
+        const want: Omit<Want, "signal"> = {
+          ...(part.size > 0 && part.etag && { offset: part.size, etag: part.etag }),
+          ...(codable && { accept: dictionary ? ["dcz", "zstd", "gzip"] : ["zstd", "gzip"] }),
+          ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
+        };
+        await this.receiver.receive(url, { ...want, signal }, (data) => {
+          const continues = data.offset > 0 && data.offset === want.offset;
+          if (continues && data.encoding === encoding) keep();
+          else if (data.offset === 0) files.startPart(key, data.etag, data.encoding);
+          else throw new TransferError(`${path}: asked for other bytes than were sent`, true);
+          encoding = data.encoding;
+          if (encoding !== "identity") total = data.total;
+          return (piece) => {
+            count(piece.byteLength);
+            if (received > limit) {
+              files.dropPart(key);
+              throw new ContentError(`${path} is longer than the ${limit} bytes expected`, true);
+            }
+            hasher.update(piece);
+            files.appendPart(key, piece);
+          };
+        });
+      }
+      if (total !== undefined && received < total) {
+        throw new TransferError(`${path} was cut off after ${received} of ${total} bytes`, true);
+      }
+      if (encoding === "identity") this.#verify(key, path, hasher.digest("hex"));
+      else {
+        this.#decode(key, path, encoding, limit, dictionary);
+        progress(limit - received);
+        received = limit;
+      }
+      await files.finishPart(key);
+    } catch (error) {
+      progress(-received);
+      throw error;
+    }
+  }
+
+  #verify(key: string, path: string, found: string): void {
+    if (found === key) return;
+    this.files.dropPart(key);
+    throw new ContentError(`${path} does not verify: expected ${key}, found ${found}`, true);
+  }
+
+  /** Puts what a part decodes to in its place. */
+  #decode(
+    key: string,
+    path: string,
+    encoding: Encoding,
+    limit: number,
+    dictionary: Uint8Array | undefined,
+  ): void {
+    try {
+      const coded = this.files.readWhole(`${STAGED}/${key}.part`, MAX_CODED)!;
+      const content = decodeContent(encoding, coded, limit, dictionary);
+      const found = hexDigest(key.length === 64 ? "sha256" : "sha1", content);
+      if (found !== key) throw new Error(`expected ${key}, found ${found}`);
+      this.files.startPart(key);
+      this.files.appendPart(key, content);
+    } catch (error) {
+      // A full disk is no fault of the coding.
+      if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
+      this.files.dropPart(key);
+      throw new CodingError(`${path} does not decode from ${encoding}: ${errorText(error)}`, false);
+    }
+  }
+}
+
+// ──── Device ────────────────────────────────────────────────────────────────────────────────────
+// The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
+// `OTA` with `connect` and `getData`, and gets everything else from here.
+
 /** What an update is told to do; every field but `root` has the default of the command line. */
 export interface OTAOptions extends TrialOptions {
   /** The directory that is the device's file system. */
@@ -3160,10 +3747,6 @@ export interface OTAOptions extends TrialOptions {
   /** Ed25519 public keys, one of which must have signed the manifest. */
   verify?: readonly KeyObject[];
 }
-
-const TRIES = 5;
-/** Content without a known size is not received beyond this. */
-const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
 
 /**
  * A device. One `update` is one transaction:
@@ -3215,19 +3798,33 @@ export abstract class OTA {
 
     const current = this.#currentVersion(journal);
     await this.connect();
-    const manifest = await this.#askForManifest(journal, current);
-    if (!manifest) return { result: "up to date", from: current || "0", to: current || "0" };
-    const digest = manifestDigest(manifest);
-    const failed = journal.state.failed.some((release) => release.digest === digest);
-    if (failed && !this.options.retry) {
-      return { result: "not tried", from: current || "0", to: manifest.version };
-    }
+    const { jobs = 4, timeout = 30, repair, retry, signal } = this.options;
+    const get = (path: string, want: Want) => this.getData(path, want);
+    const receiver = new Receiver(get, timeout, signal, (text) => this.#note(text));
+    const traffic: Traffic = { received: 0, content: 0, reused: 0 };
+    const from = current || "0";
+    for (let isFirst = true; ; isFirst = false) {
+      const manifest = await this.#askForManifest(receiver, journal, current);
+      if (!manifest) return { result: "up to date", from, to: from };
+      const digest = manifestDigest(manifest);
+      const failed = journal.state.failed.some((release) => release.digest === digest);
+      if (failed && !retry) return { result: "not tried", from, to: manifest.version };
 
-    const recorded = Object.keys(journal.state.installed?.files ?? {});
-    const full = manifest.full === true || this.options.repair === true;
-    const plan = await makePlan(journal, manifest, recorded, full);
-    await this.#stage(journal, plan);
-    return this.#commit(journal, trial, plan, manifest, current);
+      const recorded = journal.state.installed?.files ?? {};
+      const plan = await makePlan(journal, manifest, recorded, manifest.full || repair || false);
+      const fetcher = new Fetcher(journal, receiver, traffic, (event) => this.#report(event));
+      try {
+        await fetcher.fetchAll(plan, jobs);
+      } catch (error) {
+        // The release may have changed since the manifest was made.
+        if (!isFirst || !(error instanceof TransferError)) throw error;
+        this.#note(`${error.message}; asking for a new manifest`);
+        continue;
+      }
+      traffic.received = receiver.received;
+      const outcome = await this.#commit(journal, trial, plan, manifest, current);
+      return { ...outcome, traffic };
+    }
   }
 
   // ── Asking ──
@@ -3249,7 +3846,11 @@ export abstract class OTA {
     return given ?? "";
   }
 
-  async #askForManifest(journal: Journal, current: string): Promise<Manifest | null> {
+  async #askForManifest(
+    receiver: Receiver,
+    journal: Journal,
+    current: string,
+  ): Promise<Manifest | null> {
     const { installed, failed } = journal.state;
     const query: ManifestQuery = {
       current_ver: current,
@@ -3268,171 +3869,11 @@ export abstract class OTA {
       return `${name}=${encodeURIComponent(value!)}`;
     });
     const path = `/manifest.json?${search.join("&")}`;
-    const { body, headers } = await this.#withRetries(() => this.#readAll(path));
+    const { body, headers } = await receiver.withRetries(() => readManifest(receiver, path));
     if (verify) checkSignature(verify, headers, body, query.reqid!);
     const manifest = parseManifest(body, current || undefined);
     if (verify && manifest) checkSigned(manifest, query);
     return manifest;
-  }
-
-  /** Reads a whole manifest, as far as one may be long. */
-  async #readAll(path: string): Promise<{ body: Uint8Array; headers: Headers }> {
-    const pieces: Uint8Array[] = [];
-    let size = 0;
-    const { headers } = await this.#receive(path, {}, () => {
-      return (piece) => {
-        size += piece.byteLength;
-        if (size > MAX_MANIFEST_BYTES) {
-          throw new TransferError(`the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`, false);
-        }
-        pieces.push(piece);
-      };
-    });
-    return { body: Buffer.concat(pieces), headers };
-  }
-
-  // ── Staging ──
-
-  async #stage(journal: Journal, plan: Plan): Promise<void> {
-    const sizes = plan.downloads.map(({ size }) => size ?? NaN);
-    const total = sizes.reduce((sum, size) => sum + size, 0);
-    let received = 0;
-    const progress = (bytes: number) => {
-      received += bytes;
-      this.options.report?.({ kind: "progress", received, total });
-    };
-    const failure = new AbortController();
-    const queue = plan.downloads.values();
-    const worker = async () => {
-      for (const item of queue) {
-        failure.signal.throwIfAborted();
-        await this.#fetch(journal, item, progress, failure.signal);
-      }
-    };
-    const workers = Array.from({ length: this.options.jobs ?? 4 }, worker);
-    for (const running of workers) running.catch((error) => failure.abort(error));
-    const ends = await Promise.allSettled(workers);
-    if (ends.some((end) => end.status === "rejected")) throw failure.signal.reason;
-  }
-
-  /** Gets one content staged. */
-  async #fetch(
-    journal: Journal,
-    item: Download,
-    progress: (bytes: number) => void,
-    signal: AbortSignal,
-  ): Promise<void> {
-    if (journal.isStaged(item.key)) progress(item.size ?? 0);
-    else {
-      await this.#withRetries(() => this.#fetchOnce(journal, item, progress, signal), signal);
-      const size = item.size ?? journal.stat(`${STAGED}/${item.key}`)!.size;
-      this.options.report?.({ kind: "fetched", path: item.path, size });
-    }
-  }
-
-  async #fetchOnce(
-    journal: Journal,
-    { key, url, path, size }: Download,
-    progress: (bytes: number) => void,
-    signal: AbortSignal,
-  ): Promise<void> {
-    const hasher = new Bun.CryptoHasher(key.length === 64 ? "sha256" : "sha1");
-    const limit = size ?? MAX_UNSIZED_BYTES;
-    let received = 0;
-    const count = (bytes: number) => {
-      received += bytes;
-      progress(bytes);
-    };
-    try {
-      const part = journal.part(key);
-      const keep = () => {
-        count(part.size);
-        journal.readPart(key, (piece) => hasher.update(piece));
-      };
-      if (size === 0) journal.startPart(key, undefined);
-      else if (part.size === size) keep();
-      else {
-        const want = part.size > 0 && part.etag ? { offset: part.size, etag: part.etag } : {};
-        await this.#receive(url, { ...want, signal }, (data) => {
-          if (data.offset > 0 && data.offset === want.offset) keep();
-          else if (data.offset === 0) journal.startPart(key, data.etag);
-          else throw new TransferError(`${path}: asked for other bytes than were sent`, true);
-          return (piece) => {
-            count(piece.byteLength);
-            if (received > limit) {
-              journal.dropPart(key);
-              throw new TransferError(`${path} is longer than the ${limit} bytes expected`, true);
-            }
-            hasher.update(piece);
-            journal.appendPart(key, piece);
-          };
-        });
-      }
-      if (size !== undefined && received < size) {
-        throw new TransferError(`${path} was cut off after ${received} of ${size} bytes`, true);
-      }
-      const found = hasher.digest("hex");
-      if (found !== key) {
-        journal.dropPart(key);
-        throw new TransferError(`${path} does not verify: expected ${key}, found ${found}`, true);
-      }
-      await journal.finishPart(key);
-    } catch (error) {
-      progress(-received);
-      throw error;
-    }
-  }
-
-  /**
-   * Receives one body, and gives up when it stalls.
-   *
-   * @param begin is called once the head is here, and returns what takes the pieces of the body
-   */
-  async #receive(
-    path: string,
-    want: Omit<Want, "signal"> & { signal?: AbortSignal },
-    begin: (data: Data) => (piece: Uint8Array) => void,
-  ): Promise<Data> {
-    const idle = this.options.timeout ?? 30;
-    const stalled = new AbortController();
-    const outer = [want.signal, this.options.signal].filter((signal) => signal !== undefined);
-    const signal = AbortSignal.any([stalled.signal, ...outer]);
-    const data = await within(this.getData(path, { ...want, signal }), idle, signal);
-    const reader = data.body.getReader();
-    try {
-      if (data.encoding !== "identity") {
-        throw new TransferError(`${path} came coded as ${data.encoding}, unasked`, true);
-      }
-      const take = begin(data);
-      const isSlow = slownessWatch();
-      for (;;) {
-        const { done, value } = await within(reader.read(), idle, signal);
-        if (done) return data;
-        if (isSlow(value.byteLength)) throw new TransferError(`${path} comes too slowly`, true);
-        take(value);
-      }
-    } catch (error) {
-      stalled.abort(error);
-      reader.cancel(error).catch(() => {});
-      throw error;
-    }
-  }
-
-  /** Tries up to five times, with growing pauses. */
-  async #withRetries<T>(task: () => Promise<T>, signal?: AbortSignal): Promise<T> {
-    const end = [signal, this.options.signal].filter((one) => one !== undefined);
-    for (let tries = 1; ; tries++) {
-      try {
-        return await task();
-      } catch (error) {
-        for (const one of end) one.throwIfAborted();
-        if (!(error instanceof TransferError) || !error.retry) throw error;
-        if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
-        const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
-        this.#note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
-        await sleep(pause, ...end);
-      }
-    }
   }
 
   // ── Committing ──
@@ -3476,7 +3917,33 @@ export abstract class OTA {
   }
 
   #note(text: string): void {
-    this.options.report?.({ kind: "note", text });
+    this.#report({ kind: "note", text });
+  }
+
+  #report(event: OTAEvent): void {
+    this.options.report?.(event);
+  }
+}
+
+/** Reads a whole manifest, as far as one may be long. */
+async function readManifest(
+  receiver: Receiver,
+  path: string,
+): Promise<{ body: Uint8Array; headers: Headers }> {
+  const pieces: Uint8Array[] = [];
+  let size = 0;
+  const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
+  const { headers, encoding } = await receiver.receive(path, { accept: ["zstd", "gzip"] }, () => {
+    return (piece) => {
+      size += piece.byteLength;
+      if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
+      pieces.push(piece);
+    };
+  });
+  try {
+    return { body: decodeContent(encoding, Buffer.concat(pieces), MAX_MANIFEST_BYTES), headers };
+  } catch (error) {
+    throw new TransferError(`the manifest does not decode: ${errorText(error)}`, true);
   }
 }
 
@@ -3513,39 +3980,6 @@ function checkSigned(
 /** Whether a device has no file of its own yet. */
 function isEmptyRoot(root: string): boolean {
   return fs.readdirSync(root).every((name) => name === OTA_DIR);
-}
-
-/** Waits for something from the other side, which may never come. */
-async function within<T>(promise: Promise<T>, seconds: number, signal: AbortSignal): Promise<T> {
-  const done = new AbortController();
-  const late = sleep(seconds, done.signal, signal).then(() => {
-    throw new TransferError(`nothing came for ${seconds} s`, true);
-  });
-  try {
-    return await Promise.race([promise, late]);
-  } finally {
-    done.abort();
-  }
-}
-
-/**
- * Watches the rate at which a body comes.
- *
- * @returns a function that is told of received bytes, and says whether less than 10 bytes a second
- *   came for five minutes
- */
-function slownessWatch(): (bytes: number) => boolean {
-  const [seconds, rate] = [300, 10];
-  let since = performance.now();
-  let received = 0;
-  return (bytes) => {
-    received += bytes;
-    if (performance.now() - since < seconds * 1000) return false;
-    const isSlow = received < seconds * rate;
-    since = performance.now();
-    received = 0;
-    return isSlow;
-  };
 }
 
 // ──── Transports ────────────────────────────────────────────────────────────────────────────────
@@ -3616,12 +4050,15 @@ export class HttpOTA extends OTA {
   /** Follows redirects, a few, and none to elsewhere. */
   async #get(url: URL, want: Want): Promise<Response> {
     const headers: Record<string, string> = {
-      // Else Bun would ask for every coding, and a resumed transfer could not be put together.
-      "Accept-Encoding": "identity",
+      // Else Bun would ask for every coding that it knows.
+      "Accept-Encoding": want.accept?.join(", ") ?? "identity",
       "User-Agent": `ota.ts/${TOOL_VERSION}`,
     };
     if (this.#token !== undefined && url.origin === this.#server.origin) {
       headers["Authorization"] = `Bearer ${this.#token}`;
+    }
+    if (want.dictionary) {
+      headers["Available-Dictionary"] = `:${Buffer.from(want.dictionary).toString("base64")}:`;
     }
     if (want.offset && want.etag) {
       headers["Range"] = `bytes=${want.offset}-`;
@@ -4047,6 +4484,7 @@ async function runClient(given: Given): Promise<number> {
   });
   const once = async () => {
     const outcome = await device.update().finally(watcher.end);
+    if (outcome.traffic) console.error(trafficLine(outcome.traffic));
     return say(outcomeLine(outcome), exitCode(outcome));
   };
   if (pause === undefined) return once();
@@ -4075,6 +4513,12 @@ function outcomeLine({ result, from, to, firmware }: Outcome): string {
   if (result === "up to date") return `up to date ${to}`;
   const flashed = firmware ? ` (firmware ${firmware.from} -> ${firmware.to})` : "";
   return `updated ${from} -> ${to}${flashed}`;
+}
+
+function trafficLine({ received, content, reused }: Traffic): string {
+  const ratio = content > 0 ? ` (${((100 * received) / content).toFixed(1)} %)` : "";
+  const files = reused === 1 ? "1 file" : `${reused} files`;
+  return `received ${received} bytes for ${content} bytes of content${ratio}, ${files} reused`;
 }
 
 function exitCode({ result }: Outcome): number {

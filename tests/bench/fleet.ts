@@ -56,6 +56,8 @@ export async function benchFleet({ quick }: Effort): Promise<void> {
     `\nAll awake at once, at most ${whole(openAtOnce())} connections open: done in ` +
       `${waking.seconds.toFixed(1)} s, ${whole(waking.count / waking.seconds)} connections a ` +
       `second, ${((waking.cpu / waking.count) * 1e6).toFixed(0)} µs of the server's CPU for each.\n` +
+      `${whole(waking.overflows)} times a connection found the queue of new connections full, ` +
+      `which costs a device a second (then it knocks again).\n` +
       `The server's memory: peak ${mebibytes(peak)}, now ${mebibytes(resident)}.`,
   );
 }
@@ -65,6 +67,7 @@ class Wave {
   readonly errors = new Map<string, number>();
   seconds = 0;
   cpu = 0;
+  overflows = 0;
   readonly #latencies = new Map<string, number[]>();
   readonly #failures = new Map<string, number>();
 
@@ -111,6 +114,7 @@ async function wakeTogether(server: Serving): Promise<Wave> {
   const wave = new Wave("all at once");
   const gate = new Gate(openAtOnce());
   const before = cpuOf(server.pid);
+  const overflows = overflowsOfQueues();
   const started = performance.now();
   const devices = Array.from({ length: DEVICES }, (_, i) => {
     const isOld = i % (DEVICES / UPDATING) === 0;
@@ -119,6 +123,7 @@ async function wakeTogether(server: Serving): Promise<Wave> {
   await Promise.all(devices);
   wave.seconds = (performance.now() - started) / 1000;
   wave.cpu = cpuOf(server.pid) - before;
+  wave.overflows = overflowsOfQueues() - overflows;
   return wave;
 }
 
@@ -234,6 +239,15 @@ function openAtOnce(): number {
     .split("\t")
     .map(Number);
   return Math.max(100, Math.min(DEVICES, files - 500, high - low - 5000));
+}
+
+/** How often on this machine a new connection found the queue of a listening socket full. */
+function overflowsOfQueues(): number {
+  const [names = [], values = []] = fs
+    .readFileSync("/proc/net/netstat", "utf8")
+    .split("\n")
+    .map((line) => line.split(" "));
+  return Number(values[names.indexOf("ListenOverflows")] ?? NaN);
 }
 
 /** Lets a number of tasks run at once; the others wait in order. */

@@ -3,8 +3,12 @@
 import * as fs from "node:fs";
 import { freePort, run, scratch, start, until, which, type Service } from "./harness.ts";
 
-/** nginx with one worker, serving a directory as files. */
-export async function nginx(root: string): Promise<Service & { origin: string }> {
+/**
+ * nginx with one worker, serving a directory as files.
+ *
+ * @param settings more lines of its `http` block
+ */
+export async function nginx(root: string, settings = ""): Promise<Service & { origin: string }> {
   const port = await freePort();
   const home = scratch(`nginx-${port}`);
   fs.mkdirSync(`${home}/temp`, { recursive: true });
@@ -25,6 +29,7 @@ http {
   sendfile on;
   tcp_nopush on;
   keepalive_requests 1000000000;
+  ${settings}
   server { listen 127.0.0.1:${port}; root ${root}; }
 }
 `,

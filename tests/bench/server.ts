@@ -17,7 +17,6 @@ import { nginx, wrk } from "./peers.ts";
 import { noise, source, sources, withFixes, writeFiles } from "./trees.ts";
 
 interface Competitor {
-  name: string;
   origin: string;
   pid: number;
 }
@@ -60,45 +59,45 @@ export async function benchServer({ rounds, quick }: Effort): Promise<void> {
     const files = scratch(`server/nginx-${rows.length}`);
     put(files + path.replace(/\?.*/, ""), bytes);
     await using peer = await nginx(files);
-    if (!bytes.equals(await body(peer.origin + path)))
-      throw new Error(`${path}: not the same bytes`);
-    const ours = { name: "ota.ts", origin: ota.origin, pid: ota.pid };
-    const theirs = { name: "nginx", origin: peer.origin, pid: peer.pid };
-    const results = await compete(path, [ours, theirs], rounds, quick ? 1 : 2);
-    const [us, them] = [results.get(ours)!, results.get(theirs)!];
+    await using caching = await nginx(files, "open_file_cache max=1000;");
+    for (const { origin } of [peer, caching]) {
+      if (!bytes.equals(await body(origin + path))) throw new Error(`${path}: not the same bytes`);
+    }
+    const competitors = [ota, peer, caching];
+    const results = await compete(path, competitors, rounds, quick ? 1 : 2);
+    const [us, them, cached] = results as [Result, Result, Result];
+    const rates = results.map((result) => whole(median(result.rates)));
+    const costs = results.map((result) => median(result.costs).toFixed(1));
     rows.push([
       `${name} (${whole(bytes.length)} B)`,
-      whole(median(us.rates)),
-      whole(median(them.rates)),
+      ...rates,
       ratio(us.rates, them.rates),
-      median(us.costs).toFixed(1),
-      median(them.costs).toFixed(1),
+      ratio(us.rates, cached.rates),
+      costs.join(" / "),
     ]);
   }
   table(
-    `Requests a second, wrk -t1 -c32, median of ${rounds} rounds; CPU of the server for a request`,
-    ["", "ota.ts", "nginx", "ratio", "ota.ts µs", "nginx µs"],
+    `Requests a second, wrk -t1 -c32, median of ${rounds} rounds; nginx+ has open_file_cache on; ` +
+      `µs of CPU that the server spends on a request`,
+    ["", "ota.ts", "nginx", "nginx+", "ota.ts / nginx", "ota.ts / nginx+", "µs of CPU, each"],
     rows,
   );
 }
 
+/** @returns what each did, in their order */
 async function compete(
   path: string,
-  competitors: Competitor[],
+  competitors: readonly Competitor[],
   rounds: number,
   seconds: number,
-): Promise<Map<Competitor, Result>> {
-  const results = new Map<Competitor, Result>();
-  for (const competitor of competitors) {
-    results.set(competitor, { rates: [], costs: [] });
-    await wrk(competitor.origin + path, 1); // Warm: compiled code, caches, connections.
-  }
-  const measures = competitors.map((competitor) => async () => {
-    const before = cpuOf(competitor.pid);
-    const { rate, count } = await wrk(competitor.origin + path, seconds);
-    const result = results.get(competitor)!;
-    result.rates.push(rate);
-    result.costs.push(((cpuOf(competitor.pid) - before) / count) * 1e6);
+): Promise<Result[]> {
+  const results = competitors.map((): Result => ({ rates: [], costs: [] }));
+  for (const { origin } of competitors) await wrk(origin + path, 1); // Warm.
+  const measures = competitors.map(({ pid, origin }, i) => async () => {
+    const before = cpuOf(pid);
+    const { rate, count } = await wrk(origin + path, seconds);
+    results[i]!.rates.push(rate);
+    results[i]!.costs.push(((cpuOf(pid) - before) / count) * 1e6);
   });
   await inRounds(rounds, measures);
   return results;

@@ -221,7 +221,7 @@ export class Served implements AsyncDisposable {
   static async start(root: string, options: ServeOptions = {}): Promise<Served> {
     const lines: string[] = [];
     const log = (line: string) => void lines.push(line);
-    const server = await serve({ root, port: 0, host: "127.0.0.1", log, ...options });
+    const server = await serve({ root, port: 0, host: "127.0.0.1", quiet: 0, log, ...options });
     return new Served(server, lines);
   }
 

@@ -301,7 +301,12 @@ def trial(state):
         back(state, e)  # it could not be counted, and so would stay for ever
 
 
+ran = False  # OTA.py updates nothing on a board whose boot.py does not call boot()
+
+
 def boot():
+    global ran
+    ran = True
     state = load()
     phase = state.get("phase")
     if phase == "apply":

@@ -1,0 +1,86 @@
+# Writes firmware into the slot that does not run, on an ESP32 or a Pycom board.
+# OTA.py uses this; ota_boot.py switches between the slots.
+
+try:
+    import uhashlib as hashlib
+except ImportError:
+    import hashlib
+
+from ota_manifest import hexdigest
+
+BLOCK = 4096  # bytes that are written at a time
+
+
+class Slot:
+    # The firmware slot that does not run now.
+
+    def __init__(self):
+        try:
+            from esp32 import Partition
+
+            self.part = Partition(Partition.RUNNING).get_next_update()
+            self.name = self.part.info()[4]
+            self.room = self.part.info()[3]
+        except ImportError:
+            import pycom
+
+            self.part = None
+            self.pycom = pycom
+            self.name = "unknown"  # firmware from before pycom.bootmgr()
+            if hasattr(pycom, "bootmgr"):
+                first = pycom.bootmgr()[0].lower() == "factory"
+                self.name = "ota_0" if first else "Factory"
+        self.block = bytearray(BLOCK)
+        self.view = memoryview(self.block)
+
+    def start(self, sort):
+        self.hash = getattr(hashlib, sort)()
+        self.fill = self.count = 0
+        if not self.part:
+            self.pycom.ota_start()
+
+    def write(self, piece):
+        piece = memoryview(piece)
+        while len(piece):
+            n = min(len(piece), BLOCK - self.fill)
+            self.view[self.fill : self.fill + n] = piece[:n]
+            self.fill += n
+            piece = piece[n:]
+            if self.fill == BLOCK:
+                self.flush()
+
+    def flush(self):
+        data = self.view[: self.fill]
+        self.hash.update(data)
+        if not self.part:
+            self.pycom.ota_write(data)
+        elif (self.count + 1) * BLOCK > self.room:
+            raise ValueError("the firmware is larger than its slot")
+        else:
+            for i in range(self.fill, BLOCK):
+                self.block[i] = 0xFF
+            self.part.writeblocks(self.count, self.block)
+        self.count += 1
+        self.fill = 0
+
+    def finish(self, sort):
+        # The digest of what was written.
+        size = self.count * BLOCK + self.fill
+        if self.fill:
+            self.flush()
+        return self.digest(sort, size) if self.part else hexdigest(self.hash)
+
+    def digest(self, sort, size):
+        # The digest of what is in the slot, as far as a board can read that.
+        h = getattr(hashlib, sort)()
+        if self.part and size <= self.room:
+            for n in range((size + BLOCK - 1) // BLOCK):
+                self.part.readblocks(n, self.block)
+                h.update(self.view[: min(BLOCK, size - n * BLOCK)])
+        return hexdigest(h)
+
+    def switch(self, name):
+        if self.part:
+            self.part.set_boot()
+        else:
+            self.pycom.ota_finish()
