@@ -1391,6 +1391,8 @@ class ByteCache {
   }
 }
 
+/** Content shorter than this is not worth the header that says how it is coded. */
+const MIN_CODED = 64;
 /** The most that is kept of coded content, in bytes. */
 const CODED_BUDGET = 32 * 1024 * 1024;
 /** Encoders that may be at work or wait; who asks for one more gets plain bytes. */
@@ -1433,6 +1435,31 @@ class Encoder {
       .finally(() => this.#running.delete(name));
     this.#running.set(name, made);
     return made;
+  }
+
+  /**
+   * The smallest form of content that is accepted: a delta, a coding, or plain.
+   *
+   * @param key the content's SHA-256
+   * @param old what the asker has: a dictionary, and its SHA-256
+   */
+  async smallest(
+    accepted: ReadonlySet<Encoding>,
+    key: string,
+    content: Uint8Array<ArrayBuffer>,
+    old?: { key: string; bytes: Uint8Array },
+  ): Promise<{ encoding: Encoding; bytes: Uint8Array<ArrayBuffer> }> {
+    const plain = { encoding: "identity" as const, bytes: content };
+    if (content.byteLength < MIN_CODED || content.byteLength > MAX_CODED) return plain;
+    const whole = accepted.has("zstd") ? "zstd" : accepted.has("gzip") ? "gzip" : undefined;
+    const useOld = old && accepted.has("dcz") && old.bytes.byteLength > 0;
+    const [delta, coded] = await Promise.all([
+      useOld && this.encode("dcz", `${key} ${old.key}`, content, old.bytes),
+      whole && this.encode(whole, key, content),
+    ]);
+    const isBetter = delta && delta.byteLength < (coded || content).byteLength;
+    if (isBetter) return { encoding: "dcz", bytes: delta };
+    return whole && coded ? { encoding: whole, bytes: coded } : plain;
   }
 }
 
@@ -1765,9 +1792,7 @@ class Service {
     const send = (bytes: Uint8Array<ArrayBuffer> | undefined) => {
       if (!bytes) return plain(503, "changing just now", { "Retry-After": "2" });
       const accepted = acceptedEncodings(asked.get("accept-encoding"));
-      if (accepted.size === 0 || size > MAX_CODED || size < MIN_CODED) {
-        return select(asked, file, represent("identity", etag, bytes));
-      }
+      if (accepted.size === 0) return select(asked, file, represent("identity", etag, bytes));
       return this.#smallest(asked, accepted, key, bytes).then(({ encoding, tag, coded }) => {
         return select(asked, file, represent(encoding, etag.replace(/"$/, `${tag}"`), coded));
       });
@@ -1776,29 +1801,27 @@ class Service {
     return kept ? send(kept) : this.#read(file.file, key).then(send);
   }
 
-  /** The smallest of what the asker accepts: a delta, a coding, or plain. */
+  /** The smallest form that the asker accepts, with what is behind the content's own tag. */
   async #smallest(
     asked: Headers,
     accepted: ReadonlySet<Encoding>,
     key: string,
-    bytes: Uint8Array<ArrayBuffer>,
+    content: Uint8Array<ArrayBuffer>,
   ): Promise<{ encoding: Encoding; tag: string; coded: Uint8Array<ArrayBuffer> }> {
-    const known = accepted.has("dcz") && availableDictionary(asked.get("available-dictionary"));
-    const old = known ? this.releases.contents.get(known) : undefined;
+    const named = accepted.has("dcz") && availableDictionary(asked.get("available-dictionary"));
+    const old = named ? this.releases.contents.get(named) : undefined;
     const dictionary =
-      old && old.size > 0 && old.size <= MAX_CODED
+      old && old.size <= MAX_CODED
         ? (this.#contents.get(old.sha256) ?? (await this.#read(old.file, old.sha256)))
         : undefined;
-    const whole = accepted.has("zstd") ? "zstd" : accepted.has("gzip") ? "gzip" : undefined;
-    const [delta, coded] = await Promise.all([
-      dictionary && this.#encoder.encode("dcz", `${key} ${known}`, bytes, dictionary),
-      whole && this.#encoder.encode(whole, key, bytes),
-    ]);
-    if (delta && delta.byteLength < (coded ?? bytes).byteLength) {
-      return { encoding: "dcz", tag: `-dcz-${old!.sha256.slice(0, 16)}`, coded: delta };
-    }
-    if (whole && coded) return { encoding: whole, tag: `-${whole}`, coded };
-    return { encoding: "identity", tag: "", coded: bytes };
+    const { encoding, bytes } = await this.#encoder.smallest(
+      accepted,
+      key,
+      content,
+      old && dictionary && { key: old.sha256, bytes: dictionary },
+    );
+    const delta = encoding === "dcz" ? `-${old!.sha256.slice(0, 16)}` : "";
+    return { encoding, tag: encoding === "identity" ? "" : `-${encoding}${delta}`, coded: bytes };
   }
 
   /** Reads content whole; `undefined` when it is not what was indexed. */
@@ -1813,9 +1836,6 @@ class Service {
     return content;
   }
 }
-
-/** Content shorter than this is not worth the header that says how it is coded. */
-const MIN_CODED = 64;
 
 function represent(
   encoding: Encoding,
@@ -4091,6 +4111,46 @@ export class HttpOTA extends OTA {
   }
 }
 
+/** A device that updates from a directory of releases: a USB stick, an SD card. */
+export class DirectoryOTA extends OTA {
+  #releases: Releases | undefined;
+
+  /**
+   * @param from the directory of releases, as `serve` takes it
+   */
+  constructor(
+    private readonly from: string,
+    options: OTAOptions,
+  ) {
+    super(options);
+  }
+
+  /** @throws {OTAError} when the directory cannot be read */
+  override async connect(): Promise<void> {
+    this.#releases = await Releases.open(this.from, { quiet: 0 });
+  }
+
+  override async getData(path: string, { offset = 0, etag }: Want): Promise<Data> {
+    const { pathname, search, origin } = new URL(path, "http://localhost");
+    const headers = new Headers();
+    if (pathname === "/manifest.json") {
+      const json = this.#releases!.manifestJSON(parseQuery(search.slice(1)), origin);
+      return { body: new Blob([json]).stream(), offset: 0, encoding: "identity", headers };
+    }
+    const found = this.#releases!.locate(pathname);
+    if (!found) throw new TransferError(`${this.from} has no ${percentDecode(pathname)}`, false);
+    const start = etag === found.etag ? offset : 0;
+    return {
+      body: Bun.file(found.file).slice(start).stream(),
+      offset: start,
+      total: found.size,
+      etag: found.etag,
+      encoding: "identity",
+      headers,
+    };
+  }
+}
+
 /** A tag with which a transfer can be resumed: present, and not weak. */
 function strongTag(etag: string | null): string | undefined {
   return etag?.startsWith('"') ? etag : undefined;
@@ -4141,6 +4201,7 @@ const OPTIONS = {
   out: { type: "string", value: "NAME", help: "write NAME.key and NAME.pub" },
   ver: { type: "string", value: "V", help: "the release a device is on" },
   server: { type: "string", value: "URL", help: "the server (http://127.0.0.1:8000)" },
+  from: { type: "string", value: "DIR", help: "a directory of releases instead of a server" },
   id: { type: "string", value: "ID", help: "a name for this device (a random one, kept)" },
   every: { type: "string", value: "DURATION", help: "keep asking: 30s, 10m, 1h" },
   jobs: { type: "string", value: "N", help: "downloads at once (4)" },
@@ -4152,6 +4213,7 @@ const OPTIONS = {
   retry: { type: "boolean", help: "try a release even if it failed before" },
   force: { type: "boolean", help: "overwrite files that the application changed" },
   json: { type: "boolean", help: "print JSON" },
+  cost: { type: "boolean", help: "show instead what every file costs on the air" },
   help: { type: "boolean", help: "show this help" },
   version: { type: "boolean", help: "show the version of ota.ts" },
 } satisfies Record<string, OptionSpec>;
@@ -4159,7 +4221,7 @@ const OPTIONS = {
 type OptionName = keyof typeof OPTIONS;
 /** The options that were given. */
 type Given = { [name in OptionName]?: name extends "ignore" | "verify" ? string[] : string } & {
-  [name in "repair" | "retry" | "force" | "json" | "help" | "version"]?: boolean;
+  [name in "repair" | "retry" | "force" | "json" | "cost" | "help" | "version"]?: boolean;
 };
 
 interface Command {
@@ -4189,7 +4251,7 @@ const COMMANDS: Record<string, Command> = {
   client: {
     summary: "be a device: fetch, verify, apply, and go back when a release is bad",
     options: [
-      ...(["ver", "root", "server", "id", "every", "jobs", "timeout"] as const),
+      ...(["ver", "root", "server", "from", "id", "every", "jobs", "timeout"] as const),
       ...(["check", "check-timeout", "restart", "repair", "retry"] as const),
       ...(["verify", "token", "ca"] as const),
     ],
@@ -4210,7 +4272,7 @@ const COMMANDS: Record<string, Command> = {
   },
   manifest: {
     summary: "show what the server would answer, and what may surprise",
-    options: ["ver", "root", "url", "ignore", "latest"],
+    options: ["ver", "root", "url", "ignore", "latest", "cost"],
     notes: "The root is the current directory by default. Warnings go to stderr.",
     run: runManifest,
   },
@@ -4434,11 +4496,58 @@ async function runManifest(given: Given): Promise<number> {
   const { root = ".", ignore, latest } = given;
   const base = baseURL(given.url ?? "http://127.0.0.1:8000");
   const releases = await Releases.open(root, { ignore, latest, quiet: 0 });
-  const manifest = releases.manifestFor({ current_ver: given.ver }, base);
+  // What `ota.ts client` asks for, where it is about what that costs.
+  const query = { current_ver: given.ver, ...(given.cost && { hash: "sha256" }) };
+  const manifest = releases.manifestFor(query, base);
   const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
   for (const line of surprises) console.error(`warning: ${line}`);
+  if (given.cost) return say((await costLines(releases, manifest)).join("\n"), 0);
   return say(JSON.stringify(manifest, null, 2), 0);
 }
+
+/** What a manifest and its content cost on the air, for a device that takes every coding. */
+async function costLines(releases: Releases, manifest: Manifest | null): Promise<string[]> {
+  const encoder = new Encoder();
+  const accepted = new Set<Encoding>(["dcz", "zstd", "gzip"]);
+  const lines: string[] = [];
+  let total = 0;
+  const add = async (
+    name: string,
+    content: Uint8Array,
+    old?: { key: string; bytes: Uint8Array },
+  ) => {
+    const bytes = new Uint8Array(content);
+    const form = await encoder.smallest(accepted, sha256(bytes), bytes, old);
+    total += form.bytes.byteLength;
+    const coded = form.encoding === "identity" ? "" : `, ${form.encoding} of ${bytes.byteLength}`;
+    lines.push(`${String(form.bytes.byteLength).padStart(10)} ${name}${coded}`);
+  };
+  const readOld = async (file: IndexedFile | undefined) => {
+    if (!file || file.size > MAX_CODED) return undefined;
+    return { key: file.sha256, bytes: await Bun.file(file.file).bytes() };
+  };
+  const firmware = manifest?.firmware;
+  const has = manifest ? releases.find(manifest.previous_version ?? "") : undefined;
+  await add("manifest.json", utf8(JSON.stringify(manifest)));
+  for (const { URL: url, dst_path } of [...(manifest?.new ?? []), ...(manifest?.update ?? [])]) {
+    const path = dst_path.slice(1);
+    const { file } = releases.locate(new URL(url).pathname)!;
+    await add(path, await Bun.file(file).bytes(), await readOld(has?.files.get(path)));
+  }
+  if (firmware) {
+    const { file } = releases.locate(new URL(firmware.URL).pathname)!;
+    const old = releases.firmware.find(({ version }) => version.compare(has?.version ?? "") === 0);
+    await add(basename(file), await Bun.file(file).bytes(), await readOld(old));
+  }
+  const messages = Math.ceil(total / LORA_BYTES);
+  lines.push(
+    `${String(total).padStart(10)} bytes in all: ${messages} LoRa messages of ${LORA_BYTES}`,
+  );
+  return lines;
+}
+
+/** What one LoRa downlink carries, at a middling data rate. */
+const LORA_BYTES = 200;
 
 function runKeygen(given: Given): number {
   const { out } = given;
@@ -4472,16 +4581,23 @@ async function runClient(given: Given): Promise<number> {
   };
   const signal = interruption("interrupted; the device is as it was");
   const watcher = progressWatcher();
-  const { id, repair, retry, restart } = given;
-  const verify = given.verify?.map((file) => readKey(file, "public"));
-  const device = new HttpOTA(server, {
-    ...{ verify, token: tokenOption(given), ca: given.ca },
+  const { id, repair, retry, restart, from } = given;
+  for (const other of ["server", "verify"] as const) {
+    if (from !== undefined && given[other] !== undefined) {
+      throw new OTAError(`--from and --${other} do not go together`, 2);
+    }
+  }
+  const options: HttpOptions = {
     ...{ root: given.root ?? "device", ver, id, repair, retry, restart, signal },
+    ...{ token: tokenOption(given), ca: given.ca },
+    verify: given.verify?.map((file) => readKey(file, "public")),
     jobs: numberOption(given, "jobs"),
     timeout: numberOption(given, "timeout"),
     ...(check && { check }),
     report: watcher.report,
-  });
+  };
+  const device =
+    from === undefined ? new HttpOTA(server, options) : new DirectoryOTA(from, options);
   const once = async () => {
     const outcome = await device.update().finally(watcher.end);
     if (outcome.traffic) console.error(trafficLine(outcome.traffic));

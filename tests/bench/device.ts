@@ -38,6 +38,8 @@ interface Way {
   name: string;
   /** Where each round begins: a directory that is copied, or none for an empty one. */
   from?: string;
+  /** Files that are going to be replaced: only these are copied, the others get a second name. */
+  replaced?: readonly string[];
   command: (device: string) => string[];
   /** Whether the device has the new release when it is done, else why not. */
   check: (device: string) => Promise<void>;
@@ -85,7 +87,7 @@ async function benchManyFiles({ rounds }: Effort, isThere: IsThere): Promise<voi
   const source = `rsync://127.0.0.1:${daemon.port}/root/1.0.1/`;
   const curl = ["curl", "-s", "--fail", "--parallel", "--config", config];
   const way = (name: string, more: Pick<Way, "from" | "command" | "check">): Way => {
-    return { name, ...more, seconds: [], peaks: [] };
+    return { name, ...more, replaced: changed, seconds: [], peaks: [] };
   };
   const ways = [
     way("ota.ts client", {
@@ -197,10 +199,16 @@ async function benchFirmware({ quick }: Effort, isThere: IsThere): Promise<void>
 
 async function compete(ways: Way[], rounds: number, isThere: IsThere): Promise<void> {
   const device = `${scratch("device")}/device`;
-  const fresh = async ({ from }: Way) => {
+  const fresh = async ({ from, replaced = [] }: Way) => {
     remove(device);
     if (from === undefined) fs.mkdirSync(device);
-    else await run(["cp", "-a", from, device]);
+    else await run(["cp", "-al", from, device]);
+    for (const path of from === undefined ? [] : replaced) {
+      fs.unlinkSync(`${device}/${path}`);
+      fs.copyFileSync(`${from}/${path}`, `${device}/${path}`);
+      const { atime, mtime } = fs.statSync(`${from}/${path}`);
+      fs.utimesSync(`${device}/${path}`, atime, mtime);
+    }
     await settle();
   };
   const memory = `${scratch("device")}/memory`;

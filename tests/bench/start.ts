@@ -112,7 +112,9 @@ async function weighRunning(root: string, paths: string[], window: number): Prom
     return ((cpuOf(server.pid) - before) / window) * 100;
   };
   const idleFresh = await idle();
+  const started = performance.now();
   const wrong = await mixedRequests(origin, paths);
+  const seconds = (performance.now() - started) / 1000;
   const after = memoryOf(server.pid);
   const idleAfter = await idle();
   const row = (name: string, memory: typeof fresh, cpu: number) => [
@@ -133,7 +135,7 @@ async function weighRunning(root: string, paths: string[], window: number): Prom
   console.log(
     wrong.size === 0 ? "\nevery request was answered as it should be" : `\n${wrong.size}`,
   );
-  for (const [what, count] of wrong) console.log(`WRONG: ${what}: ${count} times`);
+  for (const [what, count] of wrong) console.log(`${what}: ${count} times`);
 }
 
 /** @returns what was answered otherwise than it should be, and how often */
@@ -146,16 +148,18 @@ async function mixedRequests(origin: string, paths: string[]): Promise<Map<strin
     const dice = random.next();
     const [what, target, status, init]: [string, string, number, RequestInit?] =
       dice < 0.3
-        ? ["a manifest", `/manifest.json?current_ver=1.${random.below(VERSIONS)}.0`, 200]
-        : dice < 0.45
-          ? ["a manifest of an unknown version", `/manifest.json?current_ver=${random.next()}`, 200]
-          : dice < 0.75
-            ? ["a file", path, 200]
-            : dice < 0.85
-              ? ["nothing", `/${random.next()}/${random.next()}`, 404]
-              : dice < 0.95
-                ? ["a range", path, 206, { headers: { Range: "bytes=0-99" } }]
-                : ["a head", path, 200, { method: "HEAD" }];
+        ? ["a poll", `/manifest.json?current_ver=1.${VERSIONS - 1}.0&devid=${left}`, 200]
+        : dice < 0.35
+          ? ["a manifest", `/manifest.json?current_ver=1.${random.below(VERSIONS)}.0`, 200]
+          : dice < 0.4
+            ? ["an unknown version", `/manifest.json?current_ver=${random.next()}`, 200]
+            : dice < 0.7
+              ? ["a file", path, 200]
+              : dice < 0.8
+                ? ["nothing", `/${random.next()}/${random.next()}`, 404]
+                : dice < 0.9
+                  ? ["a range", path, 206, { headers: { Range: "bytes=0-99" } }]
+                  : ["a head", path, 200, { method: "HEAD" }];
     const response = await fetch(origin + target, init);
     await response.arrayBuffer();
     if (response.status === status) return;
