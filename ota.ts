@@ -4053,7 +4053,13 @@ export class HttpOTA extends OTA {
       await response.body?.cancel();
       const again = status >= 500 || [408, 416, 425, 429].includes(status);
       const pause = Math.min(Number(headers.get("retry-after")) || 0, 60);
-      throw new TransferError(`${response.url} answered ${status}`, again, pause);
+      const where = new URL(response.url);
+      const why = status === 401 ? ": it wants a token, see --token" : "";
+      throw new TransferError(
+        `${where.origin}${where.pathname} answered ${status}${why}`,
+        again,
+        pause,
+      );
     }
     const range = /^bytes (\d+)-\d+\/(\d+)$/.exec(headers.get("content-range") ?? "");
     const length = headers.get("content-length");
@@ -4216,12 +4222,16 @@ const OPTIONS = {
   cost: { type: "boolean", help: "show instead what every file costs on the air" },
   help: { type: "boolean", help: "show this help" },
   version: { type: "boolean", help: "show the version of ota.ts" },
-} satisfies Record<string, OptionSpec>;
+} as const satisfies Record<string, OptionSpec>;
 
 type OptionName = keyof typeof OPTIONS;
 /** The options that were given. */
-type Given = { [name in OptionName]?: name extends "ignore" | "verify" ? string[] : string } & {
-  [name in "repair" | "retry" | "force" | "json" | "cost" | "help" | "version"]?: boolean;
+type Given = {
+  [name in OptionName]?: (typeof OPTIONS)[name] extends { type: "boolean" }
+    ? boolean
+    : (typeof OPTIONS)[name] extends { multiple: true }
+      ? string[]
+      : string;
 };
 
 interface Command {

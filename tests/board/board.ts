@@ -314,6 +314,7 @@ export class Board {
       return original.read(stream, buffer, offset, length, position);
     };
     FS.rename = (from, to) => {
+      heap?.collect();
       step(`rename ${from} ${to}`);
       const top = (path: string) =>
         path.startsWith("/sd/") ? "/sd" : path.startsWith("/hw/") ? "/hw" : "";
