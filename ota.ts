@@ -410,6 +410,8 @@ function checkPathsAgree(manifest: Manifest): void {
   if (both) refuse(`${both} is both deleted and written`);
 }
 
+const utf8 = (text: string) => new TextEncoder().encode(text);
+
 /** The lowercase hex digest of bytes, or of text in UTF-8. */
 function hexDigest(algorithm: "sha1" | "sha256", data: string | Uint8Array): string {
   return new Bun.CryptoHasher(algorithm).update(data).digest("hex");
@@ -541,6 +543,145 @@ function isSameSecret(a: string, b: string): boolean {
   return timingSafeEqual(Buffer.from(sha256(a)), Buffer.from(sha256(b)));
 }
 
+// ──── Look ───────────────────────────────────────────────────────────────────────────────────────
+// Looking at a release root without reading content: what is there, what counts for nothing and why,
+// and whether it is as it was at the last look.
+
+/** How to read a release root. */
+export interface ReleasesOptions {
+  /** Globs of what is no content. Without a slash they match names, else paths in the version. */
+  ignore?: readonly string[];
+  /** The highest version and firmware to offer; absent: all. */
+  latest?: string;
+  /** Seconds without a change before something counts; 1. 0: the root is known to be complete. */
+  quiet?: number;
+}
+
+/** What below the root counts for nothing, and why. */
+export interface Ignored {
+  /** Below the root. */
+  path: string;
+  reason: string;
+}
+
+/** What a look at a version or an image found, nothing read yet. */
+interface Look {
+  files: { path: string; file: string; stat: fs.Stats }[];
+  ignored: Ignored[];
+  /** The same as long as nothing changes. */
+  stamp: string;
+  /** When something changed last, in ms since 1970. */
+  changed: number;
+}
+
+const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
+
+/** Looks at one root. */
+class Looker {
+  readonly #ignore: readonly Bun.Glob[];
+
+  /**
+   * @param root absolute, links resolved
+   * @param ignore globs of what is no content
+   */
+  constructor(
+    private readonly root: string,
+    ignore: readonly string[],
+  ) {
+    this.#ignore = ignore.map((pattern) => new Bun.Glob(pattern));
+  }
+
+  /** Looks at a version: a directory, links resolved. */
+  version(name: string, directory: string): Look {
+    const look: Look = { files: [], ignored: [], stamp: "", changed: 0 };
+    const stamps: string[] = [];
+    const note = (path: string, stat: fs.Stats) => {
+      stamps.push(path, stampOf(stat));
+      look.changed = Math.max(look.changed, stat.ctimeMs);
+    };
+    const visit = (real: string, prefix: string, above: readonly string[]) => {
+      note(prefix, fs.statSync(real));
+      for (const item of fs.readdirSync(real, { withFileTypes: true })) {
+        const path = prefix + item.name;
+        const skip = (reason: string) => look.ignored.push({ path: `${name}/${path}`, reason });
+        const reason = this.#noContent(item.name, path);
+        if (reason) {
+          skip(reason);
+        } else if (item.isDirectory()) {
+          visit(`${real}/${item.name}`, `${path}/`, [...above, real]);
+        } else {
+          const at = `${real}/${item.name}`;
+          const found = item.isFile()
+            ? { real: at, stat: fs.statSync(at) }
+            : this.resolve(relative(this.root, at));
+          if (typeof found === "string") skip(found);
+          else if (found.stat.isFile()) {
+            note(path, found.stat);
+            look.files.push({ path, file: found.real, stat: found.stat });
+          } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
+          else visit(found.real, `${path}/`, [...above, real]);
+        }
+      }
+    };
+    try {
+      visit(directory, "", []);
+    } catch (error) {
+      // Something went away while we looked: a look that is never the same twice.
+      stamps.push(`${errorText(error)} ${performance.now()}`);
+      look.changed = Date.now();
+    }
+    look.stamp = `${name} ${Bun.hash(stamps.join("\0"))}`;
+    return look;
+  }
+
+  #noContent(name: string, path: string): string | undefined {
+    if (NEVER_CONTENT.has(name)) return "never content";
+    if (path === VERSION_FILE) return "the device writes it itself";
+    if (name.includes("\ufffd")) return "its name is not UTF-8";
+    const problem = pathProblem(path);
+    if (problem) return `the path ${problem}`;
+    const ignored = this.#ignore.some((glob) => glob.match(path) || glob.match(name));
+    return ignored ? "--ignore" : undefined;
+  }
+
+  /** Follows a path below the root to what it is, or says why it is not to be used. */
+  resolve(path: string): { real: string; stat: fs.Stats } | string {
+    if (path.startsWith(".")) return "its name begins with a dot";
+    if (path.includes("\ufffd")) return "its name is not UTF-8";
+    try {
+      const real = fs.realpathSync(`${this.root}/${path}`);
+      if (!isInside(real, this.root)) return "a link that leaves the root";
+      const stat = fs.statSync(real);
+      return stat.isDirectory() || stat.isFile()
+        ? { real, stat }
+        : "neither a file nor a directory";
+    } catch (error) {
+      return errorCode(error) === "ENOENT" ? "a broken link" : `unreadable: ${errorText(error)}`;
+    }
+  }
+
+  /** Looks at a firmware image: a file, links resolved. */
+  image(name: string, file: string): Look {
+    try {
+      const stat = fs.statSync(file);
+      const stamp = `${name} ${stampOf(stat)}`;
+      return { files: [{ path: name, file, stat }], ignored: [], stamp, changed: stat.ctimeMs };
+    } catch {
+      return { files: [], ignored: [], stamp: `${name} ${performance.now()}`, changed: Date.now() };
+    }
+  }
+}
+
+/** What tells a changed file from an unchanged one without reading it. */
+function stampOf(stat: fs.Stats): string {
+  return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev}`;
+}
+
+/** Whether an absolute path, links resolved, is below a directory. */
+function isInside(path: string, directory: string): boolean {
+  return path.startsWith(directory === "/" ? "/" : `${directory}/`);
+}
+
 // ──── Index ─────────────────────────────────────────────────────────────────────────────────────
 // What one release root on disk holds, hashed once. Nobody can know when a copy of many files into
 // the root has ended, so a version or a firmware image counts once nothing in it has changed for a
@@ -581,40 +722,12 @@ export interface FirmwareImage extends IndexedFile {
   path: string;
 }
 
-/** What below the root counts for nothing, and why. */
-export interface Ignored {
-  /** Below the root. */
-  path: string;
-  reason: string;
-}
-
-/** How to read a release root. */
-export interface ReleasesOptions {
-  /** Globs of what is no content. Without a slash they match names, else paths in the version. */
-  ignore?: readonly string[];
-  /** The highest version and firmware to offer; absent: all. */
-  latest?: string;
-  /** Seconds without a change before something counts; 1. 0: the root is known to be complete. */
-  quiet?: number;
-}
-
-/** What a look at a version or an image found, nothing read yet. */
-interface Look {
-  files: { path: string; file: string; stat: fs.Stats }[];
-  ignored: Ignored[];
-  /** The same as long as nothing changes. */
-  stamp: string;
-  /** When something changed last, in ms since 1970. */
-  changed: number;
-}
-
 /** A version or an image that counts, with the stamp of the look that it was made of. */
 interface Known {
   stamp: string;
   item: Release | FirmwareImage;
 }
 
-const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
 /** Milliseconds between two looks at a root that does not tell of changes, or may not. */
 const POLL = { watched: 60_000, unwatched: 1_000 };
 /** Milliseconds from the first change to a look: a copy of many files is one change. */
@@ -630,6 +743,7 @@ export interface Watch extends Disposable {
 export class ReleaseIndex {
   /** The root's absolute path, links resolved. */
   readonly root: string;
+  protected readonly looker: Looker;
   /** In the order of their versions, oldest first. */
   versions: readonly Release[] = [];
   /** In the order of their versions, oldest first. */
@@ -642,7 +756,6 @@ export class ReleaseIndex {
   /** How long the last scan took, in seconds. */
   scanSeconds = 0;
 
-  readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
   readonly #quiet: number;
   /** By name below the root. */
@@ -657,7 +770,7 @@ export class ReleaseIndex {
   /** Nothing is read before `begin`. */
   constructor(root: string, options: ReleasesOptions) {
     this.root = root;
-    this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
+    this.looker = new Looker(root, options.ignore ?? []);
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
     this.#quiet = (options.quiet ?? 1) * 1000;
   }
@@ -748,13 +861,13 @@ export class ReleaseIndex {
     const names = fs.readdirSync(this.root).sort(compareCodePoints);
     for (const name of names) {
       const skip = (reason: string) => ignored.push({ path: name, reason });
-      const found = this.resolve(name);
+      const found = this.looker.resolve(name);
       if (typeof found === "string") {
         skip(found);
       } else if (found.stat.isDirectory()) {
         if (!isReleaseName(name)) skip(`no version: a name is ${RELEASE_NAME_RULE}`);
         else if (this.#counts(name, versions, skip)) {
-          const look = () => this.#lookAt(name, found.real);
+          const look = () => this.looker.version(name, found.real);
           const release = await this.#settled(name, look, ignored, async (files) => {
             const digest = releaseDigest([...files].map(([path, { sha256 }]) => [path, sha256]));
             return { name, version: new LooseVersion(name), files, digest };
@@ -765,7 +878,7 @@ export class ReleaseIndex {
         const version = firmwareVersion(name);
         if (version === undefined) skip("neither a version nor a firmware_VERSION.bin");
         else if (this.#counts(version, firmware, skip)) {
-          const look = () => lookAtFile(name, found.real);
+          const look = () => this.looker.image(name, found.real);
           const image = await this.#settled(name, look, ignored, async (files) => {
             const hashes = files.get(name)!;
             return { ...hashes, name: version, version: new LooseVersion(version), path: name };
@@ -886,94 +999,6 @@ export class ReleaseIndex {
   }
 
   readonly #piece = new Uint8Array(256 * 1024);
-
-  #lookAt(name: string, directory: string): Look {
-    const look: Look = { files: [], ignored: [], stamp: "", changed: 0 };
-    const stamps: string[] = [];
-    const note = (path: string, stat: fs.Stats) => {
-      stamps.push(path, stampOf(stat));
-      look.changed = Math.max(look.changed, stat.ctimeMs);
-    };
-    const visit = (real: string, prefix: string, above: readonly string[]) => {
-      note(prefix, fs.statSync(real));
-      for (const item of fs.readdirSync(real, { withFileTypes: true })) {
-        const path = prefix + item.name;
-        const skip = (reason: string) => look.ignored.push({ path: `${name}/${path}`, reason });
-        const reason = this.#noContent(item.name, path);
-        if (reason) {
-          skip(reason);
-        } else if (item.isDirectory()) {
-          visit(`${real}/${item.name}`, `${path}/`, [...above, real]);
-        } else {
-          const at = `${real}/${item.name}`;
-          const found = item.isFile()
-            ? { real: at, stat: fs.statSync(at) }
-            : this.resolve(relative(this.root, at));
-          if (typeof found === "string") skip(found);
-          else if (found.stat.isFile()) {
-            note(path, found.stat);
-            look.files.push({ path, file: found.real, stat: found.stat });
-          } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
-          else visit(found.real, `${path}/`, [...above, real]);
-        }
-      }
-    };
-    try {
-      visit(directory, "", []);
-    } catch (error) {
-      // Something went away while we looked: a look that is never the same twice.
-      stamps.push(`${errorText(error)} ${performance.now()}`);
-      look.changed = Date.now();
-    }
-    look.stamp = `${name} ${Bun.hash(stamps.join("\0"))}`;
-    return look;
-  }
-
-  #noContent(name: string, path: string): string | undefined {
-    if (NEVER_CONTENT.has(name)) return "never content";
-    if (path === VERSION_FILE) return "the device writes it itself";
-    if (name.includes("\ufffd")) return "its name is not UTF-8";
-    const problem = pathProblem(path);
-    if (problem) return `the path ${problem}`;
-    const ignored = this.#ignore.some((glob) => glob.match(path) || glob.match(name));
-    return ignored ? "--ignore" : undefined;
-  }
-
-  /** Follows a path below the root to what it is, or says why it is not to be used. */
-  protected resolve(path: string): { real: string; stat: fs.Stats } | string {
-    if (path.startsWith(".")) return "its name begins with a dot";
-    if (path.includes("\ufffd")) return "its name is not UTF-8";
-    try {
-      const real = fs.realpathSync(`${this.root}/${path}`);
-      if (!isInside(real, this.root)) return "a link that leaves the root";
-      const stat = fs.statSync(real);
-      return stat.isDirectory() || stat.isFile()
-        ? { real, stat }
-        : "neither a file nor a directory";
-    } catch (error) {
-      return errorCode(error) === "ENOENT" ? "a broken link" : `unreadable: ${errorText(error)}`;
-    }
-  }
-}
-
-function lookAtFile(name: string, file: string): Look {
-  try {
-    const stat = fs.statSync(file);
-    const stamp = `${name} ${stampOf(stat)}`;
-    return { files: [{ path: name, file, stat }], ignored: [], stamp, changed: stat.ctimeMs };
-  } catch {
-    return { files: [], ignored: [], stamp: `${name} ${performance.now()}`, changed: Date.now() };
-  }
-}
-
-/** What tells a changed file from an unchanged one without reading it. */
-function stampOf(stat: fs.Stats): string {
-  return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev}`;
-}
-
-/** Whether an absolute path, links resolved, is below a directory. */
-function isInside(path: string, directory: string): boolean {
-  return path.startsWith(directory === "/" ? "/" : `${directory}/`);
 }
 
 // ──── Releases ──────────────────────────────────────────────────────────────────────────────────
@@ -1187,7 +1212,7 @@ export class Releases extends ReleaseIndex {
     const indexed = this.files.get(path);
     if (indexed) return { ...indexed, etag: `"${indexed.sha256.slice(0, 32)}"` };
     if (/(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
-    const found = this.resolve(path);
+    const found = this.looker.resolve(path);
     if (typeof found === "string" || !found.stat.isFile()) return undefined;
     const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
     return { file: found.real, size: found.stat.size, etag };
@@ -1463,6 +1488,192 @@ class Encoder {
   }
 }
 
+// ──── Answers ────────────────────────────────────────────────────────────────────────────────────
+// What goes back over HTTP. Two promises to deployed boards shape it. A board reads 100 bytes at a
+// time and finds the end of the header only inside one such piece, so every 200 to a GET is padded
+// until its header ends on a multiple of 100. And it reads until the connection closes, which Bun
+// does after a response to HTTP/1.0.
+
+/** What a request is answered with, before it is padded. */
+interface Answer {
+  status: number;
+  headers: Record<string, string>;
+  body: Uint8Array<ArrayBuffer> | Blob | null;
+  /** Of the body. */
+  size: number;
+  /** How the body is coded, and the bytes that this saves. */
+  coding?: { encoding: Encoding; saved: number };
+}
+
+/** One form of a content that can be sent. */
+interface Representation {
+  encoding: Encoding;
+  /** Strong, quoted, and its own. */
+  etag: string;
+  size: number;
+  part: (start: number, end: number) => Uint8Array<ArrayBuffer> | Blob;
+}
+
+/** What content may be kept for by a cache, in seconds; then it asks again, with the tag. */
+const MAX_AGE = 60;
+
+function represent(
+  encoding: Encoding,
+  etag: string,
+  bytes: Uint8Array<ArrayBuffer>,
+): Representation {
+  const size = bytes.byteLength;
+  const part = (start: number, end: number) =>
+    start === 0 && end === size ? bytes : bytes.subarray(start, end);
+  return { encoding, etag, size, part };
+}
+
+/** A representation, or the part of it that `Range` asks for, unless a condition says no. */
+function select(request: Request, file: ServedFile, form: Representation): Answer {
+  const { headers: asked } = request;
+  const { encoding, etag, size } = form;
+  const headers: Record<string, string> = {
+    "Content-Type": Bun.file(file.file).type,
+    ETag: etag,
+    "Cache-Control": `max-age=${MAX_AGE}`,
+    Vary: "Accept-Encoding, Available-Dictionary",
+  };
+  if (encoding !== "identity") headers["Content-Encoding"] = encoding;
+  if (matches(asked.get("if-none-match"), etag)) {
+    const { "Content-Type": _, ...kept } = headers;
+    return { status: 304, headers: kept, body: null, size: 0 };
+  }
+  const fresh = [null, etag].includes(asked.get("if-range"));
+  const wanted = request.method === "GET" && fresh ? asked.get("range") : null;
+  const range = parseRange(wanted, size);
+  if (range === "unsatisfiable") {
+    const unit = { "Content-Range": `bytes */${size}` };
+    return plain(416, `only bytes 0 to ${size - 1} are there`, unit);
+  }
+  const { start, end } = range ?? { start: 0, end: size };
+  if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${size}`;
+  const coding = encoding === "identity" ? undefined : { encoding, saved: file.size - size };
+  const body = form.part(start, end);
+  return { status: range ? 206 : 200, headers, body, size: end - start, ...(coding && { coding }) };
+}
+
+function hasControls(text: string): boolean {
+  return /[\u0000-\u001f\u007f-\u009f]/.test(text);
+}
+
+/** The token of a request, `""` for none. */
+function givenToken(headers: Headers, query: ManifestQuery): string {
+  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
+  return bearer ?? query.token ?? "";
+}
+
+/** Whether a Host header holds a name or address with an optional port, and nothing else. */
+function isHost(host: string): boolean {
+  return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
+}
+
+/** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
+function matches(condition: string | null, etag: string): boolean {
+  if (condition === null) return false;
+  const tags = condition.split(",").map((tag) => tag.trim().replace(/^W\//, ""));
+  return tags.includes("*") || tags.includes(etag);
+}
+
+/**
+ * Reads a `Range` of one part (RFC 9110, 14.1.2).
+ *
+ * @returns `end` is exclusive; `undefined` when the header is to be ignored: none, not bytes,
+ *   malformed, or several parts
+ */
+export function parseRange(
+  header: string | null,
+  size: number,
+): { start: number; end: number } | "unsatisfiable" | undefined {
+  const found = /^bytes=\s*(\d*)-(\d*)\s*$/i.exec(header ?? "");
+  if (!found || (found[1] === "" && found[2] === "")) return undefined;
+  if (found[1] === "") {
+    const length = Math.min(Number(found[2]), size);
+    return length === 0 ? "unsatisfiable" : { start: size - length, end: size };
+  }
+  const start = Number(found[1]);
+  const last = found[2] === "" ? Infinity : Number(found[2]);
+  if (last < start) return undefined;
+  return start >= size ? "unsatisfiable" : { start, end: Math.min(last + 1, size) };
+}
+
+/** A short answer for people. */
+function plain(status: number, message: string, headers: Record<string, string> = {}): Answer {
+  const answer = content("text/plain", utf8(`${message}\n`));
+  return { ...answer, status, headers: { ...answer.headers, ...headers } };
+}
+
+function content(type: string, body: Uint8Array<ArrayBuffer>): Answer {
+  return { status: 200, headers: { "Content-Type": type }, body, size: body.byteLength };
+}
+
+/** What a header block must be a multiple of: the size of the pieces in which boards read. */
+const HEADER_PIECE = 100;
+
+function toResponse(method: string, { status, headers, body, size }: Answer): Response {
+  if (method === "HEAD") {
+    return new Response(null, { status, headers: { ...headers, "Content-Length": `${size}` } });
+  }
+  if (status === 200) headers = { ...headers, "X-Pad": padding(headers, size) };
+  return new Response(body, { status, headers });
+}
+
+/**
+ * The value of `X-Pad` that makes a 200's header block end on a multiple of 100 bytes, given the
+ * other headers. Bun itself adds the status line, `Date` and `Content-Length`.
+ */
+function padding(headers: Record<string, string>, size: number): string {
+  let length =
+    "HTTP/1.1 200 OK\r\n".length +
+    "Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n".length +
+    `Content-Length: ${size}\r\n`.length +
+    "X-Pad: \r\n\r\n".length;
+  for (const name in headers) length += name.length + headers[name]!.length + ": \r\n".length;
+  // At least one character, since an empty header could be left out.
+  return "-".repeat(HEADER_PIECE - (length % HEADER_PIECE));
+}
+
+/** Text from the network for a log: printable ASCII without spaces, at most 64 characters. */
+function printable(text: string): string {
+  const escape = (character: string) => `\\u{${character.codePointAt(0)!.toString(16)}}`;
+  return text
+    .slice(0, 64)
+    .replace(/[^!-~]/gu, escape)
+    .slice(0, 64);
+}
+
+/**
+ * One request, one line: time, address, device, method, path, status, bytes, milliseconds, and
+ * where there are any, the coding and the version that the device reports as failed.
+ */
+function logLine(
+  method: string,
+  path: string,
+  query: ManifestQuery,
+  address: string,
+  { status, coding }: Answer,
+  size: number,
+  milliseconds: number,
+): string {
+  const device = query.devid || query.wmac;
+  return [
+    new Date().toISOString(),
+    address,
+    ...(device ? [`device=${printable(device)}`] : []),
+    printable(method),
+    printable(path),
+    status,
+    size,
+    `${milliseconds.toFixed(1)}ms`,
+    ...(coding ? [`coding=${coding.encoding}`] : []),
+    ...(query.failed ? [`failed=${printable(query.failed)}`] : []),
+  ].join(" ");
+}
+
 // ──── Metrics ───────────────────────────────────────────────────────────────────────────────────
 // What a server has done, as Prometheus reads it (text format 0.0.4). Label values are versions of
 // the root, or `other`: nobody outside can make them many.
@@ -1515,10 +1726,7 @@ const COUNTERS = {
 };
 
 // ──── Server ────────────────────────────────────────────────────────────────────────────────────
-// HTTP in, bytes out. Two promises to deployed boards shape every answer. A board reads 100 bytes
-// at a time and finds the end of the header only inside one such piece, so every 200 to a GET is
-// padded until its header ends on a multiple of 100. And it reads until the connection closes,
-// which Bun does after a response to HTTP/1.0.
+// HTTP in, bytes out. It decides nothing that `Releases` can decide.
 
 /** What `serve` needs; every field has the default of the command line. */
 export interface ServeOptions extends ReleasesOptions {
@@ -1562,34 +1770,11 @@ export const LIMITS = {
   idle: 60,
 };
 
-/** What a request is answered with, before it is padded. */
-interface Answer {
-  status: number;
-  headers: Record<string, string>;
-  body: Uint8Array<ArrayBuffer> | Blob | null;
-  /** Of the body. */
-  size: number;
-  /** How the body is coded, and the bytes that this saves. */
-  coding?: { encoding: Encoding; saved: number };
-}
-
-/** One form of a content that can be sent. */
-interface Representation {
-  encoding: Encoding;
-  /** Strong, quoted, and its own. */
-  etag: string;
-  size: number;
-  part: (start: number, end: number) => Uint8Array<ArrayBuffer> | Blob;
-}
-
 const METHODS = "GET, HEAD";
 /** Content up to this is read whole and checked before it is sent; larger goes from disk. */
 const MAX_CHECKED = 16 * 1024 * 1024;
 /** The most that is kept of content, in bytes. */
 const CONTENT_BUDGET = 64 * 1024 * 1024;
-/** What content may be kept for by a cache, in seconds; then it asks again, with the tag. */
-const MAX_AGE = 60;
-
 /**
  * Serves a release root, and keeps up with it.
  *
@@ -1724,7 +1909,7 @@ class Service {
     }
     const found = path.startsWith("/-/") ? undefined : this.releases.locate(path);
     if (!found) return plain(404, "not found");
-    return this.#file(request.headers, found);
+    return this.#file(request, found);
   }
 
   #manifest(request: Request, query: ManifestQuery): Answer | Promise<Answer> {
@@ -1779,23 +1964,25 @@ class Service {
   }
 
   /** A file, in the smallest form that the asker accepts. */
-  #file(asked: Headers, file: ServedFile): Answer | Promise<Answer> {
+  #file(request: Request, file: ServedFile): Answer | Promise<Answer> {
     const { sha256: key, size, etag } = file;
     if (key === undefined || size > MAX_CHECKED) {
       // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
       const part = (start: number, end: number) => Bun.file(file.file).slice(start, end);
-      const answer = select(asked, file, { encoding: "identity", etag, size, part });
+      const answer = select(request, file, { encoding: "identity", etag, size, part });
       // Else Bun adds one with the file's name, of any length and in any script.
       if (answer.body) answer.headers["Content-Disposition"] = "inline";
       return answer;
     }
     const send = (bytes: Uint8Array<ArrayBuffer> | undefined) => {
       if (!bytes) return plain(503, "changing just now", { "Retry-After": "2" });
-      const accepted = acceptedEncodings(asked.get("accept-encoding"));
-      if (accepted.size === 0) return select(asked, file, represent("identity", etag, bytes));
-      return this.#smallest(asked, accepted, key, bytes).then(({ encoding, tag, coded }) => {
-        return select(asked, file, represent(encoding, etag.replace(/"$/, `${tag}"`), coded));
-      });
+      const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
+      if (accepted.size === 0) return select(request, file, represent("identity", etag, bytes));
+      return this.#smallest(request.headers, accepted, key, bytes).then(
+        ({ encoding, tag, coded }) => {
+          return select(request, file, represent(encoding, etag.replace(/"$/, `${tag}"`), coded));
+        },
+      );
     };
     const kept = this.#contents.get(key);
     return kept ? send(kept) : this.#read(file.file, key).then(send);
@@ -1835,163 +2022,6 @@ class Service {
     this.#contents.set(key, content);
     return content;
   }
-}
-
-function represent(
-  encoding: Encoding,
-  etag: string,
-  bytes: Uint8Array<ArrayBuffer>,
-): Representation {
-  const size = bytes.byteLength;
-  const part = (start: number, end: number) =>
-    start === 0 && end === size ? bytes : bytes.subarray(start, end);
-  return { encoding, etag, size, part };
-}
-
-/** A representation, or the part of it that `Range` asks for, unless a condition says no. */
-function select(asked: Headers, file: ServedFile, form: Representation): Answer {
-  const { encoding, etag, size } = form;
-  const headers: Record<string, string> = {
-    "Content-Type": Bun.file(file.file).type,
-    ETag: etag,
-    "Cache-Control": `max-age=${MAX_AGE}`,
-    Vary: "Accept-Encoding, Available-Dictionary",
-  };
-  if (encoding !== "identity") headers["Content-Encoding"] = encoding;
-  if (matches(asked.get("if-none-match"), etag)) {
-    const { "Content-Type": _, ...kept } = headers;
-    return { status: 304, headers: kept, body: null, size: 0 };
-  }
-  const fresh = [null, etag].includes(asked.get("if-range"));
-  const range = fresh ? parseRange(asked.get("range"), size) : undefined;
-  if (range === "unsatisfiable") {
-    const unit = { "Content-Range": `bytes */${size}` };
-    return plain(416, `only bytes 0 to ${size - 1} are there`, unit);
-  }
-  const { start, end } = range ?? { start: 0, end: size };
-  if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${size}`;
-  const coding = encoding === "identity" ? undefined : { encoding, saved: file.size - size };
-  const body = form.part(start, end);
-  return { status: range ? 206 : 200, headers, body, size: end - start, ...(coding && { coding }) };
-}
-
-const utf8 = (text: string) => new TextEncoder().encode(text);
-
-function hasControls(text: string): boolean {
-  return /[\u0000-\u001f\u007f-\u009f]/.test(text);
-}
-
-/** The token of a request, `""` for none. */
-function givenToken(headers: Headers, query: ManifestQuery): string {
-  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
-  return bearer ?? query.token ?? "";
-}
-
-/** Whether a Host header holds a name or address with an optional port, and nothing else. */
-function isHost(host: string): boolean {
-  return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
-}
-
-/** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
-function matches(condition: string | null, etag: string): boolean {
-  if (condition === null) return false;
-  const tags = condition.split(",").map((tag) => tag.trim().replace(/^W\//, ""));
-  return tags.includes("*") || tags.includes(etag);
-}
-
-/**
- * Reads a `Range` of one part (RFC 9110, 14.1.2).
- *
- * @returns `end` is exclusive; `undefined` when the header is to be ignored: none, not bytes,
- *   malformed, or several parts
- */
-export function parseRange(
-  header: string | null,
-  size: number,
-): { start: number; end: number } | "unsatisfiable" | undefined {
-  const found = /^bytes=\s*(\d*)-(\d*)\s*$/i.exec(header ?? "");
-  if (!found || (found[1] === "" && found[2] === "")) return undefined;
-  if (found[1] === "") {
-    const length = Math.min(Number(found[2]), size);
-    return length === 0 ? "unsatisfiable" : { start: size - length, end: size };
-  }
-  const start = Number(found[1]);
-  const last = found[2] === "" ? Infinity : Number(found[2]);
-  if (last < start) return undefined;
-  return start >= size ? "unsatisfiable" : { start, end: Math.min(last + 1, size) };
-}
-
-/** A short answer for people. */
-function plain(status: number, message: string, headers: Record<string, string> = {}): Answer {
-  const answer = content("text/plain", utf8(`${message}\n`));
-  return { ...answer, status, headers: { ...answer.headers, ...headers } };
-}
-
-function content(type: string, body: Uint8Array<ArrayBuffer>): Answer {
-  return { status: 200, headers: { "Content-Type": type }, body, size: body.byteLength };
-}
-
-/** What a header block must be a multiple of: the size of the pieces in which boards read. */
-const HEADER_PIECE = 100;
-
-function toResponse(method: string, { status, headers, body, size }: Answer): Response {
-  if (method === "HEAD") {
-    return new Response(null, { status, headers: { ...headers, "Content-Length": `${size}` } });
-  }
-  if (status === 200) headers = { ...headers, "X-Pad": padding(headers, size) };
-  return new Response(body, { status, headers });
-}
-
-/**
- * The value of `X-Pad` that makes a 200's header block end on a multiple of 100 bytes, given the
- * other headers. Bun itself adds the status line, `Date` and `Content-Length`.
- */
-function padding(headers: Record<string, string>, size: number): string {
-  let length =
-    "HTTP/1.1 200 OK\r\n".length +
-    "Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n".length +
-    `Content-Length: ${size}\r\n`.length +
-    "X-Pad: \r\n\r\n".length;
-  for (const name in headers) length += name.length + headers[name]!.length + ": \r\n".length;
-  // At least one character, since an empty header could be left out.
-  return "-".repeat(HEADER_PIECE - (length % HEADER_PIECE));
-}
-
-/** Text from the network for a log: printable ASCII without spaces, at most 64 characters. */
-function printable(text: string): string {
-  const escape = (character: string) => `\\u{${character.codePointAt(0)!.toString(16)}}`;
-  return text
-    .slice(0, 64)
-    .replace(/[^!-~]/gu, escape)
-    .slice(0, 64);
-}
-
-/**
- * One request, one line: time, address, device, method, path, status, bytes, milliseconds, and
- * where there are any, the coding and the version that the device reports as failed.
- */
-function logLine(
-  method: string,
-  path: string,
-  query: ManifestQuery,
-  address: string,
-  { status, coding }: Answer,
-  size: number,
-  milliseconds: number,
-): string {
-  const device = query.devid || query.wmac;
-  return [
-    new Date().toISOString(),
-    address,
-    ...(device ? [`device=${printable(device)}`] : []),
-    printable(method),
-    printable(path),
-    status,
-    size,
-    `${milliseconds.toFixed(1)}ms`,
-    ...(coding ? [`coding=${coding.encoding}`] : []),
-    ...(query.failed ? [`failed=${printable(query.failed)}`] : []),
-  ].join(" ");
 }
 
 // ──── Disk ──────────────────────────────────────────────────────────────────────────────────────
@@ -2434,16 +2464,9 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-// ──── Journal ───────────────────────────────────────────────────────────────────────────────────
-// The files of one device, changed as one transaction. New content is staged, the old content gets a second name there, and a journal that says how to go forward and how to go back is
-// made durable; only then the tree is touched, by steps that can each be repeated. So whenever the
-// process or the power dies, the next `Journal.open` finds out what was under way and ends it:
-//
-//   journal.json, and state.json does not name it       a commit was under way: go forward
-//   journal.json, and state.json names it               it is done; it can still be taken back
-//   rollback.json (journal.json, renamed)               a way back was under way: go back
-//
-// It is assumed of the file system that a rename happens whole or not at all.
+// ──── Records ────────────────────────────────────────────────────────────────────────────────────
+// What a device remembers, as JSON in `.ota`: state.json, what is installed and what failed; and
+// journal.json, a change and the way back from it. One that makes no sense is never overwritten.
 
 /** What is installed on a device. */
 export interface Installed {
@@ -2467,25 +2490,6 @@ export interface Check {
   command: string;
   /** Seconds. */
   timeout: number;
-}
-
-/** What an update changes. Contents are named by the keys under which they were staged. */
-export interface Change {
-  /** What the device is on, where there is no record of it. */
-  from?: Installed;
-  installed: Installed;
-  /** `manifestDigest` of where this comes from. */
-  digest: string;
-  /** Path below the root → staged key. */
-  put: ReadonlyMap<string, string>;
-  /** Paths below the root. */
-  remove: readonly string[];
-  /** Goes to the inactive slot, which becomes the active one. */
-  firmware?: { key: string; version: string };
-  /** Puts the release on trial. */
-  check?: Check;
-  /** Is owed a run whenever the tree has changed. */
-  restart?: string;
 }
 
 /** One direction of a transaction; its steps are run in this order. Paths are below the root. */
@@ -2525,7 +2529,6 @@ export interface State {
 }
 
 const FORMAT = 1;
-const FAILED_KEPT = 16;
 const EMPTY: State = {
   format: FORMAT,
   installed: null,
@@ -2535,20 +2538,221 @@ const EMPTY: State = {
   restart: null,
 };
 
+function isInstalled(value: unknown): boolean {
+  return isObject(value) && typeof value.version === "string" && isObject(value.files);
+}
+
+function isState(value: unknown): value is State {
+  return (
+    isObject(value) &&
+    value.format === FORMAT &&
+    (value.installed === null || isInstalled(value.installed)) &&
+    Array.isArray(value.failed)
+  );
+}
+
+function isTransaction(value: unknown): value is Transaction {
+  const isSteps = (steps: unknown) =>
+    isObject(steps) &&
+    ["unlink", "rmdir", "mkdir", "place"].every((name) => Array.isArray(steps[name]));
+  return (
+    isObject(value) &&
+    value.format === FORMAT &&
+    typeof value.id === "string" &&
+    isInstalled(value.to) &&
+    isSteps(value.forward) &&
+    isSteps(value.back)
+  );
+}
+
+// ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
+// Changing the files of a device by steps that can each be repeated. What is needed for the steps,
+// and for those of the way back, is at hand and durable before the first of them is run.
+
+/** What an update changes. Contents are named by the keys under which they were staged. */
+export interface Change {
+  /** What the device is on, where there is no record of it. */
+  from?: Installed;
+  installed: Installed;
+  /** `manifestDigest` of where this comes from. */
+  digest: string;
+  /** Path below the root → staged key. */
+  put: ReadonlyMap<string, string>;
+  /** Paths below the root. */
+  remove: readonly string[];
+  /** Goes to the inactive slot, which becomes the active one. */
+  firmware?: { key: string; version: string };
+  /** Puts the release on trial. */
+  check?: Check;
+  /** Is owed a run whenever the tree has changed. */
+  restart?: string;
+}
+
+/** A change whose steps can be run. */
+interface PreparedChange {
+  /** Names where the old content is kept. */
+  id: string;
+  forward: Steps;
+  back: Steps;
+  /** SHA-256 of what is placed, by path. */
+  placed: Record<string, string>;
+}
+
+/** The directory that keeps the content which a change replaces. */
+function backupPath(id: string): string {
+  return `${OTA_DIR}/backup-${id}`;
+}
+
+/** The files of one device, for changing. */
+class DeviceTree extends DeviceFiles {
+  /** What the updater had to move out of its way: not part of a release, and nobody's to delete. */
+  displaced: string[] = [];
+
+  /** Copies and backs up what the steps will need, and writes the steps. */
+  protected async prepare(change: Change): Promise<PreparedChange> {
+    const id = crypto.randomUUID();
+    const backups = backupPath(id);
+    this.disk.mkdir(this.at(backups));
+    const put = new Map(change.put);
+    if (change.firmware) {
+      const slot = this.firmware?.slot === 0 ? 1 : 0;
+      const active: ActiveFirmware = { version: change.firmware.version, slot };
+      put.set(slotPath(slot), change.firmware.key);
+      const otadata = new TextEncoder().encode(`${JSON.stringify(active)}\n`);
+      put.set(`${OTA_DIR}/otadata`, await this.stage(otadata));
+    }
+
+    const unsynced: string[] = [];
+    const forward: Steps = { unlink: [...change.remove], rmdir: [], mkdir: [], place: [] };
+    const back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [] };
+    const backUp = (path: string) => {
+      const backup = `${backups}/${back.place.length}`;
+      if (!this.linkOrCopy(path, backup)) unsynced.push(backup);
+      back.place.push([backup, path]);
+    };
+    for (const path of change.remove) backUp(path);
+    const used = new Set<string>();
+    for (const [path, key] of put) {
+      // One content in two places is two files, so that a change to one leaves the other alone.
+      const source = used.has(key) ? `${STAGED}/${key}.${used.size}` : `${STAGED}/${key}`;
+      if (used.has(key)) {
+        this.disk.copy(this.at(`${STAGED}/${key}`), this.at(source));
+        unsynced.push(source);
+      }
+      used.add(used.has(key) ? source : key);
+      forward.place.push([source, path]);
+      const old = this.stat(path);
+      if (old?.kind === "file") {
+        backUp(path);
+        this.disk.chmod(this.at(source), old.mode);
+      } else back.unlink.push(path);
+    }
+
+    const sha256Of = new Map([...put.values()].map((key) => [key, this.stagedDigest(key)]));
+    const needed = new Set([...put.keys()].flatMap(ancestors));
+    forward.mkdir = [...needed].filter((path) => this.stat(path)?.kind !== "directory").sort();
+    forward.rmdir = [...new Set(change.remove.flatMap(ancestors))]
+      .filter((path) => !needed.has(path) && (path.includes("/") || put.has(path)))
+      .sort()
+      .reverse();
+    back.rmdir = forward.mkdir.toReversed();
+    back.mkdir = forward.rmdir.toReversed();
+
+    await inParallel(unsynced, (path) => this.disk.sync(this.at(path)));
+    await inParallel([STAGED, backups, OTA_DIR], (path) => this.disk.sync(this.at(path)));
+    const placed = Object.fromEntries([...put].map(([path, key]) => [path, sha256Of.get(key)!]));
+    return { id, forward, back, placed };
+  }
+
+  /** Runs steps of which any may have been run before; afterwards all are durable. */
+  protected async run({ unlink, rmdir, mkdir, place }: Steps): Promise<void> {
+    for (const path of unlink) this.#unlink(path);
+    for (const path of rmdir) this.#rmdir(path);
+    for (const path of mkdir) this.#mkdir(path);
+    for (const [from, to] of place) this.#place(from, to);
+    const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
+    const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
+    await inParallel(directories, async (path) => {
+      if (this.stat(path)?.kind === "directory") await this.disk.sync(this.at(path));
+    });
+  }
+
+  #unlink(path: string): void {
+    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(this.at(path)));
+  }
+
+  #rmdir(path: string): void {
+    try {
+      this.disk.rmdir(this.at(path));
+    } catch (error) {
+      const fine = ["ENOENT", "ENOTDIR", "ENOTEMPTY", "EEXIST", "EBUSY"];
+      if (!fine.includes(errorCode(error) ?? "")) throw error;
+    }
+  }
+
+  #mkdir(path: string): void {
+    const kind = this.stat(path)?.kind;
+    if (kind === "directory") return;
+    if (kind) this.#displace(path);
+    this.disk.mkdir(this.at(path));
+  }
+
+  #place(from: string, to: string): void {
+    try {
+      this.disk.rename(this.at(from), this.at(to));
+    } catch (error) {
+      if (!this.stat(from)) return; // It was placed before.
+      // The application was faster: it removed the directory, or made one of the file's name.
+      for (const above of ancestors(to).reverse()) this.#mkdir(above);
+      if (this.stat(to)?.kind !== "directory") {
+        if (!isMissing(error)) throw error;
+      } else this.#displace(to);
+      this.disk.rename(this.at(from), this.at(to));
+    }
+  }
+
+  /** Moves aside what stands in the way of a release and belongs to none. */
+  #displace(path: string): void {
+    const aside = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
+    this.disk.rename(this.at(path), this.at(aside));
+    this.displaced.push(`${path} (now ${aside})`);
+  }
+}
+
+/** Runs a task for every item, a few at a time. */
+async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void>): Promise<void> {
+  const queue = [...items].values();
+  const worker = async () => {
+    for (const item of queue) await task(item);
+  };
+  await Promise.all(Array.from({ length: 16 }, worker));
+}
+
+// ──── Journal ───────────────────────────────────────────────────────────────────────────────────
+// The files of one device, changed as one transaction. New content is staged, the old content gets a second name there, and a journal that says how to go forward and how to go back is
+// made durable; only then the tree is touched, by steps that can each be repeated. So whenever the
+// process or the power dies, the next `Journal.open` finds out what was under way and ends it:
+//
+//   journal.json, and state.json does not name it       a commit was under way: go forward
+//   journal.json, and state.json names it               it is done; it can still be taken back
+//   rollback.json (journal.json, renamed)               a way back was under way: go back
+//
+// It is assumed of the file system that a rename happens whole or not at all.
+
+/** Releases that are remembered as failed, at the most. */
+const FAILED_KEPT = 16;
+
 /** Another process has the device root open. */
 export class BusyError extends OTAError {
   override name = "BusyError";
 }
 
 /** The files of one device root. Only one process at a time has it open. */
-export class Journal extends DeviceFiles implements Disposable {
+export class Journal extends DeviceTree implements Disposable {
   /** Whether opening it ended a commit or a way back that had been cut off. */
   recovered = false;
   /** Files that a damaged record was set aside as; only a repair makes a new record. */
   damaged: string[] = [];
-  /** What the updater had to move out of its way: not part of a release, and nobody's to delete. */
-  displaced: string[] = [];
-
   #state: State = EMPTY;
   #transaction: Transaction | undefined;
 
@@ -2632,7 +2836,15 @@ export class Journal extends DeviceFiles implements Disposable {
    * @throws whatever the disk threw, after going back
    */
   async commit(change: Change): Promise<void> {
-    const transaction = await this.#prepare(change);
+    const transaction: Transaction = {
+      format: FORMAT,
+      ...(await this.prepare(change)),
+      from: this.#state.installed ?? change.from ?? null,
+      to: change.installed,
+      digest: change.digest,
+      check: change.check ?? null,
+      restart: change.restart ?? null,
+    };
     const journal = this.at(`${OTA_DIR}/journal.json`);
     await writeSynced(this.disk, `${journal}.new`, JSON.stringify(transaction));
     if (this.damaged.length > 0) this.#forgetTransactions();
@@ -2695,76 +2907,10 @@ export class Journal extends DeviceFiles implements Disposable {
     await this.#rollBack();
   }
 
-  /** Copies and backs up what the steps will need, and writes the steps. */
-  async #prepare(change: Change): Promise<Transaction> {
-    const id = crypto.randomUUID();
-    const backups = `${OTA_DIR}/backup-${id}`;
-    this.disk.mkdir(this.at(backups));
-    const put = new Map(change.put);
-    if (change.firmware) {
-      const slot = this.firmware?.slot === 0 ? 1 : 0;
-      const active: ActiveFirmware = { version: change.firmware.version, slot };
-      put.set(slotPath(slot), change.firmware.key);
-      const otadata = new TextEncoder().encode(`${JSON.stringify(active)}\n`);
-      put.set(`${OTA_DIR}/otadata`, await this.stage(otadata));
-    }
-
-    const unsynced: string[] = [];
-    const forward: Steps = { unlink: [...change.remove], rmdir: [], mkdir: [], place: [] };
-    const back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [] };
-    const backUp = (path: string) => {
-      const backup = `${backups}/${back.place.length}`;
-      if (!this.linkOrCopy(path, backup)) unsynced.push(backup);
-      back.place.push([backup, path]);
-    };
-    for (const path of change.remove) backUp(path);
-    const used = new Set<string>();
-    for (const [path, key] of put) {
-      // One content in two places is two files, so that a change to one leaves the other alone.
-      const source = used.has(key) ? `${STAGED}/${key}.${used.size}` : `${STAGED}/${key}`;
-      if (used.has(key)) {
-        this.disk.copy(this.at(`${STAGED}/${key}`), this.at(source));
-        unsynced.push(source);
-      }
-      used.add(used.has(key) ? source : key);
-      forward.place.push([source, path]);
-      const old = this.stat(path);
-      if (old?.kind === "file") {
-        backUp(path);
-        this.disk.chmod(this.at(source), old.mode);
-      } else back.unlink.push(path);
-    }
-
-    const sha256Of = new Map([...put.values()].map((key) => [key, this.stagedDigest(key)]));
-    const needed = new Set([...put.keys()].flatMap(ancestors));
-    forward.mkdir = [...needed].filter((path) => this.stat(path)?.kind !== "directory").sort();
-    forward.rmdir = [...new Set(change.remove.flatMap(ancestors))]
-      .filter((path) => !needed.has(path) && (path.includes("/") || put.has(path)))
-      .sort()
-      .reverse();
-    back.rmdir = forward.mkdir.toReversed();
-    back.mkdir = forward.rmdir.toReversed();
-
-    await inParallel(unsynced, (path) => this.disk.sync(this.at(path)));
-    await inParallel([STAGED, backups, OTA_DIR], (path) => this.disk.sync(this.at(path)));
-    return {
-      format: FORMAT,
-      id,
-      from: this.#state.installed ?? change.from ?? null,
-      to: change.installed,
-      digest: change.digest,
-      forward,
-      back,
-      placed: Object.fromEntries([...put].map(([path, key]) => [path, sha256Of.get(key)!])),
-      check: change.check ?? null,
-      restart: change.restart ?? null,
-    };
-  }
-
   async #finishCommit(): Promise<void> {
     const { id, to, forward, check, restart } = this.#transaction!;
     this.#clean(); // What an earlier journal needed; this one is durable.
-    await this.#run(forward);
+    await this.run(forward);
     await this.#write({
       ...this.#state,
       installed: to,
@@ -2784,7 +2930,7 @@ export class Journal extends DeviceFiles implements Disposable {
     // The direction is marked by a rename, since a full disk has no room for more.
     if (this.disk.stat(journal)) this.disk.rename(journal, rollback);
     await this.disk.sync(this.at(OTA_DIR));
-    await this.#run(back);
+    await this.run(back);
     if (this.#state.journal === id) {
       const failed = this.#state.failed.filter((release) => release.digest !== digest);
       failed.push({ version: to.version, digest });
@@ -2823,60 +2969,6 @@ export class Journal extends DeviceFiles implements Disposable {
     for (const path of this.damaged) ifThere(() => this.disk.unlink(this.at(path)));
     this.damaged = [];
     this.#clean();
-  }
-
-  /** Runs steps of which any may have been run before; afterwards all are durable. */
-  async #run({ unlink, rmdir, mkdir, place }: Steps): Promise<void> {
-    for (const path of unlink) this.#unlink(path);
-    for (const path of rmdir) this.#rmdir(path);
-    for (const path of mkdir) this.#mkdir(path);
-    for (const [from, to] of place) this.#place(from, to);
-    const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
-    const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
-    await inParallel(directories, async (path) => {
-      if (this.stat(path)?.kind === "directory") await this.disk.sync(this.at(path));
-    });
-  }
-
-  #unlink(path: string): void {
-    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(this.at(path)));
-  }
-
-  #rmdir(path: string): void {
-    try {
-      this.disk.rmdir(this.at(path));
-    } catch (error) {
-      const fine = ["ENOENT", "ENOTDIR", "ENOTEMPTY", "EEXIST", "EBUSY"];
-      if (!fine.includes(errorCode(error) ?? "")) throw error;
-    }
-  }
-
-  #mkdir(path: string): void {
-    const kind = this.stat(path)?.kind;
-    if (kind === "directory") return;
-    if (kind) this.#displace(path);
-    this.disk.mkdir(this.at(path));
-  }
-
-  #place(from: string, to: string): void {
-    try {
-      this.disk.rename(this.at(from), this.at(to));
-    } catch (error) {
-      if (!this.stat(from)) return; // It was placed before.
-      // The application was faster: it removed the directory, or made one of the file's name.
-      for (const above of ancestors(to).reverse()) this.#mkdir(above);
-      if (this.stat(to)?.kind !== "directory") {
-        if (!isMissing(error)) throw error;
-      } else this.#displace(to);
-      this.disk.rename(this.at(from), this.at(to));
-    }
-  }
-
-  /** Moves aside what stands in the way of a release and belongs to none. */
-  #displace(path: string): void {
-    const aside = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
-    this.disk.rename(this.at(path), this.at(aside));
-    this.displaced.push(`${path} (now ${aside})`);
   }
 
   #load(): void {
@@ -2925,9 +3017,10 @@ export class Journal extends DeviceFiles implements Disposable {
 
   /** Removes what no journal needs. Staged content stays while nothing was made of it. */
   #clean(): void {
-    const needed = this.#transaction && `backup-${this.#transaction.id}`;
+    const needed = this.#transaction && backupPath(this.#transaction.id);
     for (const name of this.disk.list(this.at(OTA_DIR))) {
-      if (/^backup-/.test(name) && name !== needed) this.#removeAll(`${OTA_DIR}/${name}`);
+      const path = `${OTA_DIR}/${name}`;
+      if (name.startsWith("backup-") && path !== needed) this.#removeAll(path);
     }
   }
 
@@ -2939,33 +3032,6 @@ export class Journal extends DeviceFiles implements Disposable {
   }
 }
 
-function isInstalled(value: unknown): boolean {
-  return isObject(value) && typeof value.version === "string" && isObject(value.files);
-}
-
-function isState(value: unknown): value is State {
-  return (
-    isObject(value) &&
-    value.format === FORMAT &&
-    (value.installed === null || isInstalled(value.installed)) &&
-    Array.isArray(value.failed)
-  );
-}
-
-function isTransaction(value: unknown): value is Transaction {
-  const isSteps = (steps: unknown) =>
-    isObject(steps) &&
-    ["unlink", "rmdir", "mkdir", "place"].every((name) => Array.isArray(steps[name]));
-  return (
-    isObject(value) &&
-    value.format === FORMAT &&
-    typeof value.id === "string" &&
-    isInstalled(value.to) &&
-    isSteps(value.forward) &&
-    isSteps(value.back)
-  );
-}
-
 /** Makes a directory and those above it, durably. */
 async function makeDirectories(disk: Disk, path: string): Promise<void> {
   const kind = disk.stat(path)?.kind;
@@ -2975,15 +3041,6 @@ async function makeDirectories(disk: Disk, path: string): Promise<void> {
   await makeDirectories(disk, above);
   disk.mkdir(path);
   await disk.sync(above);
-}
-
-/** Runs a task for every item, a few at a time. */
-async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void>): Promise<void> {
-  const queue = [...items].values();
-  const worker = async () => {
-    for (const item of queue) await task(item);
-  };
-  await Promise.all(Array.from({ length: 16 }, worker));
 }
 
 // ──── Trial ─────────────────────────────────────────────────────────────────────────────────────
@@ -4168,9 +4225,8 @@ function encodingOf(header: string | null): Encoding {
   throw new TransferError(`content came coded as ${name}, which nobody asked for`, true);
 }
 
-// ──── Command line ──────────────────────────────────────────────────────────────────────────────
-// One table says which commands and options there are; parsing, help and hints come from it.
-// stdout is for results, stderr for everything else.
+// ──── Options ────────────────────────────────────────────────────────────────────────────────────
+// Every option of the command line, in one table; parsing, help and hints come from it.
 
 /** One option: its name is the key in `OPTIONS`. */
 interface OptionSpec {
@@ -4234,123 +4290,15 @@ type Given = {
       : string;
 };
 
-interface Command {
-  summary: string;
-  options: readonly OptionName[];
-  /** More help: what the command does by default, what its exit code means. */
-  notes: string;
-  run: (given: Given) => number | Promise<number>;
-}
-
-const EXIT_CODES = `Exit codes: 0 updated, or nothing newer; 1 failed, and the device is as it was;
-2 usage; 3 the release failed its check (now, or before and was not tried again).`;
-
-const COMMANDS: Record<string, Command> = {
-  serve: {
-    summary: "serve a directory of releases to devices",
-    options: [
-      ...(["root", "port", "host", "url", "ignore", "latest"] as const),
-      ...(["sign", "token", "tls-cert", "tls-key"] as const),
-    ],
-    notes:
-      "The root is the current directory by default. Ctrl-C ends it after running responses.\n" +
-      `Limits: ${LIMITS.target} characters of path and query, ${LIMITS.query} of them in the query, ` +
-      `${LIMITS.version} in\ncurrent_ver; no request bodies; ${LIMITS.idle} s without a byte.`,
-    run: runServe,
-  },
-  client: {
-    summary: "be a device: fetch, verify, apply, and go back when a release is bad",
-    options: [
-      ...(["ver", "root", "server", "from", "id", "every", "jobs", "timeout"] as const),
-      ...(["check", "check-timeout", "restart", "repair", "retry"] as const),
-      ...(["verify", "token", "ca"] as const),
-    ],
-    notes: `The root is ./device by default. The last line on stdout says how it ended.\n${EXIT_CODES}`,
-    run: runClient,
-  },
-  rollback: {
-    summary: "take a device back to the release before",
-    options: ["root", "restart", "force"],
-    notes: "The root is ./device by default. The release it leaves is not installed again.",
-    run: runRollback,
-  },
-  status: {
-    summary: "show what a device is on; ends what a reset has cut off",
-    options: ["root", "json"],
-    notes: "The root is ./device by default. Run it at boot, before the application.",
-    run: runStatus,
-  },
-  manifest: {
-    summary: "show what the server would answer, and what may surprise",
-    options: ["ver", "root", "url", "ignore", "latest", "cost"],
-    notes: "The root is the current directory by default. Warnings go to stderr.",
-    run: runManifest,
-  },
-  keygen: {
-    summary: "make a key pair for signing manifests",
-    options: ["out"],
-    notes: "NAME.key stays with the server, away from its root; NAME.pub goes to the devices.",
-    run: runKeygen,
-  },
-};
-
-/** The help of the tool, or of one command. */
-function help(name?: string): string {
-  const command = name === undefined ? undefined : COMMANDS[name];
-  if (!command) {
-    const names = Object.entries(COMMANDS).map(
-      ([n, { summary }]) => `  ${n.padEnd(10)} ${summary}`,
-    );
-    return (
-      `ota.ts ${TOOL_VERSION}: over-the-air updates, both ends\n\n` +
-      `Usage: bun ota.ts COMMAND [options]\n\n${names.join("\n")}\n\n` +
-      "bun ota.ts COMMAND --help shows the options of a command."
-    );
-  }
-  const lines = [...command.options, "help" as const].map((option) => {
-    const spec: OptionSpec = OPTIONS[option];
-    return `  ${`--${option} ${spec.value ?? ""}`.padEnd(26)} ${spec.help}`;
-  });
-  return `bun ota.ts ${name}: ${command.summary}\n\n` + `${lines.join("\n")}\n\n${command.notes}`;
-}
-
-/**
- * Runs the command line.
- *
- * @param args without the names of Bun and of this file
- * @returns the exit code
- */
-export async function main(args: readonly string[]): Promise<number> {
-  try {
-    const [name, ...rest] = args;
-    if (name === undefined) return say(help(), 2, process.stderr);
-    if (name === "--help" || name === "-h" || name === "help") return say(help(rest[0]), 0);
-    if (name === "--version") return say(`ota.ts ${TOOL_VERSION}`, 0);
-    const command = COMMANDS[name];
-    if (!command) {
-      throw new OTAError(`no command ${name}${hint(name, Object.keys(COMMANDS))}; see --help`, 2);
-    }
-    const given = parseOptions(name, command, rest);
-    if (given.help) return say(help(name), 0);
-    if (given.version) return say(`ota.ts ${TOOL_VERSION}`, 0);
-    return await command.run(given);
-  } catch (error) {
-    // A system error (a full disk, no permission) has a code and is no bug of ours.
-    if (!(error instanceof OTAError) && errorCode(error) === undefined) throw error;
-    console.error(`ota.ts: ${errorText(error)}`);
-    return error instanceof OTAError ? error.exitCode : 1;
-  }
-}
-
-function say(text: string, code: number, stream: NodeJS.WriteStream = process.stdout): number {
-  stream.write(`${text}\n`);
-  return code;
-}
-
-function parseOptions(name: string, command: Command, args: string[]): Given {
-  const names: readonly OptionName[] = [...command.options, "help", "version"];
+/** @throws {OTAError} when an option is unknown, lacks its value, or has one too many */
+function parseOptions(
+  name: string,
+  allowed: readonly OptionName[],
+  args: readonly string[],
+): Given {
+  const names: readonly OptionName[] = [...allowed, "help", "version"];
   const options = Object.fromEntries(names.map((option) => [option, OPTIONS[option]]));
-  const { values, tokens } = parseArgs({ args, options, strict: false, tokens: true });
+  const { values, tokens } = parseArgs({ args: [...args], options, strict: false, tokens: true });
   for (const token of tokens) {
     if (token.kind === "positional") {
       throw new OTAError(`${name} takes no argument ${token.value}; see ${name} --help`, 2);
@@ -4425,12 +4373,75 @@ function interruption(reason: string): AbortSignal {
   return interrupted.signal;
 }
 
+// ──── Report ─────────────────────────────────────────────────────────────────────────────────────
+// What is printed: stdout is for results, stderr for everything else.
+
+function say(text: string, code: number, stream: NodeJS.WriteStream = process.stdout): number {
+  stream.write(`${text}\n`);
+  return code;
+}
+
 /** Bytes for people: `812 B`, `4.1 KB`, `1.5 MB`. */
 function formatBytes(bytes: number): string {
   if (bytes < 1000) return `${bytes} B`;
   const power = Math.min(Math.floor(Math.log10(bytes) / 3), 4);
   return `${(bytes / 1000 ** power).toFixed(1)} ${" KMGT"[power]}B`;
 }
+
+function outcomeLine({ result, from, to, firmware }: Outcome): string {
+  if (result === "rolled back") return `rolled back ${to} -> ${from}`;
+  if (result === "not tried")
+    return `not tried ${to}: it failed before (--retry tries it); on ${from}`;
+  if (result === "up to date") return `up to date ${to}`;
+  const flashed = firmware ? ` (firmware ${firmware.from} -> ${firmware.to})` : "";
+  return `updated ${from} -> ${to}${flashed}`;
+}
+
+function trafficLine({ received, content, reused }: Traffic): string {
+  const ratio = content > 0 ? ` (${((100 * received) / content).toFixed(1)} %)` : "";
+  const files = reused === 1 ? "1 file" : `${reused} files`;
+  return `received ${received} bytes for ${content} bytes of content${ratio}, ${files} reused`;
+}
+
+function exitCode({ result }: Outcome): number {
+  return result === "updated" || result === "up to date" ? 0 : 3;
+}
+
+/** Shows what happens on stderr: a bar on a terminal, else a line a file. */
+function progressWatcher(): { report: (event: OTAEvent) => void; end: () => void } {
+  const terminal = process.stderr.isTTY;
+  const started = performance.now();
+  let drawn = 0;
+  const clear = () => {
+    if (drawn > 0) process.stderr.write("\r\x1b[K");
+    drawn = 0;
+  };
+  const report = (event: OTAEvent) => {
+    if (event.kind === "note") {
+      clear();
+      console.error(`ota.ts: ${event.text}`);
+    } else if (event.kind === "fetched" && !terminal) {
+      console.error(`fetched ${event.path} (${formatBytes(event.size)})`);
+    } else if (event.kind === "progress" && terminal && performance.now() - drawn > 100) {
+      drawn = performance.now();
+      process.stderr.write(`\r\x1b[K${progressBar(event.received, event.total, drawn - started)}`);
+    }
+  };
+  return { report, end: clear };
+}
+
+function progressBar(received: number, total: number, milliseconds: number): string {
+  const rate = received / (milliseconds / 1000);
+  const speed = `${formatBytes(received)}, ${formatBytes(Math.round(rate))}/s`;
+  if (!(total > 0)) return speed;
+  const width = 24;
+  const done = Math.min(width, Math.max(0, Math.round((width * received) / total)));
+  const left = rate > 0 ? Math.ceil((total - received) / rate) : 0;
+  return `[${"#".repeat(done).padEnd(width)}] ${speed}, ${left} s left`;
+}
+
+// ──── Commands ───────────────────────────────────────────────────────────────────────────────────
+// What each command does with its options.
 
 // ── serve and manifest ──
 
@@ -4632,58 +4643,6 @@ async function runClient(given: Given): Promise<number> {
   }
 }
 
-function outcomeLine({ result, from, to, firmware }: Outcome): string {
-  if (result === "rolled back") return `rolled back ${to} -> ${from}`;
-  if (result === "not tried")
-    return `not tried ${to}: it failed before (--retry tries it); on ${from}`;
-  if (result === "up to date") return `up to date ${to}`;
-  const flashed = firmware ? ` (firmware ${firmware.from} -> ${firmware.to})` : "";
-  return `updated ${from} -> ${to}${flashed}`;
-}
-
-function trafficLine({ received, content, reused }: Traffic): string {
-  const ratio = content > 0 ? ` (${((100 * received) / content).toFixed(1)} %)` : "";
-  const files = reused === 1 ? "1 file" : `${reused} files`;
-  return `received ${received} bytes for ${content} bytes of content${ratio}, ${files} reused`;
-}
-
-function exitCode({ result }: Outcome): number {
-  return result === "updated" || result === "up to date" ? 0 : 3;
-}
-
-/** Shows what happens on stderr: a bar on a terminal, else a line a file. */
-function progressWatcher(): { report: (event: OTAEvent) => void; end: () => void } {
-  const terminal = process.stderr.isTTY;
-  const started = performance.now();
-  let drawn = 0;
-  const clear = () => {
-    if (drawn > 0) process.stderr.write("\r\x1b[K");
-    drawn = 0;
-  };
-  const report = (event: OTAEvent) => {
-    if (event.kind === "note") {
-      clear();
-      console.error(`ota.ts: ${event.text}`);
-    } else if (event.kind === "fetched" && !terminal) {
-      console.error(`fetched ${event.path} (${formatBytes(event.size)})`);
-    } else if (event.kind === "progress" && terminal && performance.now() - drawn > 100) {
-      drawn = performance.now();
-      process.stderr.write(`\r\x1b[K${progressBar(event.received, event.total, drawn - started)}`);
-    }
-  };
-  return { report, end: clear };
-}
-
-function progressBar(received: number, total: number, milliseconds: number): string {
-  const rate = received / (milliseconds / 1000);
-  const speed = `${formatBytes(received)}, ${formatBytes(Math.round(rate))}/s`;
-  if (!(total > 0)) return speed;
-  const width = 24;
-  const done = Math.min(width, Math.max(0, Math.round((width * received) / total)));
-  const left = rate > 0 ? Math.ceil((total - received) / rate) : 0;
-  return `[${"#".repeat(done).padEnd(width)}] ${speed}, ${left} s left`;
-}
-
 async function runRollback(given: Given): Promise<number> {
   const watcher = progressWatcher();
   const options = { restart: given.restart, report: watcher.report };
@@ -4701,6 +4660,117 @@ async function runStatus(given: Given): Promise<number> {
     return `${`${name}:`.padEnd(18)}${firmware ?? "none"}`;
   });
   return say(lines.join("\n"), 0);
+}
+
+// ──── Command line ───────────────────────────────────────────────────────────────────────────────
+// Which commands there are, their help, and the way in.
+
+interface Command {
+  summary: string;
+  options: readonly OptionName[];
+  /** More help: what the command does by default, what its exit code means. */
+  notes: string;
+  run: (given: Given) => number | Promise<number>;
+}
+
+const EXIT_CODES = `Exit codes: 0 updated, or nothing newer; 1 failed, and the device is as it was;
+2 usage; 3 the release failed its check (now, or before and was not tried again).`;
+
+const COMMANDS: Record<string, Command> = {
+  serve: {
+    summary: "serve a directory of releases to devices",
+    options: [
+      ...(["root", "port", "host", "url", "ignore", "latest"] as const),
+      ...(["sign", "token", "tls-cert", "tls-key"] as const),
+    ],
+    notes:
+      "The root is the current directory by default. Ctrl-C ends it after running responses.\n" +
+      `Limits: ${LIMITS.target} characters of path and query, ${LIMITS.query} of them in the query, ` +
+      `${LIMITS.version} in\ncurrent_ver; no request bodies; ${LIMITS.idle} s without a byte.`,
+    run: runServe,
+  },
+  client: {
+    summary: "be a device: fetch, verify, apply, and go back when a release is bad",
+    options: [
+      ...(["ver", "root", "server", "from", "id", "every", "jobs", "timeout"] as const),
+      ...(["check", "check-timeout", "restart", "repair", "retry"] as const),
+      ...(["verify", "token", "ca"] as const),
+    ],
+    notes: `The root is ./device by default. The last line on stdout says how it ended.\n${EXIT_CODES}`,
+    run: runClient,
+  },
+  rollback: {
+    summary: "take a device back to the release before",
+    options: ["root", "restart", "force"],
+    notes: "The root is ./device by default. The release it leaves is not installed again.",
+    run: runRollback,
+  },
+  status: {
+    summary: "show what a device is on; ends what a reset has cut off",
+    options: ["root", "json"],
+    notes: "The root is ./device by default. Run it at boot, before the application.",
+    run: runStatus,
+  },
+  manifest: {
+    summary: "show what the server would answer, and what may surprise",
+    options: ["ver", "root", "url", "ignore", "latest", "cost"],
+    notes: "The root is the current directory by default. Warnings go to stderr.",
+    run: runManifest,
+  },
+  keygen: {
+    summary: "make a key pair for signing manifests",
+    options: ["out"],
+    notes: "NAME.key stays with the server, away from its root; NAME.pub goes to the devices.",
+    run: runKeygen,
+  },
+};
+
+/** The help of the tool, or of one command. */
+function help(name?: string): string {
+  const command = name === undefined ? undefined : COMMANDS[name];
+  if (!command) {
+    const names = Object.entries(COMMANDS).map(
+      ([n, { summary }]) => `  ${n.padEnd(10)} ${summary}`,
+    );
+    return (
+      `ota.ts ${TOOL_VERSION}: over-the-air updates, both ends\n\n` +
+      `Usage: bun ota.ts COMMAND [options]\n\n${names.join("\n")}\n\n` +
+      "bun ota.ts COMMAND --help shows the options of a command."
+    );
+  }
+  const lines = [...command.options, "help" as const].map((option) => {
+    const spec: OptionSpec = OPTIONS[option];
+    return `  ${`--${option} ${spec.value ?? ""}`.padEnd(26)} ${spec.help}`;
+  });
+  return `bun ota.ts ${name}: ${command.summary}\n\n` + `${lines.join("\n")}\n\n${command.notes}`;
+}
+
+/**
+ * Runs the command line.
+ *
+ * @param args without the names of Bun and of this file
+ * @returns the exit code
+ */
+export async function main(args: readonly string[]): Promise<number> {
+  try {
+    const [name, ...rest] = args;
+    if (name === undefined) return say(help(), 2, process.stderr);
+    if (name === "--help" || name === "-h" || name === "help") return say(help(rest[0]), 0);
+    if (name === "--version") return say(`ota.ts ${TOOL_VERSION}`, 0);
+    const command = COMMANDS[name];
+    if (!command) {
+      throw new OTAError(`no command ${name}${hint(name, Object.keys(COMMANDS))}; see --help`, 2);
+    }
+    const given = parseOptions(name, command.options, rest);
+    if (given.help) return say(help(name), 0);
+    if (given.version) return say(`ota.ts ${TOOL_VERSION}`, 0);
+    return await command.run(given);
+  } catch (error) {
+    // A system error (a full disk, no permission) has a code and is no bug of ours.
+    if (!(error instanceof OTAError) && errorCode(error) === undefined) throw error;
+    console.error(`ota.ts: ${errorText(error)}`);
+    return error instanceof OTAError ? error.exitCode : 1;
+  }
 }
 
 if (import.meta.main) process.exitCode = await main(process.argv.slice(2));

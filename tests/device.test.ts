@@ -6,12 +6,13 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync } from "node:fs";
 import { releaseDigest } from "../ota.ts";
-import { Double, manifestOf, offering, send } from "./helpers/double.ts";
+import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import {
   asTree,
   eventually,
   layTree,
   ota,
+  OTA_TS,
   otaFiles,
   readTree,
   Served,
@@ -800,33 +801,31 @@ describe("what a person sees", () => {
     using fleet = new Fleet({});
     const content = Buffer.alloc(400_000, "x");
     const offer = { version: "1.0.1", put: { "flash/main.py": content } };
-    const held = Promise.withResolvers<void>();
+    let seen = "";
+    const bar = /\[#+ *\] [0-9.]+ [KM]?B, [0-9.]+ [KM]?B\/s, \d+ s left/;
     await using server = await Double.start(async (asked, connection) => {
       if (asked.path === "/manifest.json") {
         return offering(offer, () => server.url)(asked, connection);
       }
-      connection.write(`HTTP/1.1 200 OK\r\nContent-Length: ${content.length}\r\n\r\n`);
-      connection.write(content.subarray(0, 200_000));
-      await held.promise;
-      connection.end(content.subarray(200_000));
+      connection.write(head(200, { "Content-Length": content.length }));
+      // A little at a time, until the bar was seen.
+      let sent = 0;
+      for (; sent < 300_000 && !bar.test(seen); sent += 2000) {
+        connection.write(content.subarray(sent, sent + 2000));
+        await Bun.sleep(10);
+      }
+      connection.end(content.subarray(sent));
     });
-    let seen = "";
-    const bar = /\[#+ *\] [0-9.]+ [KM]?B, [0-9.]+ [KM]?B\/s, \d+ s left/;
-    await using terminal = new Bun.Terminal({
+    using terminal = new Bun.Terminal({
       cols: 100,
       rows: 24,
-      data: (_, piece) => {
-        seen += Buffer.from(piece).toString();
-        if (bar.test(seen)) held.resolve();
-      },
+      data: (_, piece) => void (seen += Buffer.from(piece).toString()),
     });
     const args = ["client", "--root", fleet.root, "--server", server.url];
-    const child = Bun.spawn([process.execPath, `${import.meta.dir}/../ota.ts`, ...args], {
-      terminal,
-    });
+    await using child = Bun.spawn([process.execPath, OTA_TS, ...args], { terminal });
     expect(await child.exited).toBe(0);
+    await eventually("the last line", () => seen.includes("updated 0 -> 1.0.1"));
     expect(seen).toMatch(bar);
-    expect(seen).toContain("updated 0 -> 1.0.1");
     expect(seen).not.toContain("fetched");
   });
 

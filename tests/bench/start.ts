@@ -132,9 +132,8 @@ async function weighRunning(root: string, paths: string[], window: number): Prom
       row(`after ${whole(REQUESTS)} mixed requests`, after, idleAfter),
     ],
   );
-  console.log(
-    wrong.size === 0 ? "\nevery request was answered as it should be" : `\n${wrong.size}`,
-  );
+  const verdict = wrong.size === 0 ? "every one answered as it should be" : "NOT ALL WELL:";
+  console.log(`\n${whole(REQUESTS)} mixed requests in ${seconds.toFixed(0)} s, ${verdict}`);
   for (const [what, count] of wrong) console.log(`${what}: ${count} times`);
 }
 
@@ -152,7 +151,12 @@ async function mixedRequests(origin: string, paths: string[]): Promise<Map<strin
         : dice < 0.35
           ? ["a manifest", `/manifest.json?current_ver=1.${random.below(VERSIONS)}.0`, 200]
           : dice < 0.4
-            ? ["an unknown version", `/manifest.json?current_ver=${random.next()}`, 200]
+            ? [
+                "an unknown version of an unknown host",
+                `/manifest.json?current_ver=${random.next()}`,
+                200,
+                { headers: { Host: `h${random.below(1e9)}.example` } },
+              ]
             : dice < 0.7
               ? ["a file", path, 200]
               : dice < 0.8

@@ -39,7 +39,7 @@ export interface Options {
 }
 
 class PowerCut {
-  constructor(readonly end: "reset" | "cut" | "done") {}
+  constructor(readonly end: End) {}
 }
 
 /** The parts of a MEMFS path that are no flash of a board. */
@@ -167,14 +167,11 @@ export class Board {
       `os.chdir(${JSON.stringify(this.home || "/")})`,
       `del sys, os`,
     ].join("\n");
-    const lines = [
-      ...(heap ? [`open("/dev/freeze", "wb").write(b"x")`] : []),
-      ...(options.boot !== false ? [`execfile("${this.home}/boot.py")`] : []),
-      code,
-    ];
+    const job = [...(options.boot !== false ? [`execfile("${this.home}/boot.py")`] : []), code];
+    FS.writeFile("/stand/job.py", job.join("\n"));
     try {
       mp.runPython(setup);
-      mp.runPython(lines.join("\n"));
+      mp.runPython(heap ? FROZEN : `execfile("/stand/job.py")`);
     } catch (error) {
       if (error instanceof PowerCut) result.end = error.end;
       else {
@@ -354,8 +351,8 @@ export class Board {
       },
     });
     device("/dev/power", {
-      write: () => {
-        throw new PowerCut("reset");
+      write: (_stream, buffer, offset) => {
+        throw new PowerCut(buffer[offset] === 0x72 ? "reset" : "error");
       },
     });
     device("/dev/lora", {
@@ -408,6 +405,17 @@ function text(content: string): Uint8Array {
     ? Buffer.from(content, "latin1")
     : new TextEncoder().encode(content);
 }
+
+/** With a fixed heap there may be no room to hand an exception to JavaScript. */
+const FROZEN = `
+open("/dev/freeze", "wb").write(b"x")
+try:
+    execfile("/stand/job.py")
+except Exception as e:
+    import sys
+    sys.print_exception(e)
+    open("/dev/power", "wb").write(b"error")
+`;
 
 const STANDINS = new Map<string, string>();
 for (const name of new Bun.Glob("*.py").scanSync(standins)) {

@@ -66,6 +66,10 @@ def _memo():
     gc.collect()
 `;
 
+export class OutOfMemory extends Error {
+  override name = "OutOfMemory";
+}
+
 export class FixedHeap {
   /** The most bytes that were alive after a collection. */
   live = 0;
@@ -75,18 +79,24 @@ export class FixedHeap {
   #mp: MicroPython;
   #memory: WebAssembly.Memory;
   #reserve = 0;
+  #frozen = false;
   #grow = WebAssembly.Memory.prototype.grow;
   #memo = 0;
 
   /** Loads an interpreter whose heap is `size` bytes and stays so. */
   static async load(options: Options & { heapsize: number }): Promise<[MicroPython, FixedHeap]> {
     depthAt ??= await findDepth();
-    // Emscripten says on the console each time that it gets no memory.
+    // What Emscripten does when it gets no memory is to say so on the console, from where the call
+    // of Python can be left: MicroPython itself hangs when its heap is full to the last byte.
     const error = console.error;
-    console.error = () => {};
+    let heap: FixedHeap | undefined;
+    console.error = () => {
+      if (heap?.#frozen) throw new OutOfMemory();
+    };
     try {
       const mp = await load(options);
-      return [mp, new FixedHeap(mp)];
+      heap = new FixedHeap(mp);
+      return [mp, heap];
     } finally {
       console.error = error;
     }
@@ -113,9 +123,11 @@ export class FixedHeap {
       throw new RangeError("this heap does not grow");
     };
     for (let size = 1 << 26; size >= 32;) if (this.#mp._module._malloc(size) === 0) size >>= 1;
+    this.#frozen = true;
   }
 
   thaw(): void {
+    this.#frozen = false;
     WebAssembly.Memory.prototype.grow = this.#grow;
   }
 
