@@ -63,6 +63,11 @@ function errorCode(error: unknown): string | undefined {
     : undefined;
 }
 
+/** Whether a system error says that something is not there. */
+function isMissing(error: unknown): boolean {
+  return ["ENOENT", "ENOTDIR"].includes(errorCode(error) ?? "");
+}
+
 /** The text of anything thrown. */
 function errorText(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
@@ -246,6 +251,8 @@ export const MAX_MANIFEST_BYTES = 64 * 1024 * 1024;
  */
 export function pathProblem(path: string): string | undefined {
   if (path === "") return "is empty";
+  // On disk every half would have the same name.
+  if (!path.isWellFormed()) return "has half a surrogate pair";
   if (/[\u0000-\u001f\u007f]/.test(path)) return "has a control character";
   if (path.includes("\\")) return "has a backslash";
   if (Buffer.byteLength(path) > 1024) return "is longer than 1024 bytes";
@@ -572,6 +579,8 @@ interface Look {
   stamp: string;
   /** When something changed last, in ms since 1970. */
   changed: number;
+  /** Why nothing of it can be used. */
+  problem?: string;
 }
 
 const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
@@ -611,9 +620,7 @@ class Looker {
           visit(`${real}/${item.name}`, `${path}/`, [...above, real]);
         } else {
           const at = `${real}/${item.name}`;
-          const found = item.isFile()
-            ? { real: at, stat: fs.statSync(at) }
-            : this.resolve(relative(this.root, at));
+          const found = item.isFile() ? { real: at, stat: fs.statSync(at) } : this.#follow(at);
           if (typeof found === "string") skip(found);
           else if (found.stat.isFile()) {
             note(path, found.stat);
@@ -626,8 +633,11 @@ class Looker {
     try {
       visit(directory, "", []);
     } catch (error) {
+      if (!isMissing(error)) {
+        return { ...look, files: [], stamp: name, problem: `unreadable: ${errorText(error)}` };
+      }
       // Something went away while we looked: a look that is never the same twice.
-      stamps.push(`${errorText(error)} ${performance.now()}`);
+      stamps.push(`${performance.now()}`);
       look.changed = Date.now();
     }
     look.stamp = `${name} ${Bun.hash(stamps.join("\0"))}`;
@@ -648,8 +658,13 @@ class Looker {
   resolve(path: string): { real: string; stat: fs.Stats } | string {
     if (path.startsWith(".")) return "its name begins with a dot";
     if (path.includes("\ufffd")) return "its name is not UTF-8";
+    return this.#follow(`${this.root}/${path}`);
+  }
+
+  /** The same for an absolute path, which a version that is a link may have below a dot entry. */
+  #follow(path: string): { real: string; stat: fs.Stats } | string {
     try {
-      const real = fs.realpathSync(`${this.root}/${path}`);
+      const real = fs.realpathSync(path);
       if (!isInside(real, this.root)) return "a link that leaves the root";
       const stat = fs.statSync(real);
       return stat.isDirectory() || stat.isFile()
@@ -854,7 +869,7 @@ export class ReleaseIndex {
 
   async #scan(): Promise<boolean> {
     const started = performance.now();
-    const before = [...this.#known.values()].map(({ stamp }) => stamp).join();
+    const before = [...this.versions, ...this.firmware];
     const ignored: Ignored[] = [];
     const versions: Release[] = [];
     const firmware: FirmwareImage[] = [];
@@ -900,9 +915,11 @@ export class ReleaseIndex {
     this.firmware = firmware.sort(byVersion);
     this.ignored = ignored;
     this.scanSeconds = (performance.now() - started) / 1000;
-    const after = [...this.#known.values()].map(({ stamp }) => stamp).join();
-    if (before !== after) this.#collectFiles();
-    return before !== after;
+    // What does not change stays the same object.
+    const after = [...this.versions, ...this.firmware];
+    const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
+    if (different) this.#collectFiles();
+    return different;
   }
 
   #collectFiles(): void {
@@ -938,6 +955,12 @@ export class ReleaseIndex {
   ): Promise<Release | FirmwareImage | undefined> {
     const look = lookAgain();
     ignored.push(...look.ignored);
+    if (look.problem) {
+      ignored.push({ path: name, reason: look.problem });
+      this.#known.delete(name);
+      this.#restless.delete(name);
+      return undefined;
+    }
     const known = this.#known.get(name);
     if (known?.stamp === look.stamp) {
       this.#restless.delete(name);
@@ -1211,9 +1234,12 @@ export class Releases extends ReleaseIndex {
     }
     const indexed = this.files.get(path);
     if (indexed) return { ...indexed, etag: `"${indexed.sha256.slice(0, 32)}"` };
-    if (/(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
+    // `/-/` is the server's own.
+    if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
     const found = this.looker.resolve(path);
     if (typeof found === "string" || !found.stat.isFile()) return undefined;
+    // Nor through a link to a dot entry, or out of the root and in again.
+    if (relative(this.root, found.real).startsWith(".")) return undefined;
     const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
     return { file: found.real, size: found.stat.size, etag };
   }
@@ -1231,8 +1257,8 @@ export function rootWarnings(releases: Releases): string[] {
         `by its version (1.0.0/flash/main.py), firmware beside it as firmware_1.0.0.bin`,
     );
   }
-  for (const { file } of releases.firmware) {
-    if (file.startsWith("firmare_")) found.push(`${file}: spelled firmware_ elsewhere`);
+  for (const { path } of releases.firmware) {
+    if (path.startsWith("firmare_")) found.push(`${path}: spelled firmware_ elsewhere`);
   }
   const names = [...new Set([...releases.versions, ...releases.firmware].map(({ name }) => name))];
   for (const name of names) {
@@ -1548,7 +1574,7 @@ function select(request: Request, file: ServedFile, form: Representation): Answe
   const range = parseRange(wanted, size);
   if (range === "unsatisfiable") {
     const unit = { "Content-Range": `bytes */${size}` };
-    return plain(416, `only bytes 0 to ${size - 1} are there`, unit);
+    return plain(416, `it has only ${size} bytes`, unit);
   }
   const { start, end } = range ?? { start: 0, end: size };
   if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${size}`;
@@ -1616,7 +1642,9 @@ const HEADER_PIECE = 100;
 
 function toResponse(method: string, { status, headers, body, size }: Answer): Response {
   if (method === "HEAD") {
-    return new Response(null, { status, headers: { ...headers, "Content-Length": `${size}` } });
+    // On a 304 it would have to be the length of the content.
+    const length = status !== 304 && { "Content-Length": `${size}` };
+    return new Response(null, { status, headers: { ...headers, ...length } });
   }
   if (status === 200) headers = { ...headers, "X-Pad": padding(headers, size) };
   return new Response(body, { status, headers });
@@ -1907,7 +1935,7 @@ class Service {
     if (path === "/-/metrics") {
       return content("text/plain; version=0.0.4", utf8(this.#metrics.text(this.releases)));
     }
-    const found = path.startsWith("/-/") ? undefined : this.releases.locate(path);
+    const found = this.releases.locate(path);
     if (!found) return plain(404, "not found");
     return this.#file(request, found);
   }
@@ -2147,10 +2175,6 @@ export const fileSystem: Disk = {
   },
 };
 
-function isMissing(error: unknown): boolean {
-  return ["ENOENT", "ENOTDIR"].includes(errorCode(error) ?? "");
-}
-
 /** Unlinks or removes something that may be gone already. */
 function ifThere(remove: () => void): void {
   try {
@@ -2167,13 +2191,7 @@ function readText(disk: Disk, path: string): string | undefined {
   return new TextDecoder().decode(disk.read(path, 0, stat.size));
 }
 
-/** Replaces a small file durably: afterwards it holds `text`, and after a crash the old or the new. */
-async function writeDurably(disk: Disk, path: string, text: string): Promise<void> {
-  await writeSynced(disk, `${path}.new`, text);
-  disk.rename(`${path}.new`, path);
-  await disk.sync(dirname(path));
-}
-
+/** Writes a small file whose content is durable then; its name is not yet. */
 async function writeSynced(disk: Disk, path: string, text: string): Promise<void> {
   disk.write(path, new TextEncoder().encode(text));
   await disk.sync(path);
@@ -2504,7 +2522,8 @@ interface Steps {
 interface Transaction {
   format: number;
   id: string;
-  from: Installed | null;
+  /** What was recorded before. */
+  before: State;
   to: Installed;
   digest: string;
   forward: Steps;
@@ -2513,6 +2532,8 @@ interface Transaction {
   placed: Record<string, string>;
   check: Check | null;
   restart: string | null;
+  /** The damaged records, as they were set aside, in whose place this brings a good one. */
+  repairs: string[];
 }
 
 /** The content of state.json. */
@@ -2636,23 +2657,27 @@ class DeviceTree extends DeviceFiles {
       // One content in two places is two files, so that a change to one leaves the other alone.
       const source = used.has(key) ? `${STAGED}/${key}.${used.size}` : `${STAGED}/${key}`;
       if (used.has(key)) {
+        // One of an earlier try may be there, and read-only.
+        ifThere(() => this.disk.unlink(this.at(source)));
         this.disk.copy(this.at(`${STAGED}/${key}`), this.at(source));
         unsynced.push(source);
       }
       used.add(used.has(key) ? source : key);
       forward.place.push([source, path]);
       const old = this.stat(path);
-      if (old?.kind === "file") {
-        backUp(path);
-        this.disk.chmod(this.at(source), old.mode);
-      } else back.unlink.push(path);
+      const isFile = old?.kind === "file";
+      if (isFile) backUp(path);
+      else back.unlink.push(path);
+      this.disk.chmod(this.at(source), isFile ? old.mode : 0o644);
     }
 
     const sha256Of = new Map([...put.values()].map((key) => [key, this.stagedDigest(key)]));
     const needed = new Set([...put.keys()].flatMap(ancestors));
     forward.mkdir = [...needed].filter((path) => this.stat(path)?.kind !== "directory").sort();
-    forward.rmdir = [...new Set(change.remove.flatMap(ancestors))]
-      .filter((path) => !needed.has(path) && (path.includes("/") || put.has(path)))
+    const emptied = change.remove.flatMap(ancestors).filter((path) => path.includes("/"));
+    const replaced = [...put.keys()].flatMap((path) => this.#directoriesIn(path));
+    forward.rmdir = [...new Set([...emptied, ...replaced])]
+      .filter((path) => !needed.has(path))
       .sort()
       .reverse();
     back.rmdir = forward.mkdir.toReversed();
@@ -2662,6 +2687,13 @@ class DeviceTree extends DeviceFiles {
     await inParallel([STAGED, backups, OTA_DIR], (path) => this.disk.sync(this.at(path)));
     const placed = Object.fromEntries([...put].map(([path, key]) => [path, sha256Of.get(key)!]));
     return { id, forward, back, placed };
+  }
+
+  /** A directory, and those below it. */
+  #directoriesIn(path: string): string[] {
+    if (this.stat(path)?.kind !== "directory") return [];
+    const names = this.disk.list(this.at(path));
+    return [path, ...names.flatMap((name) => this.#directoriesIn(`${path}/${name}`))];
   }
 
   /** Runs steps of which any may have been run before; afterwards all are durable. */
@@ -2735,7 +2767,7 @@ async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void
 //
 //   journal.json, and state.json does not name it       a commit was under way: go forward
 //   journal.json, and state.json names it               it is done; it can still be taken back
-//   rollback.json (journal.json, renamed)               a way back was under way: go back
+//   undo.json or rollback.json (journal.json, renamed)  a way back was under way: go back
 //
 // It is assumed of the file system that a rename happens whole or not at all.
 
@@ -2785,7 +2817,9 @@ export class Journal extends DeviceTree implements Disposable {
     const journal = new Journal(root, disk, lock);
     try {
       journal.#load();
-      if (journal.damaged.length === 0) await journal.#recover();
+      const { repairs = [] } = journal.#transaction ?? {};
+      const known = journal.damaged.every((path) => repairs.includes(path));
+      if (known) await journal.#recover();
       return journal;
     } catch (error) {
       journal[Symbol.dispose]();
@@ -2839,11 +2873,12 @@ export class Journal extends DeviceTree implements Disposable {
     const transaction: Transaction = {
       format: FORMAT,
       ...(await this.prepare(change)),
-      from: this.#state.installed ?? change.from ?? null,
+      before: { ...this.#state, installed: this.#state.installed ?? change.from ?? null },
       to: change.installed,
       digest: change.digest,
       check: change.check ?? null,
       restart: change.restart ?? null,
+      repairs: this.damaged,
     };
     const journal = this.at(`${OTA_DIR}/journal.json`);
     await writeSynced(this.disk, `${journal}.new`, JSON.stringify(transaction));
@@ -2854,7 +2889,7 @@ export class Journal extends DeviceTree implements Disposable {
       await this.disk.sync(this.at(OTA_DIR));
       await this.#finishCommit();
     } catch (error) {
-      await this.#rollBack().catch((second) => {
+      await this.#goBack("undo").catch((second) => {
         const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
         throw new OTAError(`${both}; what is left to do is done by the next command`);
       });
@@ -2904,7 +2939,7 @@ export class Journal extends DeviceTree implements Disposable {
    */
   async rollBack(): Promise<void> {
     if (!this.canRollBack) throw new OTAError(`${this.root} has no previous release to go back to`);
-    await this.#rollBack();
+    await this.#goBack("rollback");
   }
 
   async #finishCommit(): Promise<void> {
@@ -2923,27 +2958,26 @@ export class Journal extends DeviceTree implements Disposable {
     this.dropStaged();
   }
 
-  async #rollBack(): Promise<void> {
-    const { id, from, to, digest, back, restart } = this.#transaction!;
+  /** Goes back: `undo`, since a commit failed; `rollback`, since the release is bad. */
+  async #goBack(why: "undo" | "rollback"): Promise<void> {
+    const { id, before, to, digest, back, restart } = this.#transaction!;
     const journal = this.at(`${OTA_DIR}/journal.json`);
-    const rollback = this.at(`${OTA_DIR}/rollback.json`);
+    const marker = this.at(`${OTA_DIR}/${why}.json`);
     // The direction is marked by a rename, since a full disk has no room for more.
-    if (this.disk.stat(journal)) this.disk.rename(journal, rollback);
+    if (this.disk.stat(journal)) this.disk.rename(journal, marker);
     await this.disk.sync(this.at(OTA_DIR));
     await this.run(back);
     if (this.#state.journal === id) {
-      const failed = this.#state.failed.filter((release) => release.digest !== digest);
-      failed.push({ version: to.version, digest });
-      await this.#write({
-        ...this.#state,
-        installed: from,
-        journal: null,
-        trial: null,
-        failed: failed.slice(-FAILED_KEPT),
-        restart,
-      });
+      const others = this.#state.failed.filter((release) => release.digest !== digest);
+      const failed = [...others, { version: to.version, digest }].slice(-FAILED_KEPT);
+      const { installed } = before;
+      await this.#write(
+        why === "undo"
+          ? { ...before, journal: null }
+          : { ...this.#state, installed, journal: null, trial: null, failed, restart },
+      );
     }
-    this.disk.unlink(rollback);
+    this.disk.unlink(marker);
     await this.disk.sync(this.at(OTA_DIR));
     this.#transaction = undefined;
     this.#clean();
@@ -2958,7 +2992,7 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Removes journals that cannot be trusted, since the record beside them was damaged. */
   #forgetTransactions(): void {
-    for (const name of ["journal.json", "rollback.json"]) {
+    for (const name of ["journal.json", "undo.json", "rollback.json"]) {
       ifThere(() => this.disk.unlink(this.at(`${OTA_DIR}/${name}`)));
     }
     this.#transaction = undefined;
@@ -2974,6 +3008,7 @@ export class Journal extends DeviceTree implements Disposable {
   #load(): void {
     this.#state = this.#loadRecord("state.json", isState) ?? EMPTY;
     this.#transaction =
+      this.#loadRecord("undo.json", isTransaction) ??
       this.#loadRecord("rollback.json", isTransaction) ??
       this.#loadRecord("journal.json", isTransaction);
     this.damaged = this.disk
@@ -3001,18 +3036,23 @@ export class Journal extends DeviceTree implements Disposable {
   }
 
   async #recover(): Promise<void> {
-    if (this.disk.stat(this.at(`${OTA_DIR}/rollback.json`))) {
-      this.recovered = true;
-      await this.#rollBack();
-    } else if (this.#transaction && !this.canRollBack) {
-      this.recovered = true;
-      await this.#finishCommit();
-    } else this.#clean();
+    // What was cut off may not have made durable what we found.
+    if (this.#transaction) await this.disk.sync(this.at(OTA_DIR));
+    const way = (["undo", "rollback"] as const).find((why) => {
+      return this.disk.stat(this.at(`${OTA_DIR}/${why}.json`));
+    });
+    this.recovered = way !== undefined || (!!this.#transaction && !this.canRollBack);
+    if (way) await this.#goBack(way);
+    else if (this.recovered) await this.#finishCommit();
+    else this.#setRight();
   }
 
   async #write(state: State): Promise<void> {
-    await writeDurably(this.disk, this.at(`${OTA_DIR}/state.json`), JSON.stringify(state));
-    this.#state = state;
+    const path = this.at(`${OTA_DIR}/state.json`);
+    await writeSynced(this.disk, `${path}.new`, JSON.stringify(state));
+    this.disk.rename(`${path}.new`, path);
+    this.#state = state; // Whether or not that can be made durable.
+    await this.disk.sync(this.at(OTA_DIR));
   }
 
   /** Removes what no journal needs. Staged content stays while nothing was made of it. */

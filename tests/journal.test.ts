@@ -1059,12 +1059,12 @@ for (const links of [true, false]) {
   const kind = `${links ? "with" : "without"} hard links`;
   describe(`crash at every operation, ${kind}`, () => {
     for (const scenario of scenarios) {
-      test(scenario.name, () => tryCrashes(scenario, links, { again: 0.02, on: 0.15 }), TIMEOUT);
+      test(scenario.name, () => tryCrashes(scenario, links, { again: 0.02, on: 0.1 }), TIMEOUT);
     }
   });
   describe(`an operation fails, ${kind}`, () => {
     for (const scenario of scenarios) {
-      test(scenario.name, () => tryFaults(scenario, links, 0.15), TIMEOUT);
+      test(scenario.name, () => tryFaults(scenario, links, 0.12), TIMEOUT);
     }
     for (const scenario of scenarios.slice(0, 4)) {
       test(`full disk: ${scenario.name}`, () => tryCapacities(scenario, links), TIMEOUT);
@@ -1163,7 +1163,7 @@ function randomScenario(seed: number): Scenario {
 test(
   "random trees, random changes, random crashes and faults",
   async () => {
-    const end = performance.now() + 5000;
+    const end = performance.now() + 4000;
     for (let seed = SEED; performance.now() < end; seed++) {
       counts.trees++;
       const random = new Random(seed);
@@ -1367,11 +1367,11 @@ describe("staging", () => {
   test("a part is taken up where it ended, in another process", async () => {
     const { disk, journal } = await opened();
     const key = sha256("all of it");
-    expect(journal.part(key)).toEqual({ size: 0, etag: undefined });
+    expect(journal.part(key).size).toBe(0);
     journal.startPart(key, '"tag"');
     journal.appendPart(key, encode("all"));
     const later = await Journal.open(ROOT, disk.kill());
-    expect(later.part(key)).toEqual({ size: 3, etag: '"tag"' });
+    expect(later.part(key)).toMatchObject({ size: 3, etag: '"tag"' });
     expect(later.isStaged(key)).toBe(false);
     later.appendPart(key, encode(" of it"));
     await later.finishPart(key);

@@ -1333,8 +1333,8 @@ test("1000 random requests: no 5xx, no byte from outside, and the server goes on
   await Promise.all(Array.from({ length: 32 }, worker));
   expect(wrong).toEqual([]);
   // Many were answered in every way, else this would show nothing.
-  for (const status of [200, 206, 400, 404, 405]) {
-    expect([status, (statuses[status] ?? 0) > 3]).toEqual([status, true]);
+  for (const status of [200, 400, 404, 405]) {
+    expect([status, (statuses[status] ?? 0) > 20]).toEqual([status, true]);
   }
   expect(Object.values(statuses).reduce((sum, count) => sum + count)).toBeGreaterThan(500);
   expect(text((await send(server, "/notes.txt")).body)).toBe("notes");

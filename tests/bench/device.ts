@@ -221,8 +221,8 @@ async function compete(ways: Way[], rounds: number, isThere: IsThere): Promise<v
     way.peaks.push(weigh.length > 0 ? Number(fs.readFileSync(memory, "utf8")) * 1024 : NaN);
   });
   await inRounds(rounds, measures);
-  // System calls are counted apart, since that takes time.
-  for (const way of isThere("strace") ? ways : []) {
+  // System calls are counted apart, since that takes time; what only downloads makes none of these.
+  for (const way of isThere("strace") ? ways.filter(({ from }) => from !== undefined) : []) {
     await fresh(way);
     way.syncs = await countSyncs(way.command(device), device);
   }

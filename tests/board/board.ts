@@ -6,12 +6,8 @@
 // which leaves the interpreter for good; not one more line of Python runs. What a board would lose
 // then is lost too: of a file that was open for writing nothing is certain.
 import { join } from "node:path";
-import {
-  loadMicroPython,
-  type FileSystem,
-  type Stream,
-} from "@micropython/micropython-webassembly-pyscript";
-import { FixedHeap } from "./heap.ts";
+import { type FileSystem, type Stream } from "@micropython/micropython-webassembly-pyscript";
+import { FixedHeap, load } from "./heap.ts";
 import type { Link } from "./link.ts";
 
 /** How a start ended: Python ran to its end, or what took the power away. */
@@ -154,7 +150,7 @@ export class Board {
     };
     const [mp, heap] = options.heap
       ? await FixedHeap.load(settings)
-      : [await loadMicroPython(settings), undefined];
+      : [await load(settings), undefined];
     result.heap = heap;
     const { FS } = mp;
     this.#load(FS);
@@ -268,6 +264,7 @@ export class Board {
       read: FS.read,
       write: FS.write,
       rename: FS.rename,
+      stat: FS.stat,
       unlink: FS.unlink,
       mkdir: FS.mkdir,
       rmdir: FS.rmdir,
@@ -310,8 +307,13 @@ export class Board {
       if (stream.path?.endsWith("/.ota/manifest")) heap?.collect();
       return original.read(stream, buffer, offset, length, position);
     };
+    let looks = 0;
+    FS.stat = (path) => {
+      // Not while modules are imported: what the compiler works on is not on the stack of Python.
+      if (path.includes("/.ota/") && looks++ % 8 === 0) heap?.collect();
+      return original.stat(path);
+    };
     FS.rename = (from, to) => {
-      heap?.collect();
       step(`rename ${from} ${to}`);
       const top = (path: string) =>
         path.startsWith("/sd/") ? "/sd" : path.startsWith("/hw/") ? "/hw" : "";

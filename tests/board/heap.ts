@@ -11,16 +11,18 @@ import { loadMicroPython, type MicroPython } from "@micropython/micropython-weba
 type Options = Parameters<typeof loadMicroPython>[0];
 
 let latest: WebAssembly.Memory | undefined;
+let compiled: WebAssembly.Module | undefined;
 
-/** As loadMicroPython(), and remembers the memory of the interpreter for the functions below. */
+/** As loadMicroPython(); compiles it once only, and remembers its memory for the functions below. */
 export async function load(options: Options): Promise<MicroPython> {
   const original = WebAssembly.instantiate;
-  WebAssembly.instantiate = (async (...given: Parameters<typeof original>) => {
-    const result = await original(...given);
-    const instance = "instance" in result ? (result.instance as WebAssembly.Instance) : result;
+  const wrapped = async (bytes: ArrayBuffer, imports: Bun.WebAssembly.Imports) => {
+    compiled ??= await WebAssembly.compile(bytes);
+    const instance = new WebAssembly.Instance(compiled, imports);
     latest = instance.exports.memory as WebAssembly.Memory;
-    return result;
-  }) as typeof original;
+    return { instance, module: compiled };
+  };
+  WebAssembly.instantiate = wrapped as typeof original;
   try {
     return await loadMicroPython(options);
   } finally {
@@ -91,7 +93,7 @@ export class FixedHeap {
     const error = console.error;
     let heap: FixedHeap | undefined;
     console.error = () => {
-      if (heap?.#frozen) throw new OutOfMemory();
+      if (heap && heap.#frozen) throw new OutOfMemory();
     };
     try {
       const mp = await load(options);

@@ -13,7 +13,9 @@ export interface Ended {
 
 function spawn(args: readonly string[], cwd?: string) {
   const command = [process.execPath, OTA, ...args];
-  return Bun.spawn(command, { cwd, stdin: "ignore", stdout: "pipe", stderr: "pipe" });
+  // Nothing here takes longer; what hangs must not outlive the tests.
+  const limits = { timeout: 20_000, killSignal: "SIGKILL" } as const;
+  return Bun.spawn(command, { cwd, ...limits, stdin: "ignore", stdout: "pipe", stderr: "pipe" });
 }
 
 /** Runs a command to its end. */

@@ -235,10 +235,10 @@ export class Served implements AsyncDisposable {
 
   get requests(): Logged[] {
     return this.lines.map((line) => {
-      const found =
-        /^\S+ \S+ (?:device=(\S+) )?(\S+) (\S+) (\d+) (\d+) \S+ms(?: failed=(\S+))?$/.exec(line);
+      const found = /^\S+ \S+ (?:device=(\S+) )?(\S+) (\S+) (\d+) (\d+) \S+ms(.*)$/.exec(line);
       if (!found) throw new Error(`no line of a server's log: ${line}`);
-      const [, device, method = "", path = "", status, bytes, failed] = found;
+      const [, device, method = "", path = "", status, bytes, rest = ""] = found;
+      const failed = / failed=(\S+)/.exec(rest)?.[1];
       return { device, method, path, status: Number(status), bytes: Number(bytes), failed };
     });
   }
@@ -261,6 +261,28 @@ export function need(program: string): string {
     throw new Error(`this test needs ${program}, and it is not installed (apt-get install it)`);
   }
   return found;
+}
+
+/** What to put before a command so that a system call of one name goes wrong: see strace(1). */
+export function injecting(call: string, fault: string): string[] {
+  // With --seccomp-bpf, strace injects errors but no signals.
+  const options = ["-f", "-qq", "-o", "/dev/null", "-e", `trace=${call}`];
+  return [need("strace"), ...options, "-e", `inject=${call}:${fault}`];
+}
+
+/** Runs a command to its end and tells which of these system calls its first thread made. */
+export async function callsOf(
+  args: readonly string[],
+  calls: readonly string[],
+): Promise<string[]> {
+  using temp = new Temp();
+  const options = ["-f", "--seccomp-bpf", "-qq", "-s", "300", "-o", temp.at("calls")];
+  const prefix = [need("strace"), ...options, "-e", `trace=${calls.join(",")}`];
+  const { code, stderr } = await ota(args, { prefix });
+  if (code !== expectedCode) throw new Error(`ended with code ${code}: ${stderr}`);
+  const lines = readFileSync(temp.at("calls"), "utf8").trimEnd().split("\n");
+  const first = lines[0]?.split(" ")[0];
+  return lines.filter((line) => line.startsWith(`${first} `) && /^\d+ +\w+\(/.test(line));
 }
 
 /** A command for `sh -c`'s single quotes. */

@@ -128,10 +128,10 @@ def plan(state):
 def steps(state, what):
     with open(plan(state)) as f:
         for line in f:
-            step = line[:-1].split("\t")
-            if step[0] == "end":
+            if line == "end\n":
                 return
-            if step[0] in what:
+            if line[0] in what:
+                step = line[:-1].split("\t")
                 if not kind(parent(step[2])):
                     raise OSError(parent(step[2]) + " is not there: is the card in?")
                 yield step
