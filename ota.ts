@@ -2184,6 +2184,15 @@ function ifThere(remove: () => void): void {
   }
 }
 
+/** Tidies up. What fails here harms nothing, and is tried again when the root is next opened. */
+function tidy(clean: () => void): void {
+  try {
+    clean();
+  } catch {
+    // See above.
+  }
+}
+
 /** The whole of a small file, or `undefined` when it is not there. */
 function readText(disk: Disk, path: string): string | undefined {
   const stat = disk.stat(path);
@@ -2431,9 +2440,11 @@ export class DeviceFiles {
 
   /** Drops what an update staged and did not use. */
   dropStaged(): void {
-    for (const name of this.disk.list(this.at(STAGED))) {
-      this.disk.unlink(this.at(`${STAGED}/${name}`));
-    }
+    tidy(() => {
+      for (const name of this.disk.list(this.at(STAGED))) {
+        this.disk.unlink(this.at(`${STAGED}/${name}`));
+      }
+    });
   }
 
   /** @returns whether both names share one content, so that there is nothing to make durable */
@@ -3000,7 +3011,7 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** There is a good record again: what was set aside is of no more use. */
   #setRight(): void {
-    for (const path of this.damaged) ifThere(() => this.disk.unlink(this.at(path)));
+    for (const path of this.damaged) tidy(() => this.disk.unlink(this.at(path)));
     this.damaged = [];
     this.#clean();
   }
@@ -3058,10 +3069,12 @@ export class Journal extends DeviceTree implements Disposable {
   /** Removes what no journal needs. Staged content stays while nothing was made of it. */
   #clean(): void {
     const needed = this.#transaction && backupPath(this.#transaction.id);
-    for (const name of this.disk.list(this.at(OTA_DIR))) {
-      const path = `${OTA_DIR}/${name}`;
-      if (name.startsWith("backup-") && path !== needed) this.#removeAll(path);
-    }
+    tidy(() => {
+      for (const name of this.disk.list(this.at(OTA_DIR))) {
+        const path = `${OTA_DIR}/${name}`;
+        if (name.startsWith("backup-") && path !== needed) this.#removeAll(path);
+      }
+    });
   }
 
   #removeAll(directory: string): void {

@@ -398,13 +398,15 @@ describe("no space", () => {
   });
 
   test("while committing, at whatever point it ends", async () => {
+    // So many that the journal and the record need several pages.
+    const many = Array.from({ length: 80 }, (_, i) => [`sd/many/${i}`, `${i}`] as const);
     let failures = 0;
-    for (let pages = 0; pages < 7; pages++) {
+    for (let pages = 0; pages < 10; pages++) {
       using temp = new Temp();
-      using mount = new Mount(temp.at("mount"), "size=800k");
+      using mount = new Mount(temp.at("mount"), "size=2m");
       using device = new Device(temp.at("mount/device"));
       const last = Buffer.alloc(9000, "last");
-      const put = { ...V2, "sd/last.bin": last };
+      const put = { ...V2, ...Object.fromEntries(many), "sd/last.bin": last };
       const filler = temp.at("mount/filler");
       await using full = await Double.start(async (asked, connection) => {
         if (asked.path !== "/content/sd/last.bin") {
@@ -434,7 +436,7 @@ describe("no space", () => {
       rmSync(filler);
       await device.expectNextSucceeds();
     }
-    expect(failures).toBeGreaterThan(1);
+    expect(failures).toBeWithin(2, 10);
   });
 });
 
@@ -497,9 +499,9 @@ describe("no permission", () => {
       chmodSync(`${device.root}/.ota`, 0o555);
       const { code, stdout, stderr } = await asNobody(device, command);
       expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
-      expect(stderr).toStartWith("ota.ts: ");
-      expect(stderr).toContain(device.root);
-      expect(stderr).not.toContain("at async");
+      expect(stderr).toMatch(/^ota\.ts: .*permission/im);
+      expect(stderr).not.toContain("fetched");
+      expect(stderr).not.toMatch(/^ +at /m);
     }
     device.expectOn1();
     chmodSync(`${device.root}/.ota`, 0o755);
@@ -614,17 +616,14 @@ describe("records of the updater", () => {
         expect(rollback.code).toBe(1);
         device.expectOn1();
 
-        const { code, last } = await device.client(["--repair"]);
-        expect({ code, last: last.replace(/ \(.*/, "") }).toEqual({
-          code: 0,
-          last: "updated 1.0.0 -> 1.0.1",
-        });
-        const found = readTree(device.root);
-        // What was installed is not known where the record is gone, so all else stays.
-        for (const [file, content] of Object.entries(TREE_2)) expect(found[file]).toBe(content);
-        expect((await device.status()).version).toBe("1.0.1");
+        await using old = await Served.start(fleet.at("releases"), { latest: "1.0.0" });
+        layTree(device.root, { "flash/main.py": "scribbled" });
+        const { code, last } = await ota(device.args(["--repair"], old));
+        expect(code).toBe(0);
+        expect(last).toContain("1.0.0");
+        device.expectOn1();
         expect(otaFiles(device.root).filter((file) => file.includes("corrupt"))).toEqual([]);
-        expect((await device.client()).last).toBe("up to date 1.0.1");
+        await device.expectNextSucceeds();
       });
     }
   }

@@ -163,7 +163,11 @@ export class Board {
       `os.chdir(${JSON.stringify(this.home || "/")})`,
       `del sys, os`,
     ].join("\n");
-    const job = [...(options.boot !== false ? [`execfile("${this.home}/boot.py")`] : []), code];
+    const job = [
+      ...(options.boot !== false ? [`execfile("${this.home}/boot.py")`] : []),
+      ...(heap ? [`open("/dev/collect", "wb").write(b"x")`] : []),
+      code,
+    ];
     FS.writeFile("/stand/job.py", job.join("\n"));
     try {
       mp.runPython(setup);
@@ -181,11 +185,11 @@ export class Board {
     return result;
   }
 
-  /** Starts the board until it stays up; returns all that was printed. */
-  async settle(limit = 8): Promise<string[]> {
+  /** Starts the board until it stays up, and runs `code` then; returns all that was printed. */
+  async settle(code = "", limit = 8): Promise<string[]> {
     const output: string[] = [];
     for (let i = 0; i < limit; i++) {
-      const { end, output: lines, error } = await this.start();
+      const { end, output: lines, error } = await this.start(code);
       output.push(...lines, ...(error ? [error] : []));
       if (end === "done") return output;
     }
@@ -349,6 +353,12 @@ export class Board {
     device("/dev/freeze", {
       write: (_stream, _buffer, _offset, length) => {
         heap?.freeze();
+        return length;
+      },
+    });
+    device("/dev/collect", {
+      write: (_stream, _buffer, _offset, length) => {
+        heap?.collect();
         return length;
       },
     });

@@ -20,6 +20,8 @@ export interface Weather {
 
 export class Link {
   weather: Weather = {};
+  /** Changes a request on the way; the head comes whole. */
+  rewrite?: ((request: string) => string) | undefined;
   /** The first line of every request. */
   readonly requests: string[] = [];
   #worker = new Worker(new URL("./link-worker.ts", import.meta.url).href);
@@ -27,6 +29,7 @@ export class Link {
   #data: Uint8Array;
   #inbox: Uint8Array = new Uint8Array(0);
   #total = 0;
+  #head = "";
   #line = "";
 
   constructor(public port: number) {
@@ -49,22 +52,23 @@ export class Link {
   open(): boolean {
     this.#inbox = new Uint8Array(0);
     this.#total = 0;
-    this.#line = "";
+    this.#head = this.#line = "";
     return this.#ask({ do: "open", port: this.port }) === 0;
   }
 
   send(bytes: Uint8Array): void {
-    if (!this.#line.includes("\r\n")) {
-      this.#line += new TextDecoder().decode(bytes);
-      if (this.#line.includes("\r\n")) this.requests.push(this.#line.split("\r\n")[0]!);
-    }
-    this.#ask({ do: "send", bytes: bytes.slice() });
+    this.#head += new TextDecoder().decode(bytes);
+    if (!this.#head.endsWith("\r\n\r\n")) return;
+    this.#line = this.#head.split("\r\n")[0]!;
+    this.requests.push(this.#line);
+    const head = this.rewrite?.(this.#head) ?? this.#head;
+    this.#ask({ do: "send", bytes: new TextEncoder().encode(head) });
+    this.#head = "";
   }
 
   /** The next piece, empty at the end of the connection; undefined when none comes. */
   receive(): Uint8Array | undefined {
-    const line = this.#line.split("\r\n")[0]!;
-    const weather = !this.weather.only || this.weather.only.test(line) ? this.weather : {};
+    const weather = !this.weather.only || this.weather.only.test(this.#line) ? this.weather : {};
     const cut = weather.cutAfter ?? Infinity;
     const silent = weather.silentAfter ?? Infinity;
     if (this.#total >= silent) return undefined;

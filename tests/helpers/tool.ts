@@ -274,6 +274,7 @@ export function injecting(call: string, fault: string): string[] {
 export async function callsOf(
   args: readonly string[],
   calls: readonly string[],
+  expectedCode = 0,
 ): Promise<string[]> {
   using temp = new Temp();
   const options = ["-f", "--seccomp-bpf", "-qq", "-s", "300", "-o", temp.at("calls")];
