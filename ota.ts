@@ -223,8 +223,8 @@ export interface Manifest {
   version: string;
 }
 
-/** What a device asks for, as query parameters of `GET /manifest.json`. Unknown ones are kept. */
-export interface ManifestQuery extends Record<string, string | undefined> {
+/** What a device asks for, as query parameters of `GET /manifest.json`. */
+export interface ManifestQuery {
   /** The release the device is on; absent or empty: it has nothing. */
   current_ver?: string;
   /** The firmware it runs; empty: none that it knows of; absent: an old board that never says. */
@@ -235,6 +235,13 @@ export interface ManifestQuery extends Record<string, string | undefined> {
   hash?: string;
   /** Echoed as `request_id`. */
   reqid?: string;
+  /** The device's name. */
+  devid?: string;
+  /** Its WiFi address, by which older boards name themselves. */
+  wmac?: string;
+  /** A release that it took back. */
+  failed?: string;
+  token?: string;
 }
 
 /** The file in which a device keeps its version for its own code. No release contains it. */
@@ -466,16 +473,24 @@ function percentDecode(text: string): string {
   }
 }
 
-/** Reads a query string (without `?`); of a parameter sent twice the first counts. */
+/**
+ * Reads a query string (without `?`). Of a parameter sent twice the first counts; unknown ones,
+ * which devices in the field do send, are dropped.
+ */
 export function parseQuery(search: string): ManifestQuery {
-  const query: ManifestQuery = Object.create(null);
+  const query: ManifestQuery = {};
   for (const pair of search.split("&")) {
     const at = pair.indexOf("=");
-    const name = percentDecode(at < 0 ? pair : pair.slice(0, at));
-    query[name] ??= at < 0 ? "" : percentDecode(pair.slice(at + 1));
+    const name = (at < 0 ? pair : pair.slice(0, at)) as keyof ManifestQuery;
+    if (PARAMETERS.has(name)) query[name] ??= at < 0 ? "" : percentDecode(pair.slice(at + 1));
   }
   return query;
 }
+
+const PARAMETERS: ReadonlySet<keyof ManifestQuery> = new Set([
+  ...(["current_ver", "firmware_ver", "base", "hash", "reqid"] as const),
+  ...(["devid", "wmac", "failed", "token"] as const),
+]);
 
 /** A path for a URL: every part percent-encoded, the slashes kept. */
 function encodePath(path: string): string {
@@ -1052,6 +1067,38 @@ interface Decision {
   version: string;
 }
 
+/** Bytes by key, up to a budget; what was not used for longest goes first. */
+class ByteCache {
+  readonly #kept = new Map<string, Uint8Array<ArrayBuffer>>();
+  #size = 0;
+
+  constructor(private readonly budget: number) {}
+
+  get(key: string): Uint8Array<ArrayBuffer> | undefined {
+    const bytes = this.#kept.get(key);
+    if (bytes) {
+      this.#kept.delete(key);
+      this.#kept.set(key, bytes);
+    }
+    return bytes;
+  }
+
+  set(key: string, bytes: Uint8Array<ArrayBuffer>): void {
+    this.#drop(key);
+    this.#kept.set(key, bytes);
+    this.#size += bytes.byteLength;
+    for (const oldest of this.#kept.keys()) {
+      if (this.#size <= this.budget) break;
+      this.#drop(oldest);
+    }
+  }
+
+  #drop(key: string): void {
+    this.#size -= this.#kept.get(key)?.byteLength ?? 0;
+    this.#kept.delete(key);
+  }
+}
+
 /** The most that is kept of manifests, in characters. */
 const MANIFEST_BUDGET = 16 * 1024 * 1024;
 
@@ -1066,6 +1113,9 @@ export class Releases extends ReleaseIndex {
   /** The two parts of a manifest around what is echoed, by what they depend on. */
   #manifests = new Map<string, [head: string, tail: string]>();
   #manifestSize = 0;
+  /** Whole manifests, of those that many devices get. */
+  #whole = new ByteCache(MANIFEST_BUDGET);
+  #byName = new Map<string, Release>();
   #byVersion = new Map<string, Release>();
 
   /**
@@ -1093,6 +1143,8 @@ export class Releases extends ReleaseIndex {
     if (different) {
       this.#manifests.clear();
       this.#manifestSize = 0;
+      this.#whole = new ByteCache(MANIFEST_BUDGET);
+      this.#byName = new Map(this.versions.map((release) => [release.name, release]));
       this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
     }
     return different;
@@ -1100,7 +1152,7 @@ export class Releases extends ReleaseIndex {
 
   /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
   find(name: string): Release | undefined {
-    return this.#byVersion.get(new LooseVersion(name).key);
+    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
   }
 
   /**
@@ -1124,18 +1176,31 @@ export class Releases extends ReleaseIndex {
     };
   }
 
-  /** `manifestFor` as compact JSON; what does not depend on the single device is made once. */
+  /** `manifestFor` as compact JSON. */
   manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
+    return new TextDecoder().decode(this.manifestBytes(query, base, suffix));
+  }
+
+  /** The same in UTF-8. What does not depend on the single device is made once. */
+  manifestBytes(query: ManifestQuery, base: string, suffix = ""): Uint8Array<ArrayBuffer> {
     const decision = this.#decide(query);
-    if (!decision) return "null";
+    if (!decision) return utf8("null");
     const { target, has, full, image, version } = decision;
-    const key = [query.hash === "sha256", base, suffix, has?.name, full, image?.name, version];
-    const known = target && this.#manifests.get(key.join("\n"));
+    const parts = [query.hash === "sha256", base, suffix, has?.name, full, image?.name, version];
+    const key = parts.join("\n");
+    // Most devices name their version as the directory is named.
+    const isPlain =
+      has !== undefined && has.name === query.current_ver && query.reqid === undefined;
+    const whole = isPlain ? this.#whole.get(key) : undefined;
+    if (whole) return whole;
+    const known = target && this.#manifests.get(key);
     const [head, tail] = known ?? this.#stringify(decision, query, base, suffix);
-    if (target && !known) this.#keep(key.join("\n"), [head, tail]);
+    if (target && !known) this.#keep(key, [head, tail]);
     const request = query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`;
     const previous = JSON.stringify(query.current_ver || "0");
-    return `${head}"previous_version":${previous},${request}${tail}`;
+    const bytes = utf8(`${head}"previous_version":${previous},${request}${tail}`);
+    if (isPlain) this.#whole.set(key, bytes);
+    return bytes;
   }
 
   #stringify(
@@ -1161,10 +1226,12 @@ export class Releases extends ReleaseIndex {
 
   #decide(query: ManifestQuery): Decision | null {
     const current = query.current_ver ?? "";
+    const known = this.find(current);
+    const device = known?.version ?? new LooseVersion(current);
     const newest = this.versions.at(-1);
-    const target = newest && newest.version.compare(current) > 0 ? newest : undefined;
+    const target = newest && newest.version.compare(device) > 0 ? newest : undefined;
     const highest = this.firmware.at(-1);
-    const isNewer = highest && highest.version.compare(query.firmware_ver ?? current) > 0;
+    const isNewer = highest && highest.version.compare(query.firmware_ver ?? device) > 0;
     const image = isNewer ? highest : undefined;
     if (!target) {
       // A device that does not say which firmware it runs would flash the same image for ever, or
@@ -1174,7 +1241,6 @@ export class Releases extends ReleaseIndex {
       const version = query.firmware_ver === undefined ? image.name : current || "0";
       return { target, has: undefined, full: false, image, version };
     }
-    const known = this.find(current);
     const full = !!query.base && query.base.toLowerCase() !== known?.digest;
     return { target, has: full ? undefined : known, full, image, version: target.name };
   }
@@ -1408,38 +1474,6 @@ export function acceptedEncodings(header: string | null): Set<Encoding> {
 export function availableDictionary(header: string | null): string | undefined {
   const base64 = /^:([A-Za-z0-9+/]{43}=):$/.exec(header?.trim() ?? "")?.[1];
   return base64 === undefined ? undefined : Buffer.from(base64, "base64").toString("hex");
-}
-
-/** Bytes by key, up to a budget; what was not used for longest goes first. */
-class ByteCache {
-  readonly #kept = new Map<string, Uint8Array<ArrayBuffer>>();
-  #size = 0;
-
-  constructor(private readonly budget: number) {}
-
-  get(key: string): Uint8Array<ArrayBuffer> | undefined {
-    const bytes = this.#kept.get(key);
-    if (bytes) {
-      this.#kept.delete(key);
-      this.#kept.set(key, bytes);
-    }
-    return bytes;
-  }
-
-  set(key: string, bytes: Uint8Array<ArrayBuffer>): void {
-    this.#drop(key);
-    this.#kept.set(key, bytes);
-    this.#size += bytes.byteLength;
-    for (const oldest of this.#kept.keys()) {
-      if (this.#size <= this.budget) break;
-      this.#drop(oldest);
-    }
-  }
-
-  #drop(key: string): void {
-    this.#size -= this.#kept.get(key)?.byteLength ?? 0;
-    this.#kept.delete(key);
-  }
 }
 
 /** Content shorter than this is not worth the header that says how it is coded. */
@@ -1710,10 +1744,12 @@ function logLine(
 class Metrics {
   readonly #counts = new Map<string, number>();
 
-  /** Adds to a counter, `name{labels}`. */
-  add(name: string, labels: Record<string, string | number>, amount = 1): void {
-    const pairs = Object.entries(labels).map(([label, value]) => `${label}="${value}"`);
-    const key = pairs.length > 0 ? `${name}{${pairs.join(",")}}` : name;
+  /**
+   * Adds to a counter.
+   *
+   * @param key its name, with labels: `ota_requests_total{status="200"}`
+   */
+  add(key: string, amount = 1): void {
     this.#counts.set(key, (this.#counts.get(key) ?? 0) + amount);
   }
 
@@ -1869,6 +1905,7 @@ class Service {
   readonly #key: KeyObject | undefined;
   readonly #metrics = new Metrics();
   readonly #contents = new ByteCache(CONTENT_BUDGET);
+  readonly #reading = new Map<string, Promise<Uint8Array<ArrayBuffer> | undefined>>();
   readonly #encoder = new Encoder();
 
   constructor(
@@ -1886,9 +1923,9 @@ class Service {
     const { path, query, length } = this.#target(request.url);
     const finish = (answer: Answer): Response => {
       const size = request.method === "HEAD" ? 0 : answer.size;
-      this.#metrics.add("ota_requests_total", { status: answer.status });
-      this.#metrics.add("ota_sent_bytes_total", {}, size);
-      if (answer.coding) this.#metrics.add("ota_saved_bytes_total", {}, answer.coding.saved);
+      this.#metrics.add(`ota_requests_total{status="${answer.status}"}`);
+      this.#metrics.add("ota_sent_bytes_total", size);
+      if (answer.coding) this.#metrics.add("ota_saved_bytes_total", answer.coding.saved);
       const taken = performance.now() - started;
       this.options.log?.(logLine(request.method, path, query, address, answer, size, taken));
       return toResponse(request.method, answer);
@@ -1953,27 +1990,27 @@ class Service {
     const withToken = token !== undefined && this.options.token !== undefined;
     const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
     const base = this.#base ?? `${this.#scheme}://${host}`;
-    const json = this.releases.manifestJSON(query, base, suffix);
-    const newest = json === "null" ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
+    const bytes = this.releases.manifestBytes(query, base, suffix);
+    const newest =
+      bytes.byteLength === 4 ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
     const from = Metrics.label(this.releases, current_ver);
-    this.#metrics.add("ota_manifests_total", { from, to: newest });
+    this.#metrics.add(`ota_manifests_total{from="${from}",to="${newest}"}`);
     if (query.failed) {
       const version = Metrics.label(this.releases, query.failed);
-      this.#metrics.add("ota_failures_total", { version });
+      this.#metrics.add(`ota_failures_total{version="${version}"}`);
     }
-    const answer = content("application/json", utf8(json));
+    const answer = content("application/json", bytes);
     answer.headers["Cache-Control"] = "no-store";
-    if (this.#key) answer.headers[SIGNATURE_HEADER] = signManifest(json, reqid, this.#key);
+    if (this.#key) answer.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
     const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
     const [encoding] = (["zstd", "gzip"] as const).filter((name) => accepted.has(name));
     if (!encoding || answer.size < MIN_CODED) return answer;
-    const bytes = answer.body as Uint8Array<ArrayBuffer>;
     // One with a request id is nobody else's: it is coded fast, and not kept.
     const coded = query.reqid
-      ? encodeContent(encoding, bytes, undefined, FAST)
+      ? encodeContent(encoding, bytes, undefined, FAST).catch(() => undefined)
       : this.#encoder.encode(encoding, sha256(bytes), bytes);
     return Promise.resolve(coded).then((body) => {
-      if (!body) return answer;
+      if (!body || body.byteLength >= bytes.byteLength) return answer;
       const coding = { encoding, saved: bytes.byteLength - body.byteLength };
       const headers = { ...answer.headers, "Content-Encoding": encoding };
       return { ...answer, headers, body, size: body.byteLength, coding };
@@ -1995,6 +2032,7 @@ class Service {
   #file(request: Request, file: ServedFile): Answer | Promise<Answer> {
     const { sha256: key, size, etag } = file;
     if (key === undefined || size > MAX_CHECKED) {
+      if (!isReal(file.file)) return this.#changing();
       // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
       const part = (start: number, end: number) => Bun.file(file.file).slice(start, end);
       const answer = select(request, file, { encoding: "identity", etag, size, part });
@@ -2003,7 +2041,7 @@ class Service {
       return answer;
     }
     const send = (bytes: Uint8Array<ArrayBuffer> | undefined) => {
-      if (!bytes) return plain(503, "changing just now", { "Retry-After": "2" });
+      if (!bytes) return this.#changing();
       const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
       if (accepted.size === 0) return select(request, file, represent("identity", etag, bytes));
       return this.#smallest(request.headers, accepted, key, bytes).then(
@@ -2039,16 +2077,37 @@ class Service {
     return { encoding, tag: encoding === "identity" ? "" : `-${encoding}${delta}`, coded: bytes };
   }
 
-  /** Reads content whole; `undefined` when it is not what was indexed. */
-  async #read(file: string, key: string): Promise<Uint8Array<ArrayBuffer> | undefined> {
-    const bytes = await fs.promises.readFile(file).catch(() => undefined);
-    if (!bytes || sha256(bytes) !== key) {
-      this.onMismatch();
-      return undefined;
-    }
-    const content = new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-    this.#contents.set(key, content);
-    return content;
+  /** The answer while content on disk is other than indexed. */
+  #changing(): Answer {
+    this.onMismatch();
+    return plain(503, "changing just now", { "Retry-After": "2" });
+  }
+
+  /** Reads content whole, once however many ask; `undefined` when it is not what was indexed. */
+  #read(file: string, key: string): Promise<Uint8Array<ArrayBuffer> | undefined> {
+    const running = this.#reading.get(key);
+    if (running) return running;
+    const reading = fs.promises
+      .readFile(file)
+      .then((bytes) => {
+        if (sha256(bytes) !== key) return undefined;
+        const content = new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+        this.#contents.set(key, content);
+        return content;
+      })
+      .catch(() => undefined)
+      .finally(() => this.#reading.delete(key));
+    this.#reading.set(key, reading);
+    return reading;
+  }
+}
+
+/** Whether a file is where it was found, and not behind a link that came since. */
+function isReal(file: string): boolean {
+  try {
+    return fs.realpathSync(file) === file;
+  } catch {
+    return false;
   }
 }
 

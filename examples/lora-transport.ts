@@ -163,7 +163,7 @@ function packReply(data: Omit<Data, "body">, body: Uint8Array): Uint8Array {
 /** Why there is no body: `! again pause message`. */
 function packFailure(error: unknown): Uint8Array {
   const { retry, pause } =
-    error instanceof TransferError ? error : { retry: error instanceof OTAError, pause: 0 };
+    error instanceof TransferError ? error : new TransferError(String(error), true);
   const message = error instanceof Error ? error.message : String(error);
   return Buffer.from(`! ${Number(retry)} ${pause} ${message.replaceAll("\n", " ")}\n`);
 }
@@ -250,7 +250,9 @@ export class Gateway implements Disposable {
     if (datagram?.kind !== ASK && datagram?.kind !== MORE) return;
     const { kind, id, a: round, b, rest } = datagram;
     const key = `${device} ${id}`;
-    const exchange = this.#exchanges.get(key) ?? { round: 0, request: new Map(), isAsked: false };
+    const known = this.#exchanges.get(key);
+    if (!known && kind === MORE) return;
+    const exchange: Exchange = known ?? { round: 0, request: new Map(), isAsked: false };
     this.#exchanges.delete(key);
     this.#exchanges.set(key, exchange);
     if (this.#exchanges.size > MAX_EXCHANGES) {
@@ -426,7 +428,9 @@ export class LoraOTA extends OTA {
     }
     const { address, port } = this.#gateway;
     const [times, seconds] = [this.#tries, (this.#tries * this.#wait).toFixed(1)];
-    const silence = `the gateway at ${address}:${port} is silent: asked ${times} times for ${path} in ${seconds} s`;
+    const silence =
+      `the gateway at ${address}:${port} is silent: ` +
+      `asked it ${times} times in ${seconds} s for ${path}`;
     // Who was never heard is not there, or not in reach: OTA need not try five times as often.
     const hint = this.#hasHeard ? "" : "; is it running, and in reach?";
     throw new TransferError(silence + hint, this.#hasHeard);
@@ -654,21 +658,24 @@ function tell(title: string, { up, down }: Measured): void {
   console.log(`  ${title.padEnd(32)} up ${columns[0]}   down ${columns[1]}`);
 }
 
-function probability(text: string): number {
-  const number = Number(text);
-  if (text !== "" && number >= 0 && number < 1) return number;
-  throw new OTAError(`--loss expects a number from 0 to below 1, found ${text}`, 2);
+const USAGE = "usage: bun examples/lora-transport.ts [--loss 0…0.9] [--seed N]";
+
+/** @throws {OTAError} when they are wrong */
+function readArguments(): { loss: number; seed: number } {
+  const loss = { type: "string", default: "0" } as const;
+  const seed = { type: "string", default: "1" } as const;
+  try {
+    const { values } = parseArgs({ options: { loss, seed } });
+    const found = { loss: Number(values.loss), seed: Number(values.seed) };
+    if (found.loss >= 0 && found.loss <= 0.9 && Number.isInteger(found.seed)) return found;
+  } catch {
+    // Told below.
+  }
+  throw new OTAError(USAGE, 2);
 }
 
 async function main(): Promise<void> {
-  const { values } = parseArgs({
-    options: {
-      loss: { type: "string", default: "0" },
-      seed: { type: "string", default: "1" },
-    },
-  });
-  const loss = probability(values.loss);
-  const seed = Number(values.seed);
+  const { loss, seed } = readArguments();
   const report: OTAOptions["report"] = (event) => {
     if (event.kind === "fetched") console.log(`  fetched ${event.path} (${event.size} bytes)`);
     if (event.kind === "note") console.log(`  ${event.text}`);

@@ -465,8 +465,9 @@ describe("extras, for a device that asks", () => {
   });
 
   test("a query is decoded, a + stays a +, and of two the first counts", () => {
-    const query = parseQuery("current_ver=1.0%2e1+b%20c&current_ver=2&a&b=%zz&reqid=x=y");
-    expect({ ...query }).toEqual({ current_ver: "1.0.1+b c", a: "", b: "%zz", reqid: "x=y" });
+    const query = parseQuery("current_ver=1.0%2e1+b%20c&current_ver=2&hash&base=%zz&reqid=x=y&a=b");
+    const expected = { current_ver: "1.0.1+b c", hash: "", base: "%zz", reqid: "x=y" };
+    expect({ ...query }).toEqual(expected);
   });
 });
 

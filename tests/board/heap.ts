@@ -68,6 +68,8 @@ def _memo():
     gc.collect()
 `;
 
+const OUTSIDE = 8 * 1024;
+
 export class OutOfMemory extends Error {
   override name = "OutOfMemory";
 }
@@ -85,7 +87,10 @@ export class FixedHeap {
   #grow = WebAssembly.Memory.prototype.grow;
   #memo = 0;
 
-  /** Loads an interpreter whose heap is `size` bytes and stays so. */
+  /**
+   * Loads an interpreter that has `heapsize` bytes and no more. A part of them stays outside the
+   * heap, since here even listing a directory takes memory from there.
+   */
   static async load(options: Options & { heapsize: number }): Promise<[MicroPython, FixedHeap]> {
     depthAt ??= await findDepth();
     // What Emscripten does when it gets no memory is to say so on the console, from where the call
@@ -93,10 +98,10 @@ export class FixedHeap {
     const error = console.error;
     let heap: FixedHeap | undefined;
     console.error = () => {
-      if (heap && heap.#frozen) throw new OutOfMemory();
+      if (heap && heap.#frozen) throw new OutOfMemory("the heap is full");
     };
     try {
-      const mp = await load(options);
+      const mp = await load({ ...options, heapsize: options.heapsize - OUTSIDE });
       heap = new FixedHeap(mp);
       return [mp, heap];
     } finally {
@@ -121,10 +126,12 @@ export class FixedHeap {
   /** Takes all memory outside the heap away. */
   freeze(): void {
     this.#reserve = this.#mp._module._malloc(256);
+    const outside = this.#mp._module._malloc(OUTSIDE);
     WebAssembly.Memory.prototype.grow = () => {
       throw new RangeError("this heap does not grow");
     };
     for (let size = 1 << 26; size >= 32;) if (this.#mp._module._malloc(size) === 0) size >>= 1;
+    this.#mp._module._free(outside);
     this.#frozen = true;
   }
 

@@ -39,6 +39,7 @@ def kind(path):
 HOME = "/flash" if kind("/flash") else ""  # where /flash of a release goes
 CARD = "/sd"
 STATE = HOME + "/.ota/state"
+VERSION_FILE = HOME + "/OTA_VERSION.py"
 
 
 def store(path, part):
@@ -119,6 +120,16 @@ def save(state):
     sync()
     move(STATE + ".new", STATE)
     sync()
+
+
+def version():
+    """The release on this board, "" if that is not known."""
+    try:
+        with open(VERSION_FILE) as f:
+            parts = f.read(200).replace('"', "'").split("'")
+    except OSError:
+        return ""
+    return parts[1] if len(parts) > 2 else ""
 
 
 def plan(state):

@@ -1,0 +1,247 @@
+# Stages an update: asks for the manifest, gets what is new in it, and writes the
+# plan that ota_boot.py carries out. OTA.update() uses this, and loads it only then.
+
+import gc
+import time
+
+try:
+    import ubinascii as binascii
+    import uos as os
+except ImportError:
+    import binascii
+    import os
+
+import ota_boot
+from ota_boot import CARD, HOME, VERSION_FILE, kind
+from ota_manifest import (
+    MANIFEST,
+    base_of,
+    check,
+    digest,
+    entries,
+    expected,
+    listed,
+    local,
+    release_name,
+    request_path,
+)
+
+TRIES = 3  # for each file
+LONGEST_MANIFEST = 256 * 1024
+
+
+def limited(take, most):
+    left = most
+
+    def piece(data):
+        nonlocal left
+        left -= len(data)
+        if left < 0:
+            raise OSError("more than the promised %d bytes" % most)
+        take(data)
+
+    return piece
+
+
+def stage(ota, state):
+    # Puts everything in place; returns the state that ota_boot.install() works
+    # from and the function that switches the firmware, or None and None.
+    try:
+        return prepare(ota, state)
+    finally:
+        if kind(MANIFEST):
+            os.remove(MANIFEST)
+
+
+def prepare(ota, state):
+    gc.collect()
+    current = ota.version()
+    if not release_name(current):
+        current = ""
+    other = find_slot()
+    ask(ota, state, current, other)
+    offer = check(current)
+    if not offer:
+        print("OTA: nothing newer than", current)
+        return None, None
+    version = offer["version"]
+    if version == state.get("failed") and offer["mark"] == state.get("mark"):
+        print("OTA: %s failed here before" % version)
+        return None, None
+    print("OTA: %s -> %s" % (current, version))
+    new = {
+        "phase": "apply",
+        "set": "b" if state.get("set") == "a" else "a",
+        "version": version,
+        "mark": offer["mark"],
+        "firmware": state.get("firmware"),
+        "firmware_before": state.get("firmware"),
+    }
+    wanted = offer["wanted"]
+    ota_boot.sweep(
+        # What is staged stays, for an update that was cut short is tried again.
+        lambda part, name: (
+            part == state.get("set") or name[-2:] == ".n" and int(name[:7], 16) in wanted
+        )
+    )
+    changes = write_plan(ota, new)
+    firmware = offer.get("firmware")
+    if firmware and other:
+        get_firmware(ota, state, new, firmware, other)
+        return new, other.switch
+    if firmware:
+        print("OTA: this board takes no firmware over the air")
+    if not changes:
+        print("OTA: everything is as in", version)
+        return None, None
+    return new, None
+
+
+def find_slot():
+    # None on a board whose firmware does not change over the air.
+    try:
+        from ota_slot import Slot
+
+        return Slot()
+    except (ImportError, AttributeError, OSError):
+        return None
+
+
+def ask(ota, state, current, other):
+    query = "/manifest.json?hash=sha256"
+    for key, value in (
+        ("current_ver", current or None),
+        ("firmware_ver", state.get("firmware", "") if other else None),
+        ("failed", state.get("failed")),
+    ):
+        if value is not None:
+            query += "&%s=%s" % (key, value.replace("+", "%2B"))
+    try:
+        import machine
+
+        query += "&devid=" + binascii.hexlify(machine.unique_id()).decode()
+    except (ImportError, AttributeError):
+        pass
+    ota_boot.makedirs(MANIFEST)
+    fetch(ota, query, MANIFEST, LONGEST_MANIFEST)
+
+
+def write_plan(ota, new):
+    # Writes the plan and stages what it needs; returns the number of steps.
+    plan = ota_boot.plan(new)
+    ota_boot.makedirs(plan)
+    count = 0
+    with open(plan, "w") as f:
+        for key, item in entries():
+            if key == "delete":
+                path = local(item)
+                if kind(path) == 1 and path != VERSION_FILE:
+                    base = base_of(path, "", new["set"])
+                    ota_boot.makedirs(base)
+                    f.write("D\t%s\t%s\n" % (path, base))
+                    count += 1
+            elif key == "new" or key == "update":
+                in_the_way(local(item["dst_path"]))
+        for key, item in entries():
+            if key == "new" or key == "update":
+                path = local(item["dst_path"])
+                want, sort = expected(item)
+                if path != VERSION_FILE and digest(path, sort) != want:
+                    base = base_of(path, want, new["set"])
+                    get_file(ota, item, path, base)
+                    f.write("%s\t%s\t%s\n" % ("R" if kind(path) == 1 else "A", path, base))
+                    count += 1
+        if new["version"] not in (ota.version(), "0"):
+            base = base_of(VERSION_FILE, "", new["set"])
+            with open(base + ".n", "w") as v:
+                v.write("VERSION = '%s'\n" % new["version"])
+            f.write("%s\t%s\t%s\n" % ("R" if kind(VERSION_FILE) else "A", VERSION_FILE, base))
+            count += 1
+        f.write("end\n")
+    return count
+
+
+def in_the_way(path):
+    # A file where path needs a directory, or the other way round, must be one
+    # that this update deletes.
+    at = path.find("/", 1)
+    while at > 0:
+        if kind(path[:at]) == 1 and not listed(path[:at], "delete"):
+            raise ValueError("%s needs a directory at %s, a file" % (path, path[:at]))
+        at = path.find("/", at + 1)
+    if kind(path) == 2:
+        for name in os.listdir(path) or (".",):
+            deleted(path + "/" + name)
+
+
+def deleted(path):
+    if kind(path) == 2 and path[-2:] != "/.":
+        for name in os.listdir(path) or (".",):
+            deleted(path + "/" + name)
+    elif not listed(path, "delete"):
+        raise ValueError("%s is in the way of this update" % path)
+
+
+def get_file(ota, item, path, base):
+    want, sort = expected(item)
+    if digest(base + ".n", sort) == want:
+        return  # staged by an update that was cut short
+    print("OTA: getting", path)
+    if HOME and path.startswith(CARD) and not kind(CARD):
+        raise OSError("no card at " + CARD)
+    ota_boot.makedirs(base)
+    most = item.get("size", 0x3FFFFFFF)
+    fetch(ota, request_path(item), base + ".p", most, want, sort)
+    ota_boot.move(base + ".p", base + ".n")
+
+
+def fetch(ota, path, to, most, want=None, sort=None):
+    for n in range(TRIES):
+        try:
+            gc.collect()
+            with open(to, "wb") as f:
+                ota.get(path, limited(f.write, most))
+            if want and digest(to, sort) != want:
+                raise OSError("its hash is wrong")
+            return
+        except OSError as e:
+            if kind(to):
+                os.remove(to)
+            again(n, path, e)
+
+
+def again(n, path, e):
+    # Waits before the next try, or gives up; a full disk stays full.
+    if e.args[0] == 28 or n + 1 == TRIES:
+        print("OTA: %s: %s" % (path, "the disk is full" if e.args[0] == 28 else e))
+        raise e
+    print("OTA: %s: %s, trying again" % (path, e))
+    time.sleep(1 << n)
+
+
+def get_firmware(ota, state, new, item, other):
+    want, sort = expected(item)
+    path = request_path(item)
+    name = path[path.rfind("_") + 1 : -4]
+    new["firmware"] = item.get("version") or (name if release_name(name) else "")
+    new["slot"] = other.name
+    new["slot_before"] = ota_boot.slot()
+    size = item.get("size")
+    if size and other.digest(sort, size) == want:
+        return  # written by an update that was cut short
+    if state.get("slot"):
+        # The other slot holds what rollback() would start: that ends here.
+        for key in ("set", "slot", "slot_before"):
+            state.pop(key, None)
+        ota_boot.save(state)
+    print("OTA: getting firmware", new["firmware"])
+    for n in range(TRIES):
+        try:
+            gc.collect()
+            other.start(sort)
+            ota.get(path, limited(other.write, size or 0x3FFFFFFF))
+            if other.finish(sort) != want:
+                raise OSError("its hash is wrong")
+            return
+        except OSError as e:
+            again(n, path, e)
