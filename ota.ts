@@ -35,9 +35,9 @@ import * as zlib from "node:zlib";
 /** The version of this tool, as `--version` prints it. */
 export const TOOL_VERSION = "0.1.0";
 
-// ──── Errors ────────────────────────────────────────────────────────────────────────────────────
-// What a person is told: what was expected, what was found, what to do. Anything else that is
-// thrown is a bug in this file.
+// ──── Basics ────────────────────────────────────────────────────────────────────────────────────
+// Errors that a person is told, and a few lines that several sections need. Anything thrown that is
+// neither an `OTAError` nor a system error is a bug in this file.
 
 /**
  * A failure that a person can do something about. Its message is shown as it is, without a stack.
@@ -71,6 +71,29 @@ function isMissing(error: unknown): boolean {
 /** The text of anything thrown. */
 function errorText(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
+}
+
+/** Text in UTF-8. */
+const utf8 = (text: string) => new TextEncoder().encode(text);
+
+/** The lowercase hex digest of bytes, or of text in UTF-8. */
+function hexDigest(algorithm: "sha1" | "sha256", data: string | Uint8Array): string {
+  return new Bun.CryptoHasher(algorithm).update(data).digest("hex");
+}
+
+const sha256 = (data: string | Uint8Array) => hexDigest("sha256", data);
+
+/** Reads JSON; `undefined` when it is none. */
+function parseJSON(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 // ──── Versions ──────────────────────────────────────────────────────────────────────────────────
@@ -343,10 +366,7 @@ function refuse(found: string): never {
 }
 
 function asRecord(value: unknown, name: string): Record<string, unknown> {
-  if (typeof value !== "object" || value === null || Array.isArray(value)) {
-    refuse(`${name}: no JSON object`);
-  }
-  return value as Record<string, unknown>;
+  return isObject(value) ? value : refuse(`${name}: no JSON object`);
 }
 
 function asList(value: unknown, name: string): unknown[] {
@@ -423,15 +443,6 @@ function checkPathsAgree(manifest: Manifest): void {
   const both = manifest.delete.find((path) => written.has(`/${path}`));
   if (both) refuse(`${both} is both deleted and written`);
 }
-
-const utf8 = (text: string) => new TextEncoder().encode(text);
-
-/** The lowercase hex digest of bytes, or of text in UTF-8. */
-function hexDigest(algorithm: "sha1" | "sha256", data: string | Uint8Array): string {
-  return new Bun.CryptoHasher(algorithm).update(data).digest("hex");
-}
-
-const sha256 = (data: string | Uint8Array) => hexDigest("sha256", data);
 
 /**
  * The digest of a whole release, sent as `base`: lowercase hex SHA-256 over the lines
@@ -1617,21 +1628,6 @@ function select(request: Request, file: ServedFile, form: Representation): Answe
   return { status: range ? 206 : 200, headers, body, size: end - start, ...(coding && { coding }) };
 }
 
-function hasControls(text: string): boolean {
-  return /[\u0000-\u001f\u007f-\u009f]/.test(text);
-}
-
-/** The token of a request, `""` for none. */
-function givenToken(headers: Headers, query: ManifestQuery): string {
-  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
-  return bearer ?? query.token ?? "";
-}
-
-/** Whether a Host header holds a name or address with an optional port, and nothing else. */
-function isHost(host: string): boolean {
-  return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
-}
-
 /** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
 function matches(condition: string | null, etag: string): boolean {
   if (condition === null) return false;
@@ -2102,6 +2098,21 @@ class Service {
   }
 }
 
+function hasControls(text: string): boolean {
+  return /[\u0000-\u001f\u007f-\u009f]/.test(text);
+}
+
+/** The token of a request, `""` for none. */
+function givenToken(headers: Headers, query: ManifestQuery): string {
+  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
+  return bearer ?? query.token ?? "";
+}
+
+/** Whether a Host header holds a name or address with an optional port, and nothing else. */
+function isHost(host: string): boolean {
+  return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
+}
+
 /** Whether a file is where it was found, and not behind a link that came since. */
 function isReal(file: string): boolean {
   try {
@@ -2261,7 +2272,7 @@ function readText(disk: Disk, path: string): string | undefined {
 
 /** Writes a small file whose content is durable then; its name is not yet. */
 async function writeSynced(disk: Disk, path: string, text: string): Promise<void> {
-  disk.write(path, new TextEncoder().encode(text));
+  disk.write(path, utf8(text));
   await disk.sync(path);
 }
 
@@ -2316,7 +2327,7 @@ export class DeviceFiles {
     const known = this.read(path)?.trim();
     if (known) return known;
     const made = crypto.randomUUID();
-    this.disk.write(this.at(path), new TextEncoder().encode(`${made}\n`));
+    this.disk.write(this.at(path), utf8(`${made}\n`));
     return made;
   }
 
@@ -2540,18 +2551,6 @@ export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmw
   return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
-function parseJSON(text: string): unknown {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return undefined;
-  }
-}
-
-function isObject(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
-
 // ──── Records ────────────────────────────────────────────────────────────────────────────────────
 // What a device remembers, as JSON in `.ota`: state.json, what is installed and what failed; and
 // journal.json, a change and the way back from it. One that makes no sense is never overwritten.
@@ -2709,7 +2708,7 @@ class DeviceTree extends DeviceFiles {
       const slot = this.firmware?.slot === 0 ? 1 : 0;
       const active: ActiveFirmware = { version: change.firmware.version, slot };
       put.set(slotPath(slot), change.firmware.key);
-      const otadata = new TextEncoder().encode(`${JSON.stringify(active)}\n`);
+      const otadata = utf8(`${JSON.stringify(active)}\n`);
       put.set(`${OTA_DIR}/otadata`, await this.stage(otadata));
     }
 
@@ -3534,7 +3533,7 @@ async function planVersionFile(files: DeviceFiles, plan: Plan, version: string):
   const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
   if (!hasFlash && files.stat("flash")?.kind !== "directory") return;
   files.refuseLinks([VERSION_FILE]);
-  const bytes = new TextEncoder().encode(`VERSION = '${version}'\n`);
+  const bytes = utf8(`VERSION = '${version}'\n`);
   const key = sha256(bytes);
   if (files.hasContent(VERSION_FILE, key, bytes.byteLength)) return;
   await files.stage(bytes);

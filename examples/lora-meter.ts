@@ -5,7 +5,7 @@
  * for meters to join.
  *
  *     bun examples/lora-meter.ts                        # with a van of its own
- *     bun examples/lora-meter.ts http://10.0.0.7:8000   # with a `bun ota.ts serve` that runs
+ *     bun examples/lora-meter.ts http://10.0.0.7:8000   # with a `serve` that runs
  *
  * LoRa is UDP on this machine, the meter's file system is a directory below the temporary one, and
  * joining the van's network is knowing its address. The update is a real one.
