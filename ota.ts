@@ -2397,7 +2397,7 @@ export class DeviceFiles {
    * @param remove paths that will be deleted
    * @throws {OTAError} naming the first path that cannot be changed, and why
    */
-  preflight(put: Iterable<string>, remove: Iterable<string>): void {
+  preflight(put: readonly string[], remove: readonly string[]): void {
     const device = this.stat(OTA_DIR)!.device;
     const removed = new Set(remove);
     const stop = (path: string, why: string): never => {
@@ -2968,8 +2968,11 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Records what is installed where no file needs to change. */
   async record(installed: Installed): Promise<void> {
-    if (this.damaged.length > 0) this.#forgetTransactions();
-    await this.#write({ ...this.#state, installed });
+    // What came before another version is not what an earlier journal goes back to.
+    const isOther = installed.version !== this.#state.installed?.version;
+    if (isOther || this.damaged.length > 0) this.#forgetTransactions();
+    const journal = this.#transaction ? this.#state.journal : null;
+    await this.#write({ ...this.#state, installed, journal });
     this.#setRight();
     this.dropStaged();
   }
@@ -3326,6 +3329,10 @@ class Trial {
     let code: number | undefined;
     try {
       code = await Promise.race([child.exited, sleep(timeout, done.signal, this.options.signal)]);
+    } catch (error) {
+      if (!this.journal.state.trial) throw error;
+      const what = `interrupted while ${installed?.version} is on trial`;
+      throw new OTAError(`${what}: the next client starts its check again`, 1, { cause: error });
     } finally {
       done.abort();
       child.unref();
@@ -3424,6 +3431,9 @@ function endGroup(pid: number): void {
   }
 }
 
+/** Milliseconds that a timer can wait; with more it would not wait at all. Some 24 days. */
+const MAX_TIMER = 2 ** 31 - 1;
+
 /** Resolves after some seconds; rejects with the reason of the first signal that aborts. */
 function sleep(seconds: number, ...signals: (AbortSignal | undefined)[]): Promise<undefined> {
   const signal = AbortSignal.any(signals.filter((one) => one !== undefined));
@@ -3432,10 +3442,11 @@ function sleep(seconds: number, ...signals: (AbortSignal | undefined)[]): Promis
       clearTimeout(timer);
       fail(signal.reason);
     };
+    const milliseconds = Math.min(seconds * 1000, MAX_TIMER);
     const timer = setTimeout(() => {
       signal.removeEventListener("abort", stop);
       done(undefined);
-    }, seconds * 1000);
+    }, milliseconds);
     if (signal.aborted) stop();
     else signal.addEventListener("abort", stop, { once: true });
   });
@@ -3523,7 +3534,7 @@ export async function makePlan(
   }
   plan.downloads = [...wanted.values()];
   await planVersionFile(files, plan, manifest.version);
-  files.preflight(plan.put.keys(), plan.remove);
+  files.preflight([...plan.put.keys()], plan.remove);
   checkSpace(files, plan);
   return plan;
 }

@@ -5,7 +5,7 @@
  * for meters to join.
  *
  *     bun examples/lora-meter.ts                        # with a van of its own
- *     bun examples/lora-meter.ts http://10.0.0.7:8000   # with a `serve` that runs
+ *     bun examples/lora-meter.ts http://10.0.0.7:8000   # a `serve` of smart-meter that runs
  *
  * LoRa is UDP on this machine, the meter's file system is a directory below the temporary one, and
  * joining the van's network is knowing its address. The update is a real one.
@@ -267,7 +267,9 @@ async function main(given: string | undefined): Promise<number> {
   const tell: Tell = (who, what) => console.log(`${who.padEnd(9)} ${what}`);
   try {
     await using own =
-      given === undefined ? await serve({ root: RELEASES, host: "127.0.0.1", port: 0 }) : undefined;
+      given === undefined
+        ? await serve({ root: RELEASES, host: "127.0.0.1", port: 0, quiet: 0 })
+        : undefined;
     const van = given ?? own!.url.href;
     const isGood = await story(scratch, van, tell);
     console.log(isGood ? `The meter is on ${NEW}.` : `The meter is not on ${NEW}.`);

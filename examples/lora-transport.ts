@@ -338,8 +338,8 @@ export class LoraOTA extends OTA {
   /** @param gateway its IP address and port */
   constructor(gateway: { address: string; port: number }, options: LoraOptions) {
     const { wait = 0.25, tries = 20, plain = false } = options;
-    // A radio says one thing at a time, and silence is ours to judge.
-    super({ ...options, jobs: 1, timeout: wait * (tries + 1) });
+    // A radio says one thing at a time, and silence is ours to judge: OTA's patience is longer.
+    super({ ...options, jobs: 1, timeout: 10 + 2 * wait * tries });
     this.#gateway = gateway;
     this.#wait = wait;
     this.#tries = tries;
@@ -641,7 +641,7 @@ export async function measure(
   try {
     const root = join(scratch, "meter");
     await makeMeter(root, join(scratch, "card"));
-    await using server = await serve({ root: RELEASES, host: "127.0.0.1", port: 0 });
+    await using server = await serve({ root: RELEASES, host: "127.0.0.1", port: 0, quiet: 0 });
     using gateway = await Gateway.start(new HttpOTA(server.url, { root }));
     using channel = await LossyChannel.open(gateway.port, options);
     const outcome = await new LoraOTA(channel.gateway, { ...options, root }).update();
@@ -686,7 +686,7 @@ async function main(): Promise<void> {
       `${percent(loss / 2)} come twice and ${percent(loss / 2)} late (seed ${seed}).`,
   );
   const channel = { loss, twice: loss / 2, late: loss / 2, seed };
-  const measured = await measure({ ...channel, wait: 0.05, tries: 60, report });
+  const measured = await measure({ ...channel, wait: 0.1, tries: 60, report });
   const { result, from, to, firmware } = measured.outcome;
   const image = firmware ? `, firmware ${firmware.from} -> ${firmware.to}` : "";
   console.log(`${result} ${from} -> ${to}${image}`);

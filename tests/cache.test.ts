@@ -75,142 +75,170 @@ function sentContent(requests: readonly Logged[]): Record<string, Logged[]> {
 const DEVICES = 50;
 const LOCK = "proxy_cache_lock on; proxy_cache_lock_timeout 30s;";
 
-test("50 devices update at once through it, and the server sends each file's bytes once", async () => {
-  const { key, pub } = makeKeys();
-  await using setup = await withNginx(LOCK, { sign: key });
-  const { server, nginx, temp } = setup;
-  const roots = Array.from({ length: DEVICES }, (_, i) => temp.at(`device-${i}`));
-  for (const root of roots) layTree(root, V1);
+test.concurrent(
+  "50 devices update at once through it, and the server sends each file's bytes once",
+  async () => {
+    const { key, pub } = makeKeys();
+    await using setup = await withNginx(LOCK, { sign: key });
+    const { server, nginx, temp } = setup;
+    const roots = Array.from({ length: DEVICES }, (_, i) => temp.at(`device-${i}`));
+    for (const root of roots) layTree(root, V1);
 
-  const update = async (root: string) => {
-    const verify = [createPublicKey(pub)];
-    return new HttpOTA(nginx.url, { root, ver: "1.0.0", verify }).update();
-  };
-  const outcomes = await Promise.all(roots.map(update));
+    const update = async (root: string) => {
+      const verify = [createPublicKey(pub)];
+      return new HttpOTA(nginx.url, { root, ver: "1.0.0", verify }).update();
+    };
+    const outcomes = await Promise.all(roots.map(update));
 
-  for (const outcome of outcomes) {
-    expect(outcome).toMatchObject({ result: "updated", from: "1.0.0", to: "1.0.1" });
-    expect(outcome.firmware?.to).toBe("1.0.1");
-  }
-  const expected = asTree({ ...V2, ...own("1.0.1") });
-  for (const root of roots) {
-    expect(readTree(root)).toEqual(expected);
-    expect(sha256(await Bun.file(`${root}/.ota/ota_0.bin`).bytes())).toBe(sha256(IMAGE));
-  }
+    for (const outcome of outcomes) {
+      expect(outcome).toMatchObject({ result: "updated", from: "1.0.0", to: "1.0.1" });
+      expect(outcome.firmware?.to).toBe("1.0.1");
+    }
+    const expected = asTree({ ...V2, ...own("1.0.1") });
+    for (const root of roots) {
+      expect(readTree(root)).toEqual(expected);
+      expect(sha256(await Bun.file(`${root}/.ota/ota_0.bin`).bytes())).toBe(sha256(IMAGE));
+    }
 
-  const manifests = server.requests.filter(({ path }) => path === "/manifest.json");
-  expect(manifests.length).toBe(DEVICES);
-  const sent = sentContent(server.requests);
-  const times = Object.fromEntries(
-    Object.entries(sent).map(([path, list]) => [path, list.map(({ status }) => status)]),
-  );
-  // The empty one needs no bytes.
-  expect(times).toEqual({
-    "/1.0.1/flash/lib/a%20new%20one.py": [200],
-    "/1.0.1/flash/lib/meter.py": [200],
-    "/1.0.1/flash/main.py": [200],
-    "/1.0.1/sd/tones.bin": [200],
-    "/firmware_1.0.1.bin": [200],
-  });
-  expect(nginx.errors).toBe("");
-});
+    const manifests = server.requests.filter(({ path }) => path === "/manifest.json");
+    expect(manifests.length).toBe(DEVICES);
+    const sent = sentContent(server.requests);
+    const times = Object.fromEntries(
+      Object.entries(sent).map(([path, list]) => [path, list.map(({ status }) => status)]),
+    );
+    // The empty one needs no bytes.
+    expect(times).toEqual({
+      "/1.0.1/flash/lib/a%20new%20one.py": [200],
+      "/1.0.1/flash/lib/meter.py": [200],
+      "/1.0.1/flash/main.py": [200],
+      "/1.0.1/sd/tones.bin": [200],
+      "/firmware_1.0.1.bin": [200],
+    });
+    expect(nginx.errors).toBe("");
+  },
+);
 
-test("devices that come from different releases and boards share it, and all get what is theirs", async () => {
-  await using setup = await withNginx(LOCK);
-  const { server, nginx, temp } = setup;
-  const kinds: Record<string, Tree> = { "1.0.0": V1, "": {}, "0.9": { "flash/main.py": "old\n" } };
-  const update = async (ver: string, i: number) => {
-    const root = temp.at(`device-${ver}-${i}`);
-    mkdirSync(root);
-    layTree(root, kinds[ver]!);
-    const outcome = await new HttpOTA(nginx.url, { root, ...(ver && { ver }) }).update();
-    expect(outcome).toMatchObject({ result: "updated", to: "1.0.1" });
-    expect(readTree(root)).toEqual(asTree({ ...V2, ...own("1.0.1") }));
-  };
-  const board = async () => {
-    // A board knows no coding.
-    const { body } = await boardGet(server.url, "/1.0.1/sd/tones.bin");
-    expect(sha256(body)).toBe(sha256(V2["sd/tones.bin"]!));
-  };
-  const devices = Object.keys(kinds).flatMap((ver) => [0, 1, 2].map((i) => update(ver, i)));
-  await Promise.all([...devices, board(), board()]);
-  // Each form of a content is a response of its own: plain, coded, and against each old content.
-  for (const [path, list] of Object.entries(sentContent(server.requests))) {
-    expect([path, list.length <= 6]).toEqual([path, true]);
-  }
-});
+test.concurrent(
+  "devices that come from different releases and boards share it, and all get what is theirs",
+  async () => {
+    await using setup = await withNginx(LOCK);
+    const { server, nginx, temp } = setup;
+    const kinds: Record<string, Tree> = {
+      "1.0.0": V1,
+      "": {},
+      "0.9": { "flash/main.py": "old\n" },
+    };
+    const update = async (ver: string, i: number) => {
+      const root = temp.at(`device-${ver}-${i}`);
+      mkdirSync(root);
+      layTree(root, kinds[ver]!);
+      const outcome = await new HttpOTA(nginx.url, { root, ...(ver && { ver }) }).update();
+      expect(outcome).toMatchObject({ result: "updated", to: "1.0.1" });
+      expect(readTree(root)).toEqual(asTree({ ...V2, ...own("1.0.1") }));
+    };
+    const board = async () => {
+      // A board knows no coding.
+      const { body } = await boardGet(server.url, "/1.0.1/sd/tones.bin");
+      expect(sha256(body)).toBe(sha256(V2["sd/tones.bin"]!));
+    };
+    const devices = Object.keys(kinds).flatMap((ver) => [0, 1, 2].map((i) => update(ver, i)));
+    await Promise.all([...devices, board(), board()]);
+    // Each form of a content is a response of its own: plain, coded, and against each old content.
+    for (const [path, list] of Object.entries(sentContent(server.requests))) {
+      expect([path, list.length <= 6]).toEqual([path, true]);
+    }
+  },
+);
 
-test("a manifest is never kept: a new release shows at once to devices behind it", async () => {
-  await using setup = await withNginx(LOCK);
-  const { nginx, temp, server } = setup;
-  const ask = async () => {
-    const response = await fetch(`${nginx.url}/manifest.json?current_ver=1.0.0`);
-    expect(response.headers.get("cache-control")).toBe("no-store");
-    expect(response.headers.get("x-cache")).toBe("MISS");
-    return ((await response.json()) as { version: string }).version;
-  };
-  expect([await ask(), await ask()]).toEqual(["1.0.1", "1.0.1"]);
-  layTree(temp.at("releases/1.0.2"), V2);
-  const end = performance.now() + 10_000;
-  let seen = "";
-  while (seen !== "1.0.2" && performance.now() < end) seen = await ask();
-  expect(seen).toBe("1.0.2");
-  expect(server.requests.length).toBeGreaterThanOrEqual(3);
-});
+test.concurrent(
+  "a manifest is never kept: a new release shows at once to devices behind it",
+  async () => {
+    await using setup = await withNginx(LOCK);
+    const { nginx, temp, server } = setup;
+    const ask = async () => {
+      const response = await fetch(`${nginx.url}/manifest.json?current_ver=1.0.0`);
+      expect(response.headers.get("cache-control")).toBe("no-store");
+      expect(response.headers.get("x-cache")).toBe("MISS");
+      return ((await response.json()) as { version: string }).version;
+    };
+    expect([await ask(), await ask()]).toEqual(["1.0.1", "1.0.1"]);
+    layTree(temp.at("releases/1.0.2"), V2);
+    const end = performance.now() + 10_000;
+    let seen = "";
+    while (seen !== "1.0.2" && performance.now() < end) seen = await ask();
+    expect(seen).toBe("1.0.2");
+    expect(server.requests.length).toBeGreaterThanOrEqual(3);
+  },
+);
 
-test("content is kept as long as it says, then asked for again with its tag: no bytes", async () => {
-  // A second instead of the minute that the server grants, so that nobody has to wait for it.
-  const short = "proxy_ignore_headers Cache-Control; proxy_cache_valid 200 1s;";
-  await using setup = await withNginx(`${LOCK} ${short} proxy_cache_revalidate on;`);
-  const { nginx, server, temp } = setup;
-  const path = "/1.0.1/flash/main.py";
-  const get = async () => {
-    const response = await fetch(nginx.url + path, { headers: { "Accept-Encoding": "identity" } });
-    const body = await response.bytes();
-    return { cache: response.headers.get("x-cache"), status: response.status, hash: sha256(body) };
-  };
-  const hash = sha256(V2["flash/main.py"]!);
-  expect(await get()).toEqual({ cache: "MISS", status: 200, hash });
-  expect(await get()).toEqual({ cache: "HIT", status: 200, hash });
-  let last = await get();
-  const end = performance.now() + 10_000;
-  while (last.cache === "HIT" && performance.now() < end) {
-    await Bun.sleep(50);
-    last = await get();
-  }
-  expect(last).toEqual({ cache: "REVALIDATED", status: 200, hash });
-  const asked = server.requests.filter((request) => request.path === path);
-  expect(asked.map(({ status, bytes }) => [status, bytes])).toEqual([[200, 3000], [304, 0]]);
+test.concurrent(
+  "content is kept as long as it says, then asked for again with its tag: no bytes",
+  async () => {
+    // A second instead of the minute that the server grants, so that nobody has to wait for it.
+    const short = "proxy_ignore_headers Cache-Control; proxy_cache_valid 200 1s;";
+    await using setup = await withNginx(`${LOCK} ${short} proxy_cache_revalidate on;`);
+    const { nginx, server, temp } = setup;
+    const path = "/1.0.1/flash/main.py";
+    const get = async () => {
+      const response = await fetch(nginx.url + path, {
+        headers: { "Accept-Encoding": "identity" },
+      });
+      const body = await response.bytes();
+      return {
+        cache: response.headers.get("x-cache"),
+        status: response.status,
+        hash: sha256(body),
+      };
+    };
+    const hash = sha256(V2["flash/main.py"]!);
+    expect(await get()).toEqual({ cache: "MISS", status: 200, hash });
+    expect(await get()).toEqual({ cache: "HIT", status: 200, hash });
+    let last = await get();
+    const end = performance.now() + 10_000;
+    while (last.cache === "HIT" && performance.now() < end) {
+      await Bun.sleep(50);
+      last = await get();
+    }
+    expect(last).toEqual({ cache: "REVALIDATED", status: 200, hash });
+    const asked = server.requests.filter((request) => request.path === path);
+    expect(asked.map(({ status, bytes }) => [status, bytes])).toEqual([
+      [200, 3000],
+      [304, 0],
+    ]);
 
-  // And what has changed comes anew.
-  rmSync(temp.at("releases/1.0.1/flash/main.py"));
-  layTree(temp.at("releases/1.0.1"), { "flash/main.py": "print('mended')\n" });
-  const mended = sha256("print('mended')\n");
-  const limit = performance.now() + 10_000;
-  while (last.hash !== mended && performance.now() < limit) {
-    await Bun.sleep(50);
-    last = await get();
-    expect([hash, mended]).toContain(last.hash);
-  }
-  expect(last.hash).toBe(mended);
-});
+    // And what has changed comes anew.
+    rmSync(temp.at("releases/1.0.1/flash/main.py"));
+    layTree(temp.at("releases/1.0.1"), { "flash/main.py": "print('mended')\n" });
+    const mended = sha256("print('mended')\n");
+    const limit = performance.now() + 10_000;
+    while (last.hash !== mended && performance.now() < limit) {
+      await Bun.sleep(50);
+      last = await get();
+      expect([hash, mended]).toContain(last.hash);
+    }
+    expect(last.hash).toBe(mended);
+  },
+);
 
-test("what content says of its keeping: nginx keeps it as it is, without being told to", async () => {
-  await using setup = await withNginx("");
-  const { nginx, server } = setup;
-  for (const path of ["/1.0.1/sd/tones.bin", "/firmware_1.0.1.bin"]) {
-    const first = await fetch(nginx.url + path);
-    const again = await fetch(nginx.url + path);
-    expect([first.headers.get("x-cache"), again.headers.get("x-cache")]).toEqual(["MISS", "HIT"]);
-    expect(again.headers.get("etag")).toMatch(/^"[^"]+"$/);
-    expect(again.headers.get("etag")).toBe(first.headers.get("etag"));
-    const seconds = Number(/^max-age=(\d+)$/.exec(again.headers.get("cache-control") ?? "")?.[1]);
-    expect(seconds).toBeGreaterThan(0);
-    expect(seconds).toBeLessThanOrEqual(300);
-    expect(sha256(await again.bytes())).toBe(sha256(await first.bytes()));
-  }
-  // Refusals are not content: nothing is kept of them.
-  await fetch(`${nginx.url}/1.0.1/none`);
-  await fetch(`${nginx.url}/1.0.1/none`);
-  expect(server.requests.filter(({ path }) => path === "/1.0.1/none").length).toBe(2);
-});
+test.concurrent(
+  "what content says of its keeping: nginx keeps it as it is, without being told to",
+  async () => {
+    await using setup = await withNginx("");
+    const { nginx, server } = setup;
+    for (const path of ["/1.0.1/sd/tones.bin", "/firmware_1.0.1.bin"]) {
+      const first = await fetch(nginx.url + path);
+      const again = await fetch(nginx.url + path);
+      expect([first.headers.get("x-cache"), again.headers.get("x-cache")]).toEqual(["MISS", "HIT"]);
+      expect(again.headers.get("etag")).toMatch(/^"[^"]+"$/);
+      expect(again.headers.get("etag")).toBe(first.headers.get("etag"));
+      const seconds = Number(/^max-age=(\d+)$/.exec(again.headers.get("cache-control") ?? "")?.[1]);
+      expect(seconds).toBeGreaterThan(0);
+      expect(seconds).toBeLessThanOrEqual(300);
+      expect(sha256(await again.bytes())).toBe(sha256(await first.bytes()));
+    }
+    // Refusals are not content: nothing is kept of them.
+    await fetch(`${nginx.url}/1.0.1/none`);
+    await fetch(`${nginx.url}/1.0.1/none`);
+    expect(server.requests.filter(({ path }) => path === "/1.0.1/none").length).toBe(2);
+  },
+);

@@ -5,13 +5,14 @@
  */
 
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { appendFileSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import { appendFileSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import type { Socket } from "node:net";
 import * as zlib from "node:zlib";
-import { HttpOTA, MAX_CODED, OTAError, type OTAEvent, type ServeOptions } from "../ota.ts";
+import { HttpOTA, MAX_CODED, OTAError, type OTAEvent } from "../ota.ts";
 import { answerOther, Between, codingsOf, cutOff, headOf, type Passed } from "./helpers/between.ts";
 import { boardUpdate } from "./helpers/board.ts";
 import { edited, noise, program } from "./helpers/content.ts";
-import { Double, head, offering, send } from "./helpers/double.ts";
+import { Double, offering, send } from "./helpers/double.ts";
 import { Random } from "./helpers/random.ts";
 import { parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
 import { bytesOf } from "./helpers/temp.ts";
@@ -46,7 +47,10 @@ const OTHER = program(5_000, 3);
 const IMAGE_1 = program(150_000, 4);
 const IMAGE_2 = edited(IMAGE_1, 5, 20);
 const PHOTO = noise(20_000, 6);
-const SOURCE = "def measure():\n    return read(0x10)\n".repeat(40);
+const SOURCE = Array.from({ length: 40 }, (_, i) => {
+  const name = sha256(`${i}`);
+  return `def measure_${name.slice(0, 6)}():\n    return read(0x${name.slice(6, 14)})\n`;
+}).join("");
 
 const V1: Tree = {
   "flash/app.bin": APP_1,
@@ -148,7 +152,9 @@ function misaligned({ status, headers, headerLength, body }: ParsedResponse): st
 
 /** The processor time that a process has used so far, in seconds. */
 function cpuOf(pid: number): number {
-  const fields = readFileSync(`/proc/${pid}/stat`, "utf8").replace(/^.*\) /, "").split(" ");
+  const fields = readFileSync(`/proc/${pid}/stat`, "utf8")
+    .replace(/^.*\) /, "")
+    .split(" ");
   return (Number(fields[11]) + Number(fields[12])) / 100;
 }
 
@@ -274,17 +280,23 @@ describe("who gets what", () => {
   }
 
   test("a dictionary that the server does not know costs nothing: the same bytes", async () => {
-    const ask = (more: Record<string, string>) => get(server, APP, { "Accept-Encoding": ALL, ...more });
+    const ask = (more: Record<string, string>) =>
+      get(server, APP, { "Accept-Encoding": ALL, ...more });
     const [without, unknown] = [await ask({}), await ask(has("unknown"))];
     expect(unknown.body).toEqual(without.body);
-    const stable = ({ headers }: ParsedResponse) => [...headers].filter(([name]) => name !== "date");
+    const stable = ({ headers }: ParsedResponse) =>
+      [...headers].filter(([name]) => name !== "date");
     expect(stable(unknown)).toEqual(stable(without));
   });
 
   test("a delta that would not be smaller: without the old content", async () => {
     const useless = { "Accept-Encoding": ALL, ...has(PHOTO) };
-    expect(coding(await get(server, APP, useless))).toBe("zstd");
-    const noCodingHelps = await get(server, "/1.0.1/flash/photo.jpg", { ...useless, ...has(APP_1) });
+    const response = await get(server, "/1.0.1/flash/main.py", useless);
+    expect([coding(response), decoded(response)]).toEqual(["zstd", bytesOf(V2["flash/main.py"]!)]);
+    const noCodingHelps = await get(server, "/1.0.1/flash/photo.jpg", {
+      ...useless,
+      ...has(APP_1),
+    });
     expect([coding(noCodingHelps), noCodingHelps.body]).toEqual(["identity", PHOTO]);
   });
 
@@ -381,7 +393,10 @@ describe("each form of a content is a representation of its own", () => {
         expect(part.body).toEqual(whole.body.slice(from, to + 1));
       }
       const behind = await ask({ Range: `bytes=${size}-` });
-      expect([behind.status, behind.headers.get("content-range")]).toEqual([416, `bytes */${size}`]);
+      expect([behind.status, behind.headers.get("content-range")]).toEqual([
+        416,
+        `bytes */${size}`,
+      ]);
 
       const rest = await ask({ Range: "bytes=50-", "If-Range": tag });
       expect([rest.status, rest.body]).toEqual([206, whole.body.slice(50)]);
@@ -416,9 +431,11 @@ describe("a deployed board", () => {
     expect((await fleet.client(server)).code).toBe(0);
     const had = new Map(Object.entries(V1).map(([path, content]) => [path, bytesOf(content)]));
     const board = await boardUpdate(server.url, "1.0.0", had);
-    const files = Object.entries(V2).map(([path, content]) => [path, bytesOf(content)] as const);
+    const files = Object.entries(V2).map(
+      ([path, content]) => [path, bytesOf(content)] as [string, Uint8Array],
+    );
     expect(board.version).toBe("1.0.1");
-    expect([...board.files].sort()).toEqual(files.sort());
+    expect([...board.files].sort()).toEqual(files.toSorted());
     expect(board.firmware).toEqual(IMAGE_2);
     const codings = server.lines.map((line) => / coding=(\S+)/.exec(line)?.[1]);
     // The client's first, and then none.
@@ -456,11 +473,14 @@ describe("a deployed board", () => {
 
 describe("work is done once", () => {
   // Long enough that it tells on the clock of the processor, which ticks a hundred times a second.
-  const [OLD_A, OLD_B] = [program(1_200_000, 7), program(1_200_000, 8)];
+  const [OLD_A, OLD_B] = [program(500_000, 7), program(500_000, 8)];
   const [NEW_A, NEW_B] = [edited(OLD_A, 9, 40), edited(OLD_B, 10, 40)];
 
   test("a hundred ask at once: as much work as for one, and the same bytes", async () => {
-    using fleet = new Fleet({ "1.0.0": { a: OLD_A, b: OLD_B }, "1.0.1": { a: NEW_A, b: NEW_B } }, {});
+    using fleet = new Fleet(
+      { "1.0.0": { a: OLD_A, b: OLD_B }, "1.0.1": { a: NEW_A, b: NEW_B } },
+      {},
+    );
     await using process = new Tool(["serve", "--root", fleet.releases, "--port", "0"]);
     const [, url = ""] = await process.until(/ at (http:\S+)\n/);
     const server = { url, pid: process.pid };
@@ -504,5 +524,840 @@ describe("work is done once", () => {
     }
     expect(coding(await slow)).toBe("dcz");
     expect(meanwhile).toBeGreaterThan(5);
+  });
+});
+
+describe("a manifest", () => {
+  const path = "/manifest.json?current_ver=1.0.0&hash=sha256";
+
+  test("is coded for who takes that, and says the same", async () => {
+    const plain = await get(server, path);
+    expect(JSON.parse(new TextDecoder().decode(plain.body)).version).toBe("1.0.1");
+    for (const [accepted, got] of [
+      ["gzip", "gzip"],
+      ["zstd", "zstd"],
+      [ALL, "zstd"],
+      ["zstd;q=0, gzip", "gzip"],
+      ["gzip;q=0", "identity"],
+      ["dcz", "identity"],
+    ] as const) {
+      const response = await get(server, path, { "Accept-Encoding": accepted, ...has(APP_1) });
+      expect([accepted, coding(response)]).toEqual([accepted, got]);
+      expect(decoded(response)).toEqual(plain.body);
+      if (got !== "identity") expect(response.body.length).toBeLessThan(plain.body.length * 0.7);
+    }
+  });
+
+  test("with a request id, too: one that is made for this request alone", async () => {
+    for (const id of ["a", "b", "a"]) {
+      const plain = await get(server, `${path}&reqid=${id}`);
+      const coded = await get(server, `${path}&reqid=${id}`, { "Accept-Encoding": "zstd" });
+      expect([coding(coded), decoded(coded)]).toEqual(["zstd", plain.body]);
+      expect(JSON.parse(new TextDecoder().decode(plain.body)).request_id).toBe(id);
+    }
+  });
+
+  test("null is plain, and nothing is in one that was not asked for", async () => {
+    const none = await get(server, "/manifest.json?current_ver=1.0.1", { "Accept-Encoding": ALL });
+    expect([coding(none), new TextDecoder().decode(none.body)]).toEqual(["identity", "null"]);
+    const { body } = await get(server, "/manifest.json?current_ver=1.0.0");
+    const manifest = JSON.parse(new TextDecoder().decode(body));
+    const names = ["delete", "firmware", "new", "previous_version", "update", "version"];
+    expect(Object.keys(manifest)).toEqual(names);
+    for (const entry of [...manifest.new, ...manifest.update]) {
+      expect(Object.keys(entry)).toEqual(["URL", "dst_path", "hash"]);
+    }
+    expect(Object.keys(manifest.firmware)).toEqual(["URL", "hash"]);
+  });
+
+  test("that is signed is signed as it is before it is coded", async () => {
+    using fleet = new Fleet();
+    const keys = fleet.at("keys");
+    expect((await ota(["keygen", "--out", keys])).code).toBe(0);
+    await using server = await Served.start(fleet.releases, { sign: `${keys}.key` });
+    await using between = await Between.start(server);
+    const { code, last } = await fleet.client(between, ["--verify", `${keys}.pub`]);
+    expect([code, last]).toEqual([0, "updated 0 -> 1.0.1 (firmware 0 -> 1.0.1)"]);
+    expect(coding(between.of("/manifest.json")[0]!.answer)).toBe("zstd");
+  });
+});
+
+describe("a device", () => {
+  test("offers what it has for files that change and for firmware, and receives the change", async () => {
+    using fleet = new Fleet();
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server);
+    const { code, last } = await fleet.client(between);
+    expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)"]);
+    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    expect(bytesOf(readFileSync(`${fleet.root}/.ota/ota_1.bin`))).toEqual(IMAGE_2);
+
+    const offered = between.content.map(({ asked, answer }) => {
+      return [asked.path, asked.headers.get("available-dictionary"), coding(answer)];
+    });
+    const name = (content: string | Uint8Array) => has(content)["Available-Dictionary"];
+    expect(offered.sort()).toEqual([
+      ["/1.0.1/flash/app.bin", name(APP_1), "dcz"],
+      ["/1.0.1/flash/main.py", name(SOURCE), "dcz"],
+      ["/1.0.1/flash/new.py", null, "zstd"],
+      ["/1.0.1/flash/photo.jpg", null, "identity"],
+      ["/1.0.1/flash/short.py", name(V1["flash/short.py"]!), "identity"],
+      ["/firmware_1.0.1.bin", name(IMAGE_1), "dcz"],
+    ]);
+    const bytes = new Map(
+      between.content.map(({ asked, answer }) => [asked.path, answer.body.length]),
+    );
+    expect(bytes.get(APP)).toBeLessThan(1500);
+    expect(bytes.get("/firmware_1.0.1.bin")).toBeLessThan(2500);
+  });
+
+  test("offers the file as it is on the device, whoever changed it", async () => {
+    using fleet = new Fleet();
+    await fleet.provision("1.0.0");
+    const own = "# my own\n".repeat(50);
+    writeFileSync(`${fleet.root}/flash/main.py`, own);
+    writeFileSync(`${fleet.root}/flash/app.bin`, "");
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server);
+    expect((await fleet.client(between)).code).toBe(0);
+    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    const [main, app] = ["main.py", "app.bin"].map(
+      (name) => between.of(`/1.0.1/flash/${name}`)[0]!,
+    );
+    const offered = main!.asked.headers.get("available-dictionary");
+    expect([offered, coding(main!.answer)]).toEqual([has(own)["Available-Dictionary"], "zstd"]);
+    // Of nothing there is no delta.
+    expect(app!.asked.headers.has("available-dictionary")).toBe(false);
+  });
+
+  test("asks for content above 8 MiB plain, and offers no old content above it", async () => {
+    const big = new Uint8Array(MAX_CODED + 1).fill(9);
+    const old: Tree = { shrinks: big, grows: "small\n".repeat(50), stays: program(1000, 11) };
+    const now: Tree = {
+      shrinks: "small now\n".repeat(50),
+      grows: big.map(() => 8),
+      stays: "x".repeat(99),
+    };
+    using fleet = new Fleet({ "1.0.0": old, "1.0.1": now }, {});
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server);
+    await new HttpOTA(between.url, { root: fleet.root }).update();
+    expect(readTree(fleet.root)).toEqual(asTree(now));
+    const asked = between.content.map((passed) => [
+      passed.asked.path,
+      codingsOf(passed).includes("zstd"),
+      passed.asked.headers.has("available-dictionary"),
+      coding(passed.answer),
+    ]);
+    expect(asked.sort()).toEqual([
+      ["/1.0.1/grows", false, false, "identity"],
+      ["/1.0.1/shrinks", true, false, "zstd"],
+      ["/1.0.1/stays", true, true, expect.any(String)],
+    ]);
+  });
+
+  test("gets on with a server that codes nothing, and with one that codes what grows by it", async () => {
+    // As web servers do that were told to code everything.
+    const put = { "flash/photo.jpg": PHOTO, "flash/one": "1", "flash/main.py": SOURCE };
+    for (const codes of [false, true]) {
+      using temp = new Temp();
+      const offer = { version: "1.0.1", put };
+      await using double: Double = await Double.start((asked, connection) => {
+        const plain = !codes || !asked.headers.get("accept-encoding")?.includes("gzip");
+        const content = put[asked.path.replace("/content/", "") as keyof typeof put];
+        if (plain || content === undefined)
+          return offering(offer, () => double.url)(asked, connection);
+        send(connection, zlib.gzipSync(content), { headers: { "Content-Encoding": "gzip" } });
+      });
+      const args = ["client", "--root", temp.at("device"), "--server", double.url];
+      const { code, stderr } = await ota(args);
+      expect({ codes, code, stderr }).toEqual({ codes, code: 0, stderr: expect.any(String) });
+      expect(readTree(temp.at("device"))).toMatchObject(asTree(put));
+    }
+  });
+});
+
+// ── Someone meddles. ──
+
+/** A frame of zstd that says for each four bytes "128 KiB of zeros": some ten thousand times more. */
+function bomb(blocks: number): Buffer {
+  const frame = Buffer.alloc(4 + 2 + 4 * blocks);
+  frame.writeUInt32LE(0xfd2fb528, 0);
+  frame[5] = (23 - 10) << 3; // The window: 8 MiB.
+  for (let i = 0; i < blocks; i++) {
+    const isLast = i === blocks - 1 ? 1 : 0;
+    frame.writeUIntLE(((128 * 1024) << 3) | (1 << 1) | isLast, 6 + 4 * i, 3);
+  }
+  return frame;
+}
+
+/** Members of gzip one after the other, 16 MiB of zeros each. */
+function gzipBomb(members: number): Buffer {
+  const member = zlib.gzipSync(Buffer.alloc(16 * 1024 * 1024));
+  return Buffer.concat(Array.from({ length: members }, () => member));
+}
+
+describe("what does not decode, or to something else", () => {
+  const header = (old: Uint8Array) => Buffer.from(`5e2a4d1820000000${sha256(old)}`, "hex");
+  const frame = (content: Uint8Array, old: Uint8Array) =>
+    zlib.zstdCompressSync(content, { dictionary: Buffer.from(old) });
+  type Tamper = (body: Uint8Array, old: Uint8Array, content: Uint8Array) => Uint8Array;
+  const flip = (at: number): Tamper => {
+    return (body) =>
+      body.map((byte, i) => (i === Math.floor(at * body.length) ? byte ^ 0x10 : byte));
+  };
+  const kinds: Record<string, Tamper> = {
+    "a bit in the header": flip(0.001),
+    "a bit in the hash of the dictionary": (body) =>
+      body.map((byte, i) => (i === 20 ? byte ^ 1 : byte)),
+    "a bit in the middle": flip(0.5),
+    "a bit at the end": flip(0.999),
+    "cut short": (body) => body.subarray(0, body.length / 2),
+    "nothing but the header": (body) => body.subarray(0, 40),
+    "less than the header": (body) => body.subarray(0, 13),
+    nothing: () => new Uint8Array(),
+    "no delta at all": (_, __, content) => content.slice(0, 900),
+    "a delta for other content": (_, old) => Buffer.concat([header(old), frame(OTHER, old)]),
+    "one of the same length": (_, old, content) =>
+      Buffer.concat([header(old), frame(content.toReversed(), old)]),
+    "made with another dictionary": (_, old, content) =>
+      Buffer.concat([header(old), frame(content, content)]),
+    "for another dictionary": (_, __, content) =>
+      Buffer.concat([header(OTHER), frame(content, OTHER)]),
+    "a bomb": (_, old) => Buffer.concat([header(old), bomb(2500)]),
+  };
+  const names = Object.keys(kinds);
+  const before = names.map((_, i) => program(12_000, 100 + i));
+  const after = before.map((content, i) => edited(content, 200 + i));
+  const tree = (contents: Uint8Array[]): Tree =>
+    Object.fromEntries(contents.map((content, i) => [`flash/${i}.bin`, content]));
+
+  test("a delta like that is fetched again plain, once, and nothing else is", async () => {
+    const [first, second] = [
+      { ...V1, ...tree(before) },
+      { ...V2, ...tree(after) },
+    ];
+    using fleet = new Fleet({ "1.0.0": first, "1.0.1": second }, {});
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server, {
+      answer: (passed, connection) => {
+        const [, number] = /\/(\d+)\.bin$/.exec(passed.asked.path) ?? [];
+        if (number === undefined || coding(passed.answer) !== "dcz") return false;
+        const i = Number(number);
+        const { body } = passed.answer;
+        return answerOther(passed, connection, kinds[names[i]!]!(body, before[i]!, after[i]!));
+      },
+    });
+    const { code, stderr } = await fleet.client(between);
+    expect({ code, stderr }).toEqual({ code: 0, stderr: expect.any(String) });
+    expect(readTree(fleet.root)).toEqual(asTree({ ...second, ...VERSION_2 }));
+    for (const [i, name] of names.entries()) {
+      const tries = between.of(`/1.0.1/flash/${i}.bin`);
+      const how = tries.map(({ asked, answer }) => [
+        coding(answer),
+        asked.headers.get("accept-encoding") ?? "",
+        asked.headers.has("available-dictionary") || asked.headers.has("range"),
+      ]);
+      expect([name, how]).toEqual([
+        name,
+        [
+          ["dcz", expect.stringContaining("dcz"), true],
+          ["identity", expect.not.stringMatching(/gzip|zstd|dcz/), false],
+        ],
+      ]);
+      expect(stderr).toMatch(new RegExp(`/?flash/${i}\\.bin .*plain`));
+    }
+    for (const path of ["app.bin", "main.py", "new.py", "photo.jpg"]) {
+      expect([path, between.of(`/1.0.1/flash/${path}`).length]).toEqual([path, 1]);
+    }
+    const manifests = between.of("/manifest.json").length;
+    expect(manifests).toBe(1);
+  });
+
+  test("so are gzip and zstd", async () => {
+    using fleet = new Fleet();
+    await using server = await Served.start(fleet.releases);
+    for (const only of ["gzip", "zstd"]) {
+      const root = fleet.at(`device-${only}`);
+      await using between = await Between.start(server, {
+        ask: (headers) => {
+          const asks = headers.get("accept-encoding")?.includes(only);
+          headers.set("accept-encoding", asks ? only : "identity");
+        },
+        answer: (passed, connection) => {
+          const { answer } = passed;
+          if (passed.asked.path === "/manifest.json" || coding(answer) === "identity") return false;
+          return answerOther(passed, connection, flip(0.5)(answer.body, PHOTO, PHOTO));
+        },
+      });
+      await new HttpOTA(between.url, { root }).update();
+      expect(readTree(root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+      const app = between.of(APP).map(({ answer }) => coding(answer));
+      expect(app).toEqual([only, "identity"]);
+    }
+  });
+
+  test("a plain file that is wrong as well ends it, and the device is as it was", async () => {
+    using fleet = new Fleet();
+    await fleet.provision("1.0.0");
+    const was = readTree(fleet.root);
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server, {
+      answer: (passed, connection) =>
+        passed.asked.path === APP &&
+        answerOther(passed, connection, passed.answer.body.toReversed()),
+    });
+    const update = new HttpOTA(between.url, { root: fleet.root }).update();
+    expect(await update.catch((error: unknown) => error)).toBeInstanceOf(OTAError);
+    expect(readTree(fleet.root)).toEqual(was);
+  });
+
+  test("a bomb takes no more memory than the file that was promised", async () => {
+    using temp = new Temp();
+    const content = program(400_000, 12);
+    const peak: Record<string, number> = {};
+    const bombs = { zstd: bomb(90_000), gzip: gzipBomb(16), none: undefined };
+    for (const [name, body] of Object.entries(bombs)) {
+      const offer = { version: "1.0.1", put: { "flash/app.bin": content } };
+      await using double: Double = await Double.start((asked, connection) => {
+        const accepts = asked.headers.get("accept-encoding")?.includes(name);
+        const isIt = asked.path.startsWith("/content/") && accepts;
+        if (!body || !isIt) return offering(offer, () => double.url)(asked, connection);
+        send(connection, body, { headers: { "Content-Encoding": name } });
+      });
+      const root = temp.at(name);
+      const command = [process.execPath, OTA_TS, "client", "--root", root, "--server", double.url];
+      const child = Bun.spawn(command, { stdio: ["ignore", "ignore", "pipe"] });
+      const stderr = await child.stderr.text();
+      expect([name, await child.exited, stderr]).toEqual([name, 0, expect.any(String)]);
+      expect(stderr.includes("plain")).toBe(body !== undefined);
+      expect(readTree(root)).toMatchObject(asTree({ "flash/app.bin": content }));
+      peak[name] = child.resourceUsage()!.maxRSS;
+    }
+    expect(Math.max(bombs.zstd.length, bombs.gzip.length)).toBeLessThan(content.length);
+    for (const name of ["zstd", "gzip"]) expect(peak[name]).toBeLessThan(peak.none! + 60_000_000);
+  });
+});
+
+// ── The line breaks. ──
+
+describe("a transfer that breaks at nine tenths", () => {
+  const CODINGS = ["identity", "gzip", "zstd", "dcz"] as const;
+
+  const most = ({ answer }: Passed) => Math.floor(answer.body.length * 0.9);
+
+  /** Cuts one answer for the file at nine tenths, once they have arrived. */
+  const cut = (root: string, passed: Passed, connection: Socket) => {
+    const part = `${root}/.ota/staged/${sha256(APP_2)}.part`;
+    const arrived = () => eventually(`nine tenths of ${part}`, () => sizeOf(part) === most(passed));
+    return cutOff(passed, connection, most(passed), arrived);
+  };
+
+  const sizeOf = (file: string) => statSync(file, { throwIfNoEntry: false })?.size ?? 0;
+
+  /** Lets the server see one coding only, and cuts the first answer. */
+  const start = (server: { url: string }, root: string, only: string) =>
+    Between.start(server, {
+      ask: (headers) => headers.set("accept-encoding", only),
+      answer: (passed, connection) =>
+        passed.asked.path === APP && passed.asked.before === 0 && cut(root, passed, connection),
+    });
+
+  test("continues, whatever it is coded as: only the rest comes", async () => {
+    await Promise.all(
+      CODINGS.map(async (only) => {
+        using fleet = new Fleet();
+        await fleet.provision("1.0.0");
+        await using server = await Served.start(fleet.releases);
+        await using between = await start(server, fleet.root, only);
+        await new HttpOTA(between.url, { root: fleet.root }).update();
+        expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+        const [first, second, ...more] = between.of(APP);
+        const { length } = first!.answer.body;
+        const got = most(first!);
+        expect([only, coding(first!.answer), more.length]).toEqual([only, only, 0]);
+        expect(second!.asked.headers.get("range")).toBe(`bytes=${got}-`);
+        expect(second!.asked.headers.get("if-range")).toBe(first!.answer.headers.get("etag"));
+        expect([second!.answer.status, second!.answer.body.length]).toEqual([206, length - got]);
+      }),
+    );
+  });
+
+  test("continues after the device was cut off from power, too", async () => {
+    await Promise.all(
+      CODINGS.map(async (only) => {
+        using fleet = new Fleet();
+        await fleet.provision("1.0.0");
+        const was = readTree(fleet.root);
+        await using server = await Served.start(fleet.releases);
+        await using between = await start(server, fleet.root, only);
+        const args = ["client", "--root", fleet.root, "--server", between.url, "--jobs", "1"];
+        let got = 0;
+        {
+          await using tool = new Tool(args);
+          // It says so on stderr before it tries again, half a second later.
+          await tool.until(/app\.bin .*trying again/, "stderr");
+          got = most(between.of(APP)[0]!);
+          tool.kill();
+          await tool.ended;
+        }
+        expect(readTree(fleet.root)).toEqual(was);
+        const { code, stderr } = await ota(args);
+        expect({ only, code, stderr }).toEqual({ only, code: 0, stderr: expect.any(String) });
+        expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+        const [, second] = between.of(APP);
+        expect([only, second!.asked.headers.get("range")]).toEqual([only, `bytes=${got}-`]);
+        expect([only, second!.answer.status]).toEqual([only, 206]);
+        expect(between.of(APP).length).toBe(2);
+      }),
+    );
+  });
+
+  test("starts over where the other side now has another form of it", async () => {
+    const changes: [first: string, then: string][] = [
+      ["dcz", "zstd"],
+      ["zstd", "gzip"],
+      ["gzip", "identity"],
+      ["identity", "dcz"],
+    ];
+    await Promise.all(
+      changes.map(async ([first, then]) => {
+        using fleet = new Fleet();
+        await fleet.provision("1.0.0");
+        await using server = await Served.start(fleet.releases);
+        await using between = await start(server, fleet.root, first);
+        const { ask } = between.meddling;
+        between.meddling.ask = (headers, asked) => {
+          if (asked.path === APP && asked.before > 0) headers.set("accept-encoding", then);
+          else ask!(headers, asked);
+        };
+        await new HttpOTA(between.url, { root: fleet.root }).update();
+        expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+        const answers = between.of(APP).map(({ answer }) => [answer.status, coding(answer)]);
+        expect(answers).toEqual([
+          [200, first],
+          [200, then],
+        ]);
+      }),
+    );
+  });
+
+  test("plain, after a delta that was wrong: continues as well", async () => {
+    using fleet = new Fleet();
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server, {
+      answer: (passed, connection) => {
+        const { body } = passed.answer;
+        if (passed.asked.path !== APP || passed.asked.before > 1) return false;
+        if (passed.asked.before === 1) return cut(fleet.root, passed, connection);
+        return answerOther(passed, connection, body.toReversed());
+      },
+    });
+    await new HttpOTA(between.url, { root: fleet.root }).update();
+    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    const rest = APP_2.length - Math.floor(APP_2.length * 0.9);
+    const last = between.of(APP).at(-1)!.answer;
+    expect([between.of(APP).length, last.status, last.body.length]).toEqual([3, 206, rest]);
+  });
+
+  test("is no dead end where every byte had come, but not the end of it", async () => {
+    // As through a proxy that sends in chunks: the device cannot know that there is nothing more.
+    await Promise.all(
+      CODINGS.map(async (only) => {
+        using fleet = new Fleet();
+        await fleet.provision("1.0.0");
+        await using server = await Served.start(fleet.releases);
+        let whole = 0;
+        await using between = await Between.start(server, {
+          ask: (headers) => headers.set("accept-encoding", only),
+          answer: ({ asked, answer }, connection) => {
+            if (asked.path !== APP || asked.before > 0) return false;
+            const chunked = { "content-length": "", "transfer-encoding": "chunked" };
+            whole = answer.body.length;
+            connection.write(`${headOf(answer, chunked)}${whole.toString(16)}\r\n`);
+            connection.write(Buffer.concat([answer.body, Buffer.from("\r\n")]));
+            return true;
+          },
+        });
+        const args = ["client", "--root", fleet.root, "--server", between.url];
+        const part = `${fleet.root}/.ota/staged/${sha256(APP_2)}.part`;
+        {
+          await using tool = new Tool(args);
+          await eventually(`all of ${part}`, () => whole > 0 && sizeOf(part) === whole);
+          tool.kill();
+          await tool.ended;
+        }
+        const { code, stderr } = await ota(args);
+        expect({ only, code, stderr }).toEqual({ only, code: 0, stderr: expect.any(String) });
+        expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+      }),
+    );
+  });
+
+  test("is no dead end where the other side gives the rest of something else", async () => {
+    using fleet = new Fleet();
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    await using between = await start(server, fleet.root, "dcz");
+    const { ask } = between.meddling;
+    // A cache that knows no If-Range, and has it plain.
+    between.meddling.ask = (headers, asked) => {
+      ask!(headers, asked);
+      if (asked.path !== APP || asked.before === 0) return;
+      headers.delete("if-range");
+      headers.set("accept-encoding", "identity");
+    };
+    await new HttpOTA(between.url, { root: fleet.root }).update();
+    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+  });
+});
+
+test("lines that break anywhere, any number of times: the new release whole, or the old one", async () => {
+  const random = new Random(SEED);
+  const now = { ...V2, ...VERSION_2 };
+  const devices = Array.from({ length: 20 }, (_, i) => i);
+  const codings = ["identity", "gzip", "zstd", "dcz", ALL, ALL];
+  using fleet = new Fleet();
+  await using server = await Served.start(fleet.releases);
+  await fleet.provision("1.0.0");
+  const was = readTree(fleet.root);
+  let updated = 0;
+  await Promise.all(
+    devices.map(async (i) => {
+      const root = fleet.at(`device-${i}`);
+      Bun.spawnSync(["cp", "-a", fleet.root, root]);
+      // Each device has luck of its own, whatever order things happen in.
+      const luck = new Random(random.below(2 ** 32));
+      const breaks = luck.next() * 0.35;
+      const fickle = luck.chance(0.3);
+      const fixed = luck.pick(codings);
+      await using between = await Between.start(server, {
+        ask: (headers) => {
+          const only = fickle ? luck.pick(codings) : fixed;
+          const asks = headers.get("accept-encoding") !== "identity";
+          if (asks) headers.set("accept-encoding", only);
+        },
+        answer: (passed, connection) => {
+          const { body, headerLength } = passed.answer;
+          if (!luck.chance(breaks)) return false;
+          if (luck.chance(0.1)) {
+            connection.resetAndDestroy();
+            return true;
+          }
+          if (luck.chance(0.2)) {
+            const header = headOf(passed.answer).slice(0, luck.below(headerLength));
+            connection.end(header);
+            return true;
+          }
+          return cutOff(passed, connection, luck.below(body.length + 1));
+        },
+      });
+      const events: OTAEvent[] = [];
+      const report = (event: OTAEvent) => void events.push(event);
+      const end = await new HttpOTA(between.url, { root, report })
+        .update()
+        .catch((error: unknown) => {
+          if (!(error instanceof OTAError)) throw error;
+          return error;
+        });
+      const failed = end instanceof OTAError;
+      if (!failed) updated++;
+      expect([i, readTree(root)]).toEqual([i, failed ? was : asTree(now)]);
+      // Given a good line, it gets there.
+      between.meddling = {};
+      if (failed) await new HttpOTA(between.url, { root }).update();
+      expect([i, readTree(root)]).toEqual([i, asTree(now)]);
+      expect(readdirSync(`${root}/.ota/staged`)).toEqual([]);
+    }),
+  );
+  expect(updated).toBeGreaterThan(0);
+});
+
+describe("content that the device has already", () => {
+  const LIB = program(300_000, 13);
+  const [LEFT, RIGHT] = [program(9_000, 14), program(9_000, 15)];
+  const old: Tree = {
+    "flash/lib.bin": LIB,
+    "flash/left.bin": LEFT,
+    "flash/right.bin": RIGHT,
+    "flash/main.py": SOURCE,
+    "flash/keep.py": V1["flash/short.py"]!,
+  };
+  const now: Tree = {
+    "flash/deep/er/library.bin": LIB, // Moved and renamed.
+    "flash/left.bin": RIGHT, // Swapped.
+    "flash/right.bin": LEFT,
+    "flash/main.py": SOURCE,
+    "flash/copy of main.py": SOURCE, // Copied.
+    "flash/keep.py": V1["flash/short.py"]!,
+  };
+  const fleetOf = () => new Fleet({ "1.0.0": old, "1.0.1": now }, {});
+
+  test("is taken from there: moved, renamed, copied, swapped; nothing is fetched", async () => {
+    using fleet = fleetOf();
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server);
+    const { code, stderr } = await fleet.client(between);
+    expect({ code, stderr }).toEqual({
+      code: 0,
+      stderr: expect.stringMatching(/ 4 files reused\n$/),
+    });
+    expect(readTree(fleet.root)).toEqual(asTree({ ...now, ...VERSION_2 }));
+    expect(between.content).toEqual([]);
+    const [manifest] = between.of("/manifest.json");
+    expect(manifest!.answer.body.length + manifest!.answer.headerLength).toBeLessThan(2000);
+    // A copy is a file of its own.
+    appendFileSync(`${fleet.root}/flash/copy of main.py`, "# mine\n");
+    expect(readFileSync(`${fleet.root}/flash/main.py`, "utf8")).toBe(SOURCE);
+  });
+
+  test("also by a device that never updated before, from the files that its version has", async () => {
+    using fleet = fleetOf();
+    layTree(fleet.root, old);
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server);
+    const { code, last } = await fleet.client(between, ["--ver", "1.0.0"]);
+    expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1"]);
+    expect(readTree(fleet.root)).toEqual(asTree({ ...now, ...VERSION_2 }));
+    // Of the file that stays where it is, the device cannot know what it was copied to.
+    const fetched = between.content.map(({ asked }) => asked.path);
+    expect(fetched.filter((path) => !path.includes("copy"))).toEqual([]);
+  });
+
+  test("unless the application has changed it meanwhile", async () => {
+    using fleet = fleetOf();
+    await fleet.provision("1.0.0");
+    appendFileSync(`${fleet.root}/flash/lib.bin`, "changed");
+    appendFileSync(`${fleet.root}/flash/left.bin`, "changed");
+    await using server = await Served.start(fleet.releases);
+    const { code } = await fleet.client(server);
+    expect(code).toBe(0);
+    expect(readTree(fleet.root)).toEqual(asTree({ ...now, ...VERSION_2 }));
+    const fetched = server.sent;
+    expect(fetched).toEqual(["/1.0.1/flash/deep/er/library.bin", "/1.0.1/flash/right.bin"]);
+  });
+
+  test("is found even if one of two files that had it was changed", async () => {
+    const twice = { "flash/a.bin": LEFT, "flash/b.bin": LEFT };
+    for (const changed of Object.keys(twice)) {
+      using fleet = new Fleet({ "1.0.0": twice, "1.0.1": { ...twice, "flash/c.bin": LEFT } }, {});
+      await fleet.provision("1.0.0");
+      appendFileSync(`${fleet.root}/${changed}`, "changed");
+      await using server = await Served.start(fleet.releases);
+      const { code } = await fleet.client(server);
+      expect([changed, code, server.sent]).toEqual([changed, 0, []]);
+      expect(bytesOf(readFileSync(`${fleet.root}/flash/c.bin`))).toEqual(LEFT);
+    }
+  });
+
+  test("under two new names is fetched once, and becomes two files", async () => {
+    const twins = { "flash/a.py": SOURCE, "flash/lib/b.py": SOURCE, "sd/c.py": SOURCE };
+    using fleet = new Fleet({ "1.0.0": twins }, {});
+    await using server = await Served.start(fleet.releases);
+    const { code } = await fleet.client(server);
+    expect([code, server.sent.length]).toEqual([0, 1]);
+    const paths = Object.keys(twins).map((path) => `${fleet.root}/${path}`);
+    expect(new Set(paths.map((path) => statSync(path).ino)).size).toBe(3);
+    writeFileSync(paths[0]!, "edited\n");
+    for (const path of paths.slice(1)) expect(readFileSync(path, "utf8")).toBe(SOURCE);
+  });
+
+  test("staged before it was cut off is not fetched again", async () => {
+    using fleet = new Fleet();
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server, {
+      answer: ({ asked }) => asked.path === "/firmware_1.0.1.bin", // And is silent.
+    });
+    const args = ["--jobs", "1"];
+    {
+      const all = ["client", "--root", fleet.root, "--server", between.url, ...args];
+      await using tool = new Tool(all);
+      await eventually("firmware is asked for", () => between.of("/firmware_1.0.1.bin").length > 0);
+      tool.kill();
+      await tool.ended;
+    }
+    const before = between.content.length;
+    between.meddling = {};
+    const { code, stderr } = await fleet.client(between, args);
+    expect({ code, stderr }).toEqual({
+      code: 0,
+      stderr: expect.stringMatching(/, 6 files reused\n$/),
+    });
+    const since = between.content.slice(before).map(({ asked }) => asked.path);
+    expect([before > 4, since]).toEqual([true, ["/firmware_1.0.1.bin"]]);
+  });
+});
+
+describe("what is seen of it", () => {
+  const LINE =
+    /^received (\d+) bytes for (\d+) bytes of content(?: \((\d+\.\d) %\))?, (\d+) files? reused$/;
+  const traffic = (stderr: string): number[] => {
+    const lines = stderr.trimEnd().split("\n");
+    const found = LINE.exec(lines.at(-1) ?? "");
+    if (!found) throw new Error(`expected bytes in the last line of ${JSON.stringify(stderr)}`);
+    return found.slice(1).map(Number);
+  };
+  const sizeOf = (tree: Tree, ...paths: string[]) =>
+    paths.reduce((sum, path) => sum + Buffer.from(tree[path]!).length, 0);
+
+  test("client: bytes received, bytes of content, ratio, files reused, before its last line", async () => {
+    const second: Tree = { ...V2, "flash/old main.py": SOURCE };
+    using fleet = new Fleet({ "1.0.0": V1, "1.0.1": second });
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    await using between = await Between.start(server);
+    const { code, stderr, last } = await fleet.client(between);
+    expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)"]);
+    const [received, content, ratio, reused] = traffic(stderr);
+    const bodies = between.passed.reduce((sum, { answer }) => sum + answer.body.length, 0);
+    const changed = [
+      "app.bin",
+      "main.py",
+      "short.py",
+      "new.py",
+      "photo.jpg",
+      "empty",
+      "old main.py",
+    ];
+    const needed = sizeOf(second, ...changed.map((name) => `flash/${name}`)) + IMAGE_2.length;
+    expect([received, content, reused]).toEqual([bodies, needed, 1]);
+    expect(ratio).toBeCloseTo((100 * bodies) / needed, 1);
+
+    const again = await fleet.client(between);
+    expect([again.last, again.stderr]).toEqual(["up to date 1.0.1", ""]);
+  });
+
+  test("a release that changes while it is fetched is counted once", async () => {
+    using fleet = new Fleet();
+    await fleet.provision("1.0.0");
+    await using server = await Served.start(fleet.releases);
+    // What the first manifest promises is not what comes.
+    await using between = await Between.start(server, {
+      answer: (passed, connection) =>
+        between.of("/manifest.json").length === 1 &&
+        passed.asked.path === "/1.0.1/flash/photo.jpg" &&
+        answerOther(passed, connection, PHOTO.toReversed()),
+    });
+    const { code, stderr } = await fleet.client(between, ["--jobs", "1"]);
+    expect([code, between.of("/manifest.json").length]).toEqual([0, 2]);
+    const [received, content, , reused] = traffic(stderr);
+    const bodies = between.passed.reduce((sum, { answer }) => sum + answer.body.length, 0);
+    const changed = ["app.bin", "main.py", "short.py", "new.py", "photo.jpg", "empty"];
+    const needed = sizeOf(V2, ...changed.map((name) => `flash/${name}`)) + IMAGE_2.length;
+    expect([received, content, reused]).toEqual([bodies, needed, 0]);
+  });
+
+  test("serve: the coding and the bytes sent in its log, and what was saved in its metrics", async () => {
+    using fleet = new Fleet();
+    await using server = await Served.start(fleet.releases);
+    const asks: [path: string, headers: Record<string, string>, Sent?][] = [
+      [APP, {}],
+      [APP, { "Accept-Encoding": "gzip" }],
+      [APP, { "Accept-Encoding": "zstd" }],
+      [APP, { "Accept-Encoding": ALL, ...has(APP_1) }],
+      ["/1.0.1/flash/photo.jpg", { "Accept-Encoding": ALL, ...has(APP_1) }],
+      ["/manifest.json?current_ver=1.0.0", { "Accept-Encoding": "zstd" }],
+      [APP, { "Accept-Encoding": "zstd" }, { method: "HEAD" }],
+    ];
+    let [sent, saved] = [0, 0];
+    const manifest = (await get(server, "/manifest.json?current_ver=1.0.0")).body.length;
+    sent += manifest;
+    for (const [path, headers, how] of asks) {
+      const answer = await get(server, path, headers, how);
+      const isHead = how?.method === "HEAD";
+      const whole =
+        { [APP]: APP_2.length, "/1.0.1/flash/photo.jpg": PHOTO.length }[path] ?? manifest;
+      sent += answer.body.length;
+      // Of a body that was not sent, nothing was saved.
+      if (!isHead) saved += whole - answer.body.length;
+      const line = server.lines.at(-1)!;
+      const logged = / coding=(\S+)/.exec(line)?.[1] ?? "identity";
+      expect([line, logged]).toEqual([line, coding(answer)]);
+      expect(line).toContain(` ${path.split("?")[0]} 200 ${answer.body.length} `);
+    }
+    const metrics = new TextDecoder().decode((await get(server, "/-/metrics")).body);
+    const counter = (name: string) =>
+      Number(new RegExp(`^${name} (\\d+)$`, "m").exec(metrics)?.[1]);
+    expect(counter("ota_sent_bytes_total")).toBe(sent);
+    expect(counter("ota_saved_bytes_total")).toBe(saved);
+    expect(metrics).toContain("# TYPE ota_saved_bytes_total counter");
+  });
+});
+
+describe("manifest --cost", () => {
+  /** Bytes by what they are for, the sum and the messages, as it prints them. */
+  async function costOf(fleet: Fleet, args: string[]) {
+    const { code, stdout, stderr } = await ota([
+      "manifest",
+      "--cost",
+      "--root",
+      fleet.releases,
+      ...args,
+    ]);
+    if (code !== 0) throw new Error(stderr);
+    const lines = stdout.trimEnd().split("\n");
+    const [, sum, messages] = /^ *(\d+) bytes in all: (\d+) LoRa messages of 200$/.exec(
+      lines.pop()!,
+    )!;
+    const files = lines.map((line) => {
+      const [, bytes, name] = /^ *(\d+) (.+?)(?:, (?:gzip|zstd|dcz) of \d+)?$/.exec(line)!;
+      return [name!, Number(bytes)] as const;
+    });
+    return { files: new Map(files), sum: Number(sum), messages: Number(messages) };
+  }
+
+  /** What a device then receives, by the same names. */
+  const received = ({ passed }: Between) =>
+    new Map(
+      passed.map(({ asked, answer }) => {
+        const path = decodeURIComponent(asked.path.slice(1)).replace("1.0.1/", "");
+        return [path, answer.body.length] as const;
+      }),
+    );
+
+  const SOURCE_2 = `${SOURCE}# two\n`;
+  const moved: Record<string, [old: Tree, now: Tree]> = {
+    "changed and new files": [V1, V2],
+    "moved and copied ones": [
+      { ...V1, "flash/lib.bin": OTHER },
+      { ...V1, "flash/main.py": SOURCE_2, "flash/lib/lib.bin": OTHER, "flash/app 2.bin": APP_1 },
+    ],
+    "the same content under two names": [
+      V1,
+      { ...V1, "flash/x.py": SOURCE_2, "flash/y.py": SOURCE_2 },
+    ],
+  };
+  for (const [title, [old, now]] of Object.entries(moved)) {
+    for (const ver of ["1.0.0", undefined]) {
+      test(`${title}, ${ver ? "on 1.0.0" : "on an empty device"}: what a client receives`, async () => {
+        using fleet = new Fleet({ "1.0.0": old, "1.0.1": now });
+        if (ver) await fleet.provision(ver);
+        await using server = await Served.start(fleet.releases);
+        await using between = await Between.start(server);
+        const at = ["--url", between.url, ...(ver ? ["--ver", ver] : [])];
+        const cost = await costOf(fleet, at);
+        const { code, stderr } = await fleet.client(between);
+        expect({ code, stderr }).toEqual({ code: 0, stderr: expect.any(String) });
+        const air = received(between);
+        const sum = [...air.values()].reduce((total, bytes) => total + bytes, 0);
+        const costly = [...cost.files].filter(([, bytes]) => bytes > 0);
+        // Which of two names it is asked for by does not matter.
+        const byName = (items: Iterable<readonly [string, number]>) =>
+          [...items].map(([name, bytes]) => [name.replace(/[xy]\.py$/, "twin"), bytes]).sort();
+        expect(byName(costly)).toEqual(byName(air));
+        expect([cost.sum, cost.messages]).toEqual([sum, Math.ceil(sum / 200)]);
+        expect(stderr).toContain(`received ${sum} bytes for `);
+      });
+    }
+  }
+
+  test("nothing newer costs the answer", async () => {
+    expect(await costOf(fleet, ["--ver", "1.0.1"])).toMatchObject({ sum: 4, messages: 1 });
   });
 });

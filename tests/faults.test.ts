@@ -164,12 +164,24 @@ async function forEach<T>(items: Iterable<T>, task: (item: T) => Promise<void>):
   await Promise.all([worker(), worker()]);
 }
 
+/** Each run tries others; to repeat one, set OTA_SEED, and OTA_ALL for all of every sweep. */
+const SEED = Number(process.env.OTA_SEED ?? Date.now() % 1_000_000);
+const random = new Random(SEED);
+
+/** Some of many, in their order. */
+function some<T>(items: readonly T[], count: number): T[] {
+  if (process.env.OTA_ALL) return [...items];
+  const left = new Set(items.keys());
+  while (left.size > count) left.delete(random.pick([...left]));
+  return [...left].map((i) => items[i]!);
+}
+
 /** Says where in a sweep something went wrong. */
 async function at(where: string, task: () => Promise<void>): Promise<void> {
   try {
     await task();
   } catch (error) {
-    console.error(`at ${where}:`);
+    console.error(`at ${where} (OTA_SEED=${SEED}):`);
     throw error;
   }
 }
@@ -183,10 +195,12 @@ describe("killed", () => {
     const points = calls.flatMap((call) => {
       const count = made.filter((line) => line.includes(` ${call}(`)).length;
       expect(count).toBeGreaterThan(1);
-      return Array.from({ length: count }, (_, i) => [call, i + 1] as const);
+      const all = Array.from({ length: count }, (_, i) => [call, i + 1] as const);
+      return some(all, 10);
     });
     // These are made by other threads, of which each counts its own.
-    for (let n = 1; n <= 24; n++) points.push(["fsync", n]);
+    const syncs = Array.from({ length: 20 }, (_, i) => ["fsync", i + 1] as const);
+    points.push(...some(syncs, 8));
     const ends = { "1.0.0": 0, "1.0.1": 0 };
     let missed = 0;
     await forEach(points, ([call, n]) =>
@@ -202,25 +216,22 @@ describe("killed", () => {
       }),
     );
     console.log(
-      `killed at ${points.length - missed} system calls: ` +
+      `OTA_SEED=${SEED}: killed at ${points.length - missed} system calls: ` +
         `${ends["1.0.0"]} times on the old release, ${ends["1.0.1"]} times on the new one`,
     );
     // Only of the last of fsync, and of what is left out when threads are faster, is there none.
-    expect(missed).toBeLessThan(points.length / 4);
+    expect(missed).toBeLessThan(points.length / 3);
     expect(Math.min(...Object.values(ends))).toBeGreaterThan(5);
   });
 
   test("at random times", async () => {
-    const seed = Number(process.env.OTA_SEED ?? Date.now() % 1_000_000);
-    console.log(`random kills with OTA_SEED=${seed}`);
-    const random = new Random(seed);
     const started = performance.now();
     {
       using device = new Device();
       await device.client(["--check", "false"]);
     }
     const usual = performance.now() - started;
-    const delays = Array.from({ length: 16 }, () => random.next() * usual * 1.3);
+    const delays = Array.from({ length: 10 }, () => random.next() * usual * 1.3);
     await forEach(delays, (delay) =>
       at(`${delay.toFixed(1)} ms`, async () => {
         using device = new Device();
@@ -273,7 +284,8 @@ describe("system calls that fail", () => {
   for (const [call, error, most] of faults) {
     test(`${call}: ${error}`, async () => {
       let failures = 0;
-      const points = Array.from({ length: most }, (_, i) => i + 1);
+      const all = Array.from({ length: most }, (_, i) => i + 1);
+      const points = [1, ...some(all.slice(1), 5)];
       await forEach(points, (n) =>
         at(`${call} ${n}`, async () => {
           using device = new Device();
@@ -288,7 +300,7 @@ describe("system calls that fail", () => {
           await device.expectNextSucceeds();
         }),
       );
-      expect(failures).toBeGreaterThan(1);
+      expect(failures).toBeGreaterThan(0);
     });
   }
 });
@@ -401,7 +413,7 @@ describe("no space", () => {
     // So many that the journal and the record need several pages.
     const many = Array.from({ length: 80 }, (_, i) => [`sd/many/${i}`, `${i}`] as const);
     let failures = 0;
-    for (let pages = 0; pages < 10; pages++) {
+    for (const pages of [0, 1, 2, 3, 5, 9]) {
       using temp = new Temp();
       using mount = new Mount(temp.at("mount"), "size=2m");
       using device = new Device(temp.at("mount/device"));
@@ -436,7 +448,7 @@ describe("no space", () => {
       rmSync(filler);
       await device.expectNextSucceeds();
     }
-    expect(failures).toBeWithin(2, 10);
+    expect(failures).toBeWithin(2, 6);
   });
 });
 

@@ -130,7 +130,7 @@ function isAlive(pid: number): boolean {
   }
 }
 
-describe("--check", () => {
+describe.concurrent("--check", () => {
   test("runs in the root, of the new release, and is told both versions", async () => {
     using device = await Device.on1();
     await using server = await Served.start(device.releases);
@@ -272,7 +272,7 @@ describe("--check", () => {
   });
 });
 
-describe("a release that failed", () => {
+describe.concurrent("a release that failed", () => {
   test("is not fetched again, wherever it comes from; --retry tries it", async () => {
     using device = await Device.on1();
     {
@@ -338,7 +338,7 @@ describe("a release that failed", () => {
   });
 });
 
-describe("--restart", () => {
+describe.concurrent("--restart", () => {
   const restart = 'echo "restart $OTA_VERSION" >> "$LOG"';
   const check = (then: string) => `echo "check $OTA_VERSION" >> "$LOG"; ${then}`;
 
@@ -402,7 +402,7 @@ describe("--restart", () => {
       env: { LOG: device.log },
       prefix: injecting("rename", `signal=SIGKILL:when=${nth}`),
     });
-    expect({ ...killed, stderr: "" }).toMatchObject({ signal: "SIGKILL" });
+    expect(killed.signal).toBe("SIGKILL");
     expect(existsSync(device.at("device/.ota/state.json.new"))).toBe(true);
     expect(device.logged()).toEqual([]);
     await device.expectOn2();
@@ -421,7 +421,7 @@ describe("--restart", () => {
   });
 });
 
-describe("rollback by hand", () => {
+describe.concurrent("rollback by hand", () => {
   test("goes back byte for byte, once, also later, firmware too", async () => {
     using device = await Device.on1();
     layTree(device.root, { "flash/data.txt": "the application's", "sd/log/1": "log" });

@@ -44,6 +44,8 @@ interface Way {
   /** Whether the device has the new release when it is done, else why not. */
   check: (device: string) => Promise<void>;
   seconds: number[];
+  /** Seconds of CPU, without those of the server. */
+  cpus: number[];
   /** Bytes. */
   peaks: number[];
   syncs?: number;
@@ -87,7 +89,7 @@ async function benchManyFiles({ rounds }: Effort, isThere: IsThere): Promise<voi
   const source = `rsync://127.0.0.1:${daemon.port}/root/1.0.1/`;
   const curl = ["curl", "-s", "--fail", "--parallel", "--config", config];
   const way = (name: string, more: Pick<Way, "from" | "command" | "check">): Way => {
-    return { name, ...more, replaced: changed, seconds: [], peaks: [] };
+    return { name, ...more, replaced: changed, seconds: [], cpus: [], peaks: [] };
   };
   const ways = [
     way("ota.ts client", {
@@ -173,14 +175,23 @@ async function benchFirmware({ quick }: Effort, isThere: IsThere): Promise<void>
       command: (device) => clientCommand(device, server.origin, "--ver", "1.0.0"),
       check: same(".ota/ota_0.bin"),
       seconds: [],
+      cpus: [],
       peaks: [],
     },
-    { name: "curl -o", command: () => curl, check: same("image"), seconds: [], peaks: [] },
+    {
+      name: "curl -o",
+      command: () => curl,
+      check: same("image"),
+      seconds: [],
+      cpus: [],
+      peaks: [],
+    },
     {
       name: "curl -o, sync, sha256sum",
       command: () => ["sh", "-c", shell],
       check: same("image"),
       seconds: [],
+      cpus: [],
       peaks: [],
     },
   ];
@@ -215,9 +226,10 @@ async function compete(ways: Way[], rounds: number, isThere: IsThere): Promise<v
   const weigh = isThere("/usr/bin/time") ? ["/usr/bin/time", "-f", "%M", "-o", memory] : [];
   const measures = ways.map((way) => async () => {
     await fresh(way);
-    const { seconds } = await run([...weigh, ...way.command(device)], device);
+    const { seconds, cpu } = await run([...weigh, ...way.command(device)], device);
     await way.check(device);
     way.seconds.push(seconds);
+    way.cpus.push(cpu);
     way.peaks.push(weigh.length > 0 ? Number(fs.readFileSync(memory, "utf8")) * 1024 : NaN);
   });
   await inRounds(rounds, measures);
@@ -240,14 +252,15 @@ async function countSyncs(command: string[], cwd: string): Promise<number> {
 function report(title: string, ways: Way[], bytes?: number): void {
   const ours = ways[0]!;
   const rows = ways.map((way) => {
-    const { name, seconds, peaks, syncs } = way;
+    const { name, seconds, cpus, peaks, syncs } = way;
+    const cpu = `${median(cpus).toFixed(2)} s`;
     const rate = bytes === undefined ? [] : [whole(bytes / 1e6 / median(seconds))];
     const beside = way === ours ? "" : ratio(ours.seconds, seconds);
     const time = `${median(seconds).toFixed(2)} s`;
-    return [name, time, ...rate, beside, whole(syncs ?? NaN), mebibytes(Math.max(...peaks))];
+    return [name, time, ...rate, beside, cpu, whole(syncs ?? NaN), mebibytes(Math.max(...peaks))];
   });
   const rate = bytes === undefined ? [] : ["MB/s"];
-  table(title, ["", "time", ...rate, "ota.ts / this", "syncs", "peak memory"], rows);
+  table(title, ["", "time", ...rate, "ota.ts / this", "CPU", "syncs", "peak memory"], rows);
 }
 
 /** What kind of file system a path is on: syncing to memory is not syncing. */

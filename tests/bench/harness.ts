@@ -30,10 +30,13 @@ let directory: string | undefined;
 export function scratch(name: string): string {
   if (directory === undefined) {
     directory = fs.mkdtempSync(`${tmpdir()}/ota-bench-`);
-    // Whoever runs nginx as root has its worker read files as root, too; others need nothing.
     process.once("exit", cleanUp);
     for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
-      process.once(signal, () => process.exit(130));
+      // Not once: the terminal and `bun run` both pass it on, and a second one must not cut this off.
+      process.on(signal, () => {
+        console.error(`bench: interrupted; removing ${directory}`);
+        process.exit(130);
+      });
     }
   }
   const path = `${directory}/${name}`;
@@ -71,6 +74,8 @@ export interface Ended {
   stderr: string;
   /** From the start of the process to its end. */
   seconds: number;
+  /** Seconds of CPU that it and its children used: what a busy machine changes least. */
+  cpu: number;
 }
 
 /**
@@ -91,11 +96,12 @@ export async function run(command: string[], cwd?: string): Promise<Ended> {
   const code = await child.exited;
   const seconds = (performance.now() - started) / 1000;
   const [stdout, stderr] = await output;
+  const cpu = Number(child.resourceUsage()?.cpuTime.total ?? NaN) / 1e6;
   children.delete(child.pid);
   if (code !== 0) {
     throw new Error(`${command.join(" ")}: exit code ${code}\n${stderr}${stdout}`.slice(0, 2000));
   }
-  return { stdout, stderr, seconds };
+  return { stdout, stderr, seconds, cpu };
 }
 
 /** A process that runs until it is stopped. */

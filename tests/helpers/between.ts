@@ -18,7 +18,7 @@ export interface Meddling {
   /** Changes the headers that the server gets to see. */
   ask?: (headers: Headers, asked: Asked) => void;
   /** Answers in its own way, and says so by `true`. */
-  answer?: (passed: Passed, connection: Socket) => boolean | void;
+  answer?: (passed: Passed, connection: Socket) => boolean | Promise<boolean>;
 }
 
 /** A go-between on a port of its own. */
@@ -67,13 +67,15 @@ export class Between implements AsyncDisposable {
     const { bytes } = await rawRequest(this.server, request, { timeoutMs: 20_000 });
     const passed = { asked, answer: parseResponse(bytes) };
     this.passed.push(passed);
-    if (!this.meddling.answer?.(passed, connection)) connection.end(bytes);
+    if (!(await this.meddling.answer?.(passed, connection))) connection.end(bytes);
   }
 }
 
 /** The codings that a device said it takes, in order. */
 export function codingsOf({ asked }: Passed): string[] {
-  return (asked.headers.get("accept-encoding") ?? "").split(/\s*,\s*/).filter((name) => name !== "");
+  return (asked.headers.get("accept-encoding") ?? "")
+    .split(/\s*,\s*/)
+    .filter((name) => name !== "");
 }
 
 /** Answers with the header as it was and another body, of its own length. */
@@ -83,10 +85,21 @@ export function answerOther({ answer }: Passed, connection: Socket, body: Uint8A
   return true;
 }
 
-/** Answers with the first bytes of the body, and no more: the line breaks. */
-export function cutOff({ answer }: Passed, connection: Socket, bytes: number): true {
+/**
+ * Answers with the first bytes of the body, and no more: the line breaks.
+ *
+ * @param arrived waits until the device has them; what it has not taken by then is lost to it
+ */
+export async function cutOff(
+  { answer }: Passed,
+  connection: Socket,
+  bytes: number,
+  arrived?: () => Promise<void>,
+): Promise<true> {
   connection.write(headOf(answer));
-  connection.end(answer.body.subarray(0, bytes));
+  connection.write(answer.body.subarray(0, bytes));
+  await arrived?.();
+  connection.end();
   return true;
 }
 

@@ -21,6 +21,8 @@ export interface Ended {
   stderr: string;
   /** The last line of stdout, which says how a client ended. */
   last: string;
+  /** The most memory that it had, in bytes. */
+  memory: number;
 }
 
 /** What a process is started with. */
@@ -60,7 +62,8 @@ export class Tool implements AsyncDisposable {
       const { stdout, stderr } = this.#texts;
       const last = stdout.trimEnd().split("\n").at(-1) ?? "";
       const signal = signalCode === null ? null : String(signalCode);
-      return { code: exitCode, signal, stdout, stderr, last };
+      const memory = this.#child.resourceUsage()?.maxRSS ?? NaN;
+      return { code: exitCode, signal, stdout, stderr, last, memory };
     });
   }
 

@@ -1,5 +1,7 @@
 # Stands in for MicroPython's machine: a reset ends this interpreter.
 
+import time
+
 
 def _power(how):
     with open("/dev/power", "wb") as f:
@@ -12,6 +14,17 @@ def reset():
 
 def unique_id():
     return b"\x24\x0a\xc4\x00\x00\x01"
+
+
+class WDT:
+    def __init__(self, timeout):
+        assert timeout >= 1000
+        self.timeout = timeout
+        self.fed = time.now
+
+    def feed(self):
+        assert time.now - self.fed <= self.timeout, "the watchdog bit"
+        self.fed = time.now
 
 
 class Pin:

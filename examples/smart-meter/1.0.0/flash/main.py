@@ -25,16 +25,22 @@ def update(ota, meter):
 
 
 def main():
+    # A release that hangs is reset, and so taken back if it was never confirmed.
+    dog = machine.WDT(timeout=config.WATCHDOG_SECONDS * 1000)
     meter = PulseMeter(config.PULSE_PIN, config.COUNT_FILE)
     flow = Average(4)
     radio = Uplink(config.LORA_REGION, config.LORA_APP_EUI, config.LORA_APP_KEY)
+    radio.alive = dog.feed
     ota = WiFiOTA(
         config.WIFI_SSID, config.WIFI_PASSWORD, config.SERVER_IP, config.SERVER_PORT
     )
+    ota.alive = dog.feed
     ota.disconnect()  # some boards start with WiFi on
     while True:
         before = meter.count
-        time.sleep(config.UPLINK_SECONDS)
+        for _ in range(config.UPLINK_SECONDS):
+            time.sleep(1)
+            dog.feed()
         used = (meter.count - before) * config.LITRES_PER_PULSE
         command = radio.send(meter.count, flow.add(used))
         meter.save()

@@ -22,10 +22,14 @@ class Uplink:
         self.keys = (binascii.unhexlify(app_eui), binascii.unhexlify(app_key))
         self.socket = None
 
+    def alive(self):
+        pass  # called while it waits, for a watchdog
+
     def join(self):
         self.lora.join(activation=LoRa.OTAA, auth=self.keys, timeout=0)
         while not self.lora.has_joined():
             time.sleep(1)
+            self.alive()
         self.socket = socket.socket(socket.AF_LORA, socket.SOCK_RAW)
         self.socket.setsockopt(socket.SOL_LORA, socket.SO_DR, 5)
 

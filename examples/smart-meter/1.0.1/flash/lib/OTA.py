@@ -34,6 +34,11 @@ class OTA:
         # Calls take(piece) for every piece of what the server has at path.
         raise NotImplementedError
 
+    # For an application to replace.
+
+    def alive(self):
+        pass  # called for every piece that arrives, for a watchdog
+
     # For an application to call.
 
     def version(self):

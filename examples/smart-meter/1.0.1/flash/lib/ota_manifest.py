@@ -166,7 +166,9 @@ def entries():
                 elif c == 0x7B or c == 0x5B:  # { [
                     depth += 1
                     if depth == 1:
-                        keep = c != 0x7B
+                        if c != 0x7B or text:
+                            raise ValueError("manifest: no object")
+                        keep = False
                     elif depth == 2 and c == 0x5B:
                         listed = True
                         keep = False
@@ -177,6 +179,8 @@ def entries():
                     done = depth == (2 if listed else 1)
                 elif c == 0x3A and depth == 1:  # :
                     key = json.loads(text.decode())
+                    if not isinstance(key, str):
+                        raise ValueError("manifest: a key that is no text")
                     text = bytearray()
                     keep = False
                 if done:

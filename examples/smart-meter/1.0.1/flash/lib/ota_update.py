@@ -30,11 +30,12 @@ TRIES = 3  # for each file
 LONGEST_MANIFEST = 256 * 1024
 
 
-def limited(take, most):
+def limited(ota, take, most):
     left = most
 
     def piece(data):
         nonlocal left
+        ota.alive()
         left -= len(data)
         if left < 0:
             raise OSError("more than the promised %d bytes" % most)
@@ -200,7 +201,7 @@ def fetch(ota, path, to, most, want=None, sort=None):
         try:
             gc.collect()
             with open(to, "wb") as f:
-                ota.get(path, limited(f.write, most))
+                ota.get(path, limited(ota, f.write, most))
             if want and digest(to, sort) != want:
                 raise OSError("its hash is wrong")
             return
@@ -239,7 +240,7 @@ def get_firmware(ota, state, new, item, other):
         try:
             gc.collect()
             other.start(sort)
-            ota.get(path, limited(other.write, size or 0x3FFFFFFF))
+            ota.get(path, limited(ota, other.write, size or 0x3FFFFFFF))
             if other.finish(sort) != want:
                 raise OSError("its hash is wrong")
             return
