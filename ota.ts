@@ -2397,7 +2397,8 @@ export class DeviceFiles {
    * @param remove paths that will be deleted
    * @throws {OTAError} naming the first path that cannot be changed, and why
    */
-  preflight(put: readonly string[], remove: readonly string[]): void {
+  preflight(put: Iterable<string>, remove: Iterable<string>): void {
+    const written = [...put];
     const device = this.stat(OTA_DIR)!.device;
     const removed = new Set(remove);
     const stop = (path: string, why: string): never => {
@@ -2413,12 +2414,12 @@ export class DeviceFiles {
       }
       if (!this.disk.writable(this.at(path))) stop(path, "no permission to write there");
     };
-    new Set([...put, ...removed].flatMap(ancestors)).forEach(checkDirectory);
+    new Set([...written, ...removed].flatMap(ancestors)).forEach(checkDirectory);
     if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
     for (const path of removed) {
       if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
     }
-    for (const path of put) {
+    for (const path of written) {
       const kind = this.stat(path)?.kind;
       if (kind === "other") stop(path, "it is no regular file");
       if (kind === "directory") {
@@ -3534,7 +3535,7 @@ export async function makePlan(
   }
   plan.downloads = [...wanted.values()];
   await planVersionFile(files, plan, manifest.version);
-  files.preflight([...plan.put.keys()], plan.remove);
+  files.preflight(plan.put.keys(), plan.remove);
   checkSpace(files, plan);
   return plan;
 }
@@ -3664,25 +3665,45 @@ class Receiver {
   ): Promise<Data> {
     const stalled = new AbortController();
     const signal = anySignal(stalled.signal, want.signal, this.signal);
-    const data = await within(this.getData(path, { ...want, signal }), this.timeout, signal);
-    const reader = data.body.getReader();
+    const [name] = path.split("?", 1) as [string];
+    let cancel = async (_: unknown) => {};
     try {
+      const getting = this.getData(path, { ...want, signal });
+      const data = await this.#wait(name, getting, signal);
+      const reader = data.body.getReader();
+      cancel = (reason) => reader.cancel(reason);
       if (data.encoding !== "identity" && !want.accept?.includes(data.encoding)) {
-        throw new TransferError(`${path} came coded as ${data.encoding}, unasked`, true);
+        throw new TransferError(`${name} came coded as ${data.encoding}, unasked`, true);
       }
       const take = begin(data);
       const isSlow = slownessWatch();
       for (;;) {
-        const { done, value } = await within(reader.read(), this.timeout, signal);
+        const { done, value } = await this.#wait(name, reader.read(), signal);
         if (done) return data;
         this.received += value.byteLength;
-        if (isSlow(value.byteLength)) throw new TransferError(`${path} comes too slowly`, true);
+        if (isSlow(value.byteLength)) throw new TransferError(`${name} comes too slowly`, true);
         take(value);
       }
     } catch (error) {
       stalled.abort(error);
-      reader.cancel(error).catch(() => {});
+      cancel(error).catch(() => {});
       throw error;
+    }
+  }
+
+  /** Waits for something from the other side, which may never come, or come as an error. */
+  async #wait<T>(name: string, promise: Promise<T>, signal: AbortSignal): Promise<T> {
+    const done = new AbortController();
+    const late = sleep(this.timeout, done.signal, signal).then(() => {
+      throw new TransferError(`${name}: nothing came for ${this.timeout} s`, true);
+    });
+    try {
+      return await Promise.race([promise, late]);
+    } catch (error) {
+      if (error instanceof OTAError || signal.aborted) throw error;
+      throw new TransferError(`${name}: ${errorText(error)}`, true);
+    } finally {
+      done.abort();
     }
   }
 
@@ -3707,19 +3728,6 @@ class Receiver {
 
 function anySignal(...signals: (AbortSignal | undefined)[]): AbortSignal {
   return AbortSignal.any(signals.filter((signal) => signal !== undefined));
-}
-
-/** Waits for something from the other side, which may never come. */
-async function within<T>(promise: Promise<T>, seconds: number, signal: AbortSignal): Promise<T> {
-  const done = new AbortController();
-  const late = sleep(seconds, done.signal, signal).then(() => {
-    throw new TransferError(`nothing came for ${seconds} s`, true);
-  });
-  try {
-    return await Promise.race([promise, late]);
-  } finally {
-    done.abort();
-  }
 }
 
 /**
@@ -3863,7 +3871,10 @@ class Fetcher {
           const continues = data.offset > 0 && data.offset === want.offset;
           if (continues && data.encoding === encoding) keep();
           else if (data.offset === 0) files.startPart(key, data.etag, data.encoding);
-          else throw new TransferError(`${path}: asked for other bytes than were sent`, true);
+          else {
+            files.dropPart(key);
+            throw new TransferError(`${path}: other bytes came than were asked for`, true);
+          }
           encoding = data.encoding;
           if (encoding !== "identity") total = data.total;
           return (piece) => {

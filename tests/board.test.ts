@@ -29,6 +29,7 @@ beforeAll(async () => {
 });
 afterAll(async () => {
   await van[Symbol.asyncDispose]();
+  Root.removeAll();
 });
 
 describe("the example", () => {

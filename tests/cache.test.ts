@@ -3,7 +3,7 @@
  * behind it.
  */
 
-import { expect, test } from "bun:test";
+import { expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync, rmSync } from "node:fs";
 import { createPublicKey } from "node:crypto";
 import { HttpOTA, makeKeys } from "../ota.ts";
@@ -19,6 +19,8 @@ import {
   type Logged,
   type Tree,
 } from "./helpers/tool.ts";
+
+setDefaultTimeout(30_000);
 
 const SOME = "a line of the program of a meter, again and again\n";
 const same = (size: number, seed: number) => Buffer.alloc(size, `${SOME}${seed}`);

@@ -22,7 +22,6 @@ import { Random } from "./helpers/random.ts";
 import {
   asTree,
   eventually,
-  injecting,
   layTree,
   ota,
   readTree,
@@ -585,19 +584,38 @@ describe("a device that was killed while it fetched", () => {
     }
   });
 
-  test.concurrent("when all was here but not yet verified", async () => {
-    using device = new Device();
-    // Compresses, so that it comes coded; the first rename is that of a content.
-    layTree(device.at("releases/1.0.1"), { "sd/text": "text ".repeat(2000) });
-    layTree(device.at("other"), { "sd/text": "old" });
-    await using server = await Served.start(device.at("releases"));
-    const args = ["client", "--root", device.at("other"), "--server", server.url];
-    const prefix = injecting("rename", "signal=SIGKILL:when=1");
-    expect((await ota(args, { prefix })).signal).toBe("SIGKILL");
-    const { code, stderr } = await ota(args);
-    expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
-    expect(readFileSync(device.at("other/sd/text"), "utf8")).toBe("text ".repeat(2000));
-  });
+  const text = "text ".repeat(2000);
+  for (const [kind, plain, bytes, coding] of [
+    ["coded", false, gzipSync(text), { "Content-Encoding": "gzip" }],
+    ["of a size that nobody told", true, Buffer.from(text), {}],
+  ] as const) {
+    test.concurrent(`when all was here but the end of it (${kind})`, async () => {
+      using device = new Device();
+      const offer = { version: "1.0.1", put: { "flash/main.py": text }, plain };
+      await using server = await Double.start((asked, connection) => {
+        if (asked.path === MANIFEST) return offering(offer, () => server.url)(asked, connection);
+        // All of the content, in chunks, but no last chunk.
+        const tag = `"${sha256(bytes).slice(0, 16)}"`;
+        connection.write(head(200, { ...chunked, ETag: tag, ...coding }));
+        connection.write(chunk(bytes));
+      });
+      {
+        await using tool = new Tool(device.args(server));
+        await eventually("all of it is here", () => {
+          return Object.values(device.staged()).includes(bytes.length);
+        });
+        tool.kill("SIGKILL");
+        await tool.ended;
+      }
+      server.reply = (asked, connection) => {
+        if (asked.path === MANIFEST) return offering(offer, () => server.url)(asked, connection);
+        sendContent(asked, connection, bytes, coding);
+      };
+      const { code, stderr } = await device.client(server);
+      expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
+      expect(readFileSync(device.at("device/flash/main.py"), "utf8")).toBe(text);
+    });
+  }
 });
 
 /** A transport as somebody would write it for a bus, a modem, a test: what is sent is in a map. */

@@ -28,6 +28,15 @@ WiFiOTA("meter-service", "secret", "127.0.0.1", 8000).rollback()
 /** A release root of the test's own, made of files in text. */
 export class Root {
   readonly path = mkdtempSync(join(tmpdir(), "ota-board-"));
+  static #all: Root[] = [];
+
+  constructor() {
+    Root.#all.push(this);
+  }
+
+  static removeAll(): void {
+    for (const { path } of Root.#all.splice(0)) rmSync(path, { recursive: true });
+  }
 
   /** Adds files; those that an update needs on the board come from the example. */
   release(version: string, files: Record<string, string | Uint8Array>): this {

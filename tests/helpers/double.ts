@@ -107,14 +107,23 @@ export function send(
 }
 
 /** Sends content, or the part of it that is asked for, under a tag. */
-export function sendContent(asked: Asked, connection: Socket, content: Uint8Array): void {
+export function sendContent(
+  asked: Asked,
+  connection: Socket,
+  content: Uint8Array,
+  more: Record<string, string> = {},
+): void {
   const tag = `"${sha256(content).slice(0, 16)}"`;
   const from = Number(/^bytes=(\d+)-$/.exec(asked.headers.get("range") ?? "")?.[1] ?? 0);
   const { length } = content;
   if (from === 0 || asked.headers.get("if-range") !== tag) {
-    return send(connection, content, { headers: { ETag: tag } });
+    return send(connection, content, { headers: { ETag: tag, ...more } });
   }
-  const headers = { ETag: tag, "Content-Range": `bytes ${from}-${length - 1}/${length}` };
+  if (from >= length) {
+    const headers = { "Content-Range": `bytes */${length}` };
+    return send(connection, "there is no more", { status: 416, headers });
+  }
+  const headers = { ETag: tag, "Content-Range": `bytes ${from}-${length - 1}/${length}`, ...more };
   send(connection, content.subarray(from), { status: 206, headers });
 }
 

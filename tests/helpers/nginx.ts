@@ -61,7 +61,10 @@ http {
       let isUp = false;
       const ask = () => {
         if (child.exitCode !== null) throw new Error(`nginx ended: ${nginx.errors}`);
-        void fetch(nginx.url).then(() => (isUp = true), () => {});
+        void fetch(nginx.url).then(
+          () => (isUp = true),
+          () => {},
+        );
         return isUp;
       };
       await eventually("nginx answers", ask);

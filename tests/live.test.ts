@@ -1,0 +1,862 @@
+/**
+ * A server that keeps up with its root: real directories that are changed as people and programs
+ * change them, while devices ask. What is said from memory is compared with what a fresh server
+ * would say. Set SEED to repeat a run.
+ */
+
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import * as fs from "node:fs";
+import { dirname } from "node:path";
+import {
+  HttpOTA,
+  parseManifest,
+  Releases,
+  type Data,
+  type Manifest,
+  type ManifestQuery,
+  type Want,
+} from "../ota.ts";
+import { Double, manifestOf, send, sendContent } from "./helpers/double.ts";
+import { Random } from "./helpers/random.ts";
+import {
+  asTree,
+  eventually,
+  injecting,
+  layTree,
+  need,
+  readTree,
+  Served,
+  sha256,
+  Temp,
+  Tool,
+  type Tree,
+} from "./helpers/tool.ts";
+
+const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
+console.log(`live: SEED=${SEED}`);
+
+/** Seconds within which a change shows, and what a busy machine may add. */
+const SOON = 2 + 1;
+// Tests wait for the clock here, so many run at once: one may take long.
+setDefaultTimeout(30_000);
+
+const V1: Tree = { "flash/main.py": "one\n", "flash/lib/a.py": "a\n", "sd/data": "data\n" };
+const V2: Tree = { ...V1, "flash/main.py": "two\n" };
+
+/** A directory with a root that holds 1.0.0 and 1.0.1. */
+class Root extends Temp {
+  readonly root = this.at("root");
+
+  constructor() {
+    super();
+    this.lay("1.0.0", V1);
+    this.lay("1.0.1", V2);
+  }
+
+  in(path: string): string {
+    return this.at("root", path);
+  }
+
+  lay(version: string, files: Tree): void {
+    layTree(this.in(version), files);
+  }
+}
+
+/** A server that does not take anything for complete before a quiet second, as the command. */
+const live = (root: Root): Promise<Served> => Served.start(root.root, { quiet: 1 });
+
+async function ask(server: { url: string }, current = "1.0.0"): Promise<Manifest | null> {
+  const url = `${server.url}/manifest.json?current_ver=${current}&hash=sha256`;
+  const response = await fetch(url);
+  return parseManifest(await response.bytes());
+}
+
+/** What a device with nothing would be on: the version, and path → SHA-256. */
+async function whole(server: { url: string }): Promise<[string, Record<string, string>]> {
+  const manifest = await ask(server, "");
+  const files = manifest?.new.map(({ dst_path, sha256 }) => [dst_path.slice(1), sha256!]) ?? [];
+  return [manifest?.version ?? "none", Object.fromEntries(files) as Record<string, string>];
+}
+
+const hashes = (files: Tree): Record<string, string> =>
+  Object.fromEntries(Object.entries(files).map(([path, content]) => [path, sha256(content)]));
+
+/** Asks until the answer is right; says how many seconds that took. */
+async function until<T>(
+  what: string,
+  get: () => Promise<T>,
+  isRight: (found: T) => boolean,
+  seconds = SOON,
+): Promise<number> {
+  const started = performance.now();
+  let found = await get();
+  while (!isRight(found)) {
+    if (performance.now() - started > seconds * 1000) {
+      throw new Error(`not within ${seconds} s: ${what}; at last ${Bun.inspect(found)}`);
+    }
+    await Bun.sleep(10);
+    found = await get();
+  }
+  return (performance.now() - started) / 1000;
+}
+
+/** Waits until a version with these files is the newest, whole. */
+const untilNewest = (server: { url: string }, version: string, files: Tree): Promise<number> => {
+  const right = JSON.stringify([version, hashes(files)]);
+  const sorted = ([name, found]: [string, Record<string, string>]) => {
+    const keys = Object.keys(files);
+    const same = Object.keys(found).length === keys.length;
+    return JSON.stringify(
+      [name, Object.fromEntries(keys.map((key) => [key, found[key]]))].concat(
+        same ? [] : [0 as never],
+      ),
+    );
+  };
+  return until(
+    `${version} is the newest`,
+    () => whole(server),
+    (found) => sorted(found) === right,
+  );
+};
+
+// ── From memory, and fresh ──
+
+/** Random releases, changed again and again; sizes differ, so that no clock has to. */
+class Gardener {
+  #size = 0;
+
+  constructor(
+    readonly root: string,
+    readonly random: Random,
+  ) {}
+
+  /** One change of the kind that people make. */
+  change(): void {
+    const { random } = this;
+    const version = `${this.root}/1.${random.below(3)}.${random.below(3)}`;
+    const file = `${version}/flash/${random.pick(["a.py", "b c.py", "lib/d.py", "\u00e9"])}`;
+    const image = `${this.root}/firmware_1.${random.below(3)}.0.bin`;
+    random.pick([
+      () => this.#write(file),
+      () => this.#write(file),
+      () => this.#write(image),
+      () => fs.rmSync(file, { force: true }),
+      () => fs.rmSync(image, { force: true }),
+      () => fs.rmSync(version, { recursive: true, force: true }),
+      () => {
+        const other = `${this.root}/1.${random.below(3)}.${random.below(3)}`;
+        if (fs.existsSync(version) && !fs.existsSync(other)) fs.renameSync(version, other);
+      },
+      () => {
+        const other = `${this.root}/1.${random.below(3)}.${random.below(3)}`;
+        if (fs.existsSync(version)) fs.cpSync(version, other, { recursive: true });
+      },
+    ])();
+  }
+
+  query(releases: Releases): ManifestQuery {
+    const { random } = this;
+    const digests = releases.versions.map(({ digest }) => digest);
+    const some: Record<string, readonly string[]> = {
+      current_ver: ["", "0", "9", "x", 'q"\u{1f680}', "1.00.0", "1.0.0", "1.1.1", "1.2.0", "1.2"],
+      firmware_ver: ["", "1.0.0", "1.1.0", "1.2.0", "7"],
+      base: ["", "x", ...digests],
+      hash: ["sha256", "sha1"],
+      reqid: ["", "7", '"\\\n'],
+    };
+    const chosen = Object.entries(some).filter(() => random.chance(0.5));
+    return Object.fromEntries(chosen.map(([name, values]) => [name, random.pick(values)]));
+  }
+
+  #write(file: string): void {
+    fs.mkdirSync(dirname(file), { recursive: true });
+    fs.writeFileSync(file, "x".repeat(++this.#size));
+  }
+}
+
+test("what comes from memory is what a fresh start would say, through any history of changes", async () => {
+  using temp = new Temp();
+  layTree(temp.at("root"), { "1.0.0/flash/a.py": "", "firmware_1.0.0.bin": "" });
+  const random = new Random(SEED);
+  const gardener = new Gardener(temp.at("root"), random);
+  const lasting = await Releases.open(temp.at("root"), { quiet: 0 });
+  const seen = new Set<string>();
+  for (let round = 0; round < 60; round++) {
+    for (let times = random.below(4); times >= 0; times--) gardener.change();
+    await lasting.scan();
+    const fresh = await Releases.open(temp.at("root"), { quiet: 0 });
+    for (let times = 0; times < 40; times++) {
+      const query = gardener.query(fresh);
+      const base = random.pick(["http://a", "http://b:1", "https://cdn.test/fleet"]);
+      const suffix = random.pick(["", "?token=t"]);
+      const text = lasting.manifestJSON(query, base, suffix);
+      // Twice: made, and remembered.
+      for (const found of [text, lasting.manifestJSON(query, base, suffix)]) {
+        const expected = JSON.stringify(fresh.manifestFor(query, base, suffix));
+        if (found === expected) continue;
+        throw new Error(`round ${round}, ${JSON.stringify(query)}: ${found}, fresh: ${expected}`);
+      }
+      seen.add(text);
+    }
+  }
+  expect(seen.size).toBeGreaterThan(500);
+});
+
+describe("memory is bounded, whatever is asked", () => {
+  /** How much memory a task leaves behind, in MB. */
+  async function growth(task: () => void): Promise<number> {
+    const settle = async () => {
+      for (let i = 0; i < 3; i++) {
+        Bun.gc(true);
+        await Bun.sleep(1);
+      }
+      return process.memoryUsage.rss();
+    };
+    const before = await settle();
+    task();
+    return ((await settle()) - before) / 1e6;
+  }
+
+  // A release that only deletes has a manifest of two lines, in which no host stands.
+  for (const [what, newest] of [
+    ["a release that adds files", { ...V1, "flash/b.py": "b\n" }],
+    ["a release that only deletes", { "flash/main.py": "one\n" }],
+  ] as const) {
+    test(`random hosts and versions, and ${what}`, async () => {
+      using root = new Root();
+      root.lay("2.0.0", newest);
+      const releases = await Releases.open(root.root, { quiet: 0 });
+      const random = new Random(SEED);
+      const request = (i: number) => {
+        // A header may have 16 KiB.
+        const host = `http://${i}`.padEnd(8000, "h");
+        const current_ver = random.chance(0.5) ? "1.0.0" : `${random.next()}`.padEnd(128, "0");
+        releases.manifestJSON({ current_ver, hash: "sha256" }, host);
+      };
+      for (let i = 0; i < 2000; i++) request(-i);
+      // All of them would be more than 200 MB.
+      const grown = await growth(() => {
+        for (let i = 0; i < 30_000; i++) request(i);
+      });
+      expect(grown).toBeLessThan(100);
+    });
+  }
+
+  test("one manifest is made for a version however many ask, and one for all unknown versions", async () => {
+    using root = new Root();
+    const releases = await Releases.open(root.root, { quiet: 0 });
+    // Making one takes the files of a release; remembering does not.
+    let made = 0;
+    const release = releases.versions.at(-1)!;
+    const { files } = release;
+    Object.defineProperty(release, "files", { get: () => (made++, files) });
+    const askAll = () => {
+      for (let i = 0; i < 1000; i++) {
+        releases.manifestJSON({ current_ver: "1.0.0", reqid: `${i}`, devid: `${i}` }, "http://a");
+        releases.manifestJSON({ current_ver: `0.${i}` }, "http://a");
+      }
+    };
+    askAll();
+    const once = made;
+    expect(once).toBeGreaterThan(0);
+    expect(once).toBeLessThan(50);
+    askAll();
+    expect(made).toBe(once);
+  });
+});
+
+// ── A root that changes ──
+
+describe.concurrent("while it serves, a change shows within two seconds", () => {
+  /** One change after the other; each is awaited. */
+  async function expectShown(
+    change: (root: Root) => void | Promise<void>,
+    version: string,
+    files: Tree,
+    prepare?: (root: Root) => void,
+  ): Promise<void> {
+    using root = new Root();
+    prepare?.(root);
+    await using server = await live(root);
+    await whole(server);
+    await change(root);
+    await untilNewest(server, version, files);
+    // And it is the content that is served.
+    for (const [path, content] of Object.entries(files)) {
+      const response = await fetch(`${server.url}/${version}/${encodeURI(path)}`);
+      expect([path, response.status]).toEqual([path, 200]);
+      expect(sha256(await response.bytes())).toBe(sha256(content));
+    }
+  }
+
+  const V3: Tree = { "flash/main.py": "three\n", "flash/new/deep/er/x.py": "x\n", "flash/e": "" };
+
+  test("a new version", () => expectShown((root) => root.lay("1.0.2", V3), "1.0.2", V3));
+
+  test("a new version, moved in from elsewhere, and an edit deep in it", async () => {
+    using root = new Root();
+    await using server = await live(root);
+    layTree(root.at("build"), V3);
+    fs.renameSync(root.at("build"), root.in("1.0.2"));
+    await untilNewest(server, "1.0.2", V3);
+    const mended = { ...V3, "flash/new/deep/er/x.py": "mended\n" };
+    layTree(root.in("1.0.2"), { "flash/new/deep/er/x.py": "mended\n" });
+    await untilNewest(server, "1.0.2", mended);
+    const more = { ...mended, "flash/new/deep/er/and/more": "more\n" };
+    layTree(root.in("1.0.2"), { "flash/new/deep/er/and/more": "more\n" });
+    await untilNewest(server, "1.0.2", more);
+  });
+
+  test("an edit", () => {
+    const edit = (root: Root) => root.lay("1.0.1", { "flash/lib/a.py": "edited\n" });
+    return expectShown(edit, "1.0.1", { ...V2, "flash/lib/a.py": "edited\n" });
+  });
+
+  test("an edit that keeps the size, with the time of the file put back", () => {
+    const edit = (root: Root) => {
+      const file = root.in("1.0.1/flash/main.py");
+      const { atime, mtime } = fs.statSync(file);
+      fs.writeFileSync(file, "tWo\n");
+      fs.utimesSync(file, atime, mtime);
+    };
+    return expectShown(edit, "1.0.1", { ...V2, "flash/main.py": "tWo\n" });
+  });
+
+  test("an edit as editors make it: another file, renamed over", () => {
+    const edit = (root: Root) => {
+      const file = root.in("1.0.1/flash/main.py");
+      const { atime, mtime } = fs.statSync(file);
+      layTree(root.path, { new: "tWo\n" });
+      fs.utimesSync(root.at("new"), atime, mtime);
+      fs.renameSync(root.at("new"), file);
+    };
+    return expectShown(edit, "1.0.1", { ...V2, "flash/main.py": "tWo\n" });
+  });
+
+  test("a file that goes, and one that comes", () => {
+    const { "sd/data": _, ...rest } = V2;
+    const edit = (root: Root) => {
+      fs.rmSync(root.in("1.0.1/sd/data"));
+      root.lay("1.0.1", { "flash/\u00e9 \u{1f680}.py": "new\n" });
+    };
+    return expectShown(edit, "1.0.1", { ...rest, "flash/\u00e9 \u{1f680}.py": "new\n" });
+  });
+
+  test("an edit of the release that a device comes from", async () => {
+    using root = new Root();
+    await using server = await live(root);
+    expect((await ask(server))?.update.map(({ dst_path }) => dst_path)).toEqual(["/flash/main.py"]);
+    root.lay("1.0.0", { "flash/lib/a.py": "other\n" });
+    const isRight = (manifest: Manifest | null) => manifest?.update.length === 2;
+    await until("both are to be updated", () => ask(server), isRight);
+  });
+
+  test("a removal: the release before is the newest again, and what was in it is gone", async () => {
+    using root = new Root();
+    await using server = await live(root);
+    expect((await ask(server))?.version).toBe("1.0.1");
+    fs.rmSync(root.in("1.0.1"), { recursive: true });
+    await untilNewest(server, "1.0.0", V1);
+    expect(await ask(server)).toBeNull();
+    expect((await fetch(`${server.url}/1.0.1/flash/main.py`)).status).toBe(404);
+  });
+
+  test("firmware: new, changed, gone", async () => {
+    using root = new Root();
+    await using server = await live(root);
+    const hash = async () => (await ask(server))?.firmware?.sha256;
+    expect(await hash()).toBeUndefined();
+    for (const image of ["one", "another"]) {
+      layTree(root.root, { "firmware_1.0.1.bin": image });
+      await until(`the image ${image}`, hash, (found) => found === sha256(image));
+      const response = await fetch(`${server.url}/firmware_1.0.1.bin`);
+      expect(await response.text()).toBe(image);
+    }
+    fs.rmSync(root.in("firmware_1.0.1.bin"));
+    await until("no image", hash, (found) => found === undefined);
+    expect((await fetch(`${server.url}/firmware_1.0.1.bin`)).status).toBe(404);
+  });
+
+  test("a version that is a link, pointed elsewhere", () => {
+    const prepare = (root: Root) => {
+      root.lay(".builds/a", V2);
+      root.lay(".builds/b", V3);
+      fs.symlinkSync(".builds/a", root.in("1.0.2"));
+    };
+    const change = (root: Root) => {
+      fs.symlinkSync(".builds/b", root.in(".next"));
+      fs.renameSync(root.in(".next"), root.in("1.0.2"));
+    };
+    return expectShown(change, "1.0.2", V3, prepare);
+  });
+
+  test("the first version of an empty root, and the last one going", async () => {
+    using temp = new Temp();
+    fs.mkdirSync(temp.at("root"));
+    await using server = await Served.start(temp.at("root"), { quiet: 1 });
+    const health = async () => (await fetch(`${server.url}/-/health`)).status;
+    expect([await ask(server), await health()]).toEqual([null, 503]);
+    layTree(temp.at("root/1.0.0"), V1);
+    await untilNewest(server, "1.0.0", V1);
+    expect(await health()).toBe(200);
+    fs.rmSync(temp.at("root/1.0.0"), { recursive: true });
+    await until(
+      "nothing",
+      () => ask(server),
+      (found) => found === null,
+    );
+    expect(await health()).toBe(503);
+  });
+
+  test("a copy that ended just while the server started", async () => {
+    using root = new Root();
+    const started = performance.now();
+    const starting = live(root);
+    // The server waits for about two seconds for a root that is not quiet, and then begins.
+    const file = root.in("1.0.1/flash/main.py");
+    while (performance.now() - started < 1950) {
+      fs.appendFileSync(file, "more\n");
+      await Bun.sleep(20);
+    }
+    await using server = await starting;
+    await untilNewest(server, "1.0.1", { ...V2, "flash/main.py": fs.readFileSync(file) });
+  });
+
+  for (const [call, error] of [
+    ["inotify_init1", "EMFILE"],
+    ["inotify_add_watch", "ENOSPC"],
+  ] as const) {
+    test(`where the system does not tell of changes: ${call} fails with ${error}`, async () => {
+      using root = new Root();
+      const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
+      await using tool = new Tool(args, { prefix: injecting(call, `error=${error}`) });
+      const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try /m);
+      root.lay("1.0.2", V3);
+      await untilNewest({ url }, "1.0.2", V3);
+      root.lay("1.0.2", { "flash/main.py": "mended\n" });
+      await untilNewest({ url }, "1.0.2", { ...V3, "flash/main.py": "mended\n" });
+    });
+  }
+});
+
+test("what did not change is not read again", async () => {
+  using root = new Root();
+  const many = Object.fromEntries(Array.from({ length: 30 }, (_, i) => [`flash/${i}`, `${i}`]));
+  root.lay("1.0.1", many);
+  layTree(root.root, { "firmware_1.0.0.bin": "image" });
+  const options = ["-f", "--seccomp-bpf", "-qq", "-s", "300", "-e", "trace=open,openat,openat2"];
+  const prefix = [need("strace"), ...options, "-o", root.at("calls")];
+  const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
+  await using tool = new Tool(args, { prefix });
+  const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try /m);
+
+  let told = 0;
+  /** The files below the root that were opened to be read since the last time, sorted. */
+  const read = (): string[] => {
+    const lines = fs.readFileSync(root.at("calls"), "utf8").split("\n");
+    const news = lines.slice(told, -1);
+    told = lines.length - 1;
+    return news
+      .filter((line) => !/O_DIRECTORY|O_PATH/.test(line))
+      .flatMap((line) => new RegExp(`"${root.root}/([^"]+)"`).exec(line)?.[1] ?? [])
+      .sort();
+  };
+  const below = (version: string, files: Tree) => Object.keys(files).map((f) => `${version}/${f}`);
+  const all = [...below("1.0.0", V1), ...below("1.0.1", { ...V2, ...many }), "firmware_1.0.0.bin"];
+  await eventually("every file is read once at the start", () => told > 0 || read().length > 0);
+  told = 0;
+  expect(read()).toEqual(all.sort());
+
+  // A new version: its files, once each, and no other.
+  const added: Tree = { "flash/main.py": "x\n", "flash/other.py": "y\n" };
+  root.lay("1.0.2", added);
+  await untilNewest({ url }, "1.0.2", added);
+  expect(read()).toEqual(below("1.0.2", added));
+
+  // An edit: the file that was edited.
+  root.lay("1.0.2", { "flash/other.py": "z\n" });
+  const edited = { ...added, "flash/other.py": "z\n" };
+  await untilNewest({ url }, "1.0.2", edited);
+  expect(read()).toEqual(["1.0.2/flash/other.py"]);
+
+  // New firmware: the image.
+  layTree(root.root, { "firmware_1.0.2.bin": "new image" });
+  const firmware = async () => (await ask({ url }))?.firmware?.sha256;
+  await until("the image", firmware, (found) => found === sha256("new image"));
+  expect(read()).toEqual(["firmware_1.0.2.bin"]);
+
+  // A removal, and another name for a version: nothing.
+  fs.rmSync(root.in("1.0.2"), { recursive: true });
+  await untilNewest({ url }, "1.0.1", { ...V2, ...many });
+  expect(read()).toEqual([]);
+
+  // Nor for manifests, however many.
+  for (let i = 0; i < 50; i++) await ask({ url }, `${i}`);
+  expect(read()).toEqual([]);
+});
+
+// ── The quiet second ──
+
+describe.concurrent("a version counts after one quiet second", () => {
+  /** Watches what is offered, until told to stop: every newest version with its files. */
+  function observe(server: { url: string }) {
+    const seen: [string, Record<string, string>][] = [];
+    let stopped = false;
+    const watching = (async () => {
+      while (!stopped) {
+        const found = await whole(server);
+        if (!Bun.deepEquals(found, seen.at(-1))) seen.push(found);
+        await Bun.sleep(5);
+      }
+    })();
+    return async () => {
+      stopped = true;
+      await watching;
+      return seen;
+    };
+  }
+
+  /** Writes a file in pieces, with pauses shorter than a second. */
+  async function writeSlowly(file: string, pieces: readonly string[], pause = 400): Promise<void> {
+    fs.mkdirSync(dirname(file), { recursive: true });
+    const fd = fs.openSync(file, "w");
+    for (const piece of pieces) {
+      fs.writeSync(fd, piece);
+      await Bun.sleep(pause);
+    }
+    fs.closeSync(fd);
+  }
+
+  test("a copy that takes longer is not offered before it is whole", async () => {
+    using root = new Root();
+    await using server = await live(root);
+    const stop = observe(server);
+    const files: Tree = { "flash/a.py": "abcd", "flash/b/c.py": "ef", "flash/main.py": "gh" };
+    await writeSlowly(root.in("1.0.2/flash/a.py"), ["a", "b", "c", "d"]);
+    await writeSlowly(root.in("1.0.2/flash/b/c.py"), ["e", "f"]);
+    await writeSlowly(root.in("1.0.2/flash/main.py"), ["g", "h"]);
+    await untilNewest(server, "1.0.2", files);
+    expect(await stop()).toEqual([
+      ["1.0.1", hashes(V2)],
+      ["1.0.2", hashes(files)],
+    ]);
+  });
+
+  test("firmware that takes longer, too", async () => {
+    using root = new Root();
+    await using server = await live(root);
+    const offered = new Set<string | undefined>();
+    const firmware = async () => {
+      const found = (await ask(server))?.firmware?.sha256;
+      offered.add(found);
+      return found;
+    };
+    const pieces = ["first ", "second ", "third ", "fourth ", "fifth"];
+    const right = sha256(pieces.join(""));
+    const writing = writeSlowly(root.in("firmware_1.0.1.bin"), pieces);
+    await until("the whole image", firmware, (found) => found === right, 2 + SOON);
+    await writing;
+    expect([...offered]).toEqual([undefined, right]);
+  });
+
+  test("the last good one stands during an edit, and no other bytes are sent", async () => {
+    using root = new Root();
+    await using server = await live(root);
+    const [kept, other] = ["flash/main.py", "flash/lib/a.py"];
+    const get = async (path: string) => {
+      const response = await fetch(`${server.url}/1.0.1/${path}`);
+      return { response, text: await response.text() };
+    };
+    // The one was sent before, and is in memory; the other one was never asked for.
+    expect((await get(kept)).text).toBe("two\n");
+    const stop = observe(server);
+    const pieces = ["an edit ", "that ", "takes ", "its ", "time\n"];
+    const writing = Promise.all([
+      writeSlowly(root.in(`1.0.1/${kept}`), pieces),
+      writeSlowly(root.in(`1.0.1/${other}`), pieces),
+    ]);
+    let isOver = false;
+    void writing.then(() => (isOver = true));
+    const answers = new Set<string>();
+    while (!isOver) {
+      expect((await get(kept)).text).toBe("two\n");
+      const { response, text } = await get(other);
+      answers.add(`${response.status} ${response.headers.get("retry-after")} ${text}`);
+      await Bun.sleep(20);
+    }
+    expect([...answers]).toEqual(["503 2 changing just now\n"]);
+    const edited = { ...V2, [kept!]: pieces.join(""), [other!]: pieces.join("") };
+    await untilNewest(server, "1.0.1", edited);
+    expect((await get(kept)).text).toBe(pieces.join(""));
+    expect((await get(other)).text).toBe(pieces.join(""));
+    expect(await stop()).toEqual([
+      ["1.0.1", hashes(V2)],
+      ["1.0.1", hashes(edited)],
+    ]);
+  });
+
+  test("a removal that takes long does not offer what is left", async () => {
+    using root = new Root();
+    const many = Object.fromEntries(Array.from({ length: 6 }, (_, i) => [`flash/${i}`, `${i}`]));
+    root.lay("1.0.2", many);
+    await using server = await live(root);
+    const stop = observe(server);
+    for (const path of Object.keys(many)) {
+      fs.rmSync(root.in(`1.0.2/${path}`));
+      await Bun.sleep(300);
+    }
+    fs.rmSync(root.in("1.0.2"), { recursive: true });
+    await untilNewest(server, "1.0.1", V2);
+    expect(await stop()).toEqual([
+      ["1.0.2", hashes(many)],
+      ["1.0.1", hashes(V2)],
+    ]);
+  });
+
+  test("the command waits for a fresh root, says what is changing, and what came of it", async () => {
+    using root = new Root();
+    let isWriting = true;
+    const writing = (async () => {
+      for (let i = 0; isWriting; i++) {
+        root.lay("1.0.2", { [`flash/${i}`]: `${i}` });
+        await Bun.sleep(100);
+      }
+    })();
+    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
+    await using tool = new Tool(args);
+    try {
+      const [startup, url = ""] = await tool.until(/^.* at (http:\S+)\n[^]*^try /m);
+      expect(startup).toMatch(/^version +1\.0\.0 /m);
+      expect(startup).toMatch(/^version +1\.0\.1 /m);
+      expect(startup).not.toMatch(/^version +1\.0\.2 /m);
+      expect(startup).toMatch(/^changing +1\.0\.2\b/m);
+      expect((await whole({ url }))[0]).toBe("1.0.1");
+    } finally {
+      isWriting = false;
+      await writing;
+    }
+    await tool.until(/^now +1\.0\.0 1\.0\.1 1\.0\.2$/m);
+  });
+});
+
+describe.concurrent("a rename publishes at once or not at all", () => {
+  const many = Object.fromEntries(
+    Array.from({ length: 200 }, (_, i) => [`flash/${i % 7}/${i}.py`, `${i}\n`]),
+  );
+
+  /** Runs commands as a person would, in the root. */
+  async function shell(root: Root, script: string): Promise<void> {
+    const child = Bun.spawn(["sh", "-ec", script], { cwd: root.root, stderr: "pipe" });
+    const [code, errors] = await Promise.all([child.exited, child.stderr.text()]);
+    if (code !== 0) throw new Error(`${script}: ${errors}`);
+  }
+
+  test("cp -r build .1.0.2 && mv .1.0.2 1.0.2", async () => {
+    using root = new Root();
+    layTree(root.at("build"), many);
+    await using server = await live(root);
+    const seen: [string, number][] = [];
+    let stopped = false;
+    const watching = (async () => {
+      while (!stopped) {
+        const [version, files] = await whole(server);
+        const last = seen.at(-1);
+        const count = Object.keys(files).length;
+        if (last?.[0] !== version || last[1] !== count) seen.push([version, count]);
+        await Bun.sleep(1);
+      }
+    })();
+    await shell(root, "cp -r ../build .1.0.2");
+    // Long enough for anything else to count.
+    await Bun.sleep(1600);
+    expect((await whole(server))[0]).toBe("1.0.1");
+    expect((await fetch(`${server.url}/.1.0.2/flash/0/0.py`)).status).toBe(404);
+    await shell(root, "mv .1.0.2 1.0.2");
+    await untilNewest(server, "1.0.2", many);
+    // And back out of sight.
+    await shell(root, "mv 1.0.2 .1.0.2");
+    await untilNewest(server, "1.0.1", V2);
+    stopped = true;
+    await watching;
+    expect(seen).toEqual([
+      ["1.0.1", 3],
+      ["1.0.2", 200],
+      ["1.0.1", 3],
+    ]);
+  });
+
+  test("a version that is exchanged for another one, by two renames", async () => {
+    using root = new Root();
+    root.lay(".new", many);
+    await using server = await live(root);
+    const counts = new Set<string>();
+    const get = async () => {
+      const found = await whole(server);
+      counts.add(`${found[0]} ${Object.keys(found[1]).length}`);
+      return found;
+    };
+    await get();
+    await shell(root, "mv 1.0.1 .old; mv .new 1.0.1");
+    await until("the other one", get, ([, files]) => Object.keys(files).length === 200);
+    // Between the renames there is no 1.0.1, and a look may see that.
+    expect([...counts].filter((count) => count !== "1.0.0 3")).toEqual(["1.0.1 3", "1.0.1 200"]);
+  });
+});
+
+// ── Content that is not what was indexed ──
+
+describe.concurrent("content that is other than indexed is not sent", () => {
+  test("503 with Retry-After, for every way to ask; and it is looked at again at once", async () => {
+    using root = new Root();
+    // Nothing tells of a change that is made through another name of the file.
+    fs.linkSync(root.in("1.0.1/flash/main.py"), root.at("elsewhere"));
+    await using server = await live(root);
+    fs.writeFileSync(root.at("elsewhere"), "evil\n");
+    const url = `${server.url}/1.0.1/flash/main.py`;
+    const answers = await Promise.all(
+      [
+        {},
+        { headers: { "Accept-Encoding": "identity" } },
+        { headers: { "Accept-Encoding": "gzip, zstd" } },
+        { headers: { Range: "bytes=0-1" } },
+        { method: "HEAD" },
+      ].map((init) => fetch(url, init)),
+    );
+    for (const response of answers) {
+      expect(response.status).toBe(503);
+      expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
+      expect(response.headers.get("cache-control") ?? "").not.toContain("max-age");
+      expect(response.headers.get("etag")).toBeNull();
+      expect(await response.text()).not.toContain("evil");
+    }
+    // It was asked for, and so is looked at again: it counts as an edit like any other.
+    await untilNewest(server, "1.0.1", { ...V2, "flash/main.py": "evil\n" });
+    expect(await (await fetch(url)).text()).toBe("evil\n");
+  });
+
+  for (const [size, what] of [
+    [16 * 1024 * 1024, "16 MiB, the most that is checked"],
+    [3, "a few bytes"],
+  ] as const) {
+    test(`of ${what}: longer, shorter, gone`, async () => {
+      using root = new Root();
+      const content = Buffer.alloc(size, "a");
+      layTree(root.root, { "firmware_1.0.1.bin": content });
+      const file = root.in("firmware_1.0.1.bin");
+      for (const change of [
+        () => fs.writeFileSync(file, Buffer.alloc(size, "b")),
+        () => fs.appendFileSync(file, "more"),
+        () => fs.truncateSync(file, size - 1),
+        () => fs.rmSync(file),
+      ]) {
+        await using server = await Served.start(root.root, { quiet: 1 });
+        const before = await ask(server);
+        change();
+        const response = await fetch(before!.firmware!.URL);
+        expect([503, 404]).toContain(response.status);
+        await response.body?.cancel();
+        fs.writeFileSync(file, content);
+      }
+    });
+  }
+
+  test("larger content: what went or became shorter is no error of the server", async () => {
+    using root = new Root();
+    const size = 17 * 1024 * 1024;
+    const file = root.in("firmware_1.0.1.bin");
+    for (const change of [() => fs.truncateSync(file, 1000), () => fs.rmSync(file)]) {
+      fs.writeFileSync(file, Buffer.alloc(size, "a"));
+      await using server = await live(root);
+      const before = await ask(server);
+      expect(before?.firmware?.size).toBe(size);
+      change();
+      for (const method of ["GET", "HEAD"]) {
+        const response = await fetch(before!.firmware!.URL, { method });
+        await response.body?.cancel();
+        expect([404, 503]).toContain(response.status);
+      }
+    }
+  });
+});
+
+describe.concurrent("a device that gets other content than its manifest says", () => {
+  const put: Tree = { "flash/main.py": "right\n", "flash/other.py": "other\n" };
+  const device = (temp: Temp, url: string) =>
+    new HttpOTA(url, { root: temp.at("device"), ver: "1.0.0", jobs: 1 });
+
+  /** Answers with a manifest that does not fit the content for the first `wrong` times. */
+  async function serveWrong(wrong: number): Promise<Double> {
+    const double = await Double.start(() => {});
+    double.reply = (asked, connection) => {
+      if (asked.path === "/manifest.json") {
+        const isWrong = asked.before < wrong;
+        const listed = isWrong ? { ...put, "flash/main.py": `wrong ${asked.before}\n` } : put;
+        const offer = { version: "1.0.1", put: listed };
+        return send(connection, JSON.stringify(manifestOf(offer, double.url)));
+      }
+      const content = put[asked.path.slice("/content/".length)]!;
+      sendContent(asked, connection, Buffer.from(content));
+    };
+    return double;
+  }
+
+  test("asks for a new manifest once, and goes on with what it has", async () => {
+    using temp = new Temp();
+    layTree(temp.at("device"), V1);
+    await using double = await serveWrong(1);
+    expect((await device(temp, double.url).update()).result).toBe("updated");
+    expect(double.askedFor("/manifest.json").length).toBe(2);
+    expect(double.askedFor("/content/flash/other.py").length).toBe(1);
+    expect(readTree(temp.at("device"))).toMatchObject(asTree(put));
+  });
+
+  test("gives up when that does not help, and is as it was", async () => {
+    using temp = new Temp();
+    layTree(temp.at("device"), V1);
+    await using double = await serveWrong(Infinity);
+    const error = await device(temp, double.url)
+      .update()
+      .catch((thrown: unknown) => thrown);
+    expect(String(error)).toContain("flash/main.py");
+    expect(double.askedFor("/manifest.json").length).toBe(2);
+    expect(readTree(temp.at("device"))).toEqual(asTree(V1));
+  });
+
+  /** A device in whose way a person edits the release, right after it has its manifest. */
+  class Unlucky extends HttpOTA {
+    edit: (() => void) | undefined;
+
+    override async getData(path: string, want: Want): Promise<Data> {
+      if (!path.startsWith("/manifest.json")) {
+        this.edit?.();
+        this.edit = undefined;
+      }
+      return super.getData(path, want);
+    }
+  }
+
+  test("while somebody edits the release on the server: it ends up on the edited one", async () => {
+    using root = new Root();
+    layTree(root.at("device"), V1);
+    await using server = await live(root);
+    const unlucky = new Unlucky(server.url, { root: root.at("device"), ver: "1.0.0" });
+    unlucky.edit = () => root.lay("1.0.1", { "flash/main.py": "edited meanwhile\n" });
+    expect((await unlucky.update()).result).toBe("updated");
+    const edited = { ...V2, "flash/main.py": "edited meanwhile\n" };
+    expect(readTree(root.at("device"))).toMatchObject(asTree(edited));
+    expect(server.requests.filter(({ path }) => path === "/manifest.json").length).toBe(2);
+    expect(server.requests.map(({ status }) => status)).toContain(503);
+  });
+
+  test("while the release is withdrawn on the server: it stays as it is", async () => {
+    using root = new Root();
+    layTree(root.at("device"), V1);
+    await using server = await Served.start(root.root);
+    const unlucky = new Unlucky(server.url, { root: root.at("device"), ver: "1.0.0" });
+    unlucky.edit = () => fs.rmSync(root.in("1.0.1"), { recursive: true });
+    const outcome = await unlucky.update().catch((thrown: unknown) => thrown);
+    if (outcome instanceof Error) expect(String(outcome)).toContain("1.0.1");
+    else expect(outcome).toMatchObject({ result: "up to date", to: "1.0.0" });
+    expect(readTree(root.at("device"))).toEqual(asTree(V1));
+  });
+});

@@ -1,0 +1,362 @@
+/**
+ * README.md says what is so: its commands run and print what it shows, its code compiles, its
+ * options and files are there. Commands are run as they stand, but with this Bun, on a free port,
+ * and in a directory that has what a clone of the repository has.
+ */
+
+import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { existsSync, mkdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { LIMITS, MAX_CODED, MAX_MANIFEST_BYTES, parseManifest, Releases } from "../ota.ts";
+import { asTree, layTree, ota, OTA_TS, readTree, Temp, Tool } from "./helpers/tool.ts";
+
+setDefaultTimeout(30_000);
+
+const REPOSITORY = dirname(OTA_TS);
+const README = readFileSync(`${REPOSITORY}/README.md`, "utf8");
+
+interface Block {
+  language: string;
+  text: string;
+}
+
+const BLOCKS: Block[] = [...README.matchAll(/^```(\w*)\n(.*?)^```$/gms)].map(
+  ([, language = "", text = ""]) => ({ language, text }),
+);
+
+/** README without its blocks of code. */
+const PROSE = README.replaceAll(/^```\w*\n.*?^```$/gms, "");
+
+/** The one block that has a text in it. */
+function blockWith(text: string): Block {
+  const found = BLOCKS.filter((block) => block.text.includes(text));
+  if (found.length !== 1) throw new Error(`${found.length} blocks have ${JSON.stringify(text)}`);
+  return found[0]!;
+}
+
+/** The block behind another one: what it prints. */
+function outputOf(block: Block): string[] {
+  return BLOCKS[BLOCKS.indexOf(block) + 1]!.text.trimEnd().split("\n");
+}
+
+/** A directory in which commands of README find what they name. */
+class Clone extends Temp {
+  constructor() {
+    super();
+    for (const name of ["ota.ts", "examples", "node_modules"]) {
+      symlinkSync(`${REPOSITORY}/${name}`, this.at(name));
+    }
+  }
+
+  /** Runs lines for a shell, with this Bun; what it shows is stderr, and then stdout. */
+  run(script: string): { code: number; shown: string[] } {
+    const bun = `'${process.execPath}'`;
+    const lines = script.replaceAll(/\bnpx --yes bun@[\d.]+(?= )|^bun(?= )/gm, bun);
+    const { exitCode, stdout, stderr } = Bun.spawnSync(["sh", "-euc", lines], {
+      cwd: this.path,
+      env: { ...process.env, NO_COLOR: "1" },
+      stdin: "ignore",
+    });
+    return { code: exitCode, shown: `${stderr}${stdout}`.trimEnd().split("\n") };
+  }
+}
+
+/** The options that the help of a command lists. */
+const optionsOf = new Map<string, Set<string>>();
+beforeAll(async () => {
+  const all = (await ota(["--help"])).stdout;
+  const commands = [...all.matchAll(/^ {2}(\w+) +\S/gm)].map(([, name]) => name!);
+  expect(commands.length).toBeGreaterThan(4);
+  await Promise.all(
+    commands.map(async (name) => {
+      const { stdout } = await ota([name, "--help"]);
+      const options = [...stdout.matchAll(/^ {2}(--[\w-]+)/gm)].map(([, option]) => option!);
+      optionsOf.set(name, new Set(options));
+    }),
+  );
+});
+
+/** What in README are options of other programs. */
+const FOREIGN = ["npx --yes", "bun build --compile ota.ts --outfile ota"];
+
+describe("options", () => {
+  test("every one in README is in --help", () => {
+    const known = new Set([...optionsOf.values()].flatMap((options) => [...options]));
+    let text = README.replaceAll(/^```ts\n.*?^```$/gms, "");
+    for (const foreign of FOREIGN) {
+      expect(text).toContain(foreign);
+      text = text.replaceAll(foreign, "");
+    }
+    const found = new Set([...text.matchAll(/(?<![\w-])--[a-z][\w-]*/g)].map(([option]) => option));
+    expect(found.size).toBeGreaterThan(20);
+    expect([...found].filter((option) => !known.has(option))).toEqual([]);
+  });
+
+  test("every one in --help is in README", () => {
+    for (const [command, options] of optionsOf) {
+      const missing = [...options].filter((option) => {
+        return option !== "--help" && !new RegExp(`${option}(?![\\w-])`).test(README);
+      });
+      expect([command, missing]).toEqual([command, []]);
+    }
+  });
+
+  test("every command line has a command and options that there are", () => {
+    const joined = README.replaceAll(/\\\n\s*/g, " ");
+    const lines = [...joined.matchAll(/(?:ota\.ts|\.\/ota) ([a-z]+)([^\n`#|]*)/g)];
+    expect(lines.length).toBeGreaterThan(8);
+    for (const [line, command = "", rest = ""] of lines) {
+      const known = optionsOf.get(command);
+      // What is quoted is somebody else's.
+      const options = rest.replaceAll(/'[^']*'/g, "").match(/(?<=\s)--[\w-]+/g) ?? [];
+      expect([line, known && options.filter((option) => !known.has(option))]).toEqual([line, []]);
+    }
+  });
+
+  test("the tables are about the command that they are under", () => {
+    for (const [heading, command] of [
+      ["The server", "serve"],
+      ["The device", "client"],
+    ] as const) {
+      const section = README.split(/^## /m).find((text) => text.startsWith(`${heading}\n`));
+      const rows = section?.match(/^\| `--.*$/gm) ?? [];
+      const listed = rows.flatMap((row) => row.split("|")[1]!.match(/--[\w-]+/g) ?? []);
+      const known = [...optionsOf.get(command)!].filter((option) => option !== "--help");
+      expect([heading, listed.toSorted()]).toEqual([heading, known.toSorted()]);
+    }
+  });
+});
+
+describe("code", () => {
+  const blocks = BLOCKS.filter(({ language }) => language === "ts");
+
+  test("compiles", () => {
+    using clone = new Clone();
+    expect(blocks.length).toBeGreaterThan(0);
+    const settings = JSON.parse(readFileSync(`${REPOSITORY}/tsconfig.json`, "utf8"));
+    writeFileSync(
+      clone.at("tsconfig.json"),
+      JSON.stringify({ ...settings, include: ["block*.ts"] }),
+    );
+    writeFileSync(clone.at("package.json"), JSON.stringify({ type: "module" }));
+    for (const [i, { text }] of blocks.entries()) writeFileSync(clone.at(`block${i}.ts`), text);
+    const child = Bun.spawnSync([process.execPath, "check"], { cwd: clone.path });
+    const said = `${child.stdout}${child.stderr}`;
+    expect({ said, code: child.exitCode }).toEqual({ said: expect.any(String), code: 0 });
+
+    // And what does not compile would be found.
+    writeFileSync(clone.at("block.ts"), 'import { nothing } from "./ota.ts";\nnothing();\n');
+    expect(Bun.spawnSync([process.execPath, "check"], { cwd: clone.path }).exitCode).not.toBe(0);
+  });
+
+  test("the transport is the one in examples/", () => {
+    const example = readFileSync(`${REPOSITORY}/examples/curl-transport.ts`, "utf8");
+    const { text } = blockWith("class CurlOTA extends OTA");
+    expect(text.replace('"./ota.ts"', '"../ota.ts"').trim()).toBe(example.trim());
+  });
+
+  test("the transport brings a device to the newest release", async () => {
+    using clone = new Clone();
+    await using server = await serveIn(clone);
+    writeFileSync(clone.at("transport.ts"), blockWith("class CurlOTA extends OTA").text);
+    mkdirSync(clone.at("device"));
+    // Run from a copy: it must not be this one that it imports.
+    const child = Bun.spawn([process.execPath, "transport.ts"], {
+      cwd: clone.path,
+      env: { ...process.env, SERVER: server.url },
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    const [stdout, stderr] = await Promise.all([child.stdout.text(), child.stderr.text()]);
+    expect([await child.exited, stderr]).toEqual([0, ""]);
+    expect(stdout).toContain("updated");
+    expect(await Bun.file(clone.at("device/flash/main.py")).text()).toBe(
+      await Bun.file(`${REPOSITORY}/examples/smart-meter/1.0.1/flash/main.py`).text(),
+    );
+  });
+
+  test("the manifest is what the example's server answers", async () => {
+    const releases = await Releases.open(`${REPOSITORY}/examples/smart-meter`, { quiet: 0 });
+    const real = releases.manifestFor({ current_ver: "1.0.0" }, "http://HOST")!;
+    const { text } = blockWith('"previous_version"');
+    const shown = JSON.parse(text);
+    expect(Object.keys(shown)).toEqual(Object.keys(real));
+    expect([shown.previous_version, shown.version]).toEqual([real.previous_version, real.version]);
+    // Of the lists it shows a part.
+    expect(real.delete).toEqual(expect.arrayContaining(shown.delete));
+    const address = ({ URL: url, dst_path }: { URL: string; dst_path?: string }) => [url, dst_path];
+    expect(address(shown.firmware)).toEqual(address(real.firmware!));
+    for (const list of ["new", "update"] as const) {
+      expect(real[list].map(address)).toEqual(expect.arrayContaining(shown[list].map(address)));
+      for (const entry of shown[list])
+        expect(Object.keys(entry)).toEqual(Object.keys(real[list][0]!));
+    }
+    expect(parseManifest(text.replaceAll("<sha1>", "0".repeat(40)))?.version).toBe("1.0.1");
+  });
+});
+
+/** Starts the server of the quick start, on a free port. */
+async function serveIn(clone: Clone): Promise<Tool & { url: string }> {
+  const [, root = ""] = /ota\.ts serve --root (\S+)\n/.exec(README) ?? [];
+  const tool = new Tool(["serve", "--root", root, "--port", "0"], { cwd: clone.path });
+  await tool.until(/^try .*\n/m);
+  const [, url = ""] = await tool.until(/ at (http:\S+)\n/);
+  return Object.assign(tool, { url });
+}
+
+describe("commands", () => {
+  test("the quick start, then status, rollback and client print what README shows", async () => {
+    using clone = new Clone();
+    await using server = await serveIn(clone);
+
+    const served = blockWith("$ bun ota.ts serve");
+    const printed = server.stdout.trimEnd().split("\n");
+    const general = (line: string) =>
+      line
+        .replace(/ serves .*(?=\/examples\/)/, " serves …")
+        .replaceAll(/http:\/\/127\.0\.0\.1:\d+/g, "http://127.0.0.1:…");
+    const [command, ...shown] = served.text.trimEnd().split("\n");
+    expect(command).toBe("$ bun ota.ts serve --root examples/smart-meter");
+    expect(printed.map(general)).toEqual(shown.slice(0, printed.length).map(general));
+
+    const quick = blockWith("cp -r examples/smart-meter/1.0.0/* device");
+    const { code, shown: found } = clone.run(
+      quick.text.replace("client ", `client --server ${server.url} `),
+    );
+    expect([found, code]).toEqual([expect.any(Array), 0]);
+    // Four at once: in any order. The port in the manifest has other digits.
+    const bytes = /^received (\d+) bytes|\(\d+\.\d %\)/;
+    const plain = (line: string) =>
+      line.replace(bytes, "received … bytes").replace(/\([\d.]+ %\)/, "");
+    const expected = outputOf(quick);
+    expect(found.map(plain).sort()).toEqual(expected.map(plain).sort());
+    expect(found.at(-1)).toBe(expected.at(-1)!);
+    const received = (lines: string[]) => Number(bytes.exec(lines.at(-2)!)?.[1]);
+    expect(Math.abs(received(found) - received(expected))).toBeLessThan(30);
+    const release: Record<string, Uint8Array> = {};
+    const from = `${REPOSITORY}/examples/smart-meter/1.0.1`;
+    for (const path of Object.keys(readTree(from)).filter((name) => !name.endsWith("/"))) {
+      release[path] = readFileSync(`${from}/${path}`);
+    }
+    const version = { "flash/OTA_VERSION.py": "VERSION = '1.0.1'\n" };
+    expect(readTree(clone.at("device"))).toMatchObject(asTree({ ...release, ...version }));
+
+    // Its log has lines like those shown.
+    const logged = /^\S+Z 127\.0\.0\.1( device=\S+)? GET \S+ \d+ \d+ [\d.]+ms( coding=\w+)?$/;
+    const line = await server.until(/^.* \/1\.0\.1\/flash\/lib\/leak\.py .*$/m);
+    const lines = shown.slice(printed.length);
+    expect(lines.length).toBeGreaterThan(0);
+    for (const each of [line[0], ...lines]) expect(each).toMatch(logged);
+    const stable = (text: string) => text.replace(/^\S+/, "").replace(/ [\d.]+ms/, "");
+    expect(lines.map(stable)).toContain(stable(line[0]));
+
+    const session = blockWith("$ bun ota.ts rollback");
+    const steps = session.text.split(/^\$ /m).slice(1);
+    expect(steps.length).toBe(3);
+    for (const step of steps) {
+      const [typed = "", ...answer] = step.trimEnd().split("\n");
+      const real = typed.replace(/ client /, ` client --server ${server.url} `);
+      expect([typed, clone.run(real).shown]).toEqual([typed, answer]);
+    }
+  });
+
+  test("manifest --cost prints what README shows", () => {
+    using clone = new Clone();
+    const block = blockWith("manifest --root");
+    expect(clone.run(block.text)).toEqual({ code: 0, shown: outputOf(block) });
+  });
+
+  test("keygen, and what is done with the keys", async () => {
+    using clone = new Clone();
+    const [make, ...use] = blockWith("ota.ts keygen").text.trimEnd().split("\n");
+    const { code, shown } = clone.run(make!);
+    expect([code, shown]).toEqual([0, [expect.stringContaining("fleet.key")]]);
+    expect(statSync(clone.at("fleet.key")).mode & 0o777).toBe(0o600);
+    layTree(clone.at("releases"), { "1.0.0/flash/main.py": "1\n" });
+    const [serve = [], client = []] = use.map((line) =>
+      line
+        .replaceAll(/^bun ota\.ts|#.*$/g, "")
+        .trim()
+        .split(/ +/),
+    );
+    const { path: cwd } = clone;
+    await using server = new Tool([...serve, "--port", "0", "--root", "releases"], { cwd });
+    const [, url = ""] = await server.until(/ at (http:\S+)\n/);
+    const ended = await ota([...client, "--server", url], { cwd });
+    expect([ended.code, ended.last]).toEqual([0, "updated 0 -> 1.0.0"]);
+  });
+
+  test("publishing by a rename", async () => {
+    using clone = new Clone();
+    layTree(clone.path, { "build/flash/main.py": "2\n", "releases/1.0.0/flash/main.py": "1\n" });
+    const { code } = clone.run(blockWith("mv releases/").text);
+    const releases = await Releases.open(clone.at("releases"), { quiet: 0 });
+    expect([code, releases.versions.map(({ name }) => name)]).toEqual([0, ["1.0.0", "1.0.2"]]);
+  });
+
+  test("a program that needs no Bun", () => {
+    using clone = new Clone();
+    const [build = ""] = /bun build --compile [^`]*/.exec(README) ?? [];
+    expect(clone.run(`${build} >&2`).code).toBe(0);
+    const { stdout, exitCode } = Bun.spawnSync([clone.at("ota"), "--version"], { env: {} });
+    expect([exitCode, stdout.toString()]).toEqual([0, expect.stringMatching(/^ota\.ts \d/)]);
+    const [, size] = /ota` \((\d+)\s*MB/.exec(README) ?? [];
+    if (process.platform === "linux" && process.arch === "x64") {
+      const megabytes = statSync(clone.at("ota")).size / 1e6;
+      expect(Math.abs(megabytes - Number(size))).toBeLessThan(2);
+    }
+  });
+
+  test("scripts that it names are in package.json", () => {
+    const { scripts } = JSON.parse(readFileSync(`${REPOSITORY}/package.json`, "utf8"));
+    const named = [...README.matchAll(/\bbun(?:@[\d.]+)? run (\w+)/g)].map(([, name]) => name!);
+    expect(named).toContain("test");
+    expect(named.filter((name) => !(name in scripts))).toEqual([]);
+  });
+
+  test("the version of Bun is the one that the tests run with", () => {
+    const versions = [...README.matchAll(/bun@([\d.]+\d)|\(https:\/\/bun\.com\) ([\d.]+\d)/g)];
+    const named = versions.map(([, tag, link]) => tag ?? link!);
+    expect(named.length).toBeGreaterThan(1);
+    expect([...new Set(named)]).toEqual([Bun.version]);
+  });
+});
+
+describe("text", () => {
+  test("files that it names are there", () => {
+    const links = [...PROSE.matchAll(/\]\((?!https?:|#)([^)\s]+)\)/g)].map(([, path]) => path!);
+    const named = [...PROSE.matchAll(/(?<![\w/.])(?:examples|tests)\/[\w./-]*\w/g)].map(
+      ([path]) => path,
+    );
+    const commands = [...README.matchAll(/\bbun ((?:[\w-]+\/)*[\w-]+\.ts)/g)].map(
+      ([, path]) => path!,
+    );
+    const paths = new Set([...links, ...named, ...commands]);
+    expect(paths).toContain("examples/curl-transport.ts");
+    expect([...paths].filter((path) => !existsSync(join(REPOSITORY, path)))).toEqual([]);
+  });
+
+  test("every section says something", () => {
+    const sections = README.replaceAll(/<!--.*?-->/gs, "").split(/^(?=#)/m);
+    const lines = README.replaceAll(/^```.*?^```$/gms, "").match(/^#.*$/gm) ?? [];
+    expect(lines.length).toBeGreaterThan(5);
+    const empty = sections.filter((text, i) => {
+      const [heading = "", ...rest] = text.split("\n");
+      const hasParts = /^(#+)/.exec(sections[i + 1] ?? "")?.[1]!.length ?? 0;
+      const depth = /^(#+)/.exec(heading)?.[1]!.length ?? 0;
+      return depth > 0 && rest.join("").trim() === "" && hasParts <= depth;
+    });
+    expect(empty).toEqual([]);
+  });
+
+  test("its limits are those of the code", () => {
+    const MIB = 1024 * 1024;
+    const text = README.replaceAll(/\s+/g, " ");
+    expect(text).toContain(
+      `${LIMITS.target} characters of path and query, ${LIMITS.query} of them in the query, ` +
+        `${LIMITS.version} in \`current_ver\``,
+    );
+    expect(text).toContain(`no body; ${LIMITS.idle} s without a byte`);
+    expect(text).toContain(`Of a manifest: ${MAX_MANIFEST_BYTES / MIB} MiB`);
+    expect(text).toContain(`Deltas are made of files of up to ${MAX_CODED / MIB} MiB`);
+  });
+});
