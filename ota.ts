@@ -2384,9 +2384,12 @@ export class DeviceFiles {
   /** The bytes that it takes to keep the old content of files. */
   backupBytes(paths: readonly string[]): number {
     const probe = `${STAGED}/probe`;
+    const remove = (name: string) => ifThere(() => this.disk.unlink(this.at(name)));
+    remove(`${probe}.2`);
     this.disk.write(this.at(`${probe}.1`), new Uint8Array());
     const free = this.linkOrCopy(`${probe}.1`, `${probe}.2`);
-    for (const name of [`${probe}.1`, `${probe}.2`]) this.disk.unlink(this.at(name));
+    remove(`${probe}.1`);
+    remove(`${probe}.2`);
     return free ? 0 : paths.reduce((sum, path) => sum + (this.stat(path)?.size ?? 0), 0);
   }
 
@@ -2879,6 +2882,10 @@ export class Journal extends DeviceTree implements Disposable {
       const hint = { ENOTDIR: "it is no directory", EEXIST: "it is no directory" };
       const why = hint[errorCode(error) as keyof typeof hint] ?? errorText(error);
       throw new OTAError(`cannot use ${root} as a device's root: ${why}`, 1, { cause: error });
+    }
+    for (const path of [root, `${root}/${OTA_DIR}`, `${root}/${STAGED}`]) {
+      if (disk.writable(path)) continue;
+      throw new OTAError(`cannot write in ${path}: no permission, or it is read-only`);
     }
     const lock = disk.lock(`${root}/${OTA_DIR}/lock`);
     if (!lock) {
@@ -3392,6 +3399,7 @@ export interface Status {
  */
 export async function status(root: string, options: TrialOptions = {}): Promise<Status> {
   const at = realRoot(root);
+  if (fileSystem.stat(at)?.kind === "file") throw new OTAError(`${root} is no directory`);
   if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(at, Journal.peek(at));
   let journal: Journal;
   try {
@@ -3641,17 +3649,29 @@ class Receiver {
   /** Bytes of all bodies so far, as they came. */
   received = 0;
 
+  readonly #timeout: number;
+  readonly #slowest: { rate: number; seconds: number };
+  readonly #signal: AbortSignal | undefined;
+  readonly #note: (text: string) => void;
+
   /**
-   * @param timeout seconds without a byte after which a transfer is given up
-   * @param signal ends everything
-   * @param note is told of every try that failed
+   * @param options when a transfer is given up (`timeout` in seconds), what ends everything, and
+   *   what is told of every try that failed
    */
   constructor(
     private readonly getData: (path: string, want: Want) => Promise<Data>,
-    private readonly timeout: number,
-    private readonly signal: AbortSignal | undefined,
-    private readonly note: (text: string) => void,
-  ) {}
+    options: {
+      timeout: number;
+      slowest: { rate: number; seconds: number } | undefined;
+      signal: AbortSignal | undefined;
+      note: (text: string) => void;
+    },
+  ) {
+    this.#timeout = options.timeout;
+    this.#slowest = options.slowest ?? SLOWEST;
+    this.#signal = options.signal;
+    this.#note = options.note;
+  }
 
   /**
    * Receives one body.
@@ -3664,11 +3684,12 @@ class Receiver {
     begin: (data: Data) => (piece: Uint8Array) => void,
   ): Promise<Data> {
     const stalled = new AbortController();
-    const signal = anySignal(stalled.signal, want.signal, this.signal);
+    const signal = anySignal(stalled.signal, want.signal, this.#signal);
     const [name] = path.split("?", 1) as [string];
     let cancel = async (_: unknown) => {};
     try {
       const getting = this.getData(path, { ...want, signal });
+      cancel = async (reason) => (await getting).body.cancel(reason);
       const data = await this.#wait(name, getting, signal);
       const reader = data.body.getReader();
       cancel = (reason) => reader.cancel(reason);
@@ -3676,7 +3697,7 @@ class Receiver {
         throw new TransferError(`${name} came coded as ${data.encoding}, unasked`, true);
       }
       const take = begin(data);
-      const isSlow = slownessWatch();
+      const isSlow = slownessWatch(this.#slowest);
       for (;;) {
         const { done, value } = await this.#wait(name, reader.read(), signal);
         if (done) return data;
@@ -3694,8 +3715,8 @@ class Receiver {
   /** Waits for something from the other side, which may never come, or come as an error. */
   async #wait<T>(name: string, promise: Promise<T>, signal: AbortSignal): Promise<T> {
     const done = new AbortController();
-    const late = sleep(this.timeout, done.signal, signal).then(() => {
-      throw new TransferError(`${name}: nothing came for ${this.timeout} s`, true);
+    const late = sleep(this.#timeout, done.signal, signal).then(() => {
+      throw new TransferError(`${name}: nothing came for ${this.#timeout} s`, true);
     });
     try {
       return await Promise.race([promise, late]);
@@ -3713,14 +3734,14 @@ class Receiver {
       try {
         return await task();
       } catch (error) {
-        anySignal(signal, this.signal).throwIfAborted();
+        anySignal(signal, this.#signal).throwIfAborted();
         if (!(error instanceof TransferError) || !error.retry) throw error;
         // The same wrong content twice is no accident of the way here.
         if (error instanceof ContentError && tries === 2) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
-        this.note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
-        await sleep(pause, signal, this.signal);
+        this.#note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
+        await sleep(pause, signal, this.#signal);
       }
     }
   }
@@ -3735,7 +3756,7 @@ function anySignal(...signals: (AbortSignal | undefined)[]): AbortSignal {
  *
  * @returns a function that is told of received bytes, and says whether they come too slowly
  */
-export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => boolean {
+function slownessWatch({ rate, seconds }: typeof SLOWEST): (bytes: number) => boolean {
   let since = performance.now();
   let received = 0;
   return (bytes) => {
@@ -3950,12 +3971,20 @@ export interface OTAOptions extends TrialOptions {
   jobs?: number;
   /** Seconds without a byte after which a transfer is given up and tried again; 30. */
   timeout?: number;
+  /** Fewer bytes a second than this, over so many seconds, count as silence; 10 over 300. */
+  slowest?: { rate: number; seconds: number };
   /** Asks for the full list, fetches what differs, and makes a new record. */
   repair?: boolean;
   /** Tries a release even if it failed before. */
   retry?: boolean;
   /** Ed25519 public keys, one of which must have signed the manifest. */
   verify?: readonly KeyObject[];
+}
+
+/** All that a commit needs is here. */
+interface Staged {
+  plan: Plan;
+  manifest: Manifest;
 }
 
 /**
@@ -3968,7 +3997,8 @@ export interface OTAOptions extends TrialOptions {
  *  5. Try: the check decides. Good: confirmed. Bad: back to the release before, and this one is
  *     remembered and not tried again until a different one is offered.
  *
- * A transport implements `connect` and `getData`, and throws `TransferError` when it fails.
+ * A transport implements `connect` and `getData`, `disconnect` where there is something to end, and
+ * throws `TransferError` when it fails.
  */
 export abstract class OTA {
   readonly root: string;
@@ -3985,6 +4015,9 @@ export abstract class OTA {
    * @throws {TransferError}
    */
   abstract connect(): Promise<void>;
+
+  /** Ends what `connect` began; the content is here, or is not to be had. */
+  async disconnect(): Promise<void> {}
 
   /**
    * Gets what stands at a path: the manifest, with its query, or an entry's URL as the manifest has
@@ -4007,11 +4040,24 @@ export abstract class OTA {
     if (bad) return bad;
 
     const current = this.#currentVersion(journal);
-    await this.connect();
-    const { jobs = 4, timeout = 30, repair, retry, signal } = this.options;
-    const get = (path: string, want: Want) => this.getData(path, want);
-    const receiver = new Receiver(get, timeout, signal, (text) => this.#note(text));
     const traffic: Traffic = { received: 0, content: 0, reused: 0 };
+    await this.connect();
+    let staged: Staged | Outcome;
+    try {
+      staged = await this.#stage(journal, current, traffic);
+    } finally {
+      await this.disconnect();
+    }
+    if ("result" in staged) return staged;
+    return { ...(await this.#commit(journal, trial, staged, current)), traffic };
+  }
+
+  /** Asks, and gets everything here that the answer needs. */
+  async #stage(journal: Journal, current: string, traffic: Traffic): Promise<Staged | Outcome> {
+    const { jobs = 4, timeout = 30, slowest, repair = false, retry, signal } = this.options;
+    const get = (path: string, want: Want) => this.getData(path, want);
+    const note = (text: string) => this.#note(text);
+    const receiver = new Receiver(get, { timeout, slowest, signal, note });
     const from = current || "0";
     for (let isFirst = true; ; isFirst = false) {
       const manifest = await this.#askForManifest(receiver, journal, current);
@@ -4021,19 +4067,20 @@ export abstract class OTA {
       if (failed && !retry) return { result: "not tried", from, to: manifest.version };
 
       const recorded = journal.state.installed?.files ?? {};
-      const plan = await makePlan(journal, manifest, recorded, manifest.full || repair || false);
+      const plan = await makePlan(journal, manifest, recorded, manifest.full ?? repair);
+      Object.assign(traffic, { content: 0, reused: 0 });
       const fetcher = new Fetcher(journal, receiver, traffic, (event) => this.#report(event));
       try {
         await fetcher.fetchAll(plan, jobs);
+        traffic.received = receiver.received;
+        return { plan, manifest };
       } catch (error) {
+        // What does not fit must not stay in the way.
+        if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.dropStaged();
         // The release may have changed since the manifest was made.
         if (!isFirst || !(error instanceof TransferError)) throw error;
-        this.#note(`${error.message}; asking for a new manifest`);
-        continue;
+        note(`${error.message}; asking for a new manifest`);
       }
-      traffic.received = receiver.received;
-      const outcome = await this.#commit(journal, trial, plan, manifest, current);
-      return { ...outcome, traffic };
     }
   }
 
@@ -4091,8 +4138,7 @@ export abstract class OTA {
   async #commit(
     journal: Journal,
     trial: Trial,
-    plan: Plan,
-    manifest: Manifest,
+    { plan, manifest }: Staged,
     current: string,
   ): Promise<Outcome> {
     const { check, restart, repair } = this.options;
@@ -4437,7 +4483,8 @@ function parseOptions(
       throw new OTAError(`${name} takes no argument ${token.value}; see ${name} --help`, 2);
     }
     if (token.kind !== "option") continue;
-    const spec = options[token.name] as OptionSpec | undefined;
+    const isKnown = Object.hasOwn(options, token.name);
+    const spec = isKnown ? (options[token.name] as OptionSpec) : undefined;
     if (!spec) {
       const flags = names.map((option) => `--${option}`);
       const found = token.rawName;
@@ -4729,10 +4776,8 @@ async function runClient(given: Given): Promise<number> {
     throw new OTAError(`--ver expects a release name (${RELEASE_NAME_RULE}), found ${ver}`, 2);
   }
   const pause = every === undefined ? undefined : parseDuration(every);
-  const check = given.check && {
-    command: given.check,
-    timeout: numberOption(given, "check-timeout") ?? 60,
-  };
+  const { check: command } = given;
+  const checkTimeout = numberOption(given, "check-timeout") ?? 60;
   const signal = interruption("interrupted; the device is as it was");
   const watcher = progressWatcher();
   const { id, repair, retry, restart, from } = given;
@@ -4747,7 +4792,7 @@ async function runClient(given: Given): Promise<number> {
     verify: given.verify?.map((file) => readKey(file, "public")),
     jobs: numberOption(given, "jobs"),
     timeout: numberOption(given, "timeout"),
-    ...(check && { check }),
+    ...(command && { check: { command, timeout: checkTimeout } }),
     report: watcher.report,
   };
   const device =
@@ -4890,7 +4935,7 @@ export async function main(args: readonly string[]): Promise<number> {
     if (name === undefined) return say(help(), 2, process.stderr);
     if (name === "--help" || name === "-h" || name === "help") return say(help(rest[0]), 0);
     if (name === "--version") return say(`ota.ts ${TOOL_VERSION}`, 0);
-    const command = COMMANDS[name];
+    const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
     if (!command) {
       throw new OTAError(`no command ${name}${hint(name, Object.keys(COMMANDS))}; see --help`, 2);
     }
