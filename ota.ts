@@ -2847,6 +2847,15 @@ async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void
 /** Releases that are remembered as failed, at the most. */
 const FAILED_KEPT = 16;
 
+function noRoot(root: string, why: string): string {
+  return `cannot use ${root} as a device's root: ${why}`;
+}
+
+/** The device root cannot be written. */
+export class UnwritableError extends OTAError {
+  override name = "UnwritableError";
+}
+
 /** Another process has the device root open. */
 export class BusyError extends OTAError {
   override name = "BusyError";
@@ -2881,11 +2890,11 @@ export class Journal extends DeviceTree implements Disposable {
     } catch (error) {
       const hint = { ENOTDIR: "it is no directory", EEXIST: "it is no directory" };
       const why = hint[errorCode(error) as keyof typeof hint] ?? errorText(error);
-      throw new OTAError(`cannot use ${root} as a device's root: ${why}`, 1, { cause: error });
+      throw new OTAError(noRoot(root, why), 1, { cause: error });
     }
     for (const path of [root, `${root}/${OTA_DIR}`, `${root}/${STAGED}`]) {
       if (disk.writable(path)) continue;
-      throw new OTAError(`cannot write in ${path}: no permission, or it is read-only`);
+      throw new UnwritableError(`cannot write in ${path}: no permission, or it is read-only`);
     }
     const lock = disk.lock(`${root}/${OTA_DIR}/lock`);
     if (!lock) {
@@ -2908,6 +2917,14 @@ export class Journal extends DeviceTree implements Disposable {
   static peek(root: string, disk: Disk = fileSystem): State {
     const state = parseJSON(readText(disk, `${root}/${OTA_DIR}/state.json`) ?? "");
     return isState(state) ? state : EMPTY;
+  }
+
+  /** Whether nothing is left for `open` to end. */
+  static isSettled(root: string, disk: Disk = fileSystem): boolean {
+    const read = (name: string) => parseJSON(readText(disk, `${root}/${OTA_DIR}/${name}`) ?? "");
+    if (read("undo.json") || read("rollback.json")) return false;
+    const journal = read("journal.json");
+    return !isTransaction(journal) || journal.id === Journal.peek(root, disk).journal;
   }
 
   /** Gives the root free for other processes. */
@@ -3399,13 +3416,15 @@ export interface Status {
  */
 export async function status(root: string, options: TrialOptions = {}): Promise<Status> {
   const at = realRoot(root);
-  if (fileSystem.stat(at)?.kind === "file") throw new OTAError(`${root} is no directory`);
+  if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
   if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(at, Journal.peek(at));
   let journal: Journal;
   try {
     journal = await Journal.open(at);
   } catch (error) {
     if (error instanceof BusyError) return { ...describe(at, Journal.peek(at)), busy: true };
+    const isSettled = error instanceof UnwritableError && Journal.isSettled(at);
+    if (isSettled) return describe(at, Journal.peek(at));
     throw error;
   }
   using open = journal;
