@@ -1078,39 +1078,44 @@ interface Decision {
   version: string;
 }
 
-/** Bytes by key, up to a budget; what was not used for longest goes first. */
-class ByteCache {
-  readonly #kept = new Map<string, Uint8Array<ArrayBuffer>>();
-  #size = 0;
+/** What an entry of a cache costs beside its value, in bytes. */
+const ENTRY_COST = 512;
+
+/** Values by key, up to a budget in bytes; what was not used for longest goes first. */
+class Cache<T> {
+  readonly #kept = new Map<string, { value: T; cost: number }>();
+  #cost = 0;
 
   constructor(private readonly budget: number) {}
 
-  get(key: string): Uint8Array<ArrayBuffer> | undefined {
-    const bytes = this.#kept.get(key);
-    if (bytes) {
+  get(key: string): T | undefined {
+    const entry = this.#kept.get(key);
+    if (entry) {
       this.#kept.delete(key);
-      this.#kept.set(key, bytes);
+      this.#kept.set(key, entry);
     }
-    return bytes;
+    return entry?.value;
   }
 
-  set(key: string, bytes: Uint8Array<ArrayBuffer>): void {
+  /** @param size bytes of the value */
+  set(key: string, value: T, size: number): void {
     this.#drop(key);
-    this.#kept.set(key, bytes);
-    this.#size += bytes.byteLength;
+    const cost = size + key.length + ENTRY_COST;
+    this.#kept.set(key, { value, cost });
+    this.#cost += cost;
     for (const oldest of this.#kept.keys()) {
-      if (this.#size <= this.budget) break;
+      if (this.#cost <= this.budget) break;
       this.#drop(oldest);
     }
   }
 
   #drop(key: string): void {
-    this.#size -= this.#kept.get(key)?.byteLength ?? 0;
+    this.#cost -= this.#kept.get(key)?.cost ?? 0;
     this.#kept.delete(key);
   }
 }
 
-/** The most that is kept of manifests, in characters. */
+/** The most that is kept of manifests, in bytes, whole and in parts. */
 const MANIFEST_BUDGET = 16 * 1024 * 1024;
 
 /**
@@ -1122,10 +1127,9 @@ const MANIFEST_BUDGET = 16 * 1024 * 1024;
  */
 export class Releases extends ReleaseIndex {
   /** The two parts of a manifest around what is echoed, by what they depend on. */
-  #manifests = new Map<string, [head: string, tail: string]>();
-  #manifestSize = 0;
+  #manifests = new Cache<[head: string, tail: string]>(MANIFEST_BUDGET);
   /** Whole manifests, of those that many devices get. */
-  #whole = new ByteCache(MANIFEST_BUDGET);
+  #whole = new Cache<Uint8Array<ArrayBuffer>>(MANIFEST_BUDGET);
   #byName = new Map<string, Release>();
   #byVersion = new Map<string, Release>();
 
@@ -1152,9 +1156,8 @@ export class Releases extends ReleaseIndex {
   override async scan(): Promise<boolean> {
     const different = await super.scan();
     if (different) {
-      this.#manifests.clear();
-      this.#manifestSize = 0;
-      this.#whole = new ByteCache(MANIFEST_BUDGET);
+      this.#manifests = new Cache(MANIFEST_BUDGET);
+      this.#whole = new Cache(MANIFEST_BUDGET);
       this.#byName = new Map(this.versions.map((release) => [release.name, release]));
       this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
     }
@@ -1206,11 +1209,11 @@ export class Releases extends ReleaseIndex {
     if (whole) return whole;
     const known = target && this.#manifests.get(key);
     const [head, tail] = known ?? this.#stringify(decision, query, base, suffix);
-    if (target && !known) this.#keep(key, [head, tail]);
+    if (target && !known) this.#manifests.set(key, [head, tail], 2 * (head.length + tail.length));
     const request = query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`;
     const previous = JSON.stringify(query.current_ver || "0");
     const bytes = utf8(`${head}"previous_version":${previous},${request}${tail}`);
-    if (isPlain) this.#whole.set(key, bytes);
+    if (isPlain) this.#whole.set(key, bytes, bytes.byteLength);
     return bytes;
   }
 
@@ -1222,17 +1225,6 @@ export class Releases extends ReleaseIndex {
   ): [head: string, tail: string] {
     const { head, tail } = this.#compose(decision, query.hash === "sha256", base, suffix);
     return [`${JSON.stringify(head).slice(0, -1)},`, JSON.stringify(tail).slice(1)];
-  }
-
-  /** Hosts are the asker's choice, so the number of manifests is not ours: the oldest go. */
-  #keep(key: string, parts: [string, string]): void {
-    this.#manifests.set(key, parts);
-    this.#manifestSize += parts[0].length + parts[1].length;
-    for (const [oldest, [head, tail]] of this.#manifests) {
-      if (this.#manifestSize <= MANIFEST_BUDGET) break;
-      this.#manifests.delete(oldest);
-      this.#manifestSize -= head.length + tail.length;
-    }
   }
 
   #decide(query: ManifestQuery): Decision | null {
@@ -1496,10 +1488,10 @@ const MAX_ENCODING = 64;
 
 /** Coded content, made once whoever asks and however many ask at once. */
 class Encoder {
-  readonly #done = new ByteCache(CODED_BUDGET);
-  readonly #running = new Map<string, Promise<Uint8Array<ArrayBuffer> | undefined>>();
-  /** The size of what was made and has been dropped since: it tells what not to make again. */
-  readonly #sizes = new Map<string, number>();
+  readonly #done = new Cache<Blob>(CODED_BUDGET);
+  readonly #running = new Map<string, Promise<Blob | undefined>>();
+  /** What was found not to be worth it. */
+  readonly #useless = new Cache<true>(CODED_BUDGET / 16);
 
   /**
    * Codes content, or says that it is not worth it.
@@ -1510,27 +1502,36 @@ class Encoder {
   encode(
     encoding: Encoding,
     key: string,
-    content: Uint8Array,
-    dictionary?: Uint8Array,
-  ): Uint8Array<ArrayBuffer> | Promise<Uint8Array<ArrayBuffer> | undefined> | undefined {
+    content: Blob,
+    dictionary?: Blob,
+  ): Blob | Promise<Blob | undefined> | undefined {
     const name = `${encoding} ${key}`;
     const done = this.#done.get(name);
     if (done) return done;
-    if ((this.#sizes.get(name) ?? 0) >= content.byteLength) return undefined;
+    if (this.#useless.get(name)) return undefined;
     const running = this.#running.get(name);
     if (running || this.#running.size >= MAX_ENCODING) return running;
-    const made = encodeContent(encoding, content, dictionary)
-      .then((bytes) => {
-        if (this.#sizes.size > 100_000) this.#sizes.clear();
-        this.#sizes.set(name, bytes.byteLength);
-        if (bytes.byteLength >= content.byteLength) return undefined;
-        this.#done.set(name, bytes);
-        return bytes;
-      })
+    const made = this.#make(encoding, name, content, dictionary)
       .catch(() => undefined)
       .finally(() => this.#running.delete(name));
     this.#running.set(name, made);
     return made;
+  }
+
+  async #make(
+    encoding: Encoding,
+    name: string,
+    content: Blob,
+    dictionary: Blob | undefined,
+  ): Promise<Blob | undefined> {
+    const bytes = await encodeContent(encoding, await content.bytes(), await dictionary?.bytes());
+    if (bytes.byteLength >= content.size) {
+      this.#useless.set(name, true, 0);
+      return undefined;
+    }
+    const coded = new Blob([bytes]);
+    this.#done.set(name, coded, coded.size);
+    return coded;
   }
 
   /**
@@ -1542,20 +1543,20 @@ class Encoder {
   async smallest(
     accepted: ReadonlySet<Encoding>,
     key: string,
-    content: Uint8Array<ArrayBuffer>,
-    old?: { key: string; bytes: Uint8Array },
-  ): Promise<{ encoding: Encoding; bytes: Uint8Array<ArrayBuffer> }> {
-    const plain = { encoding: "identity" as const, bytes: content };
-    if (content.byteLength < MIN_CODED || content.byteLength > MAX_CODED) return plain;
+    content: Blob,
+    old?: { key: string; content: Blob },
+  ): Promise<{ encoding: Encoding; content: Blob }> {
+    const plain = { encoding: "identity" as const, content };
+    if (content.size < MIN_CODED || content.size > MAX_CODED) return plain;
     const whole = accepted.has("zstd") ? "zstd" : accepted.has("gzip") ? "gzip" : undefined;
-    const useOld = old && accepted.has("dcz") && old.bytes.byteLength > 0;
+    const useOld = old && accepted.has("dcz") && old.content.size > 0;
     const [delta, coded] = await Promise.all([
-      useOld && this.encode("dcz", `${key} ${old.key}`, content, old.bytes),
+      useOld && this.encode("dcz", `${key} ${old.key}`, content, old.content),
       whole && this.encode(whole, key, content),
     ]);
-    const isBetter = delta && delta.byteLength < (coded || content).byteLength;
-    if (isBetter) return { encoding: "dcz", bytes: delta };
-    return whole && coded ? { encoding: whole, bytes: coded } : plain;
+    const isBetter = delta && delta.size < (coded || content).size;
+    if (isBetter) return { encoding: "dcz", content: delta };
+    return whole && coded ? { encoding: whole, content: coded } : plain;
   }
 }
 
@@ -1582,20 +1583,16 @@ interface Representation {
   /** Strong, quoted, and its own. */
   etag: string;
   size: number;
-  part: (start: number, end: number) => Uint8Array<ArrayBuffer> | Blob;
+  part: (start: number, end: number) => Blob;
 }
 
 /** What content may be kept for by a cache, in seconds; then it asks again, with the tag. */
 const MAX_AGE = 60;
 
-function represent(
-  encoding: Encoding,
-  etag: string,
-  bytes: Uint8Array<ArrayBuffer>,
-): Representation {
-  const size = bytes.byteLength;
+function represent(encoding: Encoding, etag: string, content: Blob): Representation {
+  const { size } = content;
   const part = (start: number, end: number) =>
-    start === 0 && end === size ? bytes : bytes.subarray(start, end);
+    start === 0 && end === size ? content : content.slice(start, end);
   return { encoding, etag, size, part };
 }
 
@@ -1844,12 +1841,13 @@ const CONTENT_BUDGET = 64 * 1024 * 1024;
 export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
   const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
   const releases = await Releases.open(root, options);
+  const service = new Service(releases, options);
   for (const secret of [options.sign, tls?.key]) {
-    if (secret !== undefined && isInside(fs.realpathSync(secret), releases.root)) {
+    if (secret === undefined || !fs.existsSync(secret)) continue;
+    if (isInside(fs.realpathSync(secret), releases.root)) {
       throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
     }
   }
-  const service = new Service(releases, options);
   let server: Bun.Server<undefined>;
   try {
     server = Bun.serve({
@@ -1900,8 +1898,9 @@ class Service {
   readonly #scheme: string;
   readonly #key: KeyObject | undefined;
   readonly #metrics = new Metrics();
-  readonly #contents = new ByteCache(CONTENT_BUDGET);
-  readonly #reading = new Map<string, Promise<Uint8Array<ArrayBuffer> | undefined>>();
+  /** By SHA-256. Blobs, since Bun would copy other bytes for every response. */
+  readonly #contents = new Cache<Blob>(CONTENT_BUDGET);
+  readonly #reading = new Map<string, Promise<Blob | undefined>>();
   readonly #encoder = new Encoder();
 
   constructor(
@@ -2004,12 +2003,13 @@ class Service {
     // One with a request id is nobody else's: it is coded fast, and not kept.
     const coded = query.reqid
       ? encodeContent(encoding, bytes, undefined, FAST).catch(() => undefined)
-      : this.#encoder.encode(encoding, sha256(bytes), bytes);
-    return Promise.resolve(coded).then((body) => {
-      if (!body || body.byteLength >= bytes.byteLength) return answer;
-      const coding = { encoding, saved: bytes.byteLength - body.byteLength };
+      : this.#encoder.encode(encoding, sha256(bytes), new Blob([bytes]));
+    return Promise.resolve(coded).then((coded) => {
+      const body = coded && new Blob([coded]);
+      if (!body || body.size >= answer.size) return answer;
+      const coding = { encoding, saved: answer.size - body.size };
       const headers = { ...answer.headers, "Content-Encoding": encoding };
-      return { ...answer, headers, body, size: body.byteLength, coding };
+      return { ...answer, headers, body, size: body.size, coding };
     });
   }
 
@@ -2028,7 +2028,7 @@ class Service {
   #file(request: Request, file: ServedFile): Answer | Promise<Answer> {
     const { sha256: key, size, etag } = file;
     if (key === undefined || size > MAX_CHECKED) {
-      if (!isReal(file.file)) return this.#changing();
+      if (!isReal(file)) return this.#changing();
       // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
       const part = (start: number, end: number) => Bun.file(file.file).slice(start, end);
       const answer = select(request, file, { encoding: "identity", etag, size, part });
@@ -2036,15 +2036,14 @@ class Service {
       if (answer.body) answer.headers["Content-Disposition"] = "inline";
       return answer;
     }
-    const send = (bytes: Uint8Array<ArrayBuffer> | undefined) => {
-      if (!bytes) return this.#changing();
+    const send = (content: Blob | undefined) => {
+      if (!content) return this.#changing();
       const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
-      if (accepted.size === 0) return select(request, file, represent("identity", etag, bytes));
-      return this.#smallest(request.headers, accepted, key, bytes).then(
-        ({ encoding, tag, coded }) => {
-          return select(request, file, represent(encoding, etag.replace(/"$/, `${tag}"`), coded));
-        },
-      );
+      if (accepted.size === 0) return select(request, file, represent("identity", etag, content));
+      return this.#smallest(request.headers, accepted, key, content).then((form) => {
+        const tag = etag.replace(/"$/, `${form.tag}"`);
+        return select(request, file, represent(form.encoding, tag, form.content));
+      });
     };
     const kept = this.#contents.get(key);
     return kept ? send(kept) : this.#read(file.file, key).then(send);
@@ -2055,22 +2054,18 @@ class Service {
     asked: Headers,
     accepted: ReadonlySet<Encoding>,
     key: string,
-    content: Uint8Array<ArrayBuffer>,
-  ): Promise<{ encoding: Encoding; tag: string; coded: Uint8Array<ArrayBuffer> }> {
+    plain: Blob,
+  ): Promise<{ encoding: Encoding; tag: string; content: Blob }> {
     const named = accepted.has("dcz") && availableDictionary(asked.get("available-dictionary"));
-    const old = named ? this.releases.contents.get(named) : undefined;
+    const file = named ? this.releases.contents.get(named) : undefined;
     const dictionary =
-      old && old.size <= MAX_CODED
-        ? (this.#contents.get(old.sha256) ?? (await this.#read(old.file, old.sha256)))
+      file && file.size <= MAX_CODED
+        ? (this.#contents.get(file.sha256) ?? (await this.#read(file.file, file.sha256)))
         : undefined;
-    const { encoding, bytes } = await this.#encoder.smallest(
-      accepted,
-      key,
-      content,
-      old && dictionary && { key: old.sha256, bytes: dictionary },
-    );
-    const delta = encoding === "dcz" ? `-${old!.sha256.slice(0, 16)}` : "";
-    return { encoding, tag: encoding === "identity" ? "" : `-${encoding}${delta}`, coded: bytes };
+    const old = file && dictionary && { key: file.sha256, content: dictionary };
+    const { encoding, content } = await this.#encoder.smallest(accepted, key, plain, old);
+    const delta = encoding === "dcz" ? `-${file!.sha256.slice(0, 16)}` : "";
+    return { encoding, tag: encoding === "identity" ? "" : `-${encoding}${delta}`, content };
   }
 
   /** The answer while content on disk is other than indexed. */
@@ -2080,15 +2075,15 @@ class Service {
   }
 
   /** Reads content whole, once however many ask; `undefined` when it is not what was indexed. */
-  #read(file: string, key: string): Promise<Uint8Array<ArrayBuffer> | undefined> {
+  #read(file: string, key: string): Promise<Blob | undefined> {
     const running = this.#reading.get(key);
     if (running) return running;
     const reading = fs.promises
       .readFile(file)
       .then((bytes) => {
         if (sha256(bytes) !== key) return undefined;
-        const content = new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-        this.#contents.set(key, content);
+        const content = new Blob([bytes]);
+        this.#contents.set(key, content, content.size);
         return content;
       })
       .catch(() => undefined)
@@ -2113,10 +2108,10 @@ function isHost(host: string): boolean {
   return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
 }
 
-/** Whether a file is where it was found, and not behind a link that came since. */
-function isReal(file: string): boolean {
+/** Whether a file is where it was found, and as large; not behind a link that came since. */
+function isReal({ file, size }: ServedFile): boolean {
   try {
-    return fs.realpathSync(file) === file;
+    return fs.realpathSync(file) === file && fs.statSync(file).size === size;
   } catch {
     return false;
   }
@@ -3775,7 +3770,7 @@ function anySignal(...signals: (AbortSignal | undefined)[]): AbortSignal {
  *
  * @returns a function that is told of received bytes, and says whether they come too slowly
  */
-function slownessWatch({ rate, seconds }: typeof SLOWEST): (bytes: number) => boolean {
+export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => boolean {
   let since = performance.now();
   let received = 0;
   return (bytes) => {
@@ -4304,6 +4299,12 @@ export class HttpOTA extends OTA {
     const base = this.#server.href.replace(/\/+$/, "");
     const response = await this.#get(new URL(path.startsWith("/") ? base + path : path), want);
     const { status, headers } = response;
+    if (status === 416 && want.offset) {
+      // The content has become shorter than what is here of it.
+      await response.body?.cancel();
+      const { offset: _, etag: __, ...whole } = want;
+      return this.getData(path, whole);
+    }
     if (status !== 200 && status !== 206) {
       await response.body?.cancel();
       const again = status >= 500 || [408, 416, 425, 429].includes(status);
@@ -4690,7 +4691,7 @@ function tokenOption(given: Given): string | undefined {
 
 /** What a server says of itself once it listens. */
 function* describeServer({ url, releases }: OTAServer, given: Given): Generator<string> {
-  const local = `http://127.0.0.1:${url.port}`;
+  const local = `${url.protocol}//127.0.0.1:${url.port}`;
   const isAny = given.host === undefined || given.host === "0.0.0.0" || given.host === "::";
   const address = given.url ?? (isAny ? local : url.origin);
   yield `ota.ts ${TOOL_VERSION} serves ${releases.root} at ${isAny ? local : url.origin}`;
@@ -4731,20 +4732,16 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
   const accepted = new Set<Encoding>(["dcz", "zstd", "gzip"]);
   const lines: string[] = [];
   let total = 0;
-  const add = async (
-    name: string,
-    content: Uint8Array,
-    old?: { key: string; bytes: Uint8Array },
-  ) => {
+  const add = async (name: string, content: Uint8Array, old?: { key: string; content: Blob }) => {
     const bytes = new Uint8Array(content);
-    const form = await encoder.smallest(accepted, sha256(bytes), bytes, old);
-    total += form.bytes.byteLength;
+    const form = await encoder.smallest(accepted, sha256(bytes), new Blob([bytes]), old);
+    total += form.content.size;
     const coded = form.encoding === "identity" ? "" : `, ${form.encoding} of ${bytes.byteLength}`;
-    lines.push(`${String(form.bytes.byteLength).padStart(10)} ${name}${coded}`);
+    lines.push(`${String(form.content.size).padStart(10)} ${name}${coded}`);
   };
   const readOld = async (file: IndexedFile | undefined) => {
     if (!file || file.size > MAX_CODED) return undefined;
-    return { key: file.sha256, bytes: await Bun.file(file.file).bytes() };
+    return { key: file.sha256, content: Bun.file(file.file) };
   };
   const firmware = manifest?.firmware;
   const has = manifest ? releases.find(manifest.previous_version ?? "") : undefined;
@@ -4773,17 +4770,12 @@ function runKeygen(given: Given): number {
   const { out } = given;
   if (out === undefined) throw new OTAError("keygen needs --out NAME", 2);
   const { key, pub } = makeKeys();
-  for (const [file, pem, mode] of [
-    [`${out}.key`, key, 0o600],
-    [`${out}.pub`, pub, 0o644],
-  ] as const) {
-    try {
-      fs.writeFileSync(file, pem, { mode, flag: "wx" });
-    } catch (error) {
-      if (errorCode(error) !== "EEXIST") throw error;
-      throw new OTAError(`${file} is there already, and a key is never overwritten: move it away`);
-    }
+  const taken = [`${out}.key`, `${out}.pub`].find((file) => fs.existsSync(file));
+  if (taken) {
+    throw new OTAError(`${taken} is there already, and a key is never overwritten: move it away`);
   }
+  fs.writeFileSync(`${out}.key`, key, { mode: 0o600, flag: "wx" });
+  fs.writeFileSync(`${out}.pub`, pub, { flag: "wx" });
   return say(`wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)`, 0);
 }
 

@@ -184,7 +184,7 @@ describe("a check decides here as well", () => {
   });
 });
 
-describe("a stick that is", () => {
+describe.concurrent("a stick that is", () => {
   /** Pulls it or harms it once the first file was read. */
   async function during(van: Van, harm: () => void): Promise<unknown> {
     let done = false;

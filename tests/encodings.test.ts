@@ -5,7 +5,14 @@
  */
 
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { appendFileSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import {
+  appendFileSync,
+  cpSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import type { Socket } from "node:net";
 import * as zlib from "node:zlib";
 import { HttpOTA, MAX_CODED, OTAError, type OTAEvent } from "../ota.ts";
@@ -844,7 +851,7 @@ describe("what does not decode, or to something else", () => {
 
 // ── The line breaks. ──
 
-describe("a transfer that breaks at nine tenths", () => {
+describe.concurrent("a transfer that breaks at nine tenths", () => {
   const CODINGS = ["identity", "gzip", "zstd", "dcz"] as const;
 
   const most = ({ answer }: Passed) => Math.floor(answer.body.length * 0.9);
@@ -1030,66 +1037,69 @@ describe("a transfer that breaks at nine tenths", () => {
   });
 });
 
-test("lines that break anywhere, any number of times: the new release whole, or the old one", async () => {
-  const random = new Random(SEED);
-  const now = { ...V2, ...VERSION_2 };
-  const devices = Array.from({ length: 20 }, (_, i) => i);
-  const codings = ["identity", "gzip", "zstd", "dcz", ALL, ALL];
-  using fleet = new Fleet();
-  await using server = await Served.start(fleet.releases);
-  await fleet.provision("1.0.0");
-  const was = readTree(fleet.root);
-  let updated = 0;
-  await Promise.all(
-    devices.map(async (i) => {
-      const root = fleet.at(`device-${i}`);
-      Bun.spawnSync(["cp", "-a", fleet.root, root]);
-      // Each device has luck of its own, whatever order things happen in.
-      const luck = new Random(random.below(2 ** 32));
-      const breaks = luck.next() * 0.35;
-      const fickle = luck.chance(0.3);
-      const fixed = luck.pick(codings);
-      await using between = await Between.start(server, {
-        ask: (headers) => {
-          const only = fickle ? luck.pick(codings) : fixed;
-          const asks = headers.get("accept-encoding") !== "identity";
-          if (asks) headers.set("accept-encoding", only);
-        },
-        answer: (passed, connection) => {
-          const { body, headerLength } = passed.answer;
-          if (!luck.chance(breaks)) return false;
-          if (luck.chance(0.1)) {
-            connection.resetAndDestroy();
-            return true;
-          }
-          if (luck.chance(0.2)) {
-            const header = headOf(passed.answer).slice(0, luck.below(headerLength));
-            connection.end(header);
-            return true;
-          }
-          return cutOff(passed, connection, luck.below(body.length + 1));
-        },
-      });
-      const events: OTAEvent[] = [];
-      const report = (event: OTAEvent) => void events.push(event);
-      const end = await new HttpOTA(between.url, { root, report })
-        .update()
-        .catch((error: unknown) => {
-          if (!(error instanceof OTAError)) throw error;
-          return error;
+test.concurrent(
+  "lines that break anywhere, any number of times: the new release whole, or the old one",
+  async () => {
+    const random = new Random(SEED);
+    const now = { ...V2, ...VERSION_2 };
+    const devices = Array.from({ length: 20 }, (_, i) => i);
+    const codings = ["identity", "gzip", "zstd", "dcz", ALL, ALL];
+    using fleet = new Fleet();
+    await using server = await Served.start(fleet.releases);
+    await fleet.provision("1.0.0");
+    const was = readTree(fleet.root);
+    let updated = 0;
+    await Promise.all(
+      devices.map(async (i) => {
+        const root = fleet.at(`device-${i}`);
+        cpSync(fleet.root, root, { recursive: true });
+        // Each device has luck of its own, whatever order things happen in.
+        const luck = new Random(random.below(2 ** 32));
+        const breaks = luck.next() * 0.35;
+        const fickle = luck.chance(0.3);
+        const fixed = luck.pick(codings);
+        await using between = await Between.start(server, {
+          ask: (headers) => {
+            const only = fickle ? luck.pick(codings) : fixed;
+            const asks = headers.get("accept-encoding") !== "identity";
+            if (asks) headers.set("accept-encoding", only);
+          },
+          answer: (passed, connection) => {
+            const { body, headerLength } = passed.answer;
+            if (!luck.chance(breaks)) return false;
+            if (luck.chance(0.1)) {
+              connection.resetAndDestroy();
+              return true;
+            }
+            if (luck.chance(0.2)) {
+              const header = headOf(passed.answer).slice(0, luck.below(headerLength));
+              connection.end(header);
+              return true;
+            }
+            return cutOff(passed, connection, luck.below(body.length + 1));
+          },
         });
-      const failed = end instanceof OTAError;
-      if (!failed) updated++;
-      expect([i, readTree(root)]).toEqual([i, failed ? was : asTree(now)]);
-      // Given a good line, it gets there.
-      between.meddling = {};
-      if (failed) await new HttpOTA(between.url, { root }).update();
-      expect([i, readTree(root)]).toEqual([i, asTree(now)]);
-      expect(readdirSync(`${root}/.ota/staged`)).toEqual([]);
-    }),
-  );
-  expect(updated).toBeGreaterThan(0);
-});
+        const events: OTAEvent[] = [];
+        const report = (event: OTAEvent) => void events.push(event);
+        const end = await new HttpOTA(between.url, { root, report })
+          .update()
+          .catch((error: unknown) => {
+            if (!(error instanceof OTAError)) throw error;
+            return error;
+          });
+        const failed = end instanceof OTAError;
+        if (!failed) updated++;
+        expect([i, readTree(root)]).toEqual([i, failed ? was : asTree(now)]);
+        // Given a good line, it gets there.
+        between.meddling = {};
+        if (failed) await new HttpOTA(between.url, { root }).update();
+        expect([i, readTree(root)]).toEqual([i, asTree(now)]);
+        expect(readdirSync(`${root}/.ota/staged`)).toEqual([]);
+      }),
+    );
+    expect(updated).toBeGreaterThan(0);
+  },
+);
 
 describe("content that the device has already", () => {
   const LIB = program(300_000, 13);

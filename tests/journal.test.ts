@@ -295,6 +295,8 @@ interface Step {
   then(world: World): World;
   /** Done by the application, not by the updater: no crash is tried in it. */
   apart?: boolean;
+  /** When it is cut off, what was needed to go back may be gone. */
+  forgets?: boolean;
 }
 
 /** Gets content staged: in pieces, as from a network, or at once. */
@@ -349,7 +351,12 @@ const steps = {
   record: (version: string): Step => ({
     name: `record ${version}`,
     do: ({ journal, world }) => journal.record(renamed(world, version)),
-    then: (world) => ({ ...world, installed: renamed(world, version) }),
+    // From another version, the way back that was kept does not lead to where it came from.
+    then: (world) => {
+      const undo = world.installed?.version === version ? world.undo : null;
+      return { ...world, installed: renamed(world, version), undo };
+    },
+    forgets: true,
   }),
   countStart: (): Step => ({
     name: "countStart",
@@ -594,6 +601,10 @@ function checkLeftovers(
   }
 }
 
+const withoutWayBack = (seen: Record<string, unknown>): Record<string, unknown> => {
+  return { ...seen, canRollBack: undefined };
+};
+
 /** Opens what is left, and says which of the worlds it is. */
 async function recover(
   disk: MemoryDisk,
@@ -653,15 +664,17 @@ async function survive(
   where: string,
   random: Random,
   effort: Effort,
+  forgets = false,
 ): Promise<void> {
   const worlds = allowed.map((i) => stage.worlds[i]!);
+  const adapt = forgets ? withoutWayBack : undefined;
   for (const how of HOWS) {
     counts.crashes++;
     const left = aftermath(disk, how, random);
     const here = `${where}, ${how}`;
     checkPaths(left, worlds, here);
     const recovered = left.clone();
-    const matches = await recover(recovered, stage, allowed, here);
+    const matches = await recover(recovered, stage, allowed, here, adapt);
     for (let at = 1; at <= recovered.changes; at++) {
       if (!random.chance(effort.again)) continue;
       counts.recoveries++;
@@ -673,13 +686,13 @@ async function survive(
       if (!second.isDead) wrong(there, "it did not crash");
       const leftAgain = aftermath(second, then, random);
       checkPaths(leftAgain, worlds, there);
-      await recover(leftAgain, stage, allowed, there);
+      await recover(leftAgain, stage, allowed, there, adapt);
     }
     // Where both worlds look the same there is no telling which step is next.
     if (matches.length === 1 && random.chance(effort.on)) {
       const { scenario } = stage;
       const world = stage.worlds[matches[0]!]!;
-      if (world.undo) {
+      if (world.undo && !forgets) {
         const back: Scenario = { name: `${scenario.name}, then back`, steps: [steps.rollBack()] };
         const worlds = [world, rolledBack(world)];
         const then = { ...stage, scenario: back, worlds };
@@ -705,7 +718,7 @@ async function crash(
   const where = `${scenario.name}: ${torn ? "in" : "before"} change ${at} (${step?.name ?? "open"})`;
   if (!disk.isDead) wrong(where, "it did not crash");
   const allowed = step ? [progress, progress + 1] : [progress];
-  await survive(disk, stage, allowed, where, random, effort);
+  await survive(disk, stage, allowed, where, random, effort, step?.forgets);
 }
 
 async function tryCrashes(scenario: Scenario, links: boolean, effort: Effort): Promise<void> {
@@ -767,9 +780,9 @@ async function goOn(
       where,
     );
   // An update that fails may have dropped what was needed to go back further.
-  const matches = await recover(disk, stage, allowed, where, (seen) => {
-    return isUpdate ? { ...seen, canRollBack: undefined } : seen;
-  });
+  const forgets = isUpdate || step?.forgets;
+  const adapt = forgets ? withoutWayBack : undefined;
+  const matches = await recover(disk, stage, allowed, where, adapt);
   if (matches.length === 1 || !step) await playOn(disk, stage, matches[0]!, where);
 }
 
@@ -1024,9 +1037,20 @@ const scenarios: Scenario[] = [
     ],
   },
   {
-    name: "a release with the same content",
+    name: "another release with the same content",
+    before: [
+      steps.update(v1),
+      steps.update(v2, { check: true, restart: "reboot" }),
+      steps.countStart(),
+      steps.confirm(),
+      steps.restarted(),
+    ],
+    steps: [steps.record("1.0.1.1"), steps.reopen(), steps.update(v3), steps.rollBack()],
+  },
+  {
+    name: "the same release, recorded again",
     before: [steps.update(v1), steps.update(v2)],
-    steps: [steps.record("1.0.1.1"), steps.reopen(), steps.rollBack()],
+    steps: [steps.record("1.0.1"), steps.reopen(), steps.rollBack()],
   },
   {
     name: "the application takes the place of what was taken back",

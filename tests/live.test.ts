@@ -608,7 +608,8 @@ describe.concurrent("a version counts after one quiet second", () => {
       writer.kill("SIGKILL");
       await writer.exited;
     }
-    await tool.until(/^now +1\.0\.0 1\.0\.1 1\.0\.2$/m);
+    const isNow = () => /^now +1\.0\.0 1\.0\.1 1\.0\.2$/m.test(tool.stdout);
+    await eventually("it says that 1.0.2 counts", isNow, SOON);
   });
 });
 
@@ -686,15 +687,14 @@ describe("content that is other than indexed is not sent", () => {
     await using server = await live(root);
     fs.writeFileSync(root.at("elsewhere"), "evil\n");
     const url = `${server.url}/1.0.1/flash/main.py`;
-    const answers = await Promise.all(
-      [
-        {},
-        { headers: { "Accept-Encoding": "identity" } },
-        { headers: { "Accept-Encoding": "gzip, zstd" } },
-        { headers: { Range: "bytes=0-1" } },
-        { method: "HEAD" },
-      ].map((init) => fetch(url, init)),
-    );
+    const ways: RequestInit[] = [
+      {},
+      { headers: { "Accept-Encoding": "identity" } },
+      { headers: { "Accept-Encoding": "gzip, zstd" } },
+      { headers: { Range: "bytes=0-1" } },
+      { method: "HEAD" },
+    ];
+    const answers = await Promise.all(ways.map((init) => fetch(url, init)));
     for (const response of answers) {
       expect(response.status).toBe(503);
       expect(Number(response.headers.get("retry-after"))).toBeGreaterThan(0);
@@ -774,11 +774,11 @@ describe.concurrent("a device that gets other content than its manifest says", (
   }
 
   for (const [what, text] of [
-    ["as long", "wron"],
-    ["shorter", "w"],
-    ["longer", "quite wrong "],
+    ["content as long as listed", "wron"],
+    ["longer content than listed", "w"],
+    ["shorter content than listed", "quite wrong "],
   ] as const) {
-    test(`asks for a new manifest once, and goes on with what it has (${what} was listed)`, async () => {
+    test(`${what}: asks for a new manifest once, and goes on with what it has`, async () => {
       using temp = new Temp();
       layTree(temp.at("device"), V1);
       await using double = await serveWrong(1, text);
@@ -788,7 +788,7 @@ describe.concurrent("a device that gets other content than its manifest says", (
       expect(readTree(temp.at("device"))).toMatchObject(asTree(put));
     });
 
-    test(`gives up when that does not help, and is as it was (${what} was listed)`, async () => {
+    test(`${what}: gives up when a new manifest does not help, and is as it was`, async () => {
       using temp = new Temp();
       layTree(temp.at("device"), V1);
       await using double = await serveWrong(Infinity, text);
@@ -844,5 +844,39 @@ describe.concurrent("a device that gets other content than its manifest says", (
     if (outcome instanceof Error) expect(String(outcome)).toContain("1.0.1");
     else expect(outcome).toMatchObject({ result: "up to date", to: "1.0.0" });
     expect(readTree(root.at("device"))).toEqual(asTree(V1));
+  });
+
+  test("cut off after the last byte of coded content: the next try goes on from there", async () => {
+    using root = new Root();
+    const long = "print('the same line again')\n".repeat(500);
+    root.lay("1.0.1", { "flash/main.py": long });
+    layTree(root.at("device"), V1);
+    await using server = await Served.start(root.root);
+    const options = { root: root.at("device"), ver: "1.0.0" };
+    /** A way on which the end of the first answer with content never comes. */
+    class Cut extends HttpOTA {
+      readonly power = new AbortController();
+
+      override async getData(path: string, want: Want): Promise<Data> {
+        const data = await super.getData(path, want);
+        if (!path.includes("main.py")) return data;
+        expect(data.encoding).not.toBe("identity");
+        const bytes = await new Response(data.body).bytes();
+        const pull = async (controller: ReadableStreamDefaultController<Uint8Array>) => {
+          controller.enqueue(bytes);
+          // All of it is on the disk now; then the power goes.
+          await Bun.sleep(50);
+          this.power.abort(new Error("the power went"));
+        };
+        return { ...data, body: new ReadableStream({ pull }, { highWaterMark: 0 }) };
+      }
+    }
+    const power = new AbortController();
+    const cut = new Cut(server.url, { ...options, signal: power.signal });
+    cut.power.signal.addEventListener("abort", () => power.abort(cut.power.signal.reason));
+    expect(String(await cut.update().catch((error: unknown) => error))).toContain("power");
+    expect(readTree(root.at("device"))).toEqual(asTree(V1));
+    expect((await new HttpOTA(server.url, options).update()).result).toBe("updated");
+    expect(readTree(root.at("device"))).toMatchObject(asTree({ ...V2, "flash/main.py": long }));
   });
 });
