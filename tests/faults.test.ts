@@ -643,7 +643,8 @@ describe.concurrent("records of the updater", () => {
 
   test("that are damaged in the middle of a commit: --repair makes the release whole", async () => {
     using device = new Device();
-    const calls = await callsOf(new Device().args(), ["rename"]);
+    using sample = new Device();
+    const calls = await callsOf(sample.args(), ["rename"]);
     const nth = calls.findIndex((call) => call.includes("journal.json")) + 3;
     const prefix = injecting("rename", `signal=SIGKILL:when=${nth}`);
     expect((await device.client([], { prefix })).signal).toBe("SIGKILL");

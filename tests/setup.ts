@@ -11,6 +11,7 @@ const NEEDED: Record<string, string> = {
   openssl: "openssl",
   setpriv: "util-linux",
   strace: "strace",
+  zstd: "zstd",
 };
 
 const path = `${process.env.PATH ?? ""}:/usr/sbin:/sbin`;

@@ -743,7 +743,10 @@ describe("a transport of one's own", () => {
     ] as const) {
       using device = new Device();
       const transport = new DrippingOTA({ root: device.root, ...(slowest && { slowest }) });
-      fill(transport, { version: "1.0.1", put: { "flash/main.py": "drip".repeat(10) } });
+      fill(transport, {
+        version: "1.0.1",
+        put: { "flash/main.py": "drip".repeat(isStalled ? 500 : 10) },
+      });
       if (!isStalled) {
         expect(await transport.update()).toMatchObject({ result: "updated", to: "1.0.1" });
         continue;
