@@ -875,7 +875,7 @@ export class ReleaseIndex {
     } catch {
       // Too many directories for the system, or one that cannot be watched: looking does as well.
     }
-    plan(idle);
+    plan(GATHER); // What changed since the first scan, nobody told.
     const close = () => {
       closed = true;
       clearTimeout(timer);
@@ -1149,7 +1149,7 @@ export class Releases extends ReleaseIndex {
     } catch (error) {
       const found = { ENOENT: "does not exist", ENOTDIR: "is no directory" };
       const why = found[errorCode(error) as keyof typeof found] ?? errorText(error);
-      throw new OTAError(`the root ${root} ${why}; it should be a directory of releases`, 2);
+      throw new OTAError(`the root ${root} ${why}; --root names a directory of releases`, 2);
     }
   }
 
@@ -3933,6 +3933,13 @@ class Fetcher {
           ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
         };
         await this.receiver.receive(url, { ...want, signal }, (data) => {
+          if (data.encoding === "identity" && size !== undefined && (data.total ?? size) < size) {
+            files.dropPart(key);
+            throw new ContentError(
+              `${path} has ${data.total} bytes, and ${size} were expected`,
+              true,
+            );
+          }
           const continues = data.offset > 0 && data.offset === want.offset;
           if (continues && data.encoding === encoding) keep();
           else if (data.offset === 0) files.startPart(key, data.etag, data.encoding);
@@ -4106,7 +4113,10 @@ export abstract class OTA {
     const from = current || "0";
     for (let isFirst = true; ; isFirst = false) {
       const manifest = await this.#askForManifest(receiver, journal, current);
-      if (!manifest) return { result: "up to date", from, to: from };
+      if (!manifest) {
+        if (journal.damaged.length === 0) return { result: "up to date", from, to: from };
+        throw new OTAError("the server has no release to repair from: the record stays damaged");
+      }
       const digest = manifestDigest(manifest);
       const failed = journal.state.failed.some((release) => release.digest === digest);
       if (failed && !retry) return { result: "not tried", from, to: manifest.version };
@@ -4419,14 +4429,9 @@ export class DirectoryOTA extends OTA {
 
   /** @throws {TransferError} when the directory cannot be read; the stick may not be in yet */
   override async connect(): Promise<void> {
-    try {
-      this.#releases = await Releases.open(this.from, { quiet: 0 });
-    } catch (error) {
-      throw new TransferError(
-        `cannot read releases from ${this.from} (--from): ${errorText(error)}`,
-        false,
-      );
-    }
+    if (!fs.existsSync(this.from))
+      throw new TransferError(`${this.from} (--from) is not there`, false);
+    this.#releases = await Releases.open(this.from, { quiet: 0 });
   }
 
   override async getData(path: string, { offset = 0, etag }: Want): Promise<Data> {
@@ -4535,7 +4540,8 @@ function parseOptions(
 ): Given {
   const names: readonly OptionName[] = [...allowed, "help", "version"];
   const options = Object.fromEntries(names.map((option) => [option, OPTIONS[option]]));
-  const { values, tokens } = parseArgs({ args: [...args], options, strict: false, tokens: true });
+  const long = args.map((arg) => (arg === "-h" ? "--help" : arg));
+  const { values, tokens } = parseArgs({ args: long, options, strict: false, tokens: true });
   for (const token of tokens) {
     if (token.kind === "positional") {
       throw new OTAError(`${name} takes no argument ${token.value}; see ${name} --help`, 2);
@@ -4619,6 +4625,11 @@ function say(text: string, code: number, stream: NodeJS.WriteStream = process.st
   return code;
 }
 
+/** Says something to people. (`console.error` would make it red on a terminal.) */
+function tell(text: string): void {
+  process.stderr.write(`${text}\n`);
+}
+
 /** Bytes for people: `812 B`, `4.1 KB`, `1.5 MB`. */
 function formatBytes(bytes: number): string {
   if (bytes < 1000) return `${bytes} B`;
@@ -4657,9 +4668,9 @@ function progressWatcher(): { report: (event: OTAEvent) => void; end: () => void
   const report = (event: OTAEvent) => {
     if (event.kind === "note") {
       clear();
-      console.error(`ota.ts: ${event.text}`);
+      tell(`ota.ts: ${event.text}`);
     } else if (event.kind === "fetched" && !terminal) {
-      console.error(`fetched ${event.path} (${formatBytes(event.size)})`);
+      tell(`fetched ${event.path} (${formatBytes(event.size)})`);
     } else if (event.kind === "progress" && terminal && performance.now() - drawn > 100) {
       drawn = performance.now();
       process.stderr.write(`\r\x1b[K${progressBar(event.received, event.total, drawn - started)}`);
@@ -4719,7 +4730,7 @@ async function runServe(given: Given): Promise<number> {
 
 function warn(releases: Releases): void {
   const lines = [...rootWarnings(releases), ...allBoardWarnings(releases)];
-  for (const line of lines) console.error(`warning: ${line}`);
+  for (const line of lines) tell(`warning: ${line}`);
 }
 
 /** The token, of which the environment is no secret to other users, unlike a command line. */
@@ -4759,7 +4770,7 @@ async function runManifest(given: Given): Promise<number> {
   const query = { current_ver: given.ver, ...(given.cost && { hash: "sha256" }) };
   const manifest = releases.manifestFor(query, base);
   const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
-  for (const line of surprises) console.error(`warning: ${line}`);
+  for (const line of surprises) tell(`warning: ${line}`);
   if (given.cost) return say((await costLines(releases, manifest)).join("\n"), 0);
   return say(JSON.stringify(manifest, null, 2), 0);
 }
@@ -4852,7 +4863,7 @@ async function runClient(given: Given): Promise<number> {
     from === undefined ? new HttpOTA(server, options) : new DirectoryOTA(from, options);
   const once = async () => {
     const outcome = await device.update().finally(watcher.end);
-    if (outcome.traffic) console.error(trafficLine(outcome.traffic));
+    if (outcome.traffic) tell(trafficLine(outcome.traffic));
     return say(outcomeLine(outcome), exitCode(outcome));
   };
   if (pause === undefined) return once();
@@ -4864,7 +4875,7 @@ async function runClient(given: Given): Promise<number> {
     } catch (error) {
       if (signal.aborted) return 0;
       if (error instanceof OTAError && error.exitCode === 2) throw error;
-      console.error(`ota.ts: ${errorText(error)}`);
+      tell(`ota.ts: ${errorText(error)}`);
       failures++;
     }
     // Twice as long after each failure, to sixteen times; and never all devices at once.
@@ -4999,7 +5010,7 @@ export async function main(args: readonly string[]): Promise<number> {
   } catch (error) {
     // A system error (a full disk, no permission) has a code and is no bug of ours.
     if (!(error instanceof OTAError) && errorCode(error) === undefined) throw error;
-    console.error(`ota.ts: ${errorText(error)}`);
+    tell(`ota.ts: ${errorText(error)}`);
     return error instanceof OTAError ? error.exitCode : 1;
   }
 }
