@@ -4429,8 +4429,9 @@ export class DirectoryOTA extends OTA {
 
   /** @throws {TransferError} when the directory cannot be read; the stick may not be in yet */
   override async connect(): Promise<void> {
-    if (!fs.existsSync(this.from))
-      throw new TransferError(`${this.from} (--from) is not there`, false);
+    if (!fs.statSync(this.from, { throwIfNoEntry: false })?.isDirectory()) {
+      throw new TransferError(`${this.from} (--from) is no directory that is there`, false);
+    }
     this.#releases = await Releases.open(this.from, { quiet: 0 });
   }
 
