@@ -485,24 +485,29 @@ describe.concurrent("a version counts after one quiet second", () => {
   function observe(server: { url: string }) {
     const seen: [string, Record<string, string>][] = [];
     let stopped = false;
+    const look = async () => {
+      const found = await whole(server);
+      if (!Bun.deepEquals(found, seen.at(-1))) seen.push(found);
+    };
     const watching = (async () => {
-      while (!stopped) {
-        const found = await whole(server);
-        if (!Bun.deepEquals(found, seen.at(-1))) seen.push(found);
-        await Bun.sleep(5);
-      }
+      for (; !stopped; await Bun.sleep(5)) await look();
     })();
     return async () => {
       stopped = true;
       await watching;
+      await look();
       return seen;
     };
   }
 
-  /** Writes a file in pieces with pauses, as somebody else: we may be busy for longer than that. */
-  async function writeSlowly(file: string, pieces: readonly string[]): Promise<void> {
-    const lines = pieces.map((piece) => `printf %s ${quoted(piece)}; sleep 0.3`);
-    const script = `mkdir -p ${quoted(dirname(file))}; { ${lines.join("; ")}; } > ${quoted(file)}`;
+  /** Writes files in pieces with pauses, as somebody else: we may be busy for longer than that. */
+  async function writeSlowly(files: Record<string, readonly string[]>): Promise<void> {
+    const lines = Object.entries(files).flatMap(([file, pieces]) => [
+      `mkdir -p ${quoted(dirname(file))}`,
+      `: > ${quoted(file)}`,
+      ...pieces.map((piece) => `printf %s ${quoted(piece)} >> ${quoted(file)}; sleep 0.3`),
+    ]);
+    const script = lines.join("; ");
     const code = await Bun.spawn(["sh", "-ec", script]).exited;
     if (code !== 0) throw new Error(`${script}: exit code ${code}`);
   }
@@ -512,9 +517,11 @@ describe.concurrent("a version counts after one quiet second", () => {
     await using server = await live(root);
     const stop = observe(server);
     const files: Tree = { "flash/a.py": "abcd", "flash/b/c.py": "ef", "flash/main.py": "gh" };
-    await writeSlowly(root.in("1.0.2/flash/a.py"), ["a", "b", "", "c", "d"]);
-    await writeSlowly(root.in("1.0.2/flash/b/c.py"), ["e", "f"]);
-    await writeSlowly(root.in("1.0.2/flash/main.py"), ["g", "h"]);
+    await writeSlowly({
+      [root.in("1.0.2/flash/a.py")]: ["a", "b", "", "c", "d"],
+      [root.in("1.0.2/flash/b/c.py")]: ["e", "f"],
+      [root.in("1.0.2/flash/main.py")]: ["g", "h"],
+    });
     await untilNewest(server, "1.0.2", files);
     expect(await stop()).toEqual([
       ["1.0.1", hashes(V2)],
@@ -533,7 +540,7 @@ describe.concurrent("a version counts after one quiet second", () => {
     };
     const pieces = ["first ", "second ", "third ", "fourth ", "fifth ", "sixth"];
     const right = sha256(pieces.join(""));
-    const writing = writeSlowly(root.in("firmware_1.0.1.bin"), pieces);
+    const writing = writeSlowly({ [root.in("firmware_1.0.1.bin")]: pieces });
     await until("the whole image", firmware, (found) => found === right, 2 + SOON);
     await writing;
     expect([...offered]).toEqual([undefined, right]);
@@ -552,8 +559,8 @@ describe.concurrent("a version counts after one quiet second", () => {
     const stop = observe(server);
     const pieces = ["an edit ", "that ", "takes ", "all ", "its ", "time\n"];
     const writing = Promise.all([
-      writeSlowly(root.in(`1.0.1/${kept}`), pieces),
-      writeSlowly(root.in(`1.0.1/${other}`), pieces),
+      writeSlowly({ [root.in(`1.0.1/${kept}`)]: pieces }),
+      writeSlowly({ [root.in(`1.0.1/${other}`)]: pieces }),
     ]);
     await eventually("the edit has begun", () =>
       [kept, other].every((path) => fs.statSync(root.in(`1.0.1/${path}`)).size > "two\n".length),
@@ -634,14 +641,14 @@ describe.concurrent("a rename publishes at once or not at all", () => {
     await using server = await live(root);
     const seen: [string, number][] = [];
     let stopped = false;
+    const look = async () => {
+      const [version, files] = await whole(server);
+      const last = seen.at(-1);
+      const count = Object.keys(files).length;
+      if (last?.[0] !== version || last[1] !== count) seen.push([version, count]);
+    };
     const watching = (async () => {
-      while (!stopped) {
-        const [version, files] = await whole(server);
-        const last = seen.at(-1);
-        const count = Object.keys(files).length;
-        if (last?.[0] !== version || last[1] !== count) seen.push([version, count]);
-        await Bun.sleep(1);
-      }
+      for (; !stopped; await Bun.sleep(1)) await look();
     })();
     await shell(root, "cp -r ../build .1.0.2");
     // Long enough for anything else to count.
@@ -655,6 +662,7 @@ describe.concurrent("a rename publishes at once or not at all", () => {
     await untilNewest(server, "1.0.1", V2);
     stopped = true;
     await watching;
+    await look();
     expect(seen).toEqual([
       ["1.0.1", 3],
       ["1.0.2", 200],

@@ -85,7 +85,7 @@ http {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#child.kill("SIGKILL"); // Its worker sees that and ends.
+    this.#child.kill("SIGTERM"); // It ends its workers, which a SIGKILL would leave behind.
     await this.#child.exited;
     this.#temp[Symbol.dispose]();
   }

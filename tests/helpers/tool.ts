@@ -38,6 +38,19 @@ export interface ToolOptions {
   bun?: string;
 }
 
+/**
+ * The most memory that a process has had, in bytes; 0 when it has ended. (`resourceUsage` counts
+ * what its parent had when it was forked.)
+ */
+function peakOf(pid: number): number {
+  try {
+    const status = readFileSync(`/proc/${pid}/status`, "utf8");
+    return Number(/^VmHWM:\s*(\d+) kB/m.exec(status)?.[1] ?? 0) * 1024;
+  } catch {
+    return 0;
+  }
+}
+
 /** `bun ota.ts` with some arguments, running. */
 export class Tool implements AsyncDisposable {
   readonly #child: Bun.Subprocess<"ignore", "pipe", "pipe">;
@@ -55,6 +68,9 @@ export class Tool implements AsyncDisposable {
       stdio: ["ignore", "pipe", "pipe"],
     });
     const texts = (["stdout", "stderr"] as const).map((name) => this.#follow(name));
+    const { pid } = this.#child;
+    let memory = 0;
+    const sampler = setInterval(() => (memory = Math.max(memory, peakOf(pid))), 10);
     this.ended = Promise.all([this.#child.exited, ...texts]).then(() => {
       this.#isOver = true;
       for (const watcher of this.#watchers) watcher();
@@ -62,7 +78,7 @@ export class Tool implements AsyncDisposable {
       const { stdout, stderr } = this.#texts;
       const last = stdout.trimEnd().split("\n").at(-1) ?? "";
       const signal = signalCode === null ? null : String(signalCode);
-      const memory = this.#child.resourceUsage()?.maxRSS ?? NaN;
+      clearInterval(sampler);
       return { code: exitCode, signal, stdout, stderr, last, memory };
     });
   }
