@@ -83,6 +83,11 @@ function hexDigest(algorithm: "sha1" | "sha256", data: string | Uint8Array): str
 
 const sha256 = (data: string | Uint8Array) => hexDigest("sha256", data);
 
+/** Whether text has control characters. */
+function hasControls(text: string): boolean {
+  return /[\u0000-\u001f\u007f-\u009f]/.test(text);
+}
+
 /** Reads JSON; `undefined` when it is none. */
 function parseJSON(text: string): unknown {
   try {
@@ -271,6 +276,10 @@ export interface ManifestQuery {
 export const VERSION_FILE = "flash/OTA_VERSION.py";
 /** Where the updater keeps what is its own, below the device's root. */
 export const OTA_DIR = ".ota";
+/** A path with more parts than this is refused. */
+const MAX_PARTS = 32;
+/** Characters that HFS+ ignores in names. */
+const INVISIBLE = /[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]/g;
 /** A manifest larger than this is refused. */
 export const MAX_MANIFEST_BYTES = 64 * 1024 * 1024;
 
@@ -283,7 +292,7 @@ export function pathProblem(path: string): string | undefined {
   if (path === "") return "is empty";
   // On disk every half would have the same name.
   if (!path.isWellFormed()) return "has half a surrogate pair";
-  if (/[\u0000-\u001f\u007f]/.test(path)) return "has a control character";
+  if (hasControls(path)) return "has a control character";
   if (path.includes("\\")) return "has a backslash";
   if (Buffer.byteLength(path) > 1024) return "is longer than 1024 bytes";
   const parts = path.split("/");
@@ -292,8 +301,14 @@ export function pathProblem(path: string): string | undefined {
     if (part === "." || part === "..") return `has a part "${part}"`;
     if (Buffer.byteLength(part) > 255) return "has a part longer than 255 bytes";
   }
-  // FAT and macOS know no case, and FAT drops trailing dots and spaces.
-  if (parts[0]!.toLowerCase().replace(/[. ]+$/, "") === OTA_DIR) return `enters ${OTA_DIR}`;
+  if (parts.length > MAX_PARTS) return `has more than ${MAX_PARTS} parts`;
+  // FAT and macOS know no case; FAT drops trailing dots and spaces, and has short names (OTA~1);
+  // macOS drops what has no width.
+  const top = parts[0]!
+    .toLowerCase()
+    .replace(INVISIBLE, "")
+    .replace(/[. ]+$/, "");
+  if (top === OTA_DIR || /^ota~\d/.test(top)) return `enters ${OTA_DIR}`;
   return undefined;
 }
 
@@ -439,6 +454,7 @@ function checkPathsAgree(manifest: Manifest): void {
   for (const path of written) {
     const above = ancestors(path).find((ancestor) => written.has(ancestor));
     if (above) refuse(`${path} is below ${above}, which is a file`);
+    if (path.startsWith(`/${VERSION_FILE}/`)) refuse(`${path} is below a file of the device's own`);
   }
   const both = manifest.delete.find((path) => written.has(`/${path}`));
   if (both) refuse(`${both} is both deleted and written`);
@@ -634,7 +650,7 @@ class Looker {
       stamps.push(path, stampOf(stat));
       look.changed = Math.max(look.changed, stat.ctimeMs);
     };
-    const visit = (real: string, prefix: string, above: readonly string[]) => {
+    const visit = (real: string, prefix: string, above: readonly string[], linked = false) => {
       note(prefix, fs.statSync(real));
       for (const item of fs.readdirSync(real, { withFileTypes: true })) {
         const path = prefix + item.name;
@@ -643,7 +659,7 @@ class Looker {
         if (reason) {
           skip(reason);
         } else if (item.isDirectory()) {
-          visit(`${real}/${item.name}`, `${path}/`, [...above, real]);
+          visit(`${real}/${item.name}`, `${path}/`, [...above, real], linked);
         } else {
           const at = `${real}/${item.name}`;
           const found = item.isFile() ? { real: at, stat: fs.statSync(at) } : this.#follow(at);
@@ -652,7 +668,8 @@ class Looker {
             note(path, found.stat);
             look.files.push({ path, file: found.real, stat: found.stat });
           } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
-          else visit(found.real, `${path}/`, [...above, real]);
+          else if (linked) skip("a link to a directory, below another such link");
+          else visit(found.real, `${path}/`, [...above, real], true);
         }
       }
     };
@@ -965,7 +982,8 @@ export class ReleaseIndex {
     others: readonly { name: string; version: LooseVersion }[],
     skip: (reason: string) => void,
   ): boolean {
-    const twin = others.find((other) => other.version.compare(name) === 0);
+    const version = new LooseVersion(name);
+    const twin = others.find((other) => other.version.compare(version) === 0);
     if (twin) skip(`the same version as ${twin.name}, which counts`);
     const held = this.#latest !== undefined && this.#latest.compare(name) < 0;
     if (held) skip(`above --latest ${this.#latest}`);
@@ -981,12 +999,13 @@ export class ReleaseIndex {
   ): Promise<Release | FirmwareImage | undefined> {
     const look = lookAgain();
     ignored.push(...look.ignored);
-    if (look.problem) {
-      ignored.push({ path: name, reason: look.problem });
+    const giveUp = (reason: string) => {
+      ignored.push({ path: name, reason });
       this.#known.delete(name);
       this.#restless.delete(name);
       return undefined;
-    }
+    };
+    if (look.problem) return giveUp(look.problem);
     const known = this.#known.get(name);
     if (known?.stamp === look.stamp) {
       this.#restless.delete(name);
@@ -997,6 +1016,7 @@ export class ReleaseIndex {
     const since = restless?.stamp === look.stamp ? restless.since : now;
     if (now - Math.min(since, look.changed) >= this.#quiet) {
       const files = await this.#hashAll(look.files);
+      if (typeof files === "string") return giveUp(files);
       if (files && lookAgain().stamp === look.stamp) {
         const item = await make(files);
         this.#known.set(name, { stamp: look.stamp, item });
@@ -1008,8 +1028,8 @@ export class ReleaseIndex {
     return known?.item;
   }
 
-  /** @returns `undefined` when a file went away meanwhile */
-  async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | undefined> {
+  /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
+  async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | string | undefined> {
     const files: [string, IndexedFile][] = [];
     for (const { path, file, stat } of found) {
       const stamp = stampOf(stat);
@@ -1018,8 +1038,8 @@ export class ReleaseIndex {
         const hashes = known?.stamp === stamp ? known.hashes : await this.#hash(file);
         this.#hashes.set(file, { stamp, hashes });
         files.push([path, hashes]);
-      } catch {
-        return undefined;
+      } catch (error) {
+        return isMissing(error) ? undefined : `unreadable: ${errorText(error)}`;
       }
     }
     return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
@@ -1488,13 +1508,14 @@ export function availableDictionary(header: string | null): string | undefined {
 const MIN_CODED = 64;
 /** The most that is kept of coded content, in bytes. */
 const CODED_BUDGET = 32 * 1024 * 1024;
-/** Encoders that may be at work or wait; who asks for one more gets plain bytes. */
-const MAX_ENCODING = 64;
+/** Bytes that may be coded or wait for it at once; who asks for more gets them plain. */
+const MAX_WAITING = 64 * 1024 * 1024;
 
 /** Coded content, made once whoever asks and however many ask at once. */
 class Encoder {
   readonly #done = new Cache<Blob>(CODED_BUDGET);
   readonly #running = new Map<string, Promise<Blob | undefined>>();
+  #waiting = 0;
   /** What was found not to be worth it. */
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
 
@@ -1515,10 +1536,15 @@ class Encoder {
     if (done) return done;
     if (this.#useless.get(name)) return undefined;
     const running = this.#running.get(name);
-    if (running || this.#running.size >= MAX_ENCODING) return running;
+    const needs = content.size + (dictionary?.size ?? 0);
+    if (running || this.#waiting + needs > MAX_WAITING) return running;
+    this.#waiting += needs;
     const made = this.#make(encoding, name, content, dictionary)
       .catch(() => undefined)
-      .finally(() => this.#running.delete(name));
+      .finally(() => {
+        this.#waiting -= needs;
+        this.#running.delete(name);
+      });
     this.#running.set(name, made);
     return made;
   }
@@ -1625,7 +1651,8 @@ function select(request: Request, file: ServedFile, form: Representation): Answe
   }
   const { start, end } = range ?? { start: 0, end: size };
   if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${size}`;
-  const coding = encoding === "identity" ? undefined : { encoding, saved: file.size - size };
+  const coding =
+    encoding === "identity" ? undefined : { encoding, saved: range ? 0 : file.size - size };
   const body = form.part(start, end);
   return { status: range ? 206 : 200, headers, body, size: end - start, ...(coding && { coding }) };
 }
@@ -1846,6 +1873,10 @@ const CONTENT_BUDGET = 64 * 1024 * 1024;
 export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
   const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
   const releases = await Releases.open(root, options);
+  for (const file of tls ? [tls.cert, tls.key] : []) {
+    if (fs.existsSync(file)) continue;
+    throw new OTAError(`cannot read ${file}: --tls-cert and --tls-key name files in PEM`, 2);
+  }
   const service = new Service(releases, options);
   for (const secret of [options.sign, tls?.key]) {
     if (secret === undefined || !fs.existsSync(secret)) continue;
@@ -1983,6 +2014,7 @@ class Service {
     if (current_ver.length > LIMITS.version || hasControls(current_ver)) {
       return plain(400, `current_ver: at most ${LIMITS.version} characters, none of them controls`);
     }
+    if (hasControls(reqid)) return plain(400, "reqid: no control characters");
     const host = request.headers.get("host");
     if (this.#base === undefined && (host === null || !isHost(host))) {
       return plain(400, "a manifest needs the Host header: its URLs begin with it");
@@ -2100,10 +2132,6 @@ class Service {
   }
 }
 
-function hasControls(text: string): boolean {
-  return /[\u0000-\u001f\u007f-\u009f]/.test(text);
-}
-
 /** The token of a request, `""` for none. */
 function givenToken(headers: Headers, query: ManifestQuery): string {
   const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
@@ -2137,6 +2165,8 @@ export interface DiskStat {
   device: number;
   /** Permission bits. */
   mode: number;
+  /** Who owns it, where that is known. */
+  owner?: { uid: number; gid: number };
 }
 
 /** The file operations of a device. All paths are absolute. Failures throw errors with a `code`. */
@@ -2161,7 +2191,8 @@ export interface Disk {
   mkdir(path: string): void;
   /** Removes an empty directory. */
   rmdir(path: string): void;
-  chmod(path: string, mode: number): void;
+  /** Gives a file its permission bits and, as far as we may, its owner. */
+  chmod(path: string, mode: number, owner?: { uid: number; gid: number }): void;
   /** Whether entries can be made in a directory. */
   writable(path: string): boolean;
   /**
@@ -2187,7 +2218,8 @@ export const fileSystem: Disk = {
           : stat.isSymbolicLink()
             ? "link"
             : "other";
-      return { kind, size: stat.size, device: stat.dev, mode: stat.mode & 0o7777 };
+      const owner = { uid: stat.uid, gid: stat.gid };
+      return { kind, size: stat.size, device: stat.dev, mode: stat.mode & 0o7777, owner };
     } catch (error) {
       if (isMissing(error)) return undefined;
       throw error;
@@ -2211,7 +2243,11 @@ export const fileSystem: Disk = {
   unlink: fs.unlinkSync,
   mkdir: (path) => void fs.mkdirSync(path),
   rmdir: (path) => fs.rmdirSync(path),
-  chmod: fs.chmodSync,
+  chmod(path, mode, owner) {
+    // Before the mode, of which it clears bits. Only root may.
+    if (owner) tidy(() => fs.chownSync(path, owner.uid, owner.gid));
+    fs.chmodSync(path, mode);
+  },
   writable(path) {
     try {
       fs.accessSync(path, fs.constants.W_OK | fs.constants.X_OK);
@@ -2223,6 +2259,7 @@ export const fileSystem: Disk = {
   lock(path) {
     // SQLite's lock is the kernel's; there is never anything in this database. Its journal is kept
     // in memory, since a full disk has no room for a file.
+    if (fs.existsSync(path) && fs.statSync(path).size > 0) fs.truncateSync(path);
     const database = new Database(path, { create: true, readwrite: true });
     try {
       database.run("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE");
@@ -2503,8 +2540,12 @@ export class DeviceFiles {
    */
   async stageCopy(key: string, path: string): Promise<boolean> {
     if (!this.hasContent(path, key)) return false;
+    this.dropPart(key); // One of an earlier try may be there, and read-only.
     this.disk.copy(this.at(path), this.#part(key));
-    if (!this.hasContent(`${STAGED}/${key}.part`, key)) return false;
+    if (!this.hasContent(`${STAGED}/${key}.part`, key)) {
+      this.dropPart(key);
+      return false;
+    }
     await this.finishPart(key);
     return true;
   }
@@ -2643,7 +2684,9 @@ function isState(value: unknown): value is State {
     isObject(value) &&
     value.format === FORMAT &&
     (value.installed === null || isInstalled(value.installed)) &&
-    Array.isArray(value.failed)
+    Array.isArray(value.failed) &&
+    value.failed.every((one) => isObject(one) && typeof one.version === "string") &&
+    (value.trial === null || isObject(value.trial))
   );
 }
 
@@ -2655,7 +2698,9 @@ function isTransaction(value: unknown): value is Transaction {
     isObject(value) &&
     value.format === FORMAT &&
     typeof value.id === "string" &&
+    isState(value.before) &&
     isInstalled(value.to) &&
+    isObject(value.placed) &&
     isSteps(value.forward) &&
     isSteps(value.back)
   );
@@ -2743,7 +2788,8 @@ class DeviceTree extends DeviceFiles {
       const isFile = old?.kind === "file";
       if (isFile) backUp(path);
       else back.unlink.push(path);
-      this.disk.chmod(this.at(source), isFile ? old.mode : 0o644);
+      if (isFile) this.disk.chmod(this.at(source), old.mode, old.owner);
+      else this.disk.chmod(this.at(source), 0o644);
     }
 
     const sha256Of = new Map([...put.values()].map((key) => [key, this.stagedDigest(key)]));
@@ -2836,7 +2882,8 @@ async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void
 }
 
 // ──── Journal ───────────────────────────────────────────────────────────────────────────────────
-// The files of one device, changed as one transaction. New content is staged, the old content gets a second name there, and a journal that says how to go forward and how to go back is
+// The files of one device, changed as one transaction. New content is staged, the old content gets a
+// second name in `.ota/backup-ID`, and a journal that says how to go forward and how to go back is
 // made durable; only then the tree is touched, by steps that can each be repeated. So whenever the
 // process or the power dies, the next `Journal.open` finds out what was under way and ends it:
 //
@@ -2917,8 +2964,12 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Reads the recorded state without a lock, and so without ending anything. */
   static peek(root: string, disk: Disk = fileSystem): State {
-    const state = parseJSON(readText(disk, `${root}/${OTA_DIR}/state.json`) ?? "");
-    return isState(state) ? state : EMPTY;
+    const path = `${root}/${OTA_DIR}/state.json`;
+    const text = readText(disk, path);
+    const state = parseJSON(text ?? "");
+    if (isState(state)) return state;
+    if (text === undefined) return EMPTY;
+    throw new OTAError(`${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
   }
 
   /** Whether nothing is left for `open` to end. */
@@ -3357,9 +3408,11 @@ class Trial {
     try {
       code = await Promise.race([child.exited, sleep(timeout, done.signal, this.options.signal)]);
     } catch (error) {
-      if (!this.journal.state.trial) throw error;
-      const what = `interrupted while ${installed?.version} is on trial`;
-      throw new OTAError(`${what}: the next client starts its check again`, 1, { cause: error });
+      const what = `interrupted; the device is on ${installed?.version ?? "0"}`;
+      const next = this.journal.state.trial
+        ? "on trial: the next client starts its check again"
+        : "and its restart command is run by the next client";
+      throw new OTAError(`${what}, ${next}`, 1, { cause: error });
     } finally {
       done.abort();
       child.unref();
@@ -3391,7 +3444,9 @@ export async function rollBack(
   force = false,
   options: TrialOptions = {},
 ): Promise<Outcome> {
-  using journal = await Journal.open(realRoot(root));
+  const at = realRoot(root);
+  if (!fs.existsSync(at)) throw new OTAError(`${at} has no previous release to go back to`);
+  using journal = await Journal.open(at);
   return new Trial(journal, options).rollBack(force);
 }
 
@@ -3579,6 +3634,7 @@ export async function makePlan(
 
 /** Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`. */
 async function planVersionFile(files: DeviceFiles, plan: Plan, version: string): Promise<void> {
+  if (plan.put.has("flash") || plan.kept.has("flash")) return; // A release in which it is a file.
   const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
   if (!hasFlash && files.stat("flash")?.kind !== "directory") return;
   files.refuseLinks([VERSION_FILE]);
@@ -4432,7 +4488,12 @@ export class DirectoryOTA extends OTA {
     if (!fs.statSync(this.from, { throwIfNoEntry: false })?.isDirectory()) {
       throw new TransferError(`${this.from} (--from) is no directory that is there`, false);
     }
-    this.#releases = await Releases.open(this.from, { quiet: 0 });
+    try {
+      if (this.#releases) await this.#releases.scan();
+      else this.#releases = await Releases.open(this.from, { quiet: 0 });
+    } catch (error) {
+      throw new TransferError(`cannot read ${this.from} (--from): ${errorText(error)}`, false);
+    }
   }
 
   override async getData(path: string, { offset = 0, etag }: Want): Promise<Data> {
@@ -4797,16 +4858,16 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
   const has = manifest ? releases.find(manifest.previous_version ?? "") : undefined;
   const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
   await add("manifest.json", utf8(JSON.stringify(manifest)));
-  for (const { URL: url, dst_path } of [...(manifest?.new ?? []), ...(manifest?.update ?? [])]) {
+  for (const { dst_path } of [...(manifest?.new ?? []), ...(manifest?.update ?? [])]) {
     const path = dst_path.slice(1);
-    const { file, sha256: key } = releases.locate(new URL(url).pathname)!;
+    const { file, sha256: key } = releases.find(manifest!.version)!.files.get(path)!;
     // What the device has, under whatever name, or gets anyway, costs nothing.
-    if (here.has(key!)) continue;
-    here.add(key!);
+    if (here.has(key)) continue;
+    here.add(key);
     await add(path, await Bun.file(file).bytes(), await readOld(has?.files.get(path)));
   }
   if (firmware) {
-    const { file } = releases.locate(new URL(firmware.URL).pathname)!;
+    const { file } = releases.firmware.at(-1)!;
     const old = releases.firmware.find(({ version }) => version.compare(has?.version ?? "") === 0);
     await add(basename(file), await Bun.file(file).bytes(), await readOld(old));
   }
