@@ -3048,7 +3048,11 @@ export class Journal extends DeviceTree implements Disposable {
   async record(installed: Installed): Promise<void> {
     // What came before another version is not what an earlier journal goes back to.
     const isOther = installed.version !== this.#state.installed?.version;
-    if (isOther || this.damaged.length > 0) this.#forgetTransactions();
+    if (isOther || this.damaged.length > 0) {
+      this.#forgetTransactions();
+      // Before no record names it: a journal that is there would be taken for a half commit.
+      await this.disk.sync(this.at(OTA_DIR));
+    }
     const journal = this.#transaction ? this.#state.journal : null;
     await this.#write({ ...this.#state, installed, journal });
     this.#setRight();
@@ -3110,7 +3114,7 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Goes back: `undo`, since a commit failed; `rollback`, since the release is bad. */
   async #goBack(why: "undo" | "rollback"): Promise<void> {
-    const { id, before, to, digest, back, restart } = this.#transaction!;
+    const { id, before, to, digest, back, restart, repairs } = this.#transaction!;
     const journal = this.at(`${OTA_DIR}/journal.json`);
     const marker = this.at(`${OTA_DIR}/${why}.json`);
     // The direction is marked by a rename, since a full disk has no room for more.
@@ -3121,6 +3125,11 @@ export class Journal extends DeviceTree implements Disposable {
       const others = this.#state.failed.filter((release) => release.digest !== digest);
       const failed = [...others, { version: to.version, digest }].slice(-FAILED_KEPT);
       const { installed } = before;
+      if (why === "rollback") {
+        // Before the marker goes: without a journal, a damaged record that is still there counts.
+        for (const path of repairs) ifThere(() => this.disk.unlink(this.at(path)));
+        this.damaged = [];
+      }
       await this.#write(
         why === "undo"
           ? { ...before, journal: null }

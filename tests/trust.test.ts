@@ -146,8 +146,8 @@ describe.concurrent("serve --sign", () => {
     ["null without a request id", "current_ver=1.0.1", ""],
     [
       "a request id of any kind",
-      `reqid=${encodeURIComponent('a"\\\n\u{1f680}')}`,
-      'a"\\\n\u{1f680}',
+      `reqid=${encodeURIComponent('a"\\\u{1f680}')}`,
+      'a"\\\u{1f680}',
     ],
   ] as const) {
     test(`openssl verifies the signature of ${what}`, async () => {
