@@ -1423,12 +1423,13 @@ const zstdAsync = promisify(zlib.zstdCompress);
 
 /**
  * Level 19 finds within a hundredth what 22 finds; above 2 MiB it takes seconds, and 12 a fraction
- * of one. The window is that of `MAX_CODED`, so that all of the dictionary can be referred to.
+ * of one. The window holds all of the dictionary and the content, and no more.
  */
 function zstdOptions(size: number, dictionary?: Uint8Array, level?: number): zlib.ZstdOptions {
+  const window = Math.ceil(Math.log2(size + (dictionary?.byteLength ?? 0) + 1));
   const params = {
     [ZSTD_c_compressionLevel]: level ?? (size <= 2 * 1024 * 1024 ? 19 : 12),
-    [ZSTD_c_windowLog]: 23,
+    [ZSTD_c_windowLog]: Math.min(23, Math.max(10, window)),
   };
   return { params, ...(dictionary && { dictionary: Buffer.from(dictionary) }) };
 }
@@ -2346,7 +2347,7 @@ const STAGED = `${OTA_DIR}/staged`;
 
 /** How a part was sent, for resuming. */
 interface SentAs {
-  etag?: string;
+  etag: string;
   encoding: Encoding;
 }
 
@@ -2497,10 +2498,11 @@ export class DeviceFiles {
     return { size, etag, encoding: encoding ?? "identity" };
   }
 
-  /** Begins to receive content from its first byte. */
+  /** Begins to receive content from its first byte; without a tag it will not be resumed. */
   startPart(key: string, etag?: string, encoding: Encoding = "identity"): void {
     this.disk.write(this.#part(key), new Uint8Array());
-    const sent: SentAs = { ...(etag !== undefined && { etag }), encoding };
+    if (etag === undefined) return;
+    const sent: SentAs = { etag, encoding };
     this.disk.write(`${this.#part(key)}.sent`, utf8(JSON.stringify(sent)));
   }
 
@@ -2522,7 +2524,8 @@ export class DeviceFiles {
   async finishPart(key: string): Promise<void> {
     await this.disk.sync(this.#part(key));
     this.disk.rename(this.#part(key), this.at(`${STAGED}/${key}`));
-    ifThere(() => this.disk.unlink(`${this.#part(key)}.sent`));
+    const sent = `${this.#part(key)}.sent`;
+    if (this.disk.stat(sent)) this.disk.unlink(sent);
   }
 
   /** Stages content that is made here, under its SHA-256, which is returned. */
@@ -3883,6 +3886,8 @@ export interface Traffic {
   reused: number;
 }
 
+/** Content shorter than this is fetched from its first byte again when it breaks. */
+const MIN_RESUMED = 16 * 1024;
 /** Content without a known size is not received beyond this. */
 const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
 
@@ -4007,8 +4012,11 @@ class Fetcher {
           }
           const continues = data.offset > 0 && data.offset === want.offset;
           if (continues && data.encoding === encoding) keep();
-          else if (data.offset === 0) files.startPart(key, data.etag, data.encoding);
-          else {
+          else if (data.offset === 0) {
+            // Of little content, what tells how to go on would cost more than to start anew.
+            const etag = limit < MIN_RESUMED ? undefined : data.etag;
+            files.startPart(key, etag, data.encoding);
+          } else {
             files.dropPart(key);
             throw new TransferError(`${path}: other bytes came than were asked for`, true);
           }
