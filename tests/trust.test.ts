@@ -144,11 +144,7 @@ describe.concurrent("serve --sign", () => {
     ["an update without a request id", "current_ver=1.0.0", ""],
     ["null", "current_ver=1.0.1&reqid=42", "42"],
     ["null without a request id", "current_ver=1.0.1", ""],
-    [
-      "a request id of any kind",
-      `reqid=${encodeURIComponent('a"\\\u{1f680}')}`,
-      'a"\\\u{1f680}',
-    ],
+    ["a request id of any kind", `reqid=${encodeURIComponent('a"\\\u{1f680}')}`, 'a"\\\u{1f680}'],
   ] as const) {
     test(`openssl verifies the signature of ${what}`, async () => {
       using place = new Place();
