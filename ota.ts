@@ -28,7 +28,7 @@ import {
   verify,
 } from "node:crypto";
 import * as fs from "node:fs";
-import { basename, dirname, relative, resolve } from "node:path";
+import { basename, dirname, extname, relative, resolve } from "node:path";
 import { parseArgs, promisify } from "node:util";
 import * as zlib from "node:zlib";
 
@@ -758,6 +758,8 @@ export interface FileHashes {
 export interface IndexedFile extends FileHashes {
   /** Absolute, links resolved. */
   file: string;
+  /** Strong, quoted. */
+  etag: string;
 }
 
 /** One version: a directory below the root, the whole file system of a device. */
@@ -1061,7 +1063,8 @@ export class ReleaseIndex {
           this.#breath = performance.now();
         }
       }
-      return { file, size, sha1: sha1.digest("hex"), sha256: sha256.digest("hex") };
+      const hex = sha256.digest("hex");
+      return { file, size, sha1: sha1.digest("hex"), sha256: hex, etag: `"${hex.slice(0, 32)}"` };
     } finally {
       fs.closeSync(fd);
     }
@@ -1322,7 +1325,7 @@ export class Releases extends ReleaseIndex {
       return undefined;
     }
     const indexed = this.files.get(path);
-    if (indexed) return { ...indexed, etag: `"${indexed.sha256.slice(0, 32)}"` };
+    if (indexed) return indexed;
     // `/-/` is the server's own.
     if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
     const found = this.looker.resolve(path);
@@ -1628,12 +1631,22 @@ function represent(encoding: Encoding, etag: string, content: Blob): Representat
   return { encoding, etag, size, part };
 }
 
+const types = new Map<string, string>();
+
+/** The media type of a file, by its ending. */
+function typeOf(file: string): string {
+  const ending = extname(file);
+  const known = types.get(ending) ?? Bun.file(file).type;
+  types.set(ending, known);
+  return known;
+}
+
 /** A representation, or the part of it that `Range` asks for, unless a condition says no. */
 function select(request: Request, file: ServedFile, form: Representation): Answer {
   const { headers: asked } = request;
   const { encoding, etag, size } = form;
   const headers: Record<string, string> = {
-    "Content-Type": Bun.file(file.file).type,
+    "Content-Type": typeOf(file.file),
     ETag: etag,
     "Cache-Control": `max-age=${MAX_AGE}`,
     Vary: "Accept-Encoding, Available-Dictionary",
