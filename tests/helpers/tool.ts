@@ -66,6 +66,8 @@ export class Tool implements AsyncDisposable {
       ...(cwd !== undefined && { cwd }),
       env: { ...process.env, NO_COLOR: "1", ...env },
       stdio: ["ignore", "pipe", "pipe"],
+      // A group of its own: what is killed first may leave what it started.
+      detached: true,
     });
     const texts = (["stdout", "stderr"] as const).map((name) => this.#follow(name));
     const { pid } = this.#child;
@@ -115,7 +117,11 @@ export class Tool implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#child.kill("SIGKILL");
+    try {
+      process.kill(-this.pid, "SIGKILL");
+    } catch {
+      // It has ended, and all that it started.
+    }
     await this.#child.exited;
   }
 
