@@ -83,6 +83,17 @@ function hexDigest(algorithm: "sha1" | "sha256", data: string | Uint8Array): str
 
 const sha256 = (data: string | Uint8Array) => hexDigest("sha256", data);
 
+/** The algorithm of a hash, by its number of hex digits. */
+function algorithmOf(hash: string): "sha1" | "sha256" {
+  return hash.length === 64 ? "sha256" : "sha1";
+}
+
+/** An http(s) address, or `undefined` when the text is none. */
+function parseHttpURL(text: string): URL | undefined {
+  const url = URL.parse(text);
+  return url && /^https?:$/.test(url.protocol) ? url : undefined;
+}
+
 /** Whether text has control characters. */
 function hasControls(text: string): boolean {
   return /[\u0000-\u001f\u007f-\u009f]/.test(text);
@@ -336,12 +347,8 @@ export function parseManifest(body: string | Uint8Array, current?: string): Mani
   const size = typeof body === "string" ? Buffer.byteLength(body) : body.byteLength;
   if (size === 0) refuse("an empty body");
   if (size > MAX_MANIFEST_BYTES) refuse(`${size} bytes, more than ${MAX_MANIFEST_BYTES}`);
-  let json: unknown;
-  try {
-    json = JSON.parse(typeof body === "string" ? body : new TextDecoder().decode(body));
-  } catch {
-    refuse("no JSON");
-  }
+  const json = parseJSON(typeof body === "string" ? body : new TextDecoder().decode(body));
+  if (json === undefined) refuse("no JSON");
   if (json === null) return null;
   const fields = asRecord(json, "the manifest");
 
@@ -408,8 +415,8 @@ function asPath(path: string, name: string): string {
 
 /** The fields that files and firmware share. */
 function asContent(fields: Record<string, unknown>, name: string) {
-  const url = URL.parse(asText(fields.URL, `${name}.URL`));
-  if (!url || !/^https?:$/.test(url.protocol)) refuse(`${name}.URL: no http(s) address`);
+  const url = parseHttpURL(asText(fields.URL, `${name}.URL`));
+  if (!url) refuse(`${name}.URL: no http(s) address`);
   if (
     fields.size !== undefined &&
     !(Number.isSafeInteger(fields.size) && (fields.size as number) >= 0)
@@ -484,7 +491,7 @@ export function manifestDigest(manifest: Manifest): string {
     .map((item) => `${item.dst_path}\0${item.sha256 ?? item.hash}`)
     .sort(compareCodePoints);
   const what = [manifest.version, files, [...manifest.delete].sort(), manifest.firmware?.hash];
-  return new Bun.CryptoHasher("sha256").update(JSON.stringify(what)).digest("hex");
+  return sha256(JSON.stringify(what));
 }
 
 /**
@@ -1401,6 +1408,7 @@ export function boardWarnings(releases: Releases, manifest: Manifest | null): st
   }
   return found;
 }
+
 // ──── Encodings ─────────────────────────────────────────────────────────────────────────────────
 // How content is made smaller for the air, one place for both ends. `dcz` is RFC 9842, Compression
 // Dictionary Transport: a zstd frame made with the file that the device has as its dictionary, so
@@ -1878,6 +1886,7 @@ const METHODS = "GET, HEAD";
 const MAX_CHECKED = 16 * 1024 * 1024;
 /** The most that is kept of content, in bytes. */
 const CONTENT_BUDGET = 64 * 1024 * 1024;
+
 /**
  * Serves a release root, and keeps up with it.
  *
@@ -1929,8 +1938,8 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
 
 /** A base for URLs: absolute http(s), no query, and no slash at the end. */
 function baseURL(given: string): string {
-  const url = URL.parse(given);
-  if (!url || !/^https?:$/.test(url.protocol) || url.search || url.hash) {
+  const url = parseHttpURL(given);
+  if (!url || url.search || url.hash) {
     const found = JSON.stringify(given);
     throw new OTAError(`--url expects an http(s) address without a query, found ${found}`, 2);
   }
@@ -2402,7 +2411,7 @@ export class DeviceFiles {
   hasContent(path: string, key: string, size?: number): boolean {
     const stat = this.stat(path);
     if (stat?.kind !== "file" || (size !== undefined && stat.size !== size)) return false;
-    return this.digest(path, key.length === 64 ? "sha256" : "sha1") === key;
+    return this.digest(path, algorithmOf(key)) === key;
   }
 
   /** The bytes of a file, or `undefined` when it is not there, empty, or larger than `limit`. */
@@ -2568,7 +2577,7 @@ export class DeviceFiles {
 
   /** The SHA-256 of staged content, whatever hash it was asked for with. */
   stagedDigest(key: string): string {
-    return key.length === 64 ? key : this.digest(`${STAGED}/${key}`, "sha256");
+    return algorithmOf(key) === "sha256" ? key : this.digest(`${STAGED}/${key}`, "sha256");
   }
 
   /** Drops what an update staged and did not use. */
@@ -2791,14 +2800,15 @@ class DeviceTree extends DeviceFiles {
     const used = new Set<string>();
     for (const [path, key] of put) {
       // One content in two places is two files, so that a change to one leaves the other alone.
-      const source = used.has(key) ? `${STAGED}/${key}.${used.size}` : `${STAGED}/${key}`;
-      if (used.has(key)) {
+      const isAgain = used.has(key);
+      const source = isAgain ? `${STAGED}/${key}.${forward.place.length}` : `${STAGED}/${key}`;
+      if (isAgain) {
         // One of an earlier try may be there, and read-only.
         ifThere(() => this.disk.unlink(this.at(source)));
         this.disk.copy(this.at(`${STAGED}/${key}`), this.at(source));
         unsynced.push(source);
       }
-      used.add(used.has(key) ? source : key);
+      used.add(key);
       forward.place.push([source, path]);
       const old = this.stat(path);
       const isFile = old?.kind === "file";
@@ -3045,7 +3055,7 @@ export class Journal extends DeviceTree implements Disposable {
     };
     const journal = this.at(`${OTA_DIR}/journal.json`);
     await writeSynced(this.disk, `${journal}.new`, JSON.stringify(transaction));
-    if (this.damaged.length > 0) this.#forgetTransactions();
+    if (this.damaged.length > 0) await this.#forgetTransactions();
     this.disk.rename(`${journal}.new`, journal);
     this.#transaction = transaction;
     try {
@@ -3064,11 +3074,7 @@ export class Journal extends DeviceTree implements Disposable {
   async record(installed: Installed): Promise<void> {
     // What came before another version is not what an earlier journal goes back to.
     const isOther = installed.version !== this.#state.installed?.version;
-    if (isOther || this.damaged.length > 0) {
-      this.#forgetTransactions();
-      // Before no record names it: a journal that is there would be taken for a half commit.
-      await this.disk.sync(this.at(OTA_DIR));
-    }
+    if (isOther || this.damaged.length > 0) await this.#forgetTransactions();
     const journal = this.#transaction ? this.#state.journal : null;
     await this.#write({ ...this.#state, installed, journal });
     this.#setRight();
@@ -3165,11 +3171,12 @@ export class Journal extends DeviceTree implements Disposable {
     );
   }
 
-  /** Removes journals that cannot be trusted, since the record beside them was damaged. */
-  #forgetTransactions(): void {
+  /** Removes journals, durably: one that came back and that no record names is a half commit. */
+  async #forgetTransactions(): Promise<void> {
     for (const name of ["journal.json", "undo.json", "rollback.json"]) {
       ifThere(() => this.disk.unlink(this.at(`${OTA_DIR}/${name}`)));
     }
+    await this.disk.sync(this.at(OTA_DIR));
     this.#transaction = undefined;
   }
 
@@ -3990,7 +3997,7 @@ class Fetcher {
     signal: AbortSignal,
   ): Promise<void> {
     const { files } = this;
-    const hasher = new Bun.CryptoHasher(key.length === 64 ? "sha256" : "sha1");
+    const hasher = new Bun.CryptoHasher(algorithmOf(key));
     const limit = size ?? MAX_UNSIZED_BYTES;
     const codable = !plain && size !== undefined && size <= MAX_CODED;
     const dictionary = codable && old ? files.readWhole(old, MAX_CODED) : undefined;
@@ -4079,7 +4086,7 @@ class Fetcher {
     try {
       const coded = this.files.readWhole(`${STAGED}/${key}.part`, MAX_CODED)!;
       const content = decodeContent(encoding, coded, limit, dictionary);
-      const found = hexDigest(key.length === 64 ? "sha256" : "sha1", content);
+      const found = hexDigest(algorithmOf(key), content);
       if (found !== key) throw new Error(`expected ${key}, found ${found}`);
       this.files.startPart(key);
       this.files.appendPart(key, content);
@@ -4122,6 +4129,8 @@ export interface OTAOptions extends TrialOptions {
 interface Staged {
   plan: Plan;
   manifest: Manifest;
+  /** `manifestDigest` of it. */
+  digest: string;
 }
 
 /**
@@ -4213,7 +4222,7 @@ export abstract class OTA {
       try {
         await fetcher.fetchAll(plan, jobs);
         traffic.received = receiver.received;
-        return { plan, manifest };
+        return { plan, manifest, digest };
       } catch (error) {
         // What does not fit must not stay in the way.
         if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.dropStaged();
@@ -4278,7 +4287,7 @@ export abstract class OTA {
   async #commit(
     journal: Journal,
     trial: Trial,
-    { plan, manifest }: Staged,
+    { plan, manifest, digest }: Staged,
     current: string,
   ): Promise<Outcome> {
     const { check, restart, repair } = this.options;
@@ -4305,7 +4314,6 @@ export abstract class OTA {
       outcome.firmware = { from, to: plan.firmware.version };
     }
     const { put, remove, firmware } = plan;
-    const digest = manifestDigest(manifest);
     const from = current ? { version: current, previous_version: null, files: {} } : undefined;
     await journal.commit({ from, installed, digest, put, remove, firmware, check, restart });
     const good = await trial.start(check);
@@ -4403,8 +4411,8 @@ export class HttpOTA extends OTA {
    */
   constructor(server: string | URL, options: HttpOptions) {
     super(options);
-    const url = URL.parse(String(server));
-    if (!url || !/^https?:$/.test(url.protocol)) {
+    const url = parseHttpURL(String(server));
+    if (!url) {
       throw new OTAError(`expected an http(s) address of a server, found ${server}`, 2);
     }
     this.#server = url;
