@@ -94,6 +94,33 @@ function parseHttpURL(text: string): URL | undefined {
   return url && /^https?:$/.test(url.protocol) ? url : undefined;
 }
 
+/** The most garbage outside of the JavaScript heap that may lie, in bytes. */
+const MAX_GARBAGE = 16 * 1024 * 1024;
+let garbage = 0;
+
+/**
+ * Says that blobs or buffers of that many bytes have become garbage. The collector sees no more of
+ * each than a small object, and would let hundreds of MiB of them lie.
+ */
+function discard(bytes: number): void {
+  garbage += bytes;
+  if (garbage < MAX_GARBAGE) return;
+  garbage = 0;
+  Bun.gc(true);
+}
+
+/** Frees the memory of bytes that are not used after this, unless they are part of a larger buffer. */
+function release({ buffer, byteLength }: Uint8Array): void {
+  if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
+}
+
+/** A blob of bytes that are not used after this. */
+function intoBlob(bytes: Uint8Array): Blob {
+  const blob = new Blob([bytes as Uint8Array<ArrayBuffer>]);
+  release(bytes);
+  return blob;
+}
+
 /** Whether text has control characters. */
 function hasControls(text: string): boolean {
   return /[\u0000-\u001f\u007f-\u009f]/.test(text);
@@ -1111,39 +1138,41 @@ interface Decision {
 /** What an entry of a cache costs beside its value, in bytes. */
 const ENTRY_COST = 512;
 
-/** Values by key, up to a budget in bytes; what was not used for longest goes first. */
+/** Values by key, up to a budget in bytes; the oldest goes first, unless it was used meanwhile. */
 class Cache<T> {
-  readonly #kept = new Map<string, { value: T; cost: number }>();
+  readonly #kept = new Map<string, { value: T; cost: number; used: boolean }>();
   #cost = 0;
 
   constructor(private readonly budget: number) {}
 
   get(key: string): T | undefined {
     const entry = this.#kept.get(key);
-    if (entry) {
-      this.#kept.delete(key);
-      this.#kept.set(key, entry);
-    }
+    if (entry) entry.used = true;
     return entry?.value;
   }
 
   /** @param size bytes of the value */
   set(key: string, value: T, size: number): void {
-    this.#drop(key);
+    this.#cost -= this.#kept.get(key)?.cost ?? 0;
     const cost = size + key.length + ENTRY_COST;
-    this.#kept.set(key, { value, cost });
+    this.#kept.set(key, { value, cost, used: false });
     this.#cost += cost;
-    for (const oldest of this.#kept.keys()) {
+    for (const [oldest, entry] of this.#kept) {
       if (this.#cost <= this.budget) break;
-      this.#drop(oldest);
+      this.#kept.delete(oldest);
+      // A second chance: it is as good as new.
+      if (entry.used) {
+        this.#kept.set(oldest, { ...entry, used: false });
+      } else {
+        this.#cost -= entry.cost;
+        discard(entry.cost);
+      }
     }
   }
-
-  #drop(key: string): void {
-    this.#cost -= this.#kept.get(key)?.cost ?? 0;
-    this.#kept.delete(key);
-  }
 }
+
+/** The manifest of a device that has the newest. */
+const NOTHING_NEWER = utf8("null");
 
 /** The most that is kept of manifests, in bytes, whole and in parts. */
 const MANIFEST_BUDGET = 16 * 1024 * 1024;
@@ -1228,32 +1257,33 @@ export class Releases extends ReleaseIndex {
   /** The same in UTF-8. What does not depend on the single device is made once. */
   manifestBytes(query: ManifestQuery, base: string, suffix = ""): Uint8Array<ArrayBuffer> {
     const decision = this.#decide(query);
-    if (!decision) return utf8("null");
+    if (!decision) return NOTHING_NEWER;
     const { target, has, full, image, version } = decision;
-    const parts = [query.hash === "sha256", base, suffix, has?.name, full, image?.name, version];
+    const parts = [query.hash === "sha256", suffix, has?.name, full, image?.name, version];
     const key = parts.join("\n");
+    const wholeKey = `${base}\n${key}`;
     // Most devices name their version as the directory is named.
     const isPlain =
       has !== undefined && has.name === query.current_ver && query.reqid === undefined;
-    const whole = isPlain ? this.#whole.get(key) : undefined;
+    const whole = isPlain ? this.#whole.get(wholeKey) : undefined;
     if (whole) return whole;
     const known = target && this.#manifests.get(key);
-    const [head, tail] = known ?? this.#stringify(decision, query, base, suffix);
+    const [head, tail] = known ?? this.#stringify(decision, query, suffix);
     if (target && !known) this.#manifests.set(key, [head, tail], 2 * (head.length + tail.length));
     const request = query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`;
     const previous = JSON.stringify(query.current_ver || "0");
-    const bytes = utf8(`${head}"previous_version":${previous},${request}${tail}`);
-    if (isPlain) this.#whole.set(key, bytes, bytes.byteLength);
+    // Within a string of JSON a quote has a backslash before it: this is found nowhere else.
+    const mark = '"URL":"';
+    const link = (text: string) => text.split(mark).join(mark + JSON.stringify(base).slice(1, -1));
+    const bytes = utf8(`${link(head)}"previous_version":${previous},${request}${link(tail)}`);
+    // Twice: those who serve it keep it in the form of an answer, too.
+    if (isPlain) this.#whole.set(wholeKey, bytes, 2 * bytes.byteLength);
     return bytes;
   }
 
-  #stringify(
-    decision: Decision,
-    query: ManifestQuery,
-    base: string,
-    suffix: string,
-  ): [head: string, tail: string] {
-    const { head, tail } = this.#compose(decision, query.hash === "sha256", base, suffix);
+  /** The two parts, with URLs that have only a path: any device may ask by any name. */
+  #stringify(decision: Decision, query: ManifestQuery, suffix: string): [string, string] {
+    const { head, tail } = this.#compose(decision, query.hash === "sha256", "", suffix);
     return [`${JSON.stringify(head).slice(0, -1)},`, JSON.stringify(tail).slice(1)];
   }
 
@@ -1434,16 +1464,9 @@ const zstdAsync = promisify(zlib.zstdCompress);
 
 /**
  * Level 19 finds within a hundredth what 22 finds; above 2 MiB it takes seconds, and 12 a fraction
- * of one. The window holds all of the dictionary and the content, and no more.
+ * of one.
  */
-function zstdOptions(size: number, dictionary?: Uint8Array, level?: number): zlib.ZstdOptions {
-  const window = Math.ceil(Math.log2(size + (dictionary?.byteLength ?? 0) + 1));
-  const params = {
-    [ZSTD_c_compressionLevel]: level ?? (size <= 2 * 1024 * 1024 ? 19 : 12),
-    [ZSTD_c_windowLog]: Math.min(23, Math.max(10, window)),
-  };
-  return { params, ...(dictionary && { dictionary: Buffer.from(dictionary) }) };
-}
+const bestLevel = (size: number) => (size <= 2 * 1024 * 1024 ? 19 : 12);
 
 /**
  * The level for what is sent once, and for long manifests: of JSON that is mostly hashes it leaves
@@ -1453,24 +1476,26 @@ const FAST = 1;
 /** Manifests longer than this are coded fast, since whoever asks chooses how many there are. */
 const LONG_MANIFEST = 16 * 1024;
 
-/** Codes content, off the event loop. */
-async function encodeContent(
-  encoding: Encoding,
+/** Codes content by itself, off the event loop. */
+function encodeWhole(
+  encoding: "gzip" | "zstd",
   content: Uint8Array,
-  dictionary?: Uint8Array,
   level?: number,
-): Promise<Uint8Array<ArrayBuffer>> {
-  const size = content.byteLength;
-  if (encoding === "gzip") return new Uint8Array(await gzipAsync(content, { level: level ?? 9 }));
-  if (encoding === "zstd") {
-    return new Uint8Array(await zstdAsync(content, zstdOptions(size, undefined, level)));
-  }
-  if (encoding === "dcz" && dictionary) {
-    const frame = await zstdAsync(content, zstdOptions(size, dictionary));
-    const hash = Buffer.from(sha256(dictionary), "hex");
-    return new Uint8Array(Buffer.concat([DCZ_MAGIC, hash, frame]));
-  }
-  return new Uint8Array(content);
+): Promise<Uint8Array> {
+  if (encoding === "gzip") return gzipAsync(content, { level: level ?? 9 });
+  return Bun.zstdCompress(content, { level: level ?? bestLevel(content.byteLength) });
+}
+
+/** Codes what is different from a dictionary, off the event loop. */
+async function encodeDelta(content: Uint8Array, dictionary: Uint8Array): Promise<Uint8Array> {
+  // The window holds all of the dictionary and the content, and no more.
+  const window = Math.ceil(Math.log2(content.byteLength + dictionary.byteLength + 1));
+  const params = {
+    [ZSTD_c_compressionLevel]: bestLevel(content.byteLength),
+    [ZSTD_c_windowLog]: Math.min(23, Math.max(10, window)),
+  };
+  const frame = await zstdAsync(content, { params, dictionary: Buffer.from(dictionary) });
+  return Buffer.concat([DCZ_MAGIC, Buffer.from(sha256(dictionary), "hex"), frame]);
 }
 
 /**
@@ -1499,15 +1524,23 @@ function decodeContent(
   return bytes;
 }
 
+const NO_ENCODINGS: ReadonlySet<Encoding> = new Set();
+
 /** What an `Accept-Encoding` accepts of what we have (RFC 9110, 12.5.3; `q=0` means no). */
-export function acceptedEncodings(header: string | null): Set<Encoding> {
+export function acceptedEncodings(header: string | null): ReadonlySet<Encoding> {
+  if (header === null) return NO_ENCODINGS;
   const accepted = new Set<Encoding>();
-  for (const item of header?.toLowerCase().split(",") ?? []) {
+  for (const item of header.toLowerCase().split(",")) {
     const [name, ...parameters] = item.split(";").map((part) => part.trim());
     if (parameters.some((parameter) => /^q=0(\.0*)?$/.test(parameter))) continue;
     if (name === "gzip" || name === "zstd" || name === "dcz") accepted.add(name);
   }
   return accepted;
+}
+
+/** The better of the accepted codings that need no dictionary. */
+function wholeEncoding(accepted: ReadonlySet<Encoding>): "zstd" | "gzip" | undefined {
+  return accepted.has("zstd") ? "zstd" : accepted.has("gzip") ? "gzip" : undefined;
 }
 
 /** The SHA-256, lowercase hex, in an `Available-Dictionary: :base64:`; `undefined` for none. */
@@ -1516,29 +1549,43 @@ export function availableDictionary(header: string | null): string | undefined {
   return base64 === undefined ? undefined : Buffer.from(base64, "base64").toString("hex");
 }
 
+type Coding = Exclude<Encoding, "identity">;
+
+/**
+ * The level that tells whether the best one would find anything: where nothing is to be found, as
+ * in pictures and archives, in a thirtieth of the time. Levels below 4 miss what is in machine code.
+ */
+const TRIAL = 9;
+/** Content shorter than this is coded without a trial. */
+const MIN_TRIED = 4096;
 /** Content shorter than this is not worth the header that says how it is coded. */
 const MIN_CODED = 64;
 /** The most that is kept of coded content, in bytes. */
 const CODED_BUDGET = 32 * 1024 * 1024;
+/** How many are coded at once: level 19 takes tens of MiB for each. */
+const MAX_CODING = 2;
 /** Bytes that may be coded or wait for it at once; who asks for more gets them plain. */
-const MAX_WAITING = 64 * 1024 * 1024;
+const MAX_WAITING = 32 * 1024 * 1024;
 
 /** Coded content, made once whoever asks and however many ask at once. */
 class Encoder {
   readonly #done = new Cache<Blob>(CODED_BUDGET);
-  readonly #running = new Map<string, Promise<Blob | undefined>>();
-  #waiting = 0;
   /** What was found not to be worth it. */
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
+  readonly #running = new Map<string, Promise<Blob | undefined>>();
+  #waiting = 0;
+  #coding = 0;
+  /** Who waits for his turn. */
+  readonly #queue: (() => void)[] = [];
 
   /**
-   * Codes content, or says that it is not worth it.
+   * Codes content by itself, or as what is different from a dictionary.
    *
    * @param key names the content (and the dictionary)
-   * @returns `undefined` when that would not be smaller, or failed
+   * @returns `undefined` when that would not be smaller, is too much just now, or failed
    */
   encode(
-    encoding: Encoding,
+    encoding: Coding,
     key: string,
     content: Blob,
     dictionary?: Blob,
@@ -1551,7 +1598,12 @@ class Encoder {
     const needs = content.size + (dictionary?.size ?? 0);
     if (running || this.#waiting + needs > MAX_WAITING) return running;
     this.#waiting += needs;
-    const made = this.#make(encoding, name, content, dictionary)
+    const made = this.#inTurn(() => this.#make(encoding, content, dictionary))
+      .then((coded) => {
+        if (coded) this.#done.set(name, coded, coded.size);
+        else this.#useless.set(name, true, 0);
+        return coded;
+      })
       .catch(() => undefined)
       .finally(() => {
         this.#waiting -= needs;
@@ -1561,20 +1613,37 @@ class Encoder {
     return made;
   }
 
-  async #make(
-    encoding: Encoding,
-    name: string,
-    content: Blob,
-    dictionary: Blob | undefined,
-  ): Promise<Blob | undefined> {
-    const bytes = await encodeContent(encoding, await content.bytes(), await dictionary?.bytes());
-    if (bytes.byteLength >= content.size) {
-      this.#useless.set(name, true, 0);
-      return undefined;
+  /** Runs a few tasks at once, the others after them. */
+  async #inTurn<T>(task: () => Promise<T>): Promise<T> {
+    if (this.#coding < MAX_CODING) this.#coding++;
+    else await new Promise<void>((go) => this.#queue.push(go));
+    try {
+      return await task();
+    } finally {
+      const next = this.#queue.shift();
+      if (next) next();
+      else this.#coding--;
     }
-    const coded = new Blob([bytes]);
-    this.#done.set(name, coded, coded.size);
-    return coded;
+  }
+
+  /** @returns `undefined` when it would not be smaller */
+  async #make(encoding: Coding, content: Blob, dictionary?: Blob): Promise<Blob | undefined> {
+    const bytes = await content.bytes();
+    const old = await dictionary?.bytes();
+    const encode = async () => {
+      if (encoding === "dcz") return encodeDelta(bytes, old!);
+      if (encoding === "gzip" || bytes.byteLength < MIN_TRIED) return encodeWhole(encoding, bytes);
+      const trial = await encodeWhole(encoding, bytes, TRIAL);
+      if (trial.byteLength >= bytes.byteLength) return trial;
+      release(trial);
+      return encodeWhole(encoding, bytes);
+    };
+    try {
+      const coded = intoBlob(await encode());
+      return coded.size < content.size ? coded : undefined;
+    } finally {
+      for (const used of [bytes, old]) if (used) release(used);
+    }
   }
 
   /**
@@ -1591,7 +1660,7 @@ class Encoder {
   ): Promise<{ encoding: Encoding; content: Blob }> {
     const plain = { encoding: "identity" as const, content };
     if (content.size < MIN_CODED || content.size > MAX_CODED) return plain;
-    const whole = accepted.has("zstd") ? "zstd" : accepted.has("gzip") ? "gzip" : undefined;
+    const whole = wholeEncoding(accepted);
     const useOld = old && accepted.has("dcz") && old.content.size > 0;
     const [delta, coded] = await Promise.all([
       useOld && this.encode("dcz", `${key} ${old.key}`, content, old.content),
@@ -1609,15 +1678,18 @@ class Encoder {
 // until its header ends on a multiple of 100. And it reads until the connection closes, which Bun
 // does after a response to HTTP/1.0.
 
-/** What a request is answered with, before it is padded. */
+/** What a request is answered with. */
 interface Answer {
   status: number;
   headers: Record<string, string>;
-  body: Uint8Array<ArrayBuffer> | Blob | null;
+  /** A blob: Bun would copy other bytes for every response. */
+  body: Blob | null;
   /** Of the body. */
   size: number;
   /** How the body is coded, and the bytes that this saves. */
   coding?: { encoding: Encoding; saved: number };
+  /** The status and the headers as they are sent, padded; made once they are needed. */
+  init?: ResponseInit;
 }
 
 /** One form of a content that can be sent. */
@@ -1625,19 +1697,13 @@ interface Representation {
   encoding: Encoding;
   /** Strong, quoted, and its own. */
   etag: string;
-  size: number;
-  part: (start: number, end: number) => Blob;
+  content: Blob;
+  /** The last answer with the whole of it: most requests get the same one. */
+  whole?: Answer;
 }
 
 /** What content may be kept for by a cache, in seconds; then it asks again, with the tag. */
 const MAX_AGE = 60;
-
-function represent(encoding: Encoding, etag: string, content: Blob): Representation {
-  const { size } = content;
-  const part = (start: number, end: number) =>
-    start === 0 && end === size ? content : content.slice(start, end);
-  return { encoding, etag, size, part };
-}
 
 const types = new Map<string, string>();
 
@@ -1652,31 +1718,46 @@ function typeOf(file: string): string {
 /** A representation, or the part of it that `Range` asks for, unless a condition says no. */
 function select(request: Request, file: ServedFile, form: Representation): Answer {
   const { headers: asked } = request;
-  const { encoding, etag, size } = form;
+  const { etag, content } = form;
+  const whole = wholeAnswer(typeOf(file.file), file.size, form);
+  if (matches(asked.get("if-none-match"), etag)) {
+    const { "Content-Type": _, ...headers } = whole.headers;
+    return { status: 304, headers, body: null, size: 0 };
+  }
+  const wanted = request.method === "GET" ? asked.get("range") : null;
+  if (wanted === null || ![null, etag].includes(asked.get("if-range"))) return whole;
+  const range = parseRange(wanted, content.size);
+  if (range === undefined) return whole;
+  if (range === "unsatisfiable") {
+    const unit = { "Content-Range": `bytes */${content.size}` };
+    return plain(416, `it has only ${content.size} bytes`, unit);
+  }
+  const { start, end } = range;
+  const headers = {
+    ...whole.headers,
+    "Content-Range": `bytes ${start}-${end - 1}/${content.size}`,
+  };
+  const coding = whole.coding && { ...whole.coding, saved: 0 };
+  const body = content.slice(start, end);
+  return { status: 206, headers, body, size: end - start, ...(coding && { coding }) };
+}
+
+/** The answer with all of a representation of `plainSize` bytes of content. */
+function wholeAnswer(type: string, plainSize: number, form: Representation): Answer {
+  if (form.whole?.headers["Content-Type"] === type) return form.whole;
+  const { encoding, etag, content } = form;
   const headers: Record<string, string> = {
-    "Content-Type": typeOf(file.file),
+    "Content-Type": type,
     ETag: etag,
     "Cache-Control": `max-age=${MAX_AGE}`,
     Vary: "Accept-Encoding, Available-Dictionary",
   };
-  if (encoding !== "identity") headers["Content-Encoding"] = encoding;
-  if (matches(asked.get("if-none-match"), etag)) {
-    const { "Content-Type": _, ...kept } = headers;
-    return { status: 304, headers: kept, body: null, size: 0 };
+  form.whole = { status: 200, headers, body: content, size: content.size };
+  if (encoding !== "identity") {
+    headers["Content-Encoding"] = encoding;
+    form.whole.coding = { encoding, saved: plainSize - content.size };
   }
-  const fresh = [null, etag].includes(asked.get("if-range"));
-  const wanted = request.method === "GET" && fresh ? asked.get("range") : null;
-  const range = parseRange(wanted, size);
-  if (range === "unsatisfiable") {
-    const unit = { "Content-Range": `bytes */${size}` };
-    return plain(416, `it has only ${size} bytes`, unit);
-  }
-  const { start, end } = range ?? { start: 0, end: size };
-  if (range) headers["Content-Range"] = `bytes ${start}-${end - 1}/${size}`;
-  const coding =
-    encoding === "identity" ? undefined : { encoding, saved: range ? 0 : file.size - size };
-  const body = form.part(start, end);
-  return { status: range ? 206 : 200, headers, body, size: end - start, ...(coding && { coding }) };
+  return form.whole;
 }
 
 /** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
@@ -1710,25 +1791,27 @@ export function parseRange(
 
 /** A short answer for people. */
 function plain(status: number, message: string, headers: Record<string, string> = {}): Answer {
-  const answer = content("text/plain", utf8(`${message}\n`));
+  const answer = content("text/plain", new Blob([`${message}\n`]));
   return { ...answer, status, headers: { ...answer.headers, ...headers } };
 }
 
-function content(type: string, body: Uint8Array<ArrayBuffer>): Answer {
-  return { status: 200, headers: { "Content-Type": type }, body, size: body.byteLength };
+function content(type: string, body: Blob): Answer {
+  return { status: 200, headers: { "Content-Type": type }, body, size: body.size };
 }
 
 /** What a header block must be a multiple of: the size of the pieces in which boards read. */
 const HEADER_PIECE = 100;
 
-function toResponse(method: string, { status, headers, body, size }: Answer): Response {
+function toResponse(method: string, answer: Answer): Response {
+  const { status, headers, size } = answer;
   if (method === "HEAD") {
     // On a 304 it would have to be the length of the content.
     const length = status !== 304 && { "Content-Length": `${size}` };
     return new Response(null, { status, headers: { ...headers, ...length } });
   }
-  if (status === 200) headers = { ...headers, "X-Pad": padding(headers, size) };
-  return new Response(body, { status, headers });
+  const padded = () => (status === 200 ? { ...headers, "X-Pad": padding(headers, size) } : headers);
+  answer.init ??= { status, headers: new Headers(padded()) };
+  return new Response(answer.body, answer.init);
 }
 
 /**
@@ -1748,6 +1831,7 @@ function padding(headers: Record<string, string>, size: number): string {
 
 /** Text from the network for a log: printable ASCII without spaces, at most 64 characters. */
 function printable(text: string): string {
+  if (text.length <= 64 && !/[^!-~]/.test(text)) return text;
   const escape = (character: string) => `\\u{${character.codePointAt(0)!.toString(16)}}`;
   return text
     .slice(0, 64)
@@ -1769,42 +1853,58 @@ function logLine(
   milliseconds: number,
 ): string {
   const device = query.devid || query.wmac;
-  return [
-    new Date().toISOString(),
-    address,
-    ...(device ? [`device=${printable(device)}`] : []),
-    printable(method),
-    printable(path),
-    status,
-    size,
-    `${milliseconds.toFixed(1)}ms`,
-    ...(coding ? [`coding=${coding.encoding}`] : []),
-    ...(query.failed ? [`failed=${printable(query.failed)}`] : []),
-  ].join(" ");
+  const who = device ? `${address} device=${printable(device)}` : address;
+  const what = `${printable(method)} ${printable(path)} ${status} ${size}`;
+  const coded = coding ? ` coding=${coding.encoding}` : "";
+  const failed = query.failed ? ` failed=${printable(query.failed)}` : "";
+  const tenths = Math.round(milliseconds * 10);
+  const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms`;
+  return `${timeStamp()} ${who} ${what} ${taken}${coded}${failed}`;
+}
+
+const clock = { at: 0, text: "" };
+
+/** The time, in ISO 8601; made once for all that happens in a millisecond. */
+function timeStamp(): string {
+  const now = Date.now();
+  if (now !== clock.at) Object.assign(clock, { at: now, text: new Date(now).toISOString() });
+  return clock.text;
 }
 
 // ──── Metrics ───────────────────────────────────────────────────────────────────────────────────
 // What a server has done, as Prometheus reads it (text format 0.0.4). Label values are versions of
 // the root, or `other`: nobody outside can make them many.
 
+const COUNTERS = {
+  ota_requests_total: "Requests by status",
+  ota_sent_bytes_total: "Bytes of bodies sent",
+  ota_saved_bytes_total: "Bytes of bodies that coding made unnecessary",
+  ota_manifests_total: "Manifests by the version a device has and the one it gets",
+  ota_failures_total: "Manifests asked for by devices that report a version as failed",
+};
+
 /** Counters of one server. */
 class Metrics {
-  readonly #counts = new Map<string, number>();
+  /** By name, then by what stands in braces after it; a status stands for its label. */
+  readonly #counts = new Map(
+    Object.keys(COUNTERS).map((name) => [name, new Map<string | number, number>()]),
+  );
 
   /**
    * Adds to a counter.
    *
-   * @param key its name, with labels: `ota_requests_total{status="200"}`
+   * @param labels as Prometheus writes them, `version="1.0.1"`; or a status
    */
-  add(key: string, amount = 1): void {
-    this.#counts.set(key, (this.#counts.get(key) ?? 0) + amount);
+  add(name: keyof typeof COUNTERS, labels: string | number = "", amount = 1): void {
+    const counts = this.#counts.get(name)!;
+    counts.set(labels, (counts.get(labels) ?? 0) + amount);
   }
 
   /** The label for a version that a device named. */
   static label(releases: Releases, version: string | undefined): string {
     if (version === undefined || version === "" || version === "0") return "none";
-    const image = releases.firmware.find((known) => known.version.compare(version) === 0);
-    return releases.find(version)?.name ?? image?.name ?? "other";
+    const image = () => releases.firmware.find((known) => known.version.compare(version) === 0);
+    return releases.find(version)?.name ?? image()?.name ?? "other";
   }
 
   /** The whole text; what is not counted is read off the releases. */
@@ -1820,21 +1920,14 @@ class Metrics {
     });
     for (const [name, help] of Object.entries(COUNTERS)) {
       lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} counter`);
-      for (const [key, value] of this.#counts) {
-        if (key === name || key.startsWith(`${name}{`)) lines.push(`${key} ${value}`);
+      for (const [key, value] of this.#counts.get(name)!) {
+        const labels = typeof key === "number" ? `status="${key}"` : key;
+        lines.push(labels ? `${name}{${labels}} ${value}` : `${name} ${value}`);
       }
     }
     return `${lines.join("\n")}\n`;
   }
 }
-
-const COUNTERS = {
-  ota_requests_total: "Requests by status",
-  ota_sent_bytes_total: "Bytes of bodies sent",
-  ota_saved_bytes_total: "Bytes of bodies that coding made unnecessary",
-  ota_manifests_total: "Manifests by the version a device has and the one it gets",
-  ota_failures_total: "Manifests asked for by devices that report a version as failed",
-};
 
 // ──── Server ────────────────────────────────────────────────────────────────────────────────────
 // HTTP in, bytes out. It decides nothing that `Releases` can decide.
@@ -1957,10 +2050,15 @@ class Service {
   readonly #scheme: string;
   readonly #key: KeyObject | undefined;
   readonly #metrics = new Metrics();
-  /** By SHA-256. Blobs, since Bun would copy other bytes for every response. */
-  readonly #contents = new Cache<Blob>(CONTENT_BUDGET);
-  readonly #reading = new Map<string, Promise<Blob | undefined>>();
+  /** By SHA-256. */
+  readonly #contents = new Cache<Representation>(CONTENT_BUDGET);
+  readonly #reading = new Map<string, Promise<Representation | undefined>>();
   readonly #encoder = new Encoder();
+  /** Answers by the very bytes that releases keep, and as long as they keep them. */
+  readonly #manifests = new WeakMap<
+    Uint8Array,
+    { [encoding in Encoding]?: Answer | Promise<Answer> }
+  >();
 
   constructor(
     readonly releases: Releases,
@@ -1977,10 +2075,11 @@ class Service {
     const { path, query, length } = this.#target(request.url);
     const finish = (answer: Answer): Response => {
       const size = request.method === "HEAD" ? 0 : answer.size;
-      this.#metrics.add(`ota_requests_total{status="${answer.status}"}`);
-      this.#metrics.add("ota_sent_bytes_total", size);
-      if (answer.coding && size > 0)
-        this.#metrics.add("ota_saved_bytes_total", answer.coding.saved);
+      this.#metrics.add("ota_requests_total", answer.status);
+      this.#metrics.add("ota_sent_bytes_total", "", size);
+      if (answer.coding && size > 0) {
+        this.#metrics.add("ota_saved_bytes_total", "", answer.coding.saved);
+      }
       const taken = performance.now() - started;
       this.options.log?.(logLine(request.method, path, query, address, answer, size, taken));
       return toResponse(request.method, answer);
@@ -2025,7 +2124,8 @@ class Service {
     if (path === "/manifest.json") return this.#manifest(request, query);
     if (path === "/-/health") return this.#health();
     if (path === "/-/metrics") {
-      return content("text/plain; version=0.0.4", utf8(this.#metrics.text(this.releases)));
+      const text = this.#metrics.text(this.releases);
+      return content("text/plain; version=0.0.4", new Blob([text]));
     }
     const found = this.releases.locate(path);
     if (!found) return plain(404, "not found");
@@ -2048,31 +2148,42 @@ class Service {
     const base = this.#base ?? `${this.#scheme}://${host}`;
     const bytes = this.releases.manifestBytes(query, base, suffix);
     const newest =
-      bytes.byteLength === 4 ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
+      bytes === NOTHING_NEWER ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
     const from = Metrics.label(this.releases, current_ver);
-    this.#metrics.add(`ota_manifests_total{from="${from}",to="${newest}"}`);
+    this.#metrics.add("ota_manifests_total", `from="${from}",to="${newest}"`);
     if (query.failed) {
       const version = Metrics.label(this.releases, query.failed);
-      this.#metrics.add(`ota_failures_total{version="${version}"}`);
+      this.#metrics.add("ota_failures_total", `version="${version}"`);
     }
-    const answer = content("application/json", bytes);
-    answer.headers["Cache-Control"] = "no-store";
-    if (this.#key) answer.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
-    const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
-    const [encoding] = (["zstd", "gzip"] as const).filter((name) => accepted.has(name));
-    if (!encoding || answer.size < MIN_CODED) return answer;
-    // One with a request id is nobody else's: it is not kept.
-    const isOnce = query.reqid !== undefined || answer.size > LONG_MANIFEST;
-    const coded = isOnce
-      ? encodeContent(encoding, bytes, undefined, FAST).catch(() => undefined)
-      : this.#encoder.encode(encoding, sha256(bytes), new Blob([bytes]));
-    return Promise.resolve(coded).then((coded) => {
-      const body = coded && new Blob([coded]);
-      if (!body || body.size >= answer.size) return answer;
-      const coding = { encoding, saved: answer.size - body.size };
-      const headers = { ...answer.headers, "Content-Encoding": encoding };
-      return { ...answer, headers, body, size: body.size, coding };
-    });
+    const encoding = wholeEncoding(acceptedEncodings(request.headers.get("accept-encoding")));
+    // With a request id the bytes are nobody else's.
+    if (reqid !== "") return this.#manifestAnswer(bytes, reqid, encoding);
+    const answers = this.#manifests.get(bytes) ?? {};
+    this.#manifests.set(bytes, answers);
+    return (answers[encoding ?? "identity"] ??= this.#manifestAnswer(bytes, reqid, encoding));
+  }
+
+  #manifestAnswer(
+    bytes: Uint8Array<ArrayBuffer>,
+    reqid: string,
+    encoding: "gzip" | "zstd" | undefined,
+  ): Answer | Promise<Answer> {
+    const plain = content("application/json", new Blob([bytes]));
+    plain.headers["Cache-Control"] = "no-store";
+    if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
+    discard(plain.size);
+    if (!encoding || plain.size < MIN_CODED) return plain;
+    const level = reqid !== "" || plain.size > LONG_MANIFEST ? FAST : undefined;
+    return encodeWhole(encoding, bytes, level).then(
+      (coded) => {
+        const body = intoBlob(coded);
+        if (body.size >= plain.size) return plain;
+        const coding = { encoding, saved: plain.size - body.size };
+        const headers = { ...plain.headers, "Content-Encoding": encoding };
+        return { status: 200, headers, body, size: body.size, coding };
+      },
+      () => plain,
+    );
   }
 
   #health(): Answer {
@@ -2092,42 +2203,43 @@ class Service {
     if (key === undefined || size > MAX_CHECKED) {
       if (!isReal(file)) return this.#changing();
       // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
-      const part = (start: number, end: number) => Bun.file(file.file).slice(start, end);
-      const answer = select(request, file, { encoding: "identity", etag, size, part });
+      const content = Bun.file(file.file).slice(0, size);
+      const answer = select(request, file, { encoding: "identity", etag, content });
       // Else Bun adds one with the file's name, of any length and in any script.
       if (answer.body) answer.headers["Content-Disposition"] = "inline";
       return answer;
     }
-    const send = (content: Blob | undefined) => {
-      if (!content) return this.#changing();
+    const send = (whole: Representation | undefined) => {
+      if (!whole) return this.#changing();
       const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
-      if (accepted.size === 0) return select(request, file, represent("identity", etag, content));
-      return this.#smallest(request.headers, accepted, key, content).then((form) => {
-        const tag = etag.replace(/"$/, `${form.tag}"`);
-        return select(request, file, represent(form.encoding, tag, form.content));
+      if (accepted.size === 0) return select(request, file, whole);
+      return this.#smallest(request.headers, accepted, key, whole).then((form) => {
+        return select(request, file, form);
       });
     };
     const kept = this.#contents.get(key);
-    return kept ? send(kept) : this.#read(file.file, key).then(send);
+    return kept ? send(kept) : this.#read(file, key).then(send);
   }
 
-  /** The smallest form that the asker accepts, with what is behind the content's own tag. */
+  /** The smallest form that the asker accepts. */
   async #smallest(
     asked: Headers,
     accepted: ReadonlySet<Encoding>,
     key: string,
-    plain: Blob,
-  ): Promise<{ encoding: Encoding; tag: string; content: Blob }> {
+    whole: Representation,
+  ): Promise<Representation> {
     const named = accepted.has("dcz") && availableDictionary(asked.get("available-dictionary"));
     const file = named ? this.releases.contents.get(named) : undefined;
     const dictionary =
       file && file.size <= MAX_CODED
-        ? (this.#contents.get(file.sha256) ?? (await this.#read(file.file, file.sha256)))
+        ? (this.#contents.get(file.sha256) ?? (await this.#read(file, file.sha256)))
         : undefined;
-    const old = file && dictionary && { key: file.sha256, content: dictionary };
-    const { encoding, content } = await this.#encoder.smallest(accepted, key, plain, old);
+    const old = file && dictionary && { key: file.sha256, content: dictionary.content };
+    const { encoding, content } = await this.#encoder.smallest(accepted, key, whole.content, old);
+    if (encoding === "identity") return whole;
+    // Behind the content's own tag stands how it is coded.
     const delta = encoding === "dcz" ? `-${file!.sha256.slice(0, 16)}` : "";
-    return { encoding, tag: encoding === "identity" ? "" : `-${encoding}${delta}`, content };
+    return { encoding, etag: whole.etag.replace(/"$/, `-${encoding}${delta}"`), content };
   }
 
   /** The answer while content on disk is other than indexed. */
@@ -2137,16 +2249,17 @@ class Service {
   }
 
   /** Reads content whole, once however many ask; `undefined` when it is not what was indexed. */
-  #read(file: string, key: string): Promise<Blob | undefined> {
+  #read({ file, etag }: ServedFile, key: string): Promise<Representation | undefined> {
     const running = this.#reading.get(key);
     if (running) return running;
-    const reading = fs.promises
-      .readFile(file)
+    const reading = Bun.file(file)
+      .bytes()
       .then((bytes) => {
         if (sha256(bytes) !== key) return undefined;
-        const content = new Blob([bytes]);
-        this.#contents.set(key, content, content.size);
-        return content;
+        const content = intoBlob(bytes);
+        const whole: Representation = { encoding: "identity", etag, content };
+        this.#contents.set(key, whole, content.size);
+        return whole;
       })
       .catch(() => undefined)
       .finally(() => this.#reading.delete(key));
@@ -4796,7 +4909,17 @@ function progressBar(received: number, total: number, milliseconds: number): str
 
 async function runServe(given: Given): Promise<number> {
   const out = Bun.stdout.writer();
-  const log = (line: string) => void out.write(`${line}\n`);
+  // Bun's writer calls the system once a request: lines are gathered, for the interval below.
+  let lines = "";
+  const flush = () => {
+    out.write(lines);
+    lines = "";
+    return out.flush();
+  };
+  const log = (line: string) => {
+    lines += `${line}\n`;
+    if (lines.length > 4096) flush();
+  };
   const { root, host, url, ignore, latest, sign } = given;
   const [cert, key] = [given["tls-cert"], given["tls-key"]];
   if ((cert === undefined) !== (key === undefined)) {
@@ -4812,18 +4935,19 @@ async function runServe(given: Given): Promise<number> {
       warn(releases);
     },
   });
-  const flush = setInterval(() => out.flush(), 100);
+  const flushing = setInterval(flush, 100);
   const stopped = new Promise((done) => {
     interruption("stopped").addEventListener("abort", done, { once: true });
   });
   for (const line of describeServer(server, given)) log(line);
   warn(server.releases);
-  await out.flush();
+  await flush();
   await stopped;
   // A second Ctrl-C does not wait.
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => process.exit(0));
   await server.stop();
-  clearInterval(flush);
+  clearInterval(flushing);
+  await flush();
   await out.end();
   return 0;
 }
