@@ -774,10 +774,9 @@ function isInside(path: string, directory: string): boolean {
   return path.startsWith(directory === "/" ? "/" : `${directory}/`);
 }
 
-// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
-// What one release root on disk holds, hashed once. Nobody can know when a copy of many files into
-// the root has ended, so a version or a firmware image counts once nothing in it has changed for a
-// second; until then its last good index stands. Only a rename publishes at once or not at all.
+// ──── Hashing ───────────────────────────────────────────────────────────────────────────────────
+// Content is hashed in one read, for boards that know SHA-1 and for devices that want SHA-256. Much
+// of it is hashed on all cores, in workers, and requests are answered meanwhile.
 
 /** What is known of one file's content. */
 export interface FileHashes {
@@ -787,6 +786,108 @@ export interface FileHashes {
   /** Lowercase hex. */
   sha256: string;
 }
+
+/** A file's hashes, or why there are none: a system error, in a form that goes between threads. */
+type Hashed = FileHashes | { code: string | undefined; message: string };
+
+/** How many bytes are read at once. */
+const PIECE = 256 * 1024;
+
+/** Hashes a file. Workers get the text of this: it uses nothing from around it. */
+function hashFile(
+  file: string,
+  piece: Uint8Array,
+  { openSync, readSync, closeSync }: Pick<typeof fs, "openSync" | "readSync" | "closeSync">,
+): Hashed {
+  const sha1 = new Bun.CryptoHasher("sha1");
+  const sha256 = new Bun.CryptoHasher("sha256");
+  try {
+    const fd = openSync(file, "r");
+    try {
+      let size = 0;
+      for (let read; (read = readSync(fd, piece)) > 0; size += read) {
+        const bytes = piece.subarray(0, read);
+        sha1.update(bytes);
+        sha256.update(bytes);
+      }
+      return { size, sha1: sha1.digest("hex"), sha256: sha256.digest("hex") };
+    } finally {
+      closeSync(fd);
+    }
+  } catch (error) {
+    const { code, message } = error as NodeJS.ErrnoException;
+    return { code, message };
+  }
+}
+
+/** What a worker runs: it is sent lists of files, and answers each with what it found. */
+const HASH_WORKER = `
+import * as fs from "node:fs";
+const hashFile = ${hashFile};
+const piece = new Uint8Array(${PIECE});
+onmessage = ({ data }) => postMessage(data.map((file) => hashFile(file, piece, fs)));
+`;
+
+/** Fewer bytes than this are hashed where they are asked for, as long as a worker takes to start. */
+const MIN_WORK = 2 * 1024 * 1024;
+/** How many files a worker is sent at once. */
+const BATCH = 64;
+
+/** Hashes files, in workers where they are large or many. Disposing of it ends the workers. */
+class Hasher implements Disposable {
+  #workers: Worker[] = [];
+  #source = "";
+
+  /**
+   * @param bytes how many there are in all, about
+   * @returns what was found, in the order of the files
+   */
+  async hash(files: readonly string[], bytes: number): Promise<Hashed[]> {
+    if (bytes < MIN_WORK) {
+      const piece = new Uint8Array(files.length > 0 ? PIECE : 0);
+      return files.map((file) => hashFile(file, piece, fs));
+    }
+    if (this.#workers.length === 0) this.#start();
+    const hashed: Hashed[] = [];
+    let next = 0;
+    const work = async (worker: Worker) => {
+      while (next < files.length) {
+        const first = next;
+        next += BATCH;
+        const found = await this.#ask(worker, files.slice(first, next));
+        for (const [i, item] of found.entries()) hashed[first + i] = item;
+      }
+    };
+    await Promise.all(this.#workers.map(work));
+    return hashed;
+  }
+
+  #start(): void {
+    this.#source = URL.createObjectURL(new Blob([HASH_WORKER], { type: "text/javascript" }));
+    const count = Math.min(4, navigator.hardwareConcurrency);
+    this.#workers = Array.from({ length: count }, () => new Worker(this.#source));
+  }
+
+  #ask(worker: Worker, files: readonly string[]): Promise<Hashed[]> {
+    const { promise, resolve, reject } = Promise.withResolvers<Hashed[]>();
+    worker.onmessage = ({ data }: MessageEvent<Hashed[]>) => resolve(data);
+    worker.onerror = ({ message }) => reject(new Error(message));
+    worker.postMessage(files);
+    return promise;
+  }
+
+  [Symbol.dispose](): void {
+    if (this.#workers.length === 0) return;
+    for (const worker of this.#workers) worker.terminate();
+    this.#workers = [];
+    URL.revokeObjectURL(this.#source);
+  }
+}
+
+// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
+// What one release root on disk holds, hashed once. Nobody can know when a copy of many files into
+// the root has ended, so a version or a firmware image counts once nothing in it has changed for a
+// second; until then its last good index stands. Only a rename publishes at once or not at all.
 
 /** A file that was read and hashed. */
 export interface IndexedFile extends FileHashes {
@@ -859,7 +960,7 @@ export class ReleaseIndex {
   /** Hashes by absolute path, each with the stamp of the file that they were made of. */
   #hashes = new Map<string, { stamp: string; hashes: IndexedFile }>();
   #scanning: Promise<boolean> = Promise.resolve(false);
-  #breath = performance.now();
+  readonly #hasher = new Hasher();
 
   /** Nothing is read before `begin`. */
   constructor(root: string, options: ReleasesOptions) {
@@ -891,7 +992,9 @@ export class ReleaseIndex {
    */
   scan(): Promise<boolean> {
     // One after the other: one that is under way may have missed what this one is asked for.
-    const scan = this.#scanning.then(() => this.#scan());
+    const scan = this.#scanning
+      .then(() => this.#scan())
+      .finally(() => this.#hasher[Symbol.dispose]());
     this.#scanning = scan.catch(() => false);
     return scan;
   }
@@ -1066,45 +1169,26 @@ export class ReleaseIndex {
 
   /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
   async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | string | undefined> {
-    const files: [string, IndexedFile][] = [];
-    for (const { path, file, stat } of found) {
-      const stamp = stampOf(stat);
-      const known = this.#hashes.get(file);
-      try {
-        const hashes = known?.stamp === stamp ? known.hashes : await this.#hash(file);
-        this.#hashes.set(file, { stamp, hashes });
-        files.push([path, hashes]);
-      } catch (error) {
-        return isMissing(error) ? undefined : `unreadable: ${errorText(error)}`;
+    const stale = found.filter(({ file, stat }) => {
+      return this.#hashes.get(file)?.stamp !== stampOf(stat);
+    });
+    const bytes = stale.reduce((sum, { stat }) => sum + stat.size, 0);
+    const hashed = await this.#hasher.hash(
+      stale.map(({ file }) => file),
+      bytes,
+    );
+    for (const [i, { file, stat }] of stale.entries()) {
+      const hashes = hashed[i]!;
+      if ("message" in hashes) {
+        const error = Object.assign(new Error(hashes.message), { code: hashes.code });
+        return isMissing(error) ? undefined : `unreadable: ${hashes.message}`;
       }
+      const etag = `"${hashes.sha256.slice(0, 32)}"`;
+      this.#hashes.set(file, { stamp: stampOf(stat), hashes: { file, ...hashes, etag } });
     }
+    const files = found.map(({ path, file }) => [path, this.#hashes.get(file)!.hashes] as const);
     return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
   }
-
-  /** Hashes a file in pieces, for SHA-1 and SHA-256 in one read; requests go on meanwhile. */
-  async #hash(file: string): Promise<IndexedFile> {
-    const sha1 = new Bun.CryptoHasher("sha1");
-    const sha256 = new Bun.CryptoHasher("sha256");
-    const fd = fs.openSync(file, "r");
-    try {
-      let size = 0;
-      for (let read; (read = fs.readSync(fd, this.#piece)) > 0; size += read) {
-        const bytes = this.#piece.subarray(0, read);
-        sha1.update(bytes);
-        sha256.update(bytes);
-        if (performance.now() - this.#breath > 10) {
-          await new Promise(setImmediate);
-          this.#breath = performance.now();
-        }
-      }
-      const hex = sha256.digest("hex");
-      return { file, size, sha1: sha1.digest("hex"), sha256: hex, etag: `"${hex.slice(0, 32)}"` };
-    } finally {
-      fs.closeSync(fd);
-    }
-  }
-
-  readonly #piece = new Uint8Array(256 * 1024);
 }
 
 // ──── Releases ──────────────────────────────────────────────────────────────────────────────────
