@@ -596,6 +596,9 @@ test("random queries: the text that is served is the compact JSON of the manifes
     ...versions("1.0.0", "1.0.1"),
     "1.0.0/gone": "",
     "1.0.1/new \u{1f680}": "",
+    // What looks like the JSON around it.
+    '1.0.1/"URL":"x': "",
+    '1.0.1/sub/","URL":"': "",
     "firmware_1.0.1.bin": "",
   });
   const releases = await open(root);
@@ -610,7 +613,7 @@ test("random queries: the text that is served is the compact JSON of the manifes
   for (let run = 0; run < 500; run++) {
     const chosen = Object.entries(some).filter(() => random.chance(0.6));
     const query = Object.fromEntries(chosen.map(([name, values]) => [name, random.pick(values)]));
-    const host = random.pick(["http://a", "http://b:1"]);
+    const host = random.pick(["http://a", "http://b:1", "http://c/$&/$1", 'http://d/"URL":"\\']);
     const suffix = random.pick(["", "?token=t"]);
     const text = releases.manifestJSON(query, host, suffix);
     if (text !== JSON.stringify(releases.manifestFor(query, host, suffix))) {

@@ -472,6 +472,60 @@ describe("GET /manifest.json", () => {
 
 // ── Files. ──
 
+describe("what is sent again and again", () => {
+  test("the same content under several names goes with the type of each", async () => {
+    await using root = new TempDir({ "1/a.html": "same", "1/b.txt": "same", "1/c.json": "same" });
+    await using server = await listen(root);
+    const types = { "a.html": "text/html", "b.txt": "text/plain", "c.json": "application/json" };
+    for (const name of ["a.html", "b.txt", "a.html", "c.json", "c.json", "b.txt"] as const) {
+      const response = await send(server, `/1/${name}`);
+      expect(response.headers.get("content-type")).toStartWith(types[name]);
+      expect([text(response.body), misaligned(response)]).toEqual(["same", []]);
+    }
+  });
+
+  test("one way of asking leaves nothing behind for the next", async () => {
+    await using root = new TempDir({ "1/f.txt": "0123456789".repeat(50), "2/f.txt": "two" });
+    await using keys = new TempDir({ key: makeKeys().key });
+    await using server = await listen(root, { sign: keys.at("key") });
+    const random = new Random(SEED);
+    const ways: [name: string, target: string, sent: Sent][] = [
+      ["plain", "/1/f.txt", {}],
+      ["coded", "/1/f.txt", { headers: { "Accept-Encoding": "zstd" } }],
+      ["head", "/1/f.txt", { method: "HEAD" }],
+      ["part", "/1/f.txt", { headers: { Range: "bytes=3-5" } }],
+      ["beyond", "/1/f.txt", { headers: { Range: "bytes=999-" } }],
+      ["1.0", "/1/f.txt", { version: "1.0" }],
+      ["manifest", "/manifest.json?current_ver=1", {}],
+      [
+        "coded manifest",
+        "/manifest.json?current_ver=1",
+        { headers: { "Accept-Encoding": "gzip" } },
+      ],
+      ["head of it", "/manifest.json?current_ver=1", { method: "HEAD" }],
+      ["from another host", "/manifest.json?current_ver=1", { host: "other.test" }],
+      ["with an id", "/manifest.json?current_ver=1&reqid=7", {}],
+      ["null", "/manifest.json?current_ver=2", {}],
+      ["null with an id", "/manifest.json?current_ver=2&reqid=7", {}],
+    ];
+    /** The whole answer, but for the clock. */
+    const ask = async (target: string, sent: Sent) => {
+      const { status, headers, body } = await send(server, target, sent);
+      headers.delete("date");
+      return { status, headers: [...headers].sort(), body: text(body) };
+    };
+    const first = new Map<string, Awaited<ReturnType<typeof ask>>>();
+    for (const [name, target, sent] of ways) first.set(name, await ask(target, sent));
+    expect(new Set([...first.values()].map((answer) => JSON.stringify(answer))).size).toBe(
+      ways.length - 1, // HTTP/1.0 gets the same as 1.1.
+    );
+    for (let i = 0; i < 200; i++) {
+      const [name, target, sent] = random.pick(ways);
+      expect([name, await ask(target, sent)]).toEqual([name, first.get(name)!]);
+    }
+  });
+});
+
 describe("a file below the root", () => {
   const CONTENT = "0123456789";
   /** In a version, from memory; beside it, from disk. */
