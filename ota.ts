@@ -94,33 +94,6 @@ function parseHttpURL(text: string): URL | undefined {
   return url && /^https?:$/.test(url.protocol) ? url : undefined;
 }
 
-/** The most garbage outside of the JavaScript heap that may lie, in bytes. */
-const MAX_GARBAGE = 16 * 1024 * 1024;
-let garbage = 0;
-
-/**
- * Says that blobs or buffers of that many bytes have become garbage. The collector sees no more of
- * each than a small object, and would let hundreds of MiB of them lie.
- */
-function discard(bytes: number): void {
-  garbage += bytes;
-  if (garbage < MAX_GARBAGE) return;
-  garbage = 0;
-  Bun.gc(true);
-}
-
-/** Frees the memory of bytes that are not used after this, unless they are part of a larger buffer. */
-function release({ buffer, byteLength }: Uint8Array): void {
-  if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
-}
-
-/** A blob of bytes that are not used after this. */
-function intoBlob(bytes: Uint8Array): Blob {
-  const blob = new Blob([bytes as Uint8Array<ArrayBuffer>]);
-  release(bytes);
-  return blob;
-}
-
 /** Whether text has control characters. */
 function hasControls(text: string): boolean {
   return /[\u0000-\u001f\u007f-\u009f]/.test(text);
@@ -828,13 +801,13 @@ const piece = new Uint8Array(${PIECE});
 onmessage = ({ data }) => postMessage(data.map((file) => hashFile(file, piece, fs)));
 `;
 
-/** Fewer bytes than this are hashed where they are asked for, as long as a worker takes to start. */
+/** Fewer bytes than this are hashed at once, by who asks: a worker would take as long to start. */
 const MIN_WORK = 2 * 1024 * 1024;
 /** How many files a worker is sent at once. */
 const BATCH = 64;
 
-/** Hashes files, in workers where they are large or many. Disposing of it ends the workers. */
-class Hasher implements Disposable {
+/** Hashes files, in workers where they are large or many. */
+class Hasher {
   #workers: Worker[] = [];
   #source = "";
 
@@ -876,7 +849,8 @@ class Hasher implements Disposable {
     return promise;
   }
 
-  [Symbol.dispose](): void {
+  /** Ends the workers, until there is much to do again. */
+  rest(): void {
     if (this.#workers.length === 0) return;
     for (const worker of this.#workers) worker.terminate();
     this.#workers = [];
@@ -992,9 +966,7 @@ export class ReleaseIndex {
    */
   scan(): Promise<boolean> {
     // One after the other: one that is under way may have missed what this one is asked for.
-    const scan = this.#scanning
-      .then(() => this.#scan())
-      .finally(() => this.#hasher[Symbol.dispose]());
+    const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#hasher.rest());
     this.#scanning = scan.catch(() => false);
     return scan;
   }
@@ -1191,33 +1163,9 @@ export class ReleaseIndex {
   }
 }
 
-// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
-// What a device needs to reach the newest release, and where content is found. Everything that
-// decides what a device gets is here; the server only carries it.
-
-/** A file below the root, found for a request. */
-export interface ServedFile {
-  /** Absolute, links resolved. */
-  file: string;
-  size: number;
-  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
-  sha256?: string;
-  /** Strong, quoted. */
-  etag: string;
-}
-
-/** What an answer to a device is made of. */
-interface Decision {
-  /** The release that it gets; absent: firmware alone. */
-  target: Release | undefined;
-  /** The release that it has, as far as we know its files. */
-  has: Release | undefined;
-  /** Whether it has something else than it says. */
-  full: boolean;
-  image: FirmwareImage | undefined;
-  /** What it is on afterwards. */
-  version: string;
-}
+// ──── Memory ────────────────────────────────────────────────────────────────────────────────────
+// What a server keeps for the next who asks, within bounds, and how it gives back the rest. Content
+// lies outside of the JavaScript heap, in blobs and buffers, where Bun frees little unless told.
 
 /** What an entry of a cache costs beside its value, in bytes. */
 const ENTRY_COST = 512;
@@ -1253,6 +1201,61 @@ class Cache<T> {
       }
     }
   }
+}
+
+/** The most garbage outside of the JavaScript heap that may lie, in bytes. */
+const MAX_GARBAGE = 16 * 1024 * 1024;
+let garbage = 0;
+
+/**
+ * Says that blobs or buffers of that many bytes have become garbage. The collector sees no more of
+ * each than a small object, and would let hundreds of MiB of them lie.
+ */
+function discard(bytes: number): void {
+  garbage += bytes;
+  if (garbage < MAX_GARBAGE) return;
+  garbage = 0;
+  Bun.gc(true);
+}
+
+/** Frees the memory of bytes that are not used after this, unless they are part of a larger buffer. */
+function release({ buffer, byteLength }: Uint8Array): void {
+  if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
+}
+
+/** A blob of bytes that are not used after this. */
+function intoBlob(bytes: Uint8Array): Blob {
+  const blob = new Blob([bytes as Uint8Array<ArrayBuffer>]);
+  release(bytes);
+  return blob;
+}
+
+// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
+// What a device needs to reach the newest release, and where content is found. Everything that
+// decides what a device gets is here; the server only carries it.
+
+/** A file below the root, found for a request. */
+export interface ServedFile {
+  /** Absolute, links resolved. */
+  file: string;
+  size: number;
+  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
+  sha256?: string;
+  /** Strong, quoted. */
+  etag: string;
+}
+
+/** What an answer to a device is made of. */
+interface Decision {
+  /** The release that it gets; absent: firmware alone. */
+  target: Release | undefined;
+  /** The release that it has, as far as we know its files. */
+  has: Release | undefined;
+  /** Whether it has something else than it says. */
+  full: boolean;
+  image: FirmwareImage | undefined;
+  /** What it is on afterwards. */
+  version: string;
 }
 
 /** The manifest of a device that has the newest. */
@@ -2564,6 +2567,14 @@ export interface ActiveFirmware {
 
 const STAGED = `${OTA_DIR}/staged`;
 
+/** What is here of content that was not received whole. */
+interface Part {
+  size: number;
+  /** Without one it cannot be gone on with. */
+  etag: string | undefined;
+  encoding: Encoding;
+}
+
 /** How a part was sent, for resuming. */
 interface SentAs {
   etag: string;
@@ -2709,8 +2720,8 @@ export class DeviceFiles {
     return this.disk.stat(this.at(`${STAGED}/${key}`)) !== undefined;
   }
 
-  /** What is here of content that was not received whole, as it was sent. */
-  part(key: string): { size: number; etag: string | undefined; encoding: Encoding } {
+  /** What is here of content that was not received whole; without anything, 0 bytes. */
+  part(key: string): Part {
     const size = this.disk.stat(this.#part(key))?.size ?? 0;
     const sent = parseJSON(readText(this.disk, `${this.#part(key)}.sent`) ?? "");
     const { etag, encoding } = (isObject(sent) ? sent : {}) as Partial<SentAs>;
@@ -4108,6 +4119,149 @@ const MIN_RESUMED = 16 * 1024;
 /** Content without a known size is not received beyond this. */
 const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
 
+/** One try to get one content: what of it is here, and whether what comes is what was wanted. */
+class Attempt {
+  /** Bytes of it, those of earlier tries included. */
+  received = 0;
+  readonly want: Omit<Want, "signal">;
+  readonly #hasher: Bun.CryptoHasher;
+  /** The most bytes that it may have. */
+  readonly #limit: number;
+  readonly #dictionary: Uint8Array | undefined;
+  readonly #part: Part;
+  #encoding: Encoding;
+  /** The bytes that come, where that is known. */
+  #total: number | undefined;
+
+  /**
+   * @param plain whether it must not be coded
+   * @param progress is told of bytes as they come
+   */
+  constructor(
+    private readonly files: DeviceFiles,
+    private readonly item: Download,
+    plain: boolean,
+    private readonly progress: (bytes: number) => void,
+  ) {
+    const { key, size, old } = item;
+    this.#hasher = new Bun.CryptoHasher(algorithmOf(key));
+    this.#limit = size ?? MAX_UNSIZED_BYTES;
+    this.#part = files.part(key);
+    this.#encoding = this.#part.encoding;
+    this.#total = size;
+    const codable = !plain && size !== undefined && size <= MAX_CODED;
+    const dictionary = codable && old ? files.readWhole(old, MAX_CODED) : undefined;
+    this.#dictionary = dictionary;
+    this.want = {
+      ...(this.#part.size > 0 &&
+        this.#part.etag && { offset: this.#part.size, etag: this.#part.etag }),
+      ...(codable && { accept: dictionary ? ["dcz", "zstd", "gzip"] : ["zstd", "gzip"] }),
+      ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
+    };
+  }
+
+  /** Whether there is nothing left to ask for. */
+  isAllHere(): boolean {
+    const { size } = this.item;
+    return size === 0 || (this.#part.size === size && this.#encoding === "identity");
+  }
+
+  /** Goes on from what an earlier try left. */
+  keep(): void {
+    const { key, size } = this.item;
+    if (size === 0) return this.files.startPart(key);
+    this.#count(this.#part.size);
+    this.files.readPart(key, (piece) => this.#hasher.update(piece));
+  }
+
+  /**
+   * Looks at how an answer begins.
+   *
+   * @returns what takes its bytes
+   * @throws {TransferError} when it is not what was wanted
+   */
+  begin(data: Data): (piece: Uint8Array) => void {
+    const { key, path, size } = this.item;
+    if (data.encoding === "identity" && size !== undefined && (data.total ?? size) < size) {
+      this.files.dropPart(key);
+      throw new ContentError(`${path} has ${data.total} bytes, and ${size} were expected`, true);
+    }
+    const continues = data.offset > 0 && data.offset === this.want.offset;
+    if (continues && data.encoding === this.#encoding) this.keep();
+    else if (data.offset === 0) {
+      // Of little content, what tells how to go on would cost more than to start anew.
+      const etag = this.#limit < MIN_RESUMED ? undefined : data.etag;
+      this.files.startPart(key, etag, data.encoding);
+    } else {
+      this.files.dropPart(key);
+      throw new TransferError(`${path}: other bytes came than were asked for`, true);
+    }
+    this.#encoding = data.encoding;
+    if (data.encoding !== "identity") this.#total = data.total;
+    return (piece) => this.#add(piece);
+  }
+
+  #add(piece: Uint8Array): void {
+    const { key, path } = this.item;
+    this.#count(piece.byteLength);
+    // Coded, little content may grow a little.
+    if (this.received > this.#limit + (this.#encoding === "identity" ? 0 : 1024)) {
+      this.files.dropPart(key);
+      throw new ContentError(`${path} is longer than the ${this.#limit} bytes expected`, true);
+    }
+    this.#hasher.update(piece);
+    this.files.appendPart(key, piece);
+  }
+
+  #count(bytes: number): void {
+    this.received += bytes;
+    this.progress(bytes);
+  }
+
+  /**
+   * Puts the content in its place among what is staged.
+   *
+   * @throws {TransferError} when it is not whole, or not what it should be
+   */
+  async finish(): Promise<void> {
+    const { key, path } = this.item;
+    if (this.#total !== undefined && this.received < this.#total) {
+      const found = `${this.received} of ${this.#total} bytes`;
+      throw new TransferError(`${path} was cut off after ${found}`, true);
+    }
+    if (this.#encoding === "identity") {
+      const found = this.#hasher.digest("hex");
+      if (found !== key) {
+        this.files.dropPart(key);
+        throw new ContentError(`${path} does not verify: expected ${key}, found ${found}`, true);
+      }
+    } else {
+      this.#decode();
+      this.#count(this.#limit - this.received);
+    }
+    await this.files.finishPart(key);
+  }
+
+  /** Puts what a part decodes to in its place. */
+  #decode(): void {
+    const { key, path } = this.item;
+    try {
+      const coded = this.files.readWhole(`${STAGED}/${key}.part`, MAX_CODED)!;
+      const content = decodeContent(this.#encoding, coded, this.#limit, this.#dictionary);
+      const found = hexDigest(algorithmOf(key), content);
+      if (found !== key) throw new Error(`expected ${key}, found ${found}`);
+      this.files.startPart(key);
+      this.files.appendPart(key, content);
+    } catch (error) {
+      // A full disk is no fault of the coding.
+      if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
+      this.files.dropPart(key);
+      const what = `${path} does not decode from ${this.#encoding}`;
+      throw new CodingError(`${what}: ${errorText(error)}`, false);
+    }
+  }
+}
+
 /** Fetches what a plan needs. */
 class Fetcher {
   #received = 0;
@@ -4188,110 +4342,22 @@ class Fetcher {
   }
 
   async #fetchOnce(
-    { key, url, path, size, old }: Download,
+    item: Download,
     plain: boolean,
     progress: (bytes: number) => void,
     signal: AbortSignal,
   ): Promise<void> {
-    const { files } = this;
-    const hasher = new Bun.CryptoHasher(algorithmOf(key));
-    const limit = size ?? MAX_UNSIZED_BYTES;
-    const codable = !plain && size !== undefined && size <= MAX_CODED;
-    const dictionary = codable && old ? files.readWhole(old, MAX_CODED) : undefined;
-    const part = files.part(key);
-    let { encoding } = part;
-    let total = size;
-    let received = 0;
-    const count = (bytes: number) => {
-      received += bytes;
-      progress(bytes);
-    };
-    const keep = () => {
-      count(part.size);
-      files.readPart(key, (piece) => hasher.update(piece));
-    };
+    const attempt = new Attempt(this.files, item, plain, progress);
     try {
-      if (size === 0) files.startPart(key);
-      else if (part.size === size && encoding === "identity") keep();
+      if (attempt.isAllHere()) attempt.keep();
       else {
-        const want: Omit<Want, "signal"> = {
-          ...(part.size > 0 && part.etag && { offset: part.size, etag: part.etag }),
-          ...(codable && { accept: dictionary ? ["dcz", "zstd", "gzip"] : ["zstd", "gzip"] }),
-          ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
-        };
-        await this.receiver.receive(url, { ...want, signal }, (data) => {
-          if (data.encoding === "identity" && size !== undefined && (data.total ?? size) < size) {
-            files.dropPart(key);
-            throw new ContentError(
-              `${path} has ${data.total} bytes, and ${size} were expected`,
-              true,
-            );
-          }
-          const continues = data.offset > 0 && data.offset === want.offset;
-          if (continues && data.encoding === encoding) keep();
-          else if (data.offset === 0) {
-            // Of little content, what tells how to go on would cost more than to start anew.
-            const etag = limit < MIN_RESUMED ? undefined : data.etag;
-            files.startPart(key, etag, data.encoding);
-          } else {
-            files.dropPart(key);
-            throw new TransferError(`${path}: other bytes came than were asked for`, true);
-          }
-          encoding = data.encoding;
-          if (encoding !== "identity") total = data.total;
-          return (piece) => {
-            count(piece.byteLength);
-            // Coded, little content may grow a little.
-            if (received > limit + (encoding === "identity" ? 0 : 1024)) {
-              files.dropPart(key);
-              throw new ContentError(`${path} is longer than the ${limit} bytes expected`, true);
-            }
-            hasher.update(piece);
-            files.appendPart(key, piece);
-          };
-        });
+        const want = { ...attempt.want, signal };
+        await this.receiver.receive(item.url, want, (data) => attempt.begin(data));
       }
-      if (total !== undefined && received < total) {
-        throw new TransferError(`${path} was cut off after ${received} of ${total} bytes`, true);
-      }
-      if (encoding === "identity") this.#verify(key, path, hasher.digest("hex"));
-      else {
-        this.#decode(key, path, encoding, limit, dictionary);
-        count(limit - received);
-      }
-      await files.finishPart(key);
+      await attempt.finish();
     } catch (error) {
-      progress(-received);
+      progress(-attempt.received);
       throw error;
-    }
-  }
-
-  #verify(key: string, path: string, found: string): void {
-    if (found === key) return;
-    this.files.dropPart(key);
-    throw new ContentError(`${path} does not verify: expected ${key}, found ${found}`, true);
-  }
-
-  /** Puts what a part decodes to in its place. */
-  #decode(
-    key: string,
-    path: string,
-    encoding: Encoding,
-    limit: number,
-    dictionary: Uint8Array | undefined,
-  ): void {
-    try {
-      const coded = this.files.readWhole(`${STAGED}/${key}.part`, MAX_CODED)!;
-      const content = decodeContent(encoding, coded, limit, dictionary);
-      const found = hexDigest(algorithmOf(key), content);
-      if (found !== key) throw new Error(`expected ${key}, found ${found}`);
-      this.files.startPart(key);
-      this.files.appendPart(key, content);
-    } catch (error) {
-      // A full disk is no fault of the coding.
-      if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
-      this.files.dropPart(key);
-      throw new CodingError(`${path} does not decode from ${encoding}: ${errorText(error)}`, false);
     }
   }
 }

@@ -6,7 +6,6 @@
 import * as fs from "node:fs";
 import { Random } from "../helpers/random.ts";
 import {
-  cpuOf,
   freePort,
   inRounds,
   median,
@@ -125,9 +124,9 @@ async function weighRunning(root: string, paths: string[], window: number): Prom
   const fresh = memoryOf(server.pid);
   const idle = async () => {
     await Bun.sleep(3000); // What a start or a load leaves to do.
-    const before = cpuOf(server.pid);
+    const before = wholeCpuOf(server.pid);
     await Bun.sleep(window * 1000);
-    return ((cpuOf(server.pid) - before) / window) * 100;
+    return ((wholeCpuOf(server.pid) - before) / window) * 100;
   };
   const idleFresh = await idle();
   const started = performance.now();
