@@ -748,8 +748,8 @@ function isInside(path: string, directory: string): boolean {
 }
 
 // ──── Hashing ───────────────────────────────────────────────────────────────────────────────────
-// Content is hashed in one read, for boards that know SHA-1 and for devices that want SHA-256. Much
-// of it is hashed on all cores, in workers, and requests are answered meanwhile.
+// Content is hashed in one read, for boards that know SHA-1 and for devices that want SHA-256; much
+// of it on several cores, in workers. Requests are answered meanwhile.
 
 /** What is known of one file's content. */
 export interface FileHashes {
@@ -801,60 +801,79 @@ const piece = new Uint8Array(${PIECE});
 onmessage = ({ data }) => postMessage(data.map((file) => hashFile(file, piece, fs)));
 `;
 
-/** Fewer bytes than this are hashed at once, by who asks: a worker would take as long to start. */
+/** Fewer bytes than this are hashed by who asks: a worker would take as long to start. */
 const MIN_WORK = 2 * 1024 * 1024;
-/** How many files a worker is sent at once. */
+const MAX_WORKERS = Math.min(4, navigator.hardwareConcurrency);
+/** The most files that a worker is sent at once. */
 const BATCH = 64;
 
 /** Hashes files, in workers where they are large or many. */
 class Hasher {
   #workers: Worker[] = [];
   #source = "";
+  #breath = performance.now();
 
   /**
    * @param bytes how many there are in all, about
    * @returns what was found, in the order of the files
    */
   async hash(files: readonly string[], bytes: number): Promise<Hashed[]> {
-    if (bytes < MIN_WORK) {
-      const piece = new Uint8Array(files.length > 0 ? PIECE : 0);
-      return files.map((file) => hashFile(file, piece, fs));
-    }
-    if (this.#workers.length === 0) this.#start();
+    if (bytes < MIN_WORK) return this.#hashHere(files);
+    const count = Math.min(MAX_WORKERS, files.length);
+    const batch = Math.min(BATCH, Math.ceil(files.length / count));
     const hashed: Hashed[] = [];
     let next = 0;
     const work = async (worker: Worker) => {
+      let hash = (some: readonly string[]) => this.#ask(worker, some);
       while (next < files.length) {
         const first = next;
-        next += BATCH;
-        const found = await this.#ask(worker, files.slice(first, next));
+        const some = files.slice(first, (next += batch));
+        const found = await hash(some).catch(() => {
+          // A worker that fails, fails again: it takes longer without.
+          hash = (some) => this.#hashHere(some);
+          return hash(some);
+        });
         for (const [i, item] of found.entries()) hashed[first + i] = item;
       }
     };
-    await Promise.all(this.#workers.map(work));
+    await Promise.all(this.#start(count).map(work));
     return hashed;
   }
 
-  #start(): void {
-    this.#source = URL.createObjectURL(new Blob([HASH_WORKER], { type: "text/javascript" }));
-    const count = Math.min(4, navigator.hardwareConcurrency);
-    this.#workers = Array.from({ length: count }, () => new Worker(this.#source));
+  /** Hashes files in this thread, and lets requests be answered in between. */
+  async #hashHere(files: readonly string[]): Promise<Hashed[]> {
+    const piece = new Uint8Array(files.length > 0 ? PIECE : 0);
+    const hashed: Hashed[] = [];
+    for (const file of files) {
+      hashed.push(hashFile(file, piece, fs));
+      if (performance.now() - this.#breath < 10) continue;
+      await new Promise(setImmediate);
+      this.#breath = performance.now();
+    }
+    return hashed;
+  }
+
+  #start(count: number): Worker[] {
+    this.#source ||= URL.createObjectURL(new Blob([HASH_WORKER], { type: "text/javascript" }));
+    while (this.#workers.length < count) this.#workers.push(new Worker(this.#source));
+    return this.#workers.slice(0, count);
   }
 
   #ask(worker: Worker, files: readonly string[]): Promise<Hashed[]> {
     const { promise, resolve, reject } = Promise.withResolvers<Hashed[]>();
     worker.onmessage = ({ data }: MessageEvent<Hashed[]>) => resolve(data);
-    worker.onerror = ({ message }) => reject(new Error(message));
+    worker.onerror = reject;
+    worker.addEventListener("close", reject, { once: true });
     worker.postMessage(files);
-    return promise;
+    return promise.finally(() => worker.removeEventListener("close", reject));
   }
 
   /** Ends the workers, until there is much to do again. */
   rest(): void {
-    if (this.#workers.length === 0) return;
     for (const worker of this.#workers) worker.terminate();
     this.#workers = [];
-    URL.revokeObjectURL(this.#source);
+    if (this.#source) URL.revokeObjectURL(this.#source);
+    this.#source = "";
   }
 }
 
@@ -1186,11 +1205,11 @@ class Cache<T> {
   /** @param size bytes of the value */
   set(key: string, value: T, size: number): void {
     this.#cost -= this.#kept.get(key)?.cost ?? 0;
+    this.#kept.delete(key);
     const cost = size + key.length + ENTRY_COST;
-    this.#kept.set(key, { value, cost, used: false });
-    this.#cost += cost;
+    if (cost > this.budget) return;
     for (const [oldest, entry] of this.#kept) {
-      if (this.#cost <= this.budget) break;
+      if (this.#cost + cost <= this.budget) break;
       this.#kept.delete(oldest);
       // A second chance: it is as good as new.
       if (entry.used) {
@@ -1200,6 +1219,8 @@ class Cache<T> {
         discard(entry.cost);
       }
     }
+    this.#kept.set(key, { value, cost, used: false });
+    this.#cost += cost;
   }
 }
 
@@ -1258,8 +1279,15 @@ interface Decision {
   version: string;
 }
 
+/** A manifest as JSON in UTF-8. */
+interface ManifestText {
+  bytes: Uint8Array<ArrayBuffer>;
+  /** Whether it is kept: whoever asks the same gets this very object. */
+  isShared: boolean;
+}
+
 /** The manifest of a device that has the newest. */
-const NOTHING_NEWER = utf8("null");
+const NOTHING_NEWER: ManifestText = { bytes: utf8("null"), isShared: true };
 
 /** The most that is kept of manifests, in bytes, whole and in parts. */
 const MANIFEST_BUDGET = 16 * 1024 * 1024;
@@ -1275,7 +1303,7 @@ export class Releases extends ReleaseIndex {
   /** The two parts of a manifest around what is echoed, by what they depend on. */
   #manifests = new Cache<[head: string, tail: string]>(MANIFEST_BUDGET);
   /** Whole manifests, of those that many devices get. */
-  #whole = new Cache<Uint8Array<ArrayBuffer>>(MANIFEST_BUDGET);
+  #whole = new Cache<ManifestText>(MANIFEST_BUDGET);
   #byName = new Map<string, Release>();
   #byVersion = new Map<string, Release>();
 
@@ -1338,21 +1366,20 @@ export class Releases extends ReleaseIndex {
 
   /** `manifestFor` as compact JSON. */
   manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
-    return new TextDecoder().decode(this.manifestBytes(query, base, suffix));
+    return new TextDecoder().decode(this.manifestText(query, base, suffix).bytes);
   }
 
   /** The same in UTF-8. What does not depend on the single device is made once. */
-  manifestBytes(query: ManifestQuery, base: string, suffix = ""): Uint8Array<ArrayBuffer> {
+  manifestText(query: ManifestQuery, base: string, suffix = ""): ManifestText {
     const decision = this.#decide(query);
     if (!decision) return NOTHING_NEWER;
     const { target, has, full, image, version } = decision;
     const parts = [query.hash === "sha256", suffix, has?.name, full, image?.name, version];
     const key = parts.join("\n");
     const wholeKey = `${base}\n${key}`;
-    // Most devices name their version as the directory is named.
-    const isPlain =
-      has !== undefined && has.name === query.current_ver && query.reqid === undefined;
-    const whole = isPlain ? this.#whole.get(wholeKey) : undefined;
+    // Most devices name their version as the directory is named, or have none.
+    const isShared = query.reqid === undefined && (query.current_ver ?? "") === (has?.name ?? "");
+    const whole = isShared ? this.#whole.get(wholeKey) : undefined;
     if (whole) return whole;
     const known = target && this.#manifests.get(key);
     const [head, tail] = known ?? this.#stringify(decision, query, suffix);
@@ -1363,9 +1390,10 @@ export class Releases extends ReleaseIndex {
     const mark = '"URL":"';
     const link = (text: string) => text.split(mark).join(mark + JSON.stringify(base).slice(1, -1));
     const bytes = utf8(`${link(head)}"previous_version":${previous},${request}${link(tail)}`);
+    const made = { bytes, isShared };
     // Twice: those who serve it keep it in the form of an answer, too.
-    if (isPlain) this.#whole.set(wholeKey, bytes, 2 * bytes.byteLength);
-    return bytes;
+    if (isShared) this.#whole.set(wholeKey, made, 2 * bytes.byteLength);
+    return made;
   }
 
   /** The two parts, with URLs that have only a path: any device may ask by any name. */
@@ -1550,10 +1578,11 @@ const gzipAsync = promisify(zlib.gzip);
 const zstdAsync = promisify(zlib.zstdCompress);
 
 /**
- * Level 19 finds within a hundredth what 22 finds; above 2 MiB it takes seconds, and 12 a fraction
- * of one.
+ * Level 19 finds within a hundredth what 22 finds; above this size it takes seconds, and 12 a
+ * fraction of one.
  */
-const bestLevel = (size: number) => (size <= 2 * 1024 * 1024 ? 19 : 12);
+const MAX_BEST = 2 * 1024 * 1024;
+const bestLevel = (size: number) => (size <= MAX_BEST ? 19 : 12);
 
 /**
  * The level for what is sent once, and for long manifests: of JSON that is mostly hashes it leaves
@@ -1639,8 +1668,8 @@ export function availableDictionary(header: string | null): string | undefined {
 type Coding = Exclude<Encoding, "identity">;
 
 /**
- * The level that tells whether the best one would find anything: where nothing is to be found, as
- * in pictures and archives, in a thirtieth of the time. Levels below 4 miss what is in machine code.
+ * The level that tells whether level 19 would find anything: where nothing is to be found, as in
+ * pictures and archives, in a thirtieth of the time. Levels below 4 miss what is in machine code.
  */
 const TRIAL = 9;
 /** Content shorter than this is coded without a trial. */
@@ -1719,9 +1748,11 @@ class Encoder {
     const old = await dictionary?.bytes();
     const encode = async () => {
       if (encoding === "dcz") return encodeDelta(bytes, old!);
-      if (encoding === "gzip" || bytes.byteLength < MIN_TRIED) return encodeWhole(encoding, bytes);
+      const size = bytes.byteLength;
+      const isTried = encoding === "zstd" && size >= MIN_TRIED && size <= MAX_BEST;
+      if (!isTried) return encodeWhole(encoding, bytes);
       const trial = await encodeWhole(encoding, bytes, TRIAL);
-      if (trial.byteLength >= bytes.byteLength) return trial;
+      if (trial.byteLength >= size) return trial;
       release(trial);
       return encodeWhole(encoding, bytes);
     };
@@ -2141,9 +2172,9 @@ class Service {
   readonly #contents = new Cache<Representation>(CONTENT_BUDGET);
   readonly #reading = new Map<string, Promise<Representation | undefined>>();
   readonly #encoder = new Encoder();
-  /** Answers by the very bytes that releases keep, and as long as they keep them. */
+  /** Answers with the manifests that releases keep, and as long as they keep them. */
   readonly #manifests = new WeakMap<
-    Uint8Array,
+    ManifestText,
     { [encoding in Encoding]?: Answer | Promise<Answer> }
   >();
 
@@ -2233,9 +2264,9 @@ class Service {
     const withToken = token !== undefined && this.options.token !== undefined;
     const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
     const base = this.#base ?? `${this.#scheme}://${host}`;
-    const bytes = this.releases.manifestBytes(query, base, suffix);
+    const text = this.releases.manifestText(query, base, suffix);
     const newest =
-      bytes === NOTHING_NEWER ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
+      text === NOTHING_NEWER ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
     const from = Metrics.label(this.releases, current_ver);
     this.#metrics.add("ota_manifests_total", `from="${from}",to="${newest}"`);
     if (query.failed) {
@@ -2243,34 +2274,35 @@ class Service {
       this.#metrics.add("ota_failures_total", `version="${version}"`);
     }
     const encoding = wholeEncoding(acceptedEncodings(request.headers.get("accept-encoding")));
-    // With a request id the bytes are nobody else's.
-    if (reqid !== "") return this.#manifestAnswer(bytes, reqid, encoding);
-    const answers = this.#manifests.get(bytes) ?? {};
-    this.#manifests.set(bytes, answers);
-    return (answers[encoding ?? "identity"] ??= this.#manifestAnswer(bytes, reqid, encoding));
+    // Even with the same manifest, the signature is another one.
+    if (!text.isShared || reqid !== "") return this.#manifestAnswer(text, reqid, encoding, FAST);
+    const answers = this.#manifests.get(text) ?? {};
+    this.#manifests.set(text, answers);
+    const level = text.bytes.byteLength > LONG_MANIFEST ? FAST : undefined;
+    return (answers[encoding ?? "identity"] ??= this.#manifestAnswer(text, "", encoding, level));
   }
 
   #manifestAnswer(
-    bytes: Uint8Array<ArrayBuffer>,
+    { bytes, isShared }: ManifestText,
     reqid: string,
     encoding: "gzip" | "zstd" | undefined,
+    level: number | undefined,
   ): Answer | Promise<Answer> {
     const plain = content("application/json", new Blob([bytes]));
     plain.headers["Cache-Control"] = "no-store";
     if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
-    discard(plain.size);
+    // Both are garbage once they are sent.
+    if (!isShared) discard(2 * plain.size);
     if (!encoding || plain.size < MIN_CODED) return plain;
-    const level = reqid !== "" || plain.size > LONG_MANIFEST ? FAST : undefined;
-    return encodeWhole(encoding, bytes, level).then(
-      (coded) => {
+    return encodeWhole(encoding, bytes, level)
+      .then((coded) => {
         const body = intoBlob(coded);
         if (body.size >= plain.size) return plain;
         const coding = { encoding, saved: plain.size - body.size };
         const headers = { ...plain.headers, "Content-Encoding": encoding };
         return { status: 200, headers, body, size: body.size, coding };
-      },
-      () => plain,
-    );
+      })
+      .catch(() => plain);
   }
 
   #health(): Answer {
@@ -2336,13 +2368,15 @@ class Service {
   }
 
   /** Reads content whole, once however many ask; `undefined` when it is not what was indexed. */
-  #read({ file, etag }: ServedFile, key: string): Promise<Representation | undefined> {
+  #read({ file, size, etag }: ServedFile, key: string): Promise<Representation | undefined> {
     const running = this.#reading.get(key);
     if (running) return running;
+    // No more of it than tells that it has grown.
     const reading = Bun.file(file)
+      .slice(0, size + 1)
       .bytes()
       .then((bytes) => {
-        if (sha256(bytes) !== key) return undefined;
+        if (bytes.byteLength !== size || sha256(bytes) !== key) return undefined;
         const content = intoBlob(bytes);
         const whole: Representation = { encoding: "identity", etag, content };
         this.#contents.set(key, whole, content.size);
@@ -5061,14 +5095,19 @@ async function runServe(given: Given): Promise<number> {
   const out = Bun.stdout.writer();
   // Bun's writer calls the system once a request: lines are gathered, for the interval below.
   let lines = "";
-  const flush = () => {
-    out.write(lines);
+  const flush = async () => {
+    const text = lines;
     lines = "";
-    return out.flush();
+    try {
+      await out.write(text);
+      await out.flush();
+    } catch {
+      // A log that cannot be written, as on a full disk, is no reason to serve no more.
+    }
   };
   const log = (line: string) => {
     lines += `${line}\n`;
-    if (lines.length > 4096) flush();
+    if (lines.length > 4096) void flush();
   };
   const { root, host, url, ignore, latest, sign } = given;
   const [cert, key] = [given["tls-cert"], given["tls-key"]];
@@ -5098,7 +5137,6 @@ async function runServe(given: Given): Promise<number> {
   await server.stop();
   clearInterval(flushing);
   await flush();
-  await out.end();
   return 0;
 }
 

@@ -80,6 +80,18 @@ test("much is read by other threads than the one that answers; they end with the
   });
 });
 
+test("a few large files are shared among the threads", async () => {
+  using temp = new Temp();
+  layTree(temp.at("root/1.0.0"), ofSizes([1, 2, 3, 4].map((i) => i * 1_000_000)));
+  await using tool = serving(temp.at("root"), "-o", temp.at("calls"));
+  await tool.until(/^try .*$/m);
+  const lines = fs.readFileSync(temp.at("calls"), "utf8").split("\n");
+  const opened = lines.filter((line) => line.includes("/root/1.0.0/flash/"));
+  const threads = new Set(opened.map((line) => line.split(" ")[0]));
+  expect(opened.length).toBe(4);
+  expect(threads.size).toBeGreaterThan(navigator.hardwareConcurrency > 1 ? 1 : 0);
+});
+
 for (const [what, tree] of Object.entries({ "a little": LITTLE, "a lot": MUCH })) {
   test(`${what}, of which a file cannot be read: the version is not offered, and it is said why`, async () => {
     using temp = new Temp();

@@ -745,6 +745,21 @@ describe.concurrent("content that is other than indexed is not sent", () => {
     });
   }
 
+  test("a file that has grown without bound is not read to its end", async () => {
+    using root = new Root();
+    fs.linkSync(root.in("1.0.1/flash/main.py"), root.at("elsewhere"));
+    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
+    await using tool = new Tool(args);
+    const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
+    fs.truncateSync(root.at("elsewhere"), 1.5 * 2 ** 30);
+    const response = await fetch(`${url}/1.0.1/flash/main.py`);
+    await response.body?.cancel();
+    expect(response.status).toBe(503);
+    // It asked for another look; hashing what is there now goes on in pieces.
+    tool.kill("SIGKILL");
+    expect((await tool.ended).memory).toBeLessThan(500 * 2 ** 20);
+  });
+
   test("larger content: what went or became shorter is no error of the server", async () => {
     using root = new Root();
     const size = 17 * 1024 * 1024;

@@ -12,11 +12,13 @@ import type { OTAServer, ServeOptions } from "../ota.ts";
 import { makeKeys, OTAError, parseManifest, parseRange, serve } from "../ota.ts";
 import { boardGet, boardUpdate } from "./helpers/board.ts";
 import { runOta, startServe } from "./helpers/cli.ts";
+import { freePort } from "./helpers/nginx.ts";
 import { Random } from "./helpers/random.ts";
 import type { ParsedResponse } from "./helpers/raw.ts";
 import { addressOf, parseResponse, rawRequest } from "./helpers/raw.ts";
 import type { Tree } from "./helpers/temp.ts";
 import { bytesOf, readTree, TempDir } from "./helpers/temp.ts";
+import { OTA_TS } from "./helpers/tool.ts";
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`server: SEED=${SEED}`);
@@ -966,6 +968,31 @@ describe("not served", () => {
 });
 
 // ── The log. ──
+
+describe("a log that cannot be written is no reason to serve no more", () => {
+  for (const [what, shell] of [
+    ["a full disk", 'exec "$@" > /dev/full'],
+    ["a reader that has gone", 'exec "$@" > >(read -r line)'],
+  ] as const) {
+    test(what, async () => {
+      await using root = new TempDir({ "1/f.txt": "one" });
+      const port = await freePort();
+      const args = ["serve", "--root", root.path, "--host", "127.0.0.1", "--port", `${port}`];
+      const command = ["bash", "-c", shell, "bash", process.execPath, OTA_TS, ...args];
+      await using child = Bun.spawn(command, { stdio: ["ignore", "ignore", "pipe"] });
+      const url = `http://127.0.0.1:${port}/1/f.txt`;
+      const get = () => fetch(url).then(({ status }) => status);
+      while ((await get().catch(() => 0)) === 0) await Bun.sleep(10); // Until it listens.
+      for (let i = 0; i < 3; i++) {
+        expect(await get()).toBe(200);
+        await Bun.sleep(150); // Longer than lines wait to be written.
+      }
+      child.kill("SIGINT");
+      expect(await child.stderr.text()).toBe("");
+      expect(await child.exited).toBe(0);
+    });
+  }
+});
 
 describe("the log has a line a request", () => {
   const WHEN = "\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d\\.\\d{3}Z";
