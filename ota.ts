@@ -1374,15 +1374,15 @@ export class Releases extends ReleaseIndex {
     const decision = this.#decide(query);
     if (!decision) return NOTHING_NEWER;
     const { target, has, full, image, version } = decision;
-    const parts = [query.hash === "sha256", suffix, has?.name, full, image?.name, version];
-    const key = parts.join("\n");
-    const wholeKey = `${base}\n${key}`;
+    const extras = query.hash === "sha256";
+    const key = `${has?.name}\n${version}\n${image?.name}\n${full}\n${extras}\n${suffix}`;
+    const wholeKey = `${key}\n${base}`;
     // Most devices name their version as the directory is named, or have none.
     const isShared = query.reqid === undefined && (query.current_ver ?? "") === (has?.name ?? "");
     const whole = isShared ? this.#whole.get(wholeKey) : undefined;
     if (whole) return whole;
     const known = target && this.#manifests.get(key);
-    const [head, tail] = known ?? this.#stringify(decision, query, suffix);
+    const [head, tail] = known ?? this.#stringify(decision, extras, suffix);
     if (target && !known) this.#manifests.set(key, [head, tail], 2 * (head.length + tail.length));
     const request = query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`;
     const previous = JSON.stringify(query.current_ver || "0");
@@ -1397,8 +1397,8 @@ export class Releases extends ReleaseIndex {
   }
 
   /** The two parts, with URLs that have only a path: any device may ask by any name. */
-  #stringify(decision: Decision, query: ManifestQuery, suffix: string): [string, string] {
-    const { head, tail } = this.#compose(decision, query.hash === "sha256", "", suffix);
+  #stringify(decision: Decision, extras: boolean, suffix: string): [string, string] {
+    const { head, tail } = this.#compose(decision, extras, "", suffix);
     return [`${JSON.stringify(head).slice(0, -1)},`, JSON.stringify(tail).slice(1)];
   }
 
@@ -1807,7 +1807,7 @@ interface Answer {
   /** How the body is coded, and the bytes that this saves. */
   coding?: { encoding: Encoding; saved: number };
   /** The status and the headers as they are sent, padded; made once they are needed. */
-  init?: ResponseInit;
+  init?: { status: number; headers: Headers };
 }
 
 /** One form of a content that can be sent. */
@@ -1927,8 +1927,10 @@ function toResponse(method: string, answer: Answer): Response {
     const length = status !== 304 && { "Content-Length": `${size}` };
     return new Response(null, { status, headers: { ...headers, ...length } });
   }
-  const padded = () => (status === 200 ? { ...headers, "X-Pad": padding(headers, size) } : headers);
-  answer.init ??= { status, headers: new Headers(padded()) };
+  if (!answer.init) {
+    answer.init = { status, headers: new Headers(headers) };
+    if (status === 200) answer.init.headers.set("X-Pad", padding(headers, size));
+  }
   return new Response(answer.body, answer.init);
 }
 
@@ -1971,13 +1973,13 @@ function logLine(
   milliseconds: number,
 ): string {
   const device = query.devid || query.wmac;
-  const who = device ? `${address} device=${printable(device)}` : address;
-  const what = `${printable(method)} ${printable(path)} ${status} ${size}`;
+  const id = device ? ` device=${printable(device)}` : "";
   const coded = coding ? ` coding=${coding.encoding}` : "";
   const failed = query.failed ? ` failed=${printable(query.failed)}` : "";
   const tenths = Math.round(milliseconds * 10);
   const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms`;
-  return `${timeStamp()} ${who} ${what} ${taken}${coded}${failed}`;
+  const what = `${printable(method)} ${printable(path)} ${status} ${size}`;
+  return `${timeStamp()} ${address}${id} ${what} ${taken}${coded}${failed}`;
 }
 
 const clock = { at: 0, text: "" };
