@@ -65,7 +65,12 @@ function errorCode(error: unknown): string | undefined {
 
 /** Whether a system error says that something is not there. */
 function isMissing(error: unknown): boolean {
-  return ["ENOENT", "ENOTDIR"].includes(errorCode(error) ?? "");
+  return saysMissing(errorCode(error));
+}
+
+/** The same of its code alone. */
+function saysMissing(code: string | undefined): boolean {
+  return code === "ENOENT" || code === "ENOTDIR";
 }
 
 /** The text of anything thrown. */
@@ -1160,22 +1165,21 @@ export class ReleaseIndex {
 
   /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
   async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | string | undefined> {
-    const stale = found.filter(({ file, stat }) => {
-      return this.#hashes.get(file)?.stamp !== stampOf(stat);
-    });
-    const bytes = stale.reduce((sum, { stat }) => sum + stat.size, 0);
+    const stale = found
+      .map(({ file, stat }) => ({ file, size: stat.size, stamp: stampOf(stat) }))
+      .filter(({ file, stamp }) => this.#hashes.get(file)?.stamp !== stamp);
+    const bytes = stale.reduce((sum, { size }) => sum + size, 0);
     const hashed = await this.#hasher.hash(
       stale.map(({ file }) => file),
       bytes,
     );
-    for (const [i, { file, stat }] of stale.entries()) {
+    for (const [i, { file, stamp }] of stale.entries()) {
       const hashes = hashed[i]!;
       if ("message" in hashes) {
-        const error = Object.assign(new Error(hashes.message), { code: hashes.code });
-        return isMissing(error) ? undefined : `unreadable: ${hashes.message}`;
+        return saysMissing(hashes.code) ? undefined : `unreadable: ${hashes.message}`;
       }
       const etag = `"${hashes.sha256.slice(0, 32)}"`;
-      this.#hashes.set(file, { stamp: stampOf(stat), hashes: { file, ...hashes, etag } });
+      this.#hashes.set(file, { stamp, hashes: { file, ...hashes, etag } });
     }
     const files = found.map(({ path, file }) => [path, this.#hashes.get(file)!.hashes] as const);
     return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
@@ -2278,8 +2282,8 @@ class Service {
     const encoding = wholeEncoding(acceptedEncodings(request.headers.get("accept-encoding")));
     // Even with the same manifest, the signature is another one.
     if (!text.isShared || reqid !== "") return this.#manifestAnswer(text, reqid, encoding, FAST);
-    const answers = this.#manifests.get(text) ?? {};
-    this.#manifests.set(text, answers);
+    let answers = this.#manifests.get(text);
+    if (!answers) this.#manifests.set(text, (answers = {}));
     const level = text.bytes.byteLength > LONG_MANIFEST ? FAST : undefined;
     return (answers[encoding ?? "identity"] ??= this.#manifestAnswer(text, "", encoding, level));
   }
@@ -4196,18 +4200,19 @@ class Attempt {
     };
   }
 
-  /** Whether there is nothing left to ask for. */
-  isAllHere(): boolean {
-    const { size } = this.item;
-    return size === 0 || (this.#part.size === size && this.#encoding === "identity");
+  /** Takes what is here, where that is all of it; says whether. */
+  takeAll(): boolean {
+    const { key, size } = this.item;
+    if (size === 0) this.files.startPart(key);
+    else if (this.#part.size === size && this.#encoding === "identity") this.#keep();
+    else return false;
+    return true;
   }
 
   /** Goes on from what an earlier try left. */
-  keep(): void {
-    const { key, size } = this.item;
-    if (size === 0) return this.files.startPart(key);
+  #keep(): void {
     this.#count(this.#part.size);
-    this.files.readPart(key, (piece) => this.#hasher.update(piece));
+    this.files.readPart(this.item.key, (piece) => this.#hasher.update(piece));
   }
 
   /**
@@ -4223,7 +4228,7 @@ class Attempt {
       throw new ContentError(`${path} has ${data.total} bytes, and ${size} were expected`, true);
     }
     const continues = data.offset > 0 && data.offset === this.want.offset;
-    if (continues && data.encoding === this.#encoding) this.keep();
+    if (continues && data.encoding === this.#encoding) this.#keep();
     else if (data.offset === 0) {
       // Of little content, what tells how to go on would cost more than to start anew.
       const etag = this.#limit < MIN_RESUMED ? undefined : data.etag;
@@ -4385,8 +4390,7 @@ class Fetcher {
   ): Promise<void> {
     const attempt = new Attempt(this.files, item, plain, progress);
     try {
-      if (attempt.isAllHere()) attempt.keep();
-      else {
+      if (!attempt.takeAll()) {
         const want = { ...attempt.want, signal };
         await this.receiver.receive(item.url, want, (data) => attempt.begin(data));
       }

@@ -229,7 +229,7 @@ export function wholeCpuOf(pid: number): number {
   return (Number(fields[11]) + Number(fields[12])) / 100;
 }
 
-/** Seconds of CPU that the threads of a process and the children it now has have used, to the nanosecond. */
+/** Seconds of CPU that the threads and children a process now has have used, to the nanosecond. */
 export function cpuOf(pid: number): number {
   let nanoseconds = 0;
   for (const task of fs.readdirSync(`/proc/${pid}/task`)) {
