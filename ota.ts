@@ -238,6 +238,8 @@ export interface ManifestEntry {
   sha256?: string;
   /** Bytes; only when asked for with `hash=sha256`. */
   size?: number;
+  /** The owner may run the file; only when asked for with `hash=sha256`, and never `false`. */
+  executable?: true;
 }
 
 /** The firmware image to flash. */
@@ -252,6 +254,8 @@ export interface ManifestFirmware {
 
 /** What brings a device from one release to another. Keys are sorted, as on the wire. */
 export interface Manifest {
+  /** The `base` of a request with `reqid`, when the lists are what changes that very release. */
+  base?: string;
   /** Paths to delete, without a leading slash, as deployed boards expect. */
   delete: string[];
   firmware?: ManifestFirmware;
@@ -275,6 +279,10 @@ export interface ManifestQuery {
   firmware_ver?: string;
   /** `releaseDigest` of what it really has. */
   base?: string;
+  /** SHA-256 of the firmware image that it really has. */
+  firmware_sha256?: string;
+  /** Asks for all files of this version, whatever the device is on: nothing is an update then. */
+  list?: string;
   /** `sha256` asks for the fields `sha256`, `size` and `firmware.version`. */
   hash?: string;
   /** Echoed as `request_id`. */
@@ -373,6 +381,7 @@ export function parseManifest(body: string | Uint8Array, current?: string): Mani
   if (fields.firmware !== undefined) manifest.firmware = asFirmware(fields.firmware);
   if (fields.full !== undefined && typeof fields.full !== "boolean") refuse("full: no boolean");
   if (fields.full) manifest.full = true;
+  if (fields.base !== undefined) manifest.base = asDigest(fields.base, "base", 64);
   if (fields.previous_version !== undefined) {
     manifest.previous_version = asText(fields.previous_version, "previous_version");
   }
@@ -439,7 +448,14 @@ function asContent(fields: Record<string, unknown>, name: string) {
 function asEntry(value: unknown, name: string): ManifestEntry {
   const fields = asRecord(value, name);
   const path = asText(fields.dst_path, `${name}.dst_path`).replace(/^\//, "");
-  return { ...asContent(fields, name), dst_path: `/${asPath(path, `${name}.dst_path`)}` };
+  if (fields.executable !== undefined && typeof fields.executable !== "boolean") {
+    refuse(`${name}.executable: no boolean`);
+  }
+  return {
+    ...asContent(fields, name),
+    dst_path: `/${asPath(path, `${name}.dst_path`)}`,
+    ...(fields.executable && { executable: true as const }),
+  };
 }
 
 function asFirmware(value: unknown): ManifestFirmware {
@@ -527,8 +543,8 @@ export function parseQuery(search: string): ManifestQuery {
 }
 
 const PARAMETERS: ReadonlySet<keyof ManifestQuery> = new Set([
-  ...(["current_ver", "firmware_ver", "base", "hash", "reqid"] as const),
-  ...(["devid", "wmac", "failed", "token"] as const),
+  ...(["current_ver", "firmware_ver", "base", "firmware_sha256", "list", "hash"] as const),
+  ...(["reqid", "devid", "wmac", "failed", "token"] as const),
 ]);
 
 /** A path for a URL: every part percent-encoded, the slashes kept. */
