@@ -63,6 +63,8 @@ interface World {
   damaged: boolean;
   /** What going back needs; `null` when there is nothing to go back to. */
   undo: Undo | null;
+  /** Contents of the application's files that made way for a release and are kept. */
+  kept: readonly string[];
 }
 
 interface Undo {
@@ -87,6 +89,7 @@ const EMPTY_WORLD: World = {
   restart: null,
   damaged: false,
   undo: null,
+  kept: [],
 };
 
 const sha256 = (text: string): string => new Bun.CryptoHasher("sha256").update(text).digest("hex");
@@ -103,16 +106,25 @@ function difference(
   world: World,
   release: Release,
   { whole = false }: UpdateOptions,
-): { put: Map<string, string>; remove: string[] } {
+): { put: Map<string, string>; remove: string[]; displace: string[] } {
   const known = world.installed?.files ?? {};
   const entries = Object.entries(release.files);
   const put = entries.filter(([path, text]) => whole || known[path] !== sha256(text));
   const remove = Object.keys(known).filter((path) => !(path in release.files));
-  return { put: new Map(put), remove: remove.filter((path) => world.files.has(path)) };
+  const displace = put
+    .map(([path]) => path)
+    .filter((path) => {
+      return world.files.has(path) && !(path in known);
+    });
+  return {
+    put: new Map(put),
+    remove: remove.filter((path) => world.files.has(path)),
+    displace,
+  };
 }
 
 function updated(world: World, release: Release, options: UpdateOptions = {}): World {
-  const { put, remove } = difference(world, release, options);
+  const { put, remove, displace } = difference(world, release, options);
   const files = new Map(world.files);
   const directories = new Set(world.directories);
   const made: string[] = [];
@@ -163,6 +175,7 @@ function updated(world: World, release: Release, options: UpdateOptions = {}): W
     failed: options.check ? world.failed : failuresAfter(world, release.version),
     restart: options.restart ?? null,
     damaged: false,
+    kept: [...world.kept, ...displace.map((path) => world.files.get(path)!.replace(/^\d+ /, ""))],
     undo: {
       before: world,
       touched: new Set([...put.keys(), ...remove]),
@@ -223,13 +236,14 @@ function rolledBack(world: World): World {
     failed: [...world.failed.filter((other) => other !== failure), failure],
     restart,
     damaged: false,
-    undo: null,
+    // A release on trial leaves the way back to the one before the last as it was.
+    undo: world.starts === null ? null : before.undo,
   };
 }
 
 /** What can be seen of a world, as a plain object with its keys in order. */
 function visible(world: World): Record<string, unknown> {
-  const { files, directories, undo, ...rest } = world;
+  const { files, directories, undo, kept, ...rest } = world;
   const { version, previous_version, files: hashes } = world.installed ?? {};
   return {
     ...rest,
@@ -278,6 +292,7 @@ function look(disk: MemoryDisk, journal: Journal): Record<string, unknown> {
     restart,
     damaged: journal.damaged.length > 0,
     undo: null,
+    kept: [],
   };
   return { ...visible(world), canRollBack: journal.canRollBack };
 }
@@ -295,8 +310,6 @@ interface Step {
   then(world: World): World;
   /** Done by the application, not by the updater: no crash is tried in it. */
   apart?: boolean;
-  /** When it is cut off, what was needed to go back may be gone. */
-  forgets?: boolean;
 }
 
 /** Gets content staged: in pieces, as from a network, or at once. */
@@ -317,7 +330,7 @@ async function update(
   release: Release,
   options: UpdateOptions,
 ): Promise<void> {
-  const { put, remove } = difference(world, release, options);
+  const { put, remove, displace } = difference(world, release, options);
   journal.preflight(put.keys(), remove);
   const keys = new Map<string, string>();
   for (const [path, text] of put) keys.set(path, await stage(journal, text));
@@ -327,6 +340,7 @@ async function update(
     digest: digestOf(release),
     put: keys,
     remove,
+    displace,
   };
   if (image !== undefined) change.firmware = { key: await stage(journal, image), version };
   if (options.check) change.check = { command: "true", timeout: 60 };
@@ -356,7 +370,6 @@ const steps = {
       const undo = world.installed?.version === version ? world.undo : null;
       return { ...world, installed: renamed(world, version), undo };
     },
-    forgets: true,
   }),
   countStart: (): Step => ({
     name: "countStart",
@@ -569,7 +582,7 @@ function checkStaged(disk: MemoryDisk, where: string): void {
 /** What the updater keeps when nothing is under way. */
 function checkLeftovers(
   disk: MemoryDisk,
-  canRollBack: boolean,
+  world: World,
   scenario: Scenario,
   undisturbed: boolean,
 ): void {
@@ -580,10 +593,14 @@ function checkLeftovers(
     const isUnfinished = name.endsWith(".new") && !undisturbed;
     return /json|corrupt/.test(name) && name !== "state.json" && !isUnfinished;
   });
-  const expected = canRollBack ? ["journal.json"] : [];
-  expect({ records, backups: backups.length }).toEqual({
+  const isOnTrial = world.starts !== null;
+  const older = isOnTrial && world.undo?.before.undo ? ["journal.json"] : [];
+  const expected = world.undo
+    ? [...(isOnTrial ? ["commit.json"] : ["journal.json"]), ...older]
+    : [];
+  expect({ records: records.sort(), backups: backups.length }).toEqual({
     records: expected,
-    backups: canRollBack ? 1 : 0,
+    backups: expected.length,
   });
   const displaced = names.filter((name) => name.startsWith("displaced-"));
   const found = displaced.flatMap((name) => {
@@ -592,7 +609,7 @@ function checkLeftovers(
     const files = disk.walk(path).values();
     return [...files.filter(({ kind }) => kind === "file").map(({ data }) => decode(data))];
   });
-  const { displaced: precious = [] } = scenario;
+  const precious = [...(scenario.displaced ?? []), ...world.kept].sort();
   if (undisturbed) {
     expect(found.sort()).toEqual(precious);
     expect(disk.list(`${ROOT}/.ota/staged`)).toEqual([]);
@@ -603,22 +620,17 @@ function checkLeftovers(
   }
 }
 
-const withoutWayBack = (seen: Record<string, unknown>): Record<string, unknown> => {
-  return { ...seen, canRollBack: undefined };
-};
-
 /** Opens what is left, and says which of the worlds it is. */
 async function recover(
   disk: MemoryDisk,
   { worlds }: Stage,
   allowed: readonly number[],
   where: string,
-  adapt = (seen: Record<string, unknown>): Record<string, unknown> => seen,
 ): Promise<number[]> {
   const journal = await Journal.open(ROOT, disk);
-  const found = adapt(look(disk, journal));
+  const found = look(disk, journal);
   journal[Symbol.dispose]();
-  const expected = allowed.map((i) => adapt(visible(worlds[i]!)));
+  const expected = allowed.map((i) => visible(worlds[i]!));
   const matches = allowed.filter((_, i) => same(found, expected[i]));
   if (matches.length === 0) wrong(where, "after recovery it is something else", found, expected);
   checkStaged(disk, where);
@@ -639,7 +651,7 @@ async function playOn(
   const found = look(disk, journal);
   const expected = visible(worlds.at(-1)!);
   if (!same(found, expected)) wrong(where, `going on at step ${from}`, found, [expected]);
-  checkLeftovers(disk, journal.canRollBack, scenario, undisturbed);
+  checkLeftovers(disk, worlds.at(-1)!, scenario, undisturbed);
   if (journal.recovered) wrong(where, "there was something to recover after the end");
   journal[Symbol.dispose]();
 }
@@ -666,10 +678,8 @@ async function survive(
   where: string,
   random: Random,
   effort: Effort,
-  forgets = false,
 ): Promise<void> {
   const worlds = allowed.map((i) => stage.worlds[i]!);
-  const adapt = forgets ? withoutWayBack : undefined;
   const ways = Array.from({ length: stage.scenario.closely ?? 1 }, () => HOWS).flat();
   for (const how of ways) {
     counts.crashes++;
@@ -677,7 +687,7 @@ async function survive(
     const here = `${where}, ${how}`;
     checkPaths(left, worlds, here);
     const recovered = left.clone();
-    const matches = await recover(recovered, stage, allowed, here, adapt);
+    const matches = await recover(recovered, stage, allowed, here);
     for (let at = 1; at <= recovered.changes; at++) {
       if (!random.chance(effort.again)) continue;
       counts.recoveries++;
@@ -689,13 +699,13 @@ async function survive(
       if (!second.isDead) wrong(there, "it did not crash");
       const leftAgain = aftermath(second, then, random);
       checkPaths(leftAgain, worlds, there);
-      await recover(leftAgain, stage, allowed, there, adapt);
+      await recover(leftAgain, stage, allowed, there);
     }
     // Where both worlds look the same there is no telling which step is next.
     if (matches.length === 1 && random.chance(effort.on)) {
       const { scenario } = stage;
       const world = stage.worlds[matches[0]!]!;
-      if (world.undo && !forgets) {
+      if (world.undo) {
         const back: Scenario = { name: `${scenario.name}, then back`, steps: [steps.rollBack()] };
         const worlds = [world, rolledBack(world)];
         const then = { ...stage, scenario: back, worlds };
@@ -721,7 +731,7 @@ async function crash(
   const where = `${scenario.name}: ${torn ? "in" : "before"} change ${at} (${step?.name ?? "open"})`;
   if (!disk.isDead) wrong(where, "it did not crash");
   const allowed = step ? [progress, progress + 1] : [progress];
-  await survive(disk, stage, allowed, where, random, effort, step?.forgets);
+  await survive(disk, stage, allowed, where, random, effort);
 }
 
 async function tryCrashes(scenario: Scenario, links: boolean, effort: Effort): Promise<void> {
@@ -782,10 +792,7 @@ async function goOn(
       allowed.map((i) => stage.worlds[i]!),
       where,
     );
-  // An update that fails may have dropped what was needed to go back further.
-  const forgets = isUpdate || step?.forgets;
-  const adapt = forgets ? withoutWayBack : undefined;
-  const matches = await recover(disk, stage, allowed, where, adapt);
+  const matches = await recover(disk, stage, allowed, where);
   if (matches.length === 1 || !step) await playOn(disk, stage, matches[0]!, where);
 }
 
@@ -1282,7 +1289,7 @@ describe("syncs", () => {
       ".ota": 3,
       ".ota/backup": 1,
       ".ota/staged": 2,
-      ".ota/journal.json.new": 1,
+      ".ota/commit.json.new": 1,
       ".ota/state.json.new": 1,
     });
   });
@@ -1307,7 +1314,7 @@ describe("syncs", () => {
       ".ota/backup/3": 1,
       ".ota/backup": 1,
       ".ota/staged": 2,
-      ".ota/journal.json.new": 1,
+      ".ota/commit.json.new": 1,
       ".ota/state.json.new": 1,
     });
   });
