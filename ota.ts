@@ -747,7 +747,7 @@ class Looker {
 
 /** What tells a changed file from an unchanged one without reading it. */
 function stampOf(stat: fs.Stats): string {
-  return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev}`;
+  return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev} ${stat.mode}`;
 }
 
 /** Whether an absolute path, links resolved, is below a directory. */
@@ -896,6 +896,8 @@ export interface IndexedFile extends FileHashes {
   file: string;
   /** Strong, quoted. */
   etag: string;
+  /** Whether its owner may run it. */
+  executable: boolean;
 }
 
 /** One version: a directory below the root, the whole file system of a device. */
@@ -1169,20 +1171,21 @@ export class ReleaseIndex {
   /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
   async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | string | undefined> {
     const stale = found
-      .map(({ file, stat }) => ({ file, size: stat.size, stamp: stampOf(stat) }))
+      .map(({ file, stat }) => ({ file, stat, stamp: stampOf(stat) }))
       .filter(({ file, stamp }) => this.#hashes.get(file)?.stamp !== stamp);
-    const bytes = stale.reduce((sum, { size }) => sum + size, 0);
+    const bytes = stale.reduce((sum, { stat }) => sum + stat.size, 0);
     const hashed = await this.#hasher.hash(
       stale.map(({ file }) => file),
       bytes,
     );
-    for (const [i, { file, stamp }] of stale.entries()) {
+    for (const [i, { file, stat, stamp }] of stale.entries()) {
       const hashes = hashed[i]!;
       if ("message" in hashes) {
         return saysMissing(hashes.code) ? undefined : `unreadable: ${hashes.message}`;
       }
       const etag = `"${hashes.sha256.slice(0, 32)}"`;
-      this.#hashes.set(file, { stamp, hashes: { file, ...hashes, etag } });
+      const executable = (stat.mode & fs.constants.S_IXUSR) !== 0;
+      this.#hashes.set(file, { stamp, hashes: { file, ...hashes, etag, executable } });
     }
     const files = found.map(({ path, file }) => [path, this.#hashes.get(file)!.hashes] as const);
     return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
@@ -1284,6 +1287,15 @@ interface Decision {
   image: FirmwareImage | undefined;
   /** What it is on afterwards. */
   version: string;
+  /** What it says that it is on, as it is sent back. */
+  previous: string;
+  /** The digest of what it has, where that is what it sent as `base`, with a `reqid`. */
+  base: string | undefined;
+}
+
+/** What a query may name a content by; anything else says nothing, as if it were not sent. */
+function digestIn(text: string | undefined): string | undefined {
+  return text !== undefined && /^[0-9a-f]{64}$/i.test(text) ? text.toLowerCase() : undefined;
 }
 
 /** A manifest as JSON in UTF-8. */
@@ -1364,8 +1376,9 @@ export class Releases extends ReleaseIndex {
     if (!decision) return null;
     const { head, tail } = this.#compose(decision, query.hash === "sha256", base, suffix);
     return {
+      ...(decision.base && { base: decision.base }),
       ...head,
-      previous_version: query.current_ver || "0",
+      previous_version: decision.previous,
       ...(query.reqid !== undefined && { request_id: query.reqid }),
       ...tail,
     };
@@ -1380,23 +1393,25 @@ export class Releases extends ReleaseIndex {
   manifestText(query: ManifestQuery, base: string, suffix = ""): ManifestText {
     const decision = this.#decide(query);
     if (!decision) return NOTHING_NEWER;
-    const { target, has, full, image, version } = decision;
+    const { target, has, full, image, version, previous, base: bound } = decision;
     const extras = query.hash === "sha256";
     const key = `${has?.name}\n${version}\n${image?.name}\n${full}\n${extras}\n${suffix}`;
     const wholeKey = `${key}\n${base}`;
     // Most devices name their version as the directory is named, or have none.
-    const isShared = query.reqid === undefined && (query.current_ver ?? "") === (has?.name ?? "");
+    const isShared = query.reqid === undefined && previous === (has?.name ?? "0");
     const whole = isShared ? this.#whole.get(wholeKey) : undefined;
     if (whole) return whole;
     const known = target && this.#manifests.get(key);
     const [head, tail] = known ?? this.#stringify(decision, extras, suffix);
     if (target && !known) this.#manifests.set(key, [head, tail], 2 * (head.length + tail.length));
-    const request = query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`;
-    const previous = JSON.stringify(query.current_ver || "0");
+    const first = bound ? `{"base":"${bound}",` : "{";
+    const echoed =
+      `"previous_version":${JSON.stringify(previous)},` +
+      (query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`);
     // Within a string of JSON a quote has a backslash before it: this is found nowhere else.
     const mark = '"URL":"';
     const link = (text: string) => text.split(mark).join(mark + JSON.stringify(base).slice(1, -1));
-    const bytes = utf8(`${link(head)}"previous_version":${previous},${request}${link(tail)}`);
+    const bytes = utf8(first + link(head) + echoed + link(tail));
     const made = { bytes, isShared };
     // Twice: those who serve it keep it in the form of an answer, too.
     if (isShared) this.#whole.set(wholeKey, made, 2 * bytes.byteLength);
@@ -1406,28 +1421,50 @@ export class Releases extends ReleaseIndex {
   /** The two parts, with URLs that have only a path: any device may ask by any name. */
   #stringify(decision: Decision, extras: boolean, suffix: string): [string, string] {
     const { head, tail } = this.#compose(decision, extras, "", suffix);
-    return [`${JSON.stringify(head).slice(0, -1)},`, JSON.stringify(tail).slice(1)];
+    return [`${JSON.stringify(head).slice(1, -1)},`, JSON.stringify(tail).slice(1)];
   }
 
   #decide(query: ManifestQuery): Decision | null {
+    if (query.list !== undefined) return this.#listOf(query.list);
     const current = query.current_ver ?? "";
     const known = this.find(current);
     const device = known?.version ?? new LooseVersion(current);
+    const base = digestIn(query.base);
+    const full = base !== undefined && base !== known?.digest;
     const newest = this.versions.at(-1);
-    const target = newest && newest.version.compare(device) > 0 ? newest : undefined;
-    const highest = this.firmware.at(-1);
-    const isNewer = highest && highest.version.compare(query.firmware_ver ?? device) > 0;
-    const image = isNewer ? highest : undefined;
-    if (!target) {
-      // A device that does not say which firmware it runs would flash the same image for ever, or
-      // skip the files of that version: it gets firmware alone only where there are no files.
-      const mayFlash = query.firmware_ver !== undefined || this.versions.length === 0;
-      if (!image || !mayFlash) return null;
-      const version = query.firmware_ver === undefined ? image.name : current || "0";
-      return { target, has: undefined, full: false, image, version };
+    const isBehind = newest && newest.version.compare(device) > 0;
+    // On the newest, too, a device may have something else than what that is now.
+    const target = isBehind || (full && newest && newest === known) ? newest : undefined;
+    const image = this.#imageFor(query, device);
+    const previous = current || "0";
+    const bound = query.reqid !== undefined && !full ? base : undefined;
+    if (target) {
+      const has = full ? undefined : known;
+      return { target, has, full, image, version: target.name, previous, base: bound };
     }
-    const full = !!query.base && query.base.toLowerCase() !== known?.digest;
-    return { target, has: full ? undefined : known, full, image, version: target.name };
+    // A device that does not say which firmware it runs would flash the same image for ever, or
+    // skip the files of that version: it gets firmware alone only where there are no files.
+    const mayFlash = query.firmware_ver !== undefined || this.versions.length === 0;
+    if (!image || !mayFlash) return null;
+    const version = query.firmware_ver === undefined ? image.name : previous;
+    return { target, has: undefined, full: false, image, version, previous, base: bound };
+  }
+
+  /** The highest image, when it is higher than what runs, or other than what runs by its name. */
+  #imageFor(query: ManifestQuery, device: LooseVersion): FirmwareImage | undefined {
+    const highest = this.firmware.at(-1);
+    const order = highest?.version.compare(query.firmware_ver ?? device) ?? 0;
+    const runs = query.firmware_ver === undefined ? undefined : digestIn(query.firmware_sha256);
+    const isOther = order === 0 && runs !== undefined && runs !== highest?.sha256;
+    return order > 0 || isOther ? highest : undefined;
+  }
+
+  /** All of a version, for a device that has to learn what it consists of. */
+  #listOf(name: string): Decision | null {
+    const target = this.find(name);
+    if (!target) return null;
+    const nothing = { has: undefined, full: false, image: undefined, base: undefined };
+    return { target, ...nothing, version: target.name, previous: "0" };
   }
 
   /** The fields of a manifest before and after those that echo the request. */
@@ -1442,11 +1479,17 @@ export class Releases extends ReleaseIndex {
       hash: file.sha1,
       ...(extras && { sha256: file.sha256, size: file.size }),
     });
-    const entry = ([path, file]: readonly [string, FileHashes]): ManifestEntry => {
-      return { URL: link(`${target!.name}/${path}`), dst_path: `/${path}`, ...hashes(file) };
-    };
+    const entry = ([path, file]: readonly [string, IndexedFile]): ManifestEntry => ({
+      URL: link(`${target!.name}/${path}`),
+      dst_path: `/${path}`,
+      ...(extras && file.executable && { executable: true as const }),
+      ...hashes(file),
+    });
     const files = [...(target?.files ?? [])];
     const old = has?.files;
+    // Boards know no such bit: they would fetch the file for nothing.
+    const differ = (a: IndexedFile, b: IndexedFile) =>
+      a.sha256 !== b.sha256 || (extras && a.executable !== b.executable);
     return {
       head: {
         delete: [...(old?.keys() ?? [])].filter((path) => !target!.files.has(path)),
@@ -1462,7 +1505,7 @@ export class Releases extends ReleaseIndex {
       },
       tail: {
         update: files
-          .filter(([path, file]) => old?.has(path) && old.get(path)!.sha256 !== file.sha256)
+          .filter(([path, file]) => old?.has(path) && differ(old.get(path)!, file))
           .map(entry),
         version,
       },
@@ -2277,7 +2320,10 @@ class Service {
     const newest =
       text === NOTHING_NEWER ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
     const from = Metrics.label(this.releases, current_ver);
-    this.#metrics.add("ota_manifests_total", `from="${from}",to="${newest}"`);
+    // A list is no update.
+    if (query.list === undefined) {
+      this.#metrics.add("ota_manifests_total", `from="${from}",to="${newest}"`);
+    }
     if (query.failed) {
       const version = Metrics.label(this.releases, query.failed);
       this.#metrics.add("ota_failures_total", `version="${version}"`);

@@ -98,6 +98,7 @@ describe("a device accepts", () => {
 
   test("all that our server adds", () => {
     const sent: Manifest = {
+      base: SHA256,
       delete: ["sd/a", "sd/b c"],
       firmware: {
         URL: `${HOST}/firmware_2.bin`,
@@ -111,6 +112,7 @@ describe("a device accepts", () => {
         {
           URL: "https://cdn/1.0.1/sd/%F0%9F%9A%80",
           dst_path: "/sd/\u{1f680}",
+          executable: true,
           hash: SHA1,
           sha256: SHA256,
           size: 0,
@@ -245,6 +247,7 @@ describe("a device refuses", () => {
     ["full", (value) => manifest({ full: value }), (v) => v === false],
     ["previous_version", (value) => manifest({ previous_version: value }), isText],
     ["request_id", (value) => manifest({ request_id: value }), isText],
+    ["base", (value) => manifest({ base: value }), () => false],
     ["delete[0]", (value) => manifest({ delete: [value] }), (v) => v === "text"],
     ["new[0]", (value) => manifest({ new: [value] }), () => false],
     ["update[0]", (value) => manifest({ update: [value] }), () => false],
@@ -257,6 +260,11 @@ describe("a device refuses", () => {
     ["new[0].hash", (v) => manifest({ new: [entry("/a", { hash: v })] }), () => false],
     ["new[0].sha256", (v) => manifest({ new: [entry("/a", { sha256: v })] }), () => false],
     ["new[0].size", (v) => manifest({ new: [entry("/a", { size: v })] }), (v) => v === 0],
+    [
+      "new[0].executable",
+      (v) => manifest({ new: [entry("/a", { executable: v })] }),
+      (v) => v === false,
+    ],
     [
       "firmware.version",
       (v) => manifest({ firmware: { URL: `${HOST}/firmware_1.bin`, hash: SHA1, version: v } }),
