@@ -1396,9 +1396,10 @@ export class Releases extends ReleaseIndex {
     const { target, has, full, image, version, previous, base: bound } = decision;
     const extras = query.hash === "sha256";
     const key = `${has?.name}\n${version}\n${image?.name}\n${full}\n${extras}\n${suffix}`;
-    const wholeKey = `${key}\n${base}`;
+    const wholeKey = `${key}\n${previous}\n${base}`;
     // Most devices name their version as the directory is named, or have none.
-    const isShared = query.reqid === undefined && previous === (has?.name ?? "0");
+    const isCommon = query.list !== undefined || previous === (has?.name ?? "0");
+    const isShared = query.reqid === undefined && isCommon;
     const whole = isShared ? this.#whole.get(wholeKey) : undefined;
     if (whole) return whole;
     const known = target && this.#manifests.get(key);
@@ -1464,7 +1465,7 @@ export class Releases extends ReleaseIndex {
     const target = this.find(name);
     if (!target) return null;
     const nothing = { has: undefined, full: false, image: undefined, base: undefined };
-    return { target, ...nothing, version: target.name, previous: "0" };
+    return { target, ...nothing, version: target.name, previous: target.name };
   }
 
   /** The fields of a manifest before and after those that echo the request. */
@@ -4236,7 +4237,7 @@ export interface Examined {
   installed?: Installed;
   /** Path → SHA-256 of what is there of the record's paths; not of what has lost its mode. */
   files: Map<string, string>;
-  /** SHA-256 of the active firmware image, `""` when it is gone; absent: there is none. */
+  /** SHA-256 of the active firmware image, as of nothing when it is gone; absent: there is none. */
   image?: string;
   differences: Difference[];
   /** Whether the record has other stamps now. */
@@ -4291,17 +4292,17 @@ function examineFirmware(files: DeviceFiles, examined: Examined, thorough: boole
   const { installed, differences } = examined;
   const known = installed?.image;
   if (stat?.kind !== "file") {
-    examined.image = "";
+    examined.image = sha256("");
     differences.push({ path, found: "missing" });
     return;
   }
   const { stamp } = stat;
   const isSame = !thorough && known?.stamp === stamp;
-  const sha256 = isSame ? known!.sha256 : files.digest(path, "sha256");
-  examined.image = sha256;
-  if (known && sha256 !== known.sha256) differences.push({ path, found: "changed" });
+  const found = isSame ? known!.sha256 : files.digest(path, "sha256");
+  examined.image = found;
+  if (known && found !== known.sha256) differences.push({ path, found: "changed" });
   else if (installed && known?.stamp !== stamp) {
-    installed.image = { sha256, stamp };
+    installed.image = { sha256: found, stamp };
     examined.isNewer = true;
   }
 }
@@ -5086,7 +5087,8 @@ function checkSigned(manifest: Manifest, query: ManifestQuery): void {
     refuse(`it is for a device on ${previous_version}, and this one is on ${from}`);
   }
   // Else it could be for what the server believes, and the result a mix that nobody released.
-  if (query.base && !manifest.full && manifest.base !== query.base) {
+  const hasLists = manifest.delete.length + manifest.new.length + manifest.update.length > 0;
+  if (hasLists && query.base && !manifest.full && manifest.base !== query.base) {
     refuse(
       `it is not for what this device has of ${from}: base was lost on the way, or not echoed`,
     );

@@ -617,7 +617,7 @@ describe("list: what a version consists of", () => {
     const expected = {
       delete: [],
       new: [entry("b", "b"), entry("flash/main.py", "1.0.0")],
-      previous_version: "0",
+      previous_version: "1.0.0",
       request_id: "7",
       update: [],
       version: "1.0.0",
