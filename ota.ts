@@ -3154,6 +3154,127 @@ class Records {
   }
 }
 
+// ──── Examination ────────────────────────────────────────────────────────────────────────────────
+// What a device really has, beside what is recorded of it: files are edited, deleted and damaged by
+// others, and records are lost or put back.
+
+/** How a file is other than recorded. */
+export interface Difference {
+  path: string;
+  found: "missing" | "changed" | "not executable" | "no regular file";
+}
+
+/** What is really there of a release. */
+export interface Examined {
+  /** The record, with the stamps of what was hashed just now; absent: nothing is recorded. */
+  installed?: Installed;
+  /** Path → SHA-256 of what is there of the record's paths; not of what has lost its mode. */
+  files: Map<string, string>;
+  /** SHA-256 of the active firmware image, as of nothing when it is gone; absent: there is none. */
+  image?: string;
+  differences: Difference[];
+  /** Whether the record has other stamps now. */
+  isNewer: boolean;
+}
+
+/**
+ * Compares a record with what is there.
+ *
+ * @param thorough whether files are hashed although they look as they did when they were recorded
+ */
+export function examine(
+  files: DeviceFiles,
+  recorded: Installed | null,
+  thorough = false,
+): Examined {
+  const examined: Examined = { files: new Map(), differences: [], isNewer: false };
+  if (recorded) {
+    examined.installed = { ...recorded, stamps: { ...recorded.stamps } };
+    for (const path of Object.keys(recorded.files)) examineFile(files, path, examined, thorough);
+  }
+  examineFirmware(files, examined, thorough);
+  return examined;
+}
+
+function examineFile(
+  files: DeviceFiles,
+  path: string,
+  examined: Examined,
+  thorough: boolean,
+): void {
+  const { files: recorded, stamps = {}, executable = [] } = examined.installed!;
+  const differ = (found: Difference["found"]) => void examined.differences.push({ path, found });
+  const stat = files.stat(path);
+  if (stat?.kind !== "file") return differ(stat ? "no regular file" : "missing");
+  const isSame = !thorough && stamps[path] === stat.stamp;
+  const found = isSame ? recorded[path]! : files.digest(path, "sha256");
+  if (found !== recorded[path]) differ("changed");
+  else if (!isExecutable(stat) && executable.includes(path)) return differ("not executable");
+  else if (stamps[path] !== stat.stamp) {
+    stamps[path] = stat.stamp;
+    examined.isNewer = true;
+  }
+  examined.files.set(path, found);
+}
+
+function examineFirmware(files: DeviceFiles, examined: Examined, thorough: boolean): void {
+  const active = files.firmware;
+  if (!active) return;
+  const path = slotPath(active.slot);
+  const stat = files.stat(path);
+  const { installed, differences } = examined;
+  const known = installed?.image;
+  if (stat?.kind !== "file") {
+    examined.image = sha256("");
+    differences.push({ path, found: "missing" });
+    return;
+  }
+  const { stamp } = stat;
+  const isSame = !thorough && known?.stamp === stamp;
+  const found = isSame ? known!.sha256 : files.digest(path, "sha256");
+  examined.image = found;
+  if (known && found !== known.sha256) differences.push({ path, found: "changed" });
+  else if (installed && known?.stamp !== stamp) {
+    installed.image = { sha256: found, stamp };
+    examined.isNewer = true;
+  }
+}
+
+/** Whether the owner may run a file. */
+function isExecutable({ mode }: Pick<DiskStat, "mode">): boolean {
+  return (mode & 0o100) !== 0;
+}
+
+/**
+ * Makes or completes the record of a device that says which release it is on: what of that release
+ * is really there, whatever its content is now.
+ *
+ * @param list the manifest of all files of that release
+ * @param recorded what is recorded already
+ */
+export function adopt(
+  files: DeviceFiles,
+  version: string,
+  list: Manifest,
+  recorded: Installed | null,
+): Installed {
+  const adopted: Installed = {
+    ...{ version, previous_version: null, ...recorded },
+    files: { ...recorded?.files },
+    executable: [...(recorded?.executable ?? [])],
+    stamps: { ...recorded?.stamps },
+  };
+  for (const { dst_path, executable } of list.new) {
+    const path = dst_path.slice(1);
+    const stat = files.stat(path);
+    if (stat?.kind !== "file") continue;
+    adopted.files[path] = files.digest(path, "sha256");
+    adopted.stamps![path] = stat.stamp;
+    if (executable && isExecutable(stat)) adopted.executable!.push(path);
+  }
+  return adopted;
+}
+
 // ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
 // Changing the files of a device by steps that can each be repeated. What is needed for the steps,
 // and for those of the way back, is at hand and durable before the first of them is run.
@@ -4129,6 +4250,10 @@ export async function rollBack(
   return new Trial(journal, options).rollBack(force);
 }
 
+// ──── Status ─────────────────────────────────────────────────────────────────────────────────────
+// What a device is on, told without a server. Run at boot, before the application, it ends what a
+// reset has cut off.
+
 /** What `status` tells of a device. */
 export interface Status {
   version: string | null;
@@ -4139,8 +4264,16 @@ export interface Status {
   pending: boolean;
   /** Releases that failed and are not tried again. */
   failed: string[];
+  /** How the files are other than recorded; only where that was asked for. */
+  differs?: Difference[];
   /** Only there while another process works on the device. */
   busy?: true;
+}
+
+/** What `status` is to do. */
+export interface StatusOptions extends TrialOptions {
+  /** Hashes every file, and tells which are other than recorded. */
+  examine?: boolean;
 }
 
 /**
@@ -4150,33 +4283,40 @@ export interface Status {
  * @param root the device's root; nothing is made there
  * @throws {OTAError} when the record is damaged, or of a newer version of this tool
  */
-export async function status(root: string, options: TrialOptions = {}): Promise<Status> {
+export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
   const at = realRoot(root);
+  const describe = (state: State) => describeDevice(at, state, options.examine);
   if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
-  if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(at, Journal.peek(at));
+  if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(Journal.peek(at));
   let journal: Journal;
   try {
     journal = await Journal.open(at);
   } catch (error) {
-    if (error instanceof BusyError) return { ...describe(at, Journal.peek(at)), busy: true };
+    if (error instanceof BusyError) return { ...describe(Journal.peek(at)), busy: true };
     const isSettled = error instanceof UnwritableError && Journal.isSettled(at);
-    if (isSettled) return describe(at, Journal.peek(at));
+    if (isSettled) return describe(Journal.peek(at));
     throw error;
   }
   using open = journal;
   open.refuseDamage();
   await new Trial(open, options).settle();
-  return describe(at, open.state);
+  return describe(open.state);
 }
 
-function describe(root: string, { installed, trial, failed }: State): Status {
+function describeDevice(
+  root: string,
+  { installed, trial, failed }: State,
+  isExamined = false,
+): Status {
   const firmware = readFirmware(root);
+  const files = new DeviceFiles(root, fileSystem);
   return {
     version: installed?.version ?? versionFromFile(root) ?? null,
     previous_version: installed?.previous_version ?? null,
     firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
     pending: trial !== null,
     failed: failed.map(failedName),
+    ...(isExamined && { differs: examine(files, installed, true).differences }),
   };
 }
 
@@ -4219,127 +4359,6 @@ function sleep(seconds: number, ...signals: (AbortSignal | undefined)[]): Promis
 /** The absolute path of a device's root, links resolved; it need not be there. */
 function realRoot(root: string): string {
   return fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
-}
-
-// ──── Examination ────────────────────────────────────────────────────────────────────────────────
-// What a device really has, beside what is recorded of it: files are edited, deleted and damaged by
-// others, and records are lost or put back.
-
-/** How a file is other than recorded. */
-export interface Difference {
-  path: string;
-  found: "missing" | "changed" | "not executable" | "no regular file";
-}
-
-/** What is really there of a release. */
-export interface Examined {
-  /** The record, with the stamps of what was hashed just now; absent: nothing is recorded. */
-  installed?: Installed;
-  /** Path → SHA-256 of what is there of the record's paths; not of what has lost its mode. */
-  files: Map<string, string>;
-  /** SHA-256 of the active firmware image, as of nothing when it is gone; absent: there is none. */
-  image?: string;
-  differences: Difference[];
-  /** Whether the record has other stamps now. */
-  isNewer: boolean;
-}
-
-/**
- * Compares a record with what is there.
- *
- * @param thorough whether files are hashed although they look as they did when they were recorded
- */
-export function examine(
-  files: DeviceFiles,
-  recorded: Installed | null,
-  thorough = false,
-): Examined {
-  const examined: Examined = { files: new Map(), differences: [], isNewer: false };
-  if (recorded) {
-    examined.installed = { ...recorded, stamps: { ...recorded.stamps } };
-    for (const path of Object.keys(recorded.files)) examineFile(files, path, examined, thorough);
-  }
-  examineFirmware(files, examined, thorough);
-  return examined;
-}
-
-function examineFile(
-  files: DeviceFiles,
-  path: string,
-  examined: Examined,
-  thorough: boolean,
-): void {
-  const { files: recorded, stamps = {}, executable = [] } = examined.installed!;
-  const differ = (found: Difference["found"]) => void examined.differences.push({ path, found });
-  const stat = files.stat(path);
-  if (stat?.kind !== "file") return differ(stat ? "no regular file" : "missing");
-  const isSame = !thorough && stamps[path] === stat.stamp;
-  const found = isSame ? recorded[path]! : files.digest(path, "sha256");
-  if (found !== recorded[path]) differ("changed");
-  else if (!isExecutable(stat) && executable.includes(path)) return differ("not executable");
-  else if (stamps[path] !== stat.stamp) {
-    stamps[path] = stat.stamp;
-    examined.isNewer = true;
-  }
-  examined.files.set(path, found);
-}
-
-function examineFirmware(files: DeviceFiles, examined: Examined, thorough: boolean): void {
-  const active = files.firmware;
-  if (!active) return;
-  const path = slotPath(active.slot);
-  const stat = files.stat(path);
-  const { installed, differences } = examined;
-  const known = installed?.image;
-  if (stat?.kind !== "file") {
-    examined.image = sha256("");
-    differences.push({ path, found: "missing" });
-    return;
-  }
-  const { stamp } = stat;
-  const isSame = !thorough && known?.stamp === stamp;
-  const found = isSame ? known!.sha256 : files.digest(path, "sha256");
-  examined.image = found;
-  if (known && found !== known.sha256) differences.push({ path, found: "changed" });
-  else if (installed && known?.stamp !== stamp) {
-    installed.image = { sha256: found, stamp };
-    examined.isNewer = true;
-  }
-}
-
-/** Whether the owner may run a file. */
-function isExecutable({ mode }: Pick<DiskStat, "mode">): boolean {
-  return (mode & 0o100) !== 0;
-}
-
-/**
- * Makes or completes the record of a device that says which release it is on: what of that release
- * is really there, whatever its content is now.
- *
- * @param list the manifest of all files of that release
- * @param recorded what is recorded already
- */
-export function adopt(
-  files: DeviceFiles,
-  version: string,
-  list: Manifest,
-  recorded: Installed | null,
-): Installed {
-  const adopted: Installed = {
-    ...{ version, previous_version: null, ...recorded },
-    files: { ...recorded?.files },
-    executable: [...(recorded?.executable ?? [])],
-    stamps: { ...recorded?.stamps },
-  };
-  for (const { dst_path, executable } of list.new) {
-    const path = dst_path.slice(1);
-    const stat = files.stat(path);
-    if (stat?.kind !== "file") continue;
-    adopted.files[path] = files.digest(path, "sha256");
-    adopted.stamps![path] = stat.stamp;
-    if (executable && isExecutable(stat)) adopted.executable!.push(path);
-  }
-  return adopted;
 }
 
 // ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
@@ -5572,7 +5591,10 @@ function encodingOf(header: string | null): Encoding {
 // ──── Options ────────────────────────────────────────────────────────────────────────────────────
 // Every option of the command line, in one table; parsing, help and hints come from it.
 
-/** One option: its name is the key in `OPTIONS`. */
+/**
+ * One option: its name is the key in `OPTIONS`, without the command that stands before it where it
+ * means something else elsewhere.
+ */
 interface OptionSpec {
   type: "string" | "boolean";
   /** What stands for the value in the help. */
@@ -5613,8 +5635,10 @@ const OPTIONS = {
   jobs: { type: "string", value: "N", help: "downloads at once (4)" },
   timeout: { type: "string", value: "SECONDS", help: "give a silent transfer up after (30)" },
   check: { type: "string", value: "CMD", help: "decides whether a new release is good" },
+  "status --check": { type: "boolean", help: "hash all files, and tell which differ" },
   "check-timeout": { type: "string", value: "SECONDS", help: "how long a check may take (60)" },
   restart: { type: "string", value: "CMD", help: "run whenever the files have changed" },
+  "check-files": { type: "boolean", help: "hash all files, also those that look unchanged" },
   repair: { type: "boolean", help: "ask for the full list, fetch what differs" },
   retry: { type: "boolean", help: "try a release even if it failed before" },
   force: { type: "boolean", help: "overwrite files that the application changed" },
@@ -5641,7 +5665,7 @@ function parseOptions(
   args: readonly string[],
 ): Given {
   const names: readonly OptionName[] = [...allowed, "help", "version"];
-  const options = Object.fromEntries(names.map((option) => [option, OPTIONS[option]]));
+  const options = Object.fromEntries(names.map((option) => [flagOf(option), OPTIONS[option]]));
   const long = args.map((arg) => (arg === "-h" ? "--help" : arg));
   const { values, tokens } = parseArgs({ args: long, options, strict: false, tokens: true });
   for (const token of tokens) {
@@ -5652,7 +5676,7 @@ function parseOptions(
     const isKnown = Object.hasOwn(options, token.name);
     const spec = isKnown ? (options[token.name] as OptionSpec) : undefined;
     if (!spec) {
-      const flags = names.map((option) => `--${option}`);
+      const flags = names.map((option) => `--${flagOf(option)}`);
       const found = token.rawName;
       throw new OTAError(`${name} has no option ${found}${hint(found, flags)}`, 2);
     }
@@ -5663,7 +5687,12 @@ function parseOptions(
       throw new OTAError(`--${token.name} takes no value, found ${token.value}`, 2);
     }
   }
-  return values as Given;
+  return Object.fromEntries(names.map((option) => [option, values[flagOf(option)]])) as Given;
+}
+
+/** The name of an option as it is given, without the dashes: `check` of `status --check`. */
+function flagOf(option: OptionName): string {
+  return option.split("--").at(-1)!;
 }
 
 /** `; did you mean X?` for the nearest of the candidates, when one is near. */
@@ -5976,6 +6005,7 @@ async function runClient(given: Given): Promise<number> {
     ...{ root: given.root ?? "device", ver, id, repair, retry, restart, signal },
     ...{ token: tokenOption(given), ca: given.ca },
     verify: given.verify?.map((file) => readKey(file, "public")),
+    checkFiles: given["check-files"],
     jobs: numberOption(given, "jobs"),
     timeout: numberOption(given, "timeout"),
     ...(command && { check: { command, timeout: checkTimeout } }),
@@ -6015,15 +6045,18 @@ async function runRollback(given: Given): Promise<number> {
 
 async function runStatus(given: Given): Promise<number> {
   const root = given.root ?? "device";
-  const found = await status(root, { report: progressWatcher().report });
-  if (given.json) return say(JSON.stringify(found, null, 2), 0);
-  const lines = Object.entries(found).map(([name, value]) => {
+  const examine = given["status --check"];
+  const found = await status(root, { report: progressWatcher().report, examine });
+  const code = found.differs && found.differs.length > 0 ? 1 : 0;
+  if (given.json) return say(JSON.stringify(found, null, 2), code);
+  const differs = found.differs?.map((one) => `${one.path} (${one.found})`);
+  const lines = Object.entries({ ...found, ...(differs && { differs }) }).map(([name, value]) => {
     const list = Array.isArray(value) ? value.join(", ") || "none" : value;
     const firmware =
       name === "firmware" && value ? `${found.firmware!.version} (${found.firmware!.file})` : list;
     return `${`${name}:`.padEnd(18)}${firmware ?? "none"}`;
   });
-  return say(lines.join("\n"), 0);
+  return say(lines.join("\n"), code);
 }
 
 // ──── Command line ───────────────────────────────────────────────────────────────────────────────
@@ -6057,7 +6090,7 @@ const COMMANDS: Record<string, Command> = {
     summary: "be a device: fetch, verify, apply, and go back when a release is bad",
     options: [
       ...(["ver", "root", "server", "from", "id", "every", "jobs", "timeout"] as const),
-      ...(["check", "check-timeout", "restart", "repair", "retry"] as const),
+      ...(["check", "check-timeout", "restart", "check-files", "repair", "retry"] as const),
       ...(["verify", "token", "ca"] as const),
     ],
     notes: `The root is ./device by default. The last line on stdout says how it ended.\n${EXIT_CODES}`,
@@ -6071,8 +6104,10 @@ const COMMANDS: Record<string, Command> = {
   },
   status: {
     summary: "show what a device is on; ends what a reset has cut off",
-    options: ["root", "json"],
-    notes: "The root is ./device by default. Run it at boot, before the application.",
+    options: ["root", "json", "status --check"],
+    notes:
+      "The root is ./device by default. Run it at boot, before the application.\n" +
+      "Exit codes: 0; 1 failed, or --check found that something differs; 2 usage.",
     run: runStatus,
   },
   manifest: {
@@ -6104,7 +6139,7 @@ function help(name?: string): string {
   }
   const lines = [...command.options, "help" as const].map((option) => {
     const spec: OptionSpec = OPTIONS[option];
-    return `  ${`--${option} ${spec.value ?? ""}`.padEnd(26)} ${spec.help}`;
+    return `  ${`--${flagOf(option)} ${spec.value ?? ""}`.padEnd(26)} ${spec.help}`;
   });
   return `bun ota.ts ${name}: ${command.summary}\n\n` + `${lines.join("\n")}\n\n${command.notes}`;
 }
