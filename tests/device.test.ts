@@ -871,7 +871,7 @@ describe.concurrent("what a person sees", () => {
     });
     const { code, stdout, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
     expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
-    expect(stderr).toMatch(/^ota\.ts: http:\/\/127.* answered 404\n$/);
+    expect(stderr).toMatch(/^ota\.ts: http:\/\/127.* answered 404\n$/m);
     expect(readTree(fleet.root)).toEqual(asTree(V1));
   });
 });

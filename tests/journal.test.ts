@@ -45,8 +45,10 @@ interface Release {
 interface UpdateOptions {
   check?: boolean;
   restart?: string;
-  /** Place every file, as a repair does, also those that are the same. */
+  /** Place every file, also those that are the same. */
   whole?: boolean;
+  /** Put right what is other than the release, which stays the one that it is. */
+  repair?: boolean;
 }
 
 /** A device outside of `.ota`, and what can be told of the inside. */
@@ -76,6 +78,8 @@ interface Undo {
   removed: readonly string[];
   failure: string;
   restart: string | null;
+  /** Of a repair: the way back to the release before, once the repair stands. */
+  release?: Undo | null;
 }
 
 const EMPTY_WORLD: World = {
@@ -105,11 +109,14 @@ function above(path: string): string[] {
 function difference(
   world: World,
   release: Release,
-  { whole = false }: UpdateOptions,
+  { whole = false, repair = false }: UpdateOptions,
 ): { put: Map<string, string>; remove: string[]; displace: string[] } {
   const known = world.installed?.files ?? {};
   const entries = Object.entries(release.files);
-  const put = entries.filter(([path, text]) => whole || known[path] !== sha256(text));
+  const put = entries.filter(([path, text]) => {
+    if (repair) return world.files.get(path)?.replace(/^\d+ /, "") !== text;
+    return whole || known[path] !== sha256(text);
+  });
   const remove = Object.keys(known).filter((path) => !(path in release.files));
   const displace = put
     .map(([path]) => path)
@@ -165,6 +172,18 @@ function updated(world: World, release: Release, options: UpdateOptions = {}): W
     slots = slot === 0 ? [release.firmware, slots[1]] : [slots[0], release.firmware];
   }
   const installed = installedBy(world, release);
+  const restart = options.restart ?? null;
+  const releaseBefore = world.undo && { ...world.undo, restart };
+  const undo: Undo = {
+    before: world,
+    touched: new Set([...put.keys(), ...remove]),
+    put: new Set(put.keys()),
+    made: made.reverse(),
+    removed,
+    failure: `${release.version} ${digestOf(release)}`,
+    restart,
+    ...(options.repair && { release: releaseBefore }),
+  };
   return {
     files,
     directories,
@@ -173,24 +192,18 @@ function updated(world: World, release: Release, options: UpdateOptions = {}): W
     installed,
     starts: options.check ? 0 : null,
     failed: options.check ? world.failed : failuresAfter(world, release.version),
-    restart: options.restart ?? null,
+    restart,
     damaged: false,
     kept: [...world.kept, ...displace.map((path) => world.files.get(path)!.replace(/^\d+ /, ""))],
-    undo: {
-      before: world,
-      touched: new Set([...put.keys(), ...remove]),
-      put: new Set(put.keys()),
-      made: made.reverse(),
-      removed,
-      failure: `${release.version} ${digestOf(release)}`,
-      restart: options.restart ?? null,
-    },
+    undo: options.repair && !options.check ? releaseBefore : undo,
   };
 }
 
 function installedBy(world: World, { version, files }: Release): Installed {
   const hashes = Object.entries(files).map(([path, text]) => [path, sha256(text)]);
-  const previous_version = world.installed?.version ?? null;
+  const { installed } = world;
+  const isSame = installed?.version === version;
+  const previous_version = isSame ? installed.previous_version : (installed?.version ?? null);
   return { version, previous_version, files: Object.fromEntries(hashes) };
 }
 
@@ -345,6 +358,7 @@ async function update(
   if (image !== undefined) change.firmware = { key: await stage(journal, image), version };
   if (options.check) change.check = { command: "true", timeout: 60 };
   if (options.restart) change.restart = options.restart;
+  if (options.repair) change.repair = true;
   await journal.commit(change);
 }
 
@@ -382,6 +396,7 @@ const steps = {
     then: (world) => ({
       ...world,
       starts: null,
+      undo: world.undo?.release === undefined ? world.undo : world.undo.release,
       failed: failuresAfter(world, world.installed!.version),
     }),
   }),
@@ -487,6 +502,8 @@ interface Scenario {
   steps: Step[];
   /** What the application had in the way, and finds below `.ota` at the end. */
   displaced?: string[];
+  /** Whether the last change is a repair. */
+  repairs?: true;
   /** How many times more it is tried, since what can go wrong in it seldom does; 1. */
   closely?: number;
 }
@@ -595,12 +612,14 @@ function checkLeftovers(
   });
   const isOnTrial = world.starts !== null;
   const older = isOnTrial && world.undo?.before.undo ? ["journal.json"] : [];
+  // A repair that stands keeps what leads to the release before, and its own.
+  const isRepaired = scenario.repairs && !isOnTrial && world.undo !== null;
   const expected = world.undo
     ? [...(isOnTrial ? ["commit.json"] : ["journal.json"]), ...older]
     : [];
   expect({ records: records.sort(), backups: backups.length }).toEqual({
     records: expected,
-    backups: expected.length,
+    backups: expected.length + (isRepaired ? 1 : 0),
   });
   const displaced = names.filter((name) => name.startsWith("displaced-"));
   const found = displaced.flatMap((name) => {
@@ -877,6 +896,9 @@ const own = {
   "spool/": "",
 };
 
+/** What happens to files of v2. */
+const damage = { "flash/same.py": null, "flash/main.py": "damaged", "flash/new/two.py": null };
+
 const scenarios: Scenario[] = [
   { name: "first installation", steps: [steps.stage(v1), steps.update(v1), steps.rollBack()] },
   {
@@ -1070,6 +1092,36 @@ const scenarios: Scenario[] = [
       steps.rollBack(),
       steps.app({ "flash/new/two.py": "own", "flash/lib/own.py": "own", "boot.py": "changed" }),
       steps.reopen(),
+    ],
+  },
+  {
+    name: "repair of damaged files, and back to the release before",
+    before: [steps.app(own), steps.update(v1), steps.update(v2), steps.app(damage)],
+    steps: [steps.update(v2, { repair: true }), steps.reopen(), steps.rollBack()],
+  },
+  {
+    name: "repair on trial, twice",
+    repairs: true,
+    before: [steps.update(v1), steps.update(v2), steps.app(damage)],
+    steps: [
+      steps.update(v2, { repair: true, check: true, restart: "reboot" }),
+      steps.rollBack(),
+      steps.reopen(),
+      steps.update(v2, { repair: true, check: true }),
+      steps.countStart(),
+      steps.confirm(),
+    ],
+  },
+  {
+    name: "a file of the application where a release adds one",
+    before: [steps.app(own), steps.update(v1)],
+    steps: [
+      steps.app({ "flash/new/two.py": "of the application" }),
+      steps.update(v2),
+      steps.reopen(),
+      steps.rollBack(),
+      steps.update(v2, { check: true }),
+      steps.confirm(),
     ],
   },
   {
@@ -1401,6 +1453,61 @@ describe("opening", () => {
       expect(again.canRollBack).toBe(false);
       expect(again.recovered).toBe(false);
     }
+  });
+});
+
+describe("what a change that was cut off needs is gone", () => {
+  /** A device on v1 that was killed in an update to v2, with files of it in place. */
+  async function cutOff(): Promise<MemoryDisk> {
+    const disk = new MemoryDisk();
+    const player = { disk, journal: await Journal.open(ROOT, disk), world: EMPTY_WORLD };
+    await update(player, v1, {});
+    player.world = updated(EMPTY_WORLD, v1);
+    const placing = (path: string): boolean => disk.stat(`${ROOT}/${path}`) !== undefined;
+    for (let at = 1; ; at++) {
+      const left = disk.clone();
+      left.crashAt(at, false);
+      const journal = await Journal.open(ROOT, left).catch(() => undefined);
+      if (journal) await update({ ...player, disk: left, journal }, v2, {}).catch(() => {});
+      const killed = left.kill();
+      const names = killed.list(`${ROOT}/.ota`);
+      const isPlaced = killed.stat(`${ROOT}/flash/new/one/y.py`) !== undefined;
+      if (names.includes("commit.json") && isPlaced) return killed;
+      expect(placing("flash/main.py")).toBe(true);
+    }
+  }
+
+  const remove = (disk: MemoryDisk, prefix: string): void => {
+    for (const name of disk.list(`${ROOT}/.ota`).filter((name) => name.startsWith(prefix))) {
+      for (const file of disk.list(`${ROOT}/.ota/${name}`))
+        disk.unlink(`${ROOT}/.ota/${name}/${file}`);
+    }
+  };
+
+  test("new content: it goes back", async () => {
+    const disk = await cutOff();
+    remove(disk, "staged");
+    const journal = await Journal.open(ROOT, disk);
+    expect(journal.state.installed?.version).toBe("1.0.0");
+    expect([...lookAtTree(disk).files].sort()).toEqual(
+      Object.entries(v1.files)
+        .map(([path, text]) => [path, `644 ${text}`] as [string, string])
+        .sort(),
+    );
+    expect(journal.damaged).toEqual([]);
+  });
+
+  test("old content, too: nothing is done, and a repair helps", async () => {
+    const disk = await cutOff();
+    remove(disk, "staged");
+    remove(disk, "backup");
+    const before = lookAtTree(disk);
+    const journal = await Journal.open(ROOT, disk);
+    expect(lookAtTree(disk)).toEqual(before);
+    expect(() => journal.refuseDamage()).toThrow(/\.ota\/backup-.* is gone.*\n.*--repair/);
+    await update({ disk, journal, world: EMPTY_WORLD }, v2, { whole: true });
+    expect(journal.damaged).toEqual([]);
+    expect(lookAtTree(disk).files.get("flash/main.py")).toBe("644 main two");
   });
 });
 

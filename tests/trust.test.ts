@@ -590,6 +590,34 @@ describe.concurrent("client --verify", () => {
     expect(readTree(place.device)).toEqual(TREE_2);
   });
 
+  test("a diff for what the device does not have is refused: somebody took its base away", async () => {
+    using place = new Place();
+    await using server = await place.serve({ sign: place.at("ours.key") });
+    let isHonest = true;
+    await using double = await Double.start(async (asked, connection) => {
+      const target = isHonest ? asked.target : asked.target.replace(/&base=[0-9a-f]+/, "");
+      const response = await fetch(server.url + target);
+      const signature = response.headers.get("x-ota-signature") ?? "";
+      send(connection, await response.text(), { headers: { "X-OTA-Signature": signature } });
+    });
+    double.list = double.reply;
+    const verify = ["--verify", place.at("ours.pub")];
+    expect((await place.client(double.url, verify)).last).toBe("updated 1.0.0 -> 1.0.1");
+    // What 1.0.2 has in common with 1.0.1 is not in a diff.
+    layTree(`${place.releases}/1.0.2`, { ...V2, "flash/added.py": "added\n" });
+    const [path] = Object.keys(V2);
+    layTree(place.device, { [path!]: "scribbled" });
+    const before = readTree(place.device);
+    isHonest = false;
+    const refused = await place.client(double.url, verify);
+    expect(refused).toMatchObject({ code: 1, stdout: "" });
+    expect(refused.stderr).toContain("base was lost on the way");
+    expect(readTree(place.device)).toEqual(before);
+    isHonest = true;
+    expect((await place.client(double.url, verify)).last).toBe("updated 1.0.1 -> 1.0.2");
+    expect(readTree(place.device)[path!]).toEqual(asTree(V2)[path!]!);
+  });
+
   test("several times: a key is exchanged without a device that is left behind", async () => {
     using place = new Place();
     const both = ["--verify", place.at("ours.pub"), "--verify", place.at("other.pub")];
