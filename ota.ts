@@ -2929,10 +2929,9 @@ export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmw
   return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
-// ──── Records ────────────────────────────────────────────────────────────────────────────────────
-// What a device remembers, as JSON in `.ota`: state.json, what is installed and what failed; and
-// transactions, each a change with the way back from it. A record that makes no sense is set aside
-// and never overwritten.
+// ──── State ──────────────────────────────────────────────────────────────────────────────────────
+// What a device remembers, as JSON in `.ota`: what is installed and what failed; and transactions,
+// each a change of the tree with the way back from it.
 
 /** What is installed on a device. */
 export interface Installed {
@@ -3073,13 +3072,33 @@ function upgrade(transaction: Transaction): Transaction {
   return { ...{ failed, displaced: [] }, ...transaction };
 }
 
-/** Where a transaction stands, by the name of its file; see Journal. */
+/** A name under which a transaction stands; see `Records`. */
 type Stage = "commit" | "undo" | "journal" | "rollback";
 const STAGES: readonly Stage[] = ["commit", "undo", "journal", "rollback"];
 
+// ──── Records ────────────────────────────────────────────────────────────────────────────────────
+// The files in which state and transactions are kept. What was under way when a process died is seen
+// by their names:
+//
+//   commit.json, and state.json does not name it   a commit was under way: go forward
+//   commit.json, and state.json names it           it is done, and maybe on trial
+//   journal.json                                   the release before can be gone back to
+//   undo.json (commit.json, renamed)               a commit failed: go back
+//   rollback.json (either, renamed)                the release is bad: go back
+//
+// So a commit that fails, and a release that fails its check, leave the older way back as it was. A
+// record that makes no sense is set aside and never overwritten.
+
 /** The records of one device. */
 class Records {
+  state: State = EMPTY;
+  /** A change that is under way, or on trial. */
+  commit: Transaction | undefined;
+  /** The change that brought the release which stands: the way back from it. */
+  done: Transaction | undefined;
   readonly #directory: string;
+  /** Whether rollback.json is of a way back that came to its end. */
+  #isOver = false;
 
   /** @param root the device's root, absolute */
   constructor(
@@ -3089,23 +3108,49 @@ class Records {
     this.#directory = `${root}/${OTA_DIR}`;
   }
 
-  /** The names of records that were set aside. */
+  /** Paths of records that were set aside, below the root. */
   get damaged(): string[] {
-    return this.disk.list(this.#directory).filter((name) => name.endsWith(".corrupt"));
+    const names = this.disk.list(this.#directory).filter((name) => name.endsWith(".corrupt"));
+    return names.map((name) => `${OTA_DIR}/${name}`);
   }
 
-  /** @throws {OTAError} when a newer version of this tool wrote it */
-  readState(): State | undefined {
-    return this.#read("state.json", isState);
+  /** A way back that was under way. */
+  get goingBack(): "undo" | "rollback" | undefined {
+    return (["undo", "rollback"] as const).find((stage) => this.#has(stage));
   }
 
-  /** @throws {OTAError} when a newer version of this tool wrote it */
-  readTransaction(stage: Stage): Transaction | undefined {
+  /**
+   * Reads all records.
+   *
+   * @throws {OTAError} when a newer version of this tool wrote one
+   */
+  load(): void {
+    const state = this.#read("state.json", isState);
+    if (state) this.state = state;
+    const undo = this.#readTransaction("undo");
+    const rollback = this.#readTransaction("rollback");
+    this.commit = undo ?? this.#readTransaction("commit");
+    this.done = this.#readTransaction("journal");
+    if (rollback?.id === this.state.journal) {
+      if (this.state.trial) this.commit = rollback;
+      else this.done = rollback;
+    } else if (rollback) {
+      this.#isOver = true;
+    } else if (!this.commit && this.done && isCommitOf010(this.done, this.state)) {
+      this.#move("journal", "commit");
+      this.commit = this.done;
+      this.done = undefined;
+    }
+    // A state is written before the first transaction: it was lost, and what it said is not known.
+    const isStateLost = !state && (this.commit ?? this.done)?.restored !== undefined;
+    if (isStateLost && this.damaged.length === 0) this.setAsideTransactions();
+  }
+
+  #readTransaction(stage: Stage): Transaction | undefined {
     const found = this.#read(`${stage}.json`, isTransaction);
     return found && upgrade(found);
   }
 
-  /** Reads a record; one that makes no sense is set aside. */
   #read<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
     const path = `${this.#directory}/${name}`;
     const text = readText(this.disk, path);
@@ -3119,39 +3164,96 @@ class Records {
       );
     }
     if (isRecord(json)) return json;
-    this.setAside(name);
+    this.#setAside(name);
     return undefined;
   }
 
   /** Keeps a record that cannot be used, under a name that `damaged` finds. */
-  setAside(name: string): void {
+  #setAside(name: string): void {
     const path = `${this.#directory}/${name}`;
     this.disk.rename(path, `${path}.${crypto.randomUUID()}.corrupt`);
   }
 
-  /** Not durable before `sync`. */
-  async write(name: "state" | Stage, content: State | Transaction): Promise<void> {
-    await replaceText(this.disk, `${this.#directory}/${name}.json`, JSON.stringify(content));
+  setAsideTransactions(): void {
+    for (const stage of STAGES) if (this.#has(stage)) this.#setAside(`${stage}.json`);
+    this.commit = this.done = undefined;
   }
 
-  has(name: "state" | Stage): boolean {
-    return this.disk.stat(`${this.#directory}/${name}.json`) !== undefined;
+  /** Resolves when the state is durable, and with it all changes of names before. */
+  async write(state: State): Promise<void> {
+    await replaceText(this.disk, `${this.#directory}/state.json`, JSON.stringify(state));
+    this.state = state; // Whether or not that can be made durable.
+    await this.sync();
   }
 
-  /** A rename, since a full disk has no room for more. */
-  move(from: Stage, to: Stage): void {
-    this.disk.rename(`${this.#directory}/${from}.json`, `${this.#directory}/${to}.json`);
+  /** Writes a transaction. It is durable after `sync`. */
+  async begin(transaction: Transaction): Promise<void> {
+    // So that a state that was lost is told from one that was never written.
+    if (!this.disk.stat(`${this.#directory}/state.json`)) await this.write(this.state);
+    await replaceText(this.disk, `${this.#directory}/commit.json`, JSON.stringify(transaction));
+    this.commit = transaction;
   }
 
-  remove(...stages: Stage[]): void {
-    for (const stage of stages) {
-      ifThere(() => this.disk.unlink(`${this.#directory}/${stage}.json`));
-    }
+  /** What was committed stands. Not durable at once: the next `open` does it again. */
+  settle(): void {
+    if (!this.commit) return;
+    this.#move("commit", "journal");
+    this.done = this.commit;
+    this.commit = undefined;
+  }
+
+  /** Marks, durably, that the change under way or the one that stands is taken back. */
+  async turnBack(why: "undo" | "rollback"): Promise<void> {
+    const stage = this.commit ? "commit" : "journal";
+    // A rename, since a full disk has no room for more.
+    if (!this.#has(why)) this.#move(stage, why);
+    await this.sync();
+  }
+
+  /** Ends a way back, durably. */
+  async endTurningBack(why: "undo" | "rollback"): Promise<void> {
+    this.#remove(why);
+    await this.sync();
+    if (!this.commit) this.done = undefined;
+    this.commit = undefined;
+  }
+
+  /** Removes transactions that came to their end: no record names them. */
+  dropEnded(): void {
+    if (this.#isOver) this.#remove("rollback");
+    const name = this.commit?.before.journal ?? this.state.journal;
+    if (!this.done || this.done.id === name) return;
+    this.#remove("journal");
+    this.done = undefined;
+  }
+
+  /** Removes all transactions, durably. */
+  async forgetTransactions(): Promise<void> {
+    for (const stage of STAGES) this.#remove(stage);
+    await this.sync();
+    this.commit = this.done = undefined;
   }
 
   sync(): Promise<void> {
     return this.disk.sync(this.#directory);
   }
+
+  #has(stage: Stage): boolean {
+    return this.disk.stat(`${this.#directory}/${stage}.json`) !== undefined;
+  }
+
+  #move(from: Stage, to: Stage): void {
+    this.disk.rename(`${this.#directory}/${from}.json`, `${this.#directory}/${to}.json`);
+  }
+
+  #remove(stage: Stage): void {
+    ifThere(() => this.disk.unlink(`${this.#directory}/${stage}.json`));
+  }
+}
+
+/** Whether a journal.json is a commit under way: ota.ts 0.1.0 had one name for both. */
+function isCommitOf010({ id, restored }: Transaction, { journal }: State): boolean {
+  return restored === undefined && id !== journal;
 }
 
 // ──── Examination ────────────────────────────────────────────────────────────────────────────────
@@ -3530,20 +3632,54 @@ async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void
   await Promise.all(Array.from({ length: 16 }, worker));
 }
 
+// ──── Repairs ────────────────────────────────────────────────────────────────────────────────────
+// A repair puts the release right that stands, and is none itself: the way back from it leads to the
+// release before.
+
+/** The way back from a release that stands; none from a repair of one that had none. */
+function releaseBefore(transaction: Transaction): WayBack | undefined {
+  const { release = transaction } = transaction;
+  return release ?? undefined;
+}
+
+/**
+ * Joins the ways back from a repair and from the release that it repairs.
+ *
+ * @param way from that release, if there is one
+ * @returns the way back to the release before
+ */
+function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | null {
+  if (!way) return null;
+  const { back, placed, restored } = way;
+  const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
+  const old = way.before.installed?.files ?? {};
+  // Where the update left a file alone, the repair keeps it for the release before, or puts it right.
+  const isOurs = (path: string) => !covered.has(path) && repair.placed[path] !== old[path];
+  const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));
+  const place = repair.back.place.filter(([, path]) => {
+    return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
+  });
+  const both = (name: "rmdir" | "mkdir") => [...new Set([...back[name], ...repair.back[name]])];
+  return {
+    ...way,
+    back: {
+      unlink: [...back.unlink, ...unlink],
+      rmdir: both("rmdir").sort().reverse(),
+      mkdir: both("mkdir").sort(),
+      place: [...back.place, ...place],
+      modes: { ...back.modes, ...repair.back.modes },
+    },
+    restored: { ...repair.restored, ...restored },
+    placed: { ...placed, ...repair.placed },
+  };
+}
+
 // ──── Journal ───────────────────────────────────────────────────────────────────────────────────
 // The files of one device, changed as one transaction. New content is staged, the old content gets a
 // second name in `.ota/backup-ID`, and a transaction that says how to go forward and how to go back
 // is made durable; only then the tree is touched, by steps that can each be repeated. So whenever
-// the process or the power dies, the next `Journal.open` finds out what was under way and ends it:
-//
-//   commit.json, and state.json does not name it   a commit was under way: go forward
-//   commit.json, and state.json names it           it is done, and maybe on trial
-//   journal.json                                   the release before can be gone back to
-//   undo.json (commit.json, renamed)               a commit failed: go back
-//   rollback.json (either, renamed)                the release is bad: go back
-//
-// So a commit that fails, and a release that fails its check, leave the older way back as it was.
-// It is assumed of the file system that a rename happens whole or not at all.
+// the process or the power dies, the next `Journal.open` finds out what was under way (see Records)
+// and ends it. It is assumed of the file system that a rename happens whole or not at all.
 
 /** Releases that are remembered as failed, at the most. */
 const FAILED_KEPT = 16;
@@ -3569,14 +3705,7 @@ export class Journal extends DeviceTree implements Disposable {
   /** Files that a damaged record was set aside as; only a repair makes a new record. */
   damaged: string[] = [];
   readonly #records: Records;
-  #state: State = EMPTY;
-  /** A change that is under way, or on trial. */
-  #commit: Transaction | undefined;
-  /** The change that brought the release which stands: the way back from it. */
-  #done: Transaction | undefined;
-  /** Whether rollback.json is of a way back that came to its end. */
-  #isOver = false;
-  /** What a change needs that was cut off, and that is gone. */
+  /** What a change that was cut off needs, and that is gone. */
   #lost: string[] = [];
 
   private constructor(
@@ -3655,12 +3784,12 @@ export class Journal extends DeviceTree implements Disposable {
   }
 
   get state(): State {
-    return this.#state;
+    return this.#records.state;
   }
 
   /** The check that a release on trial came with, if any. */
   get recordedCheck(): Check | undefined {
-    return this.#commit?.check ?? undefined;
+    return this.#records.commit?.check ?? undefined;
   }
 
   /** Whether `rollBack` can go back to a release before this one. */
@@ -3670,9 +3799,9 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** From a release on trial to what stood before; else to the release before. */
   get #wayBack(): WayBack | undefined {
-    if (this.#commit) return this.#commit;
-    if (this.#done?.id !== this.#state.journal) return undefined;
-    return this.#done && releaseBefore(this.#done);
+    const { commit, done, state } = this.#records;
+    if (commit) return commit;
+    return done && done.id === state.journal ? releaseBefore(done) : undefined;
   }
 
   // ── Changing: commit, confirm, roll back. ──
@@ -3684,9 +3813,7 @@ export class Journal extends DeviceTree implements Disposable {
    * @throws whatever the disk threw, after going back
    */
   async commit(change: Change): Promise<void> {
-    // So that a record that was lost is told from one that was never written.
-    if (!this.#records.has("state")) await this.#write(this.#state);
-    const before = { ...this.#state, installed: this.#state.installed ?? change.from ?? null };
+    const before = { ...this.state, installed: this.state.installed ?? change.from ?? null };
     const { version } = change.installed;
     const isFirmware = change.firmware && version === before.installed?.version && !change.repair;
     const failed: FailedRelease = { version, digest: change.digest };
@@ -3699,13 +3826,12 @@ export class Journal extends DeviceTree implements Disposable {
       restart: change.restart ?? null,
       repairs: this.damaged,
     };
-    if (change.repair) transaction.release = this.#releaseBeforeRepair(transaction);
-    if (this.damaged.length > 0) await this.#forgetTransactions();
-    await this.#records.write("commit", transaction);
-    this.#commit = transaction;
+    if (change.repair) transaction.release = beforeRepair(transaction, this.#wayBack);
+    if (this.damaged.length > 0) await this.#records.forgetTransactions();
+    await this.#records.begin(transaction);
     try {
       await this.#records.sync();
-      await this.#finishCommit();
+      await this.#finishCommit(transaction);
     } catch (error) {
       await this.#goBack("undo").catch((second) => {
         const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
@@ -3715,38 +3841,59 @@ export class Journal extends DeviceTree implements Disposable {
     }
   }
 
+  async #finishCommit(transaction: Transaction): Promise<void> {
+    const { id, to, forward, check, restart, displaced } = transaction;
+    await this.run(forward);
+    await this.#records.write({
+      ...this.state,
+      installed: to,
+      journal: id,
+      trial: check ? { starts: 0 } : null,
+      failed: check ? this.state.failed : this.#failuresAfter(to),
+      restart,
+    });
+    this.displaced.push(...displaced);
+    if (!check) this.#records.settle();
+    this.#setRight();
+    this.dropStaged();
+  }
+
   /** Records what is installed where no file needs to change. */
   async record(installed: Installed): Promise<void> {
     // What came before another version is not what an earlier transaction goes back to.
-    const isOther = installed.version !== this.#state.installed?.version;
-    const journal = isOther ? null : this.#state.journal;
-    await this.#write({ ...this.#state, installed, journal });
-    this.#dropUnnamed();
+    const isOther = installed.version !== this.state.installed?.version;
+    const journal = isOther ? null : this.state.journal;
+    await this.#records.write({ ...this.state, installed, journal });
+    this.#records.dropEnded();
     this.#setRight();
     this.dropStaged();
   }
 
   /** Completes or refreshes the record of the release that stands. */
   async remember(installed: Installed): Promise<void> {
-    await this.#write({ ...this.#state, installed });
+    await this.#records.write({ ...this.state, installed });
   }
 
   /** Notes durably that a check is about to be started. */
   async countStart(): Promise<void> {
-    const starts = (this.#state.trial?.starts ?? 0) + 1;
-    await this.#write({ ...this.#state, trial: { starts } });
+    const starts = (this.state.trial?.starts ?? 0) + 1;
+    await this.#records.write({ ...this.state, trial: { starts } });
   }
 
   /** Ends a trial well. Failures of this release and of older ones are history. */
   async confirm(): Promise<void> {
-    const { installed } = this.#state;
-    await this.#write({ ...this.#state, trial: null, failed: this.#failuresAfter(installed) });
-    this.#settle();
+    await this.#endTrial(this.#failuresAfter(this.state.installed));
+  }
+
+  async #endTrial(failed: FailedRelease[]): Promise<void> {
+    await this.#records.write({ ...this.state, trial: null, failed });
+    this.#records.settle();
+    this.#clean();
   }
 
   /** Notes that the owed restart command was run. */
   async restarted(): Promise<void> {
-    if (this.#state.restart !== null) await this.#write({ ...this.#state, restart: null });
+    if (this.state.restart !== null) await this.#records.write({ ...this.state, restart: null });
   }
 
   /** Files that the application changed since the commit and that `rollback` would overwrite. */
@@ -3771,11 +3918,7 @@ export class Journal extends DeviceTree implements Disposable {
     const lost = this.findLost(way.back, way.restored);
     if (lost.length === 0) return this.#goBack("rollback");
     // A bad release that cannot be taken back must not keep the next one away.
-    if (this.#state.trial) {
-      const failed = this.#withFailure(way.failed);
-      await this.#write({ ...this.#state, trial: null, failed });
-      this.#settle();
-    }
+    if (this.state.trial) await this.#endTrial(this.#withFailure(way.failed));
     const release = way.before.installed?.version ?? "0";
     throw new OTAError(
       `cannot go back to ${release}: ${lost.join(", ")} is gone.\n` +
@@ -3783,75 +3926,37 @@ export class Journal extends DeviceTree implements Disposable {
     );
   }
 
-  async #finishCommit(): Promise<void> {
-    const { id, to, forward, check, restart, displaced } = this.#commit!;
-    await this.run(forward);
-    await this.#write({
-      ...this.#state,
-      installed: to,
-      journal: id,
-      trial: check ? { starts: 0 } : null,
-      failed: check ? this.#state.failed : this.#failuresAfter(to),
-      restart,
-    });
-    this.displaced.push(...displaced);
-    if (!check) this.#settle();
-    this.#setRight();
-    this.dropStaged();
-  }
-
-  /** The release stands: what was needed for the one before the last is not needed any more. */
-  #settle(): void {
-    if (!this.#commit) return;
-    // Not durable at once: the next `open` does it again.
-    this.#records.move("commit", "journal");
-    this.#done = this.#commit;
-    this.#commit = undefined;
-    this.#clean();
-  }
-
   /** Goes back: `undo`, since a commit failed; `rollback`, since the release is bad. */
   async #goBack(why: "undo" | "rollback"): Promise<void> {
-    const transaction = (this.#commit ?? this.#done)!;
-    const isOnTrial = this.#commit !== undefined;
-    const way = isOnTrial ? transaction : releaseBefore(transaction)!;
-    const { before, back, restored } = way;
-    // The direction is marked by a rename, since a full disk has no room for more.
-    const stage = isOnTrial ? "commit" : "journal";
-    if (this.#records.has(stage) && !this.#records.has(why)) this.#records.move(stage, why);
-    await this.#records.sync();
-    const lost = this.findLost(back, restored);
+    const { commit, done } = this.#records;
+    const transaction = (commit ?? done)!;
+    const way = commit ?? releaseBefore(transaction)!;
+    await this.#records.turnBack(why);
+    const lost = this.findLost(way.back, way.restored);
     if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
-    await this.run(back);
-    if (this.#state.journal === transaction.id) {
+    await this.run(way.back);
+    if (this.state.journal === transaction.id) {
       if (why === "rollback") {
         // Before the marker goes: without a transaction, a damaged record that is still there counts.
         for (const path of transaction.repairs) ifThere(() => this.disk.unlink(this.at(path)));
         this.damaged = [];
       }
-      const { installed, journal } = before;
-      const failed = this.#withFailure(way.failed);
-      const { restart } = transaction;
-      await this.#write(
-        why === "undo"
-          ? before
-          : {
-              ...{ ...this.#state, installed, trial: null, failed, restart },
-              journal: isOnTrial ? journal : null,
-            },
-      );
+      const { installed, journal } = way.before;
+      const after: State = {
+        ...{ ...this.state, installed, trial: null, restart: transaction.restart },
+        failed: this.#withFailure(way.failed),
+        journal: commit ? journal : null,
+      };
+      await this.#records.write(why === "undo" ? way.before : after);
     }
-    this.#records.remove(why);
-    await this.#records.sync();
-    if (!isOnTrial) this.#done = undefined;
-    this.#commit = undefined;
+    await this.#records.endTurningBack(why);
     this.#clean();
   }
 
   #failuresAfter(installed: Installed | null): FailedRelease[] {
     const current = installed?.version ?? "";
     const active = this.firmware?.version ?? "";
-    return this.#state.failed.filter(({ version, firmware }) => {
+    return this.state.failed.filter(({ version, firmware }) => {
       return firmware === undefined
         ? new LooseVersion(version).compare(current) > 0
         : new LooseVersion(firmware).compare(active) > 0;
@@ -3859,116 +3964,42 @@ export class Journal extends DeviceTree implements Disposable {
   }
 
   #withFailure(failure: FailedRelease): FailedRelease[] {
-    const others = this.#state.failed.filter(({ digest }) => digest !== failure.digest);
+    const others = this.state.failed.filter(({ digest }) => digest !== failure.digest);
     return [...others, failure].slice(-FAILED_KEPT);
-  }
-
-  /** The way back from a repair to the release before the one that it repairs. */
-  #releaseBeforeRepair(repair: Transaction): WayBack | null {
-    const way = this.#wayBack;
-    if (!way) return null;
-    const { back, placed, restored } = way;
-    const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
-    const old = way.before.installed?.files ?? {};
-    // What that release had at a path which the update left alone, the repair keeps or puts right.
-    const isOurs = (path: string) => !covered.has(path) && repair.placed[path] !== old[path];
-    const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));
-    const place = repair.back.place.filter(([, path]) => {
-      return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
-    });
-    const both = (name: "rmdir" | "mkdir") => [...new Set([...back[name], ...repair.back[name]])];
-    return {
-      ...way,
-      back: {
-        unlink: [...back.unlink, ...unlink],
-        rmdir: both("rmdir").sort().reverse(),
-        mkdir: both("mkdir").sort(),
-        place: [...back.place, ...place],
-        modes: { ...back.modes, ...repair.back.modes },
-      },
-      restored: { ...repair.restored, ...restored },
-      placed: { ...placed, ...repair.placed },
-    };
   }
 
   // ── Opening ──
 
   /** Reads the records, and ends what was cut off. */
   async #recover(): Promise<void> {
-    const known = this.#load();
-    if (!known) return;
+    this.#records.load();
+    const { commit, done, state } = this.#records;
+    this.damaged = this.#records.damaged;
+    const { repairs = [] } = commit ?? done ?? {};
+    if (!this.damaged.every((path) => repairs.includes(path))) return;
     // What was cut off may not have made durable what we found.
-    if (this.#commit || this.#done) await this.#records.sync();
-    this.#dropUnnamed();
-    // After an end, `rollback.json` is gone by now.
-    const way = (["undo", "rollback"] as const).find((why) => this.#records.has(why));
-    const isCut = this.#commit !== undefined && this.#commit.id !== this.#state.journal;
+    if (commit || done) await this.#records.sync();
+    this.#records.dropEnded();
+    const way = this.#records.goingBack;
+    const isCut = commit !== undefined && commit.id !== state.journal;
     this.recovered = way !== undefined || isCut;
     if (way) return this.#endWayBack(way);
     if (isCut) {
-      const { forward, placed } = this.#commit!;
-      if (this.findLost(forward, placed).length > 0) return this.#endWayBack("undo");
-      return this.#finishCommit();
+      const isWhole = this.findLost(commit.forward, commit.placed).length === 0;
+      return isWhole ? this.#finishCommit(commit) : this.#endWayBack("undo");
     }
-    if (!this.#state.trial) this.#settle();
+    if (!state.trial) this.#records.settle();
     this.#setRight();
   }
 
   /** Goes back; where that cannot be done, only a repair helps. */
   async #endWayBack(why: "undo" | "rollback"): Promise<void> {
-    const way = this.#commit ?? releaseBefore(this.#done!)!;
+    const { commit, done } = this.#records;
+    const way = commit ?? releaseBefore(done!)!;
     this.#lost = this.findLost(way.back, way.restored);
     if (this.#lost.length === 0) return this.#goBack(why);
-    this.#setAsideTransactions();
-  }
-
-  /** @returns whether the records are all right, or were made anew by what was cut off */
-  #load(): boolean {
-    this.#state = this.#records.readState() ?? EMPTY;
-    const read = (stage: Stage) => this.#records.readTransaction(stage);
-    const undo = read("undo");
-    const rollback = read("rollback");
-    this.#commit = undo ?? read("commit");
-    this.#done = read("journal");
-    if (rollback?.id === this.#state.journal) {
-      if (this.#state.trial) this.#commit = rollback;
-      else this.#done = rollback;
-    } else if (rollback) {
-      this.#isOver = true;
-    } else if (!this.#commit && this.#done && isCommitOf010(this.#done, this.#state)) {
-      this.#records.move("journal", "commit");
-      this.#commit = this.#done;
-      this.#done = undefined;
-    }
-    this.damaged = this.#records.damaged.map((name) => `${OTA_DIR}/${name}`);
-    const latest = this.#commit ?? this.#done;
-    const isStateLost = !this.#records.has("state") && latest?.restored !== undefined;
-    if (isStateLost && this.damaged.length === 0) this.#setAsideTransactions();
-    return this.damaged.every((path) => latest?.repairs.includes(path));
-  }
-
-  /** Removes transactions that came to their end: no record names them. */
-  #dropUnnamed(): void {
-    if (this.#isOver) this.#records.remove("rollback");
-    const name = this.#commit?.before.journal ?? this.#state.journal;
-    if (!this.#done || this.#done.id === name) return;
-    this.#records.remove("journal");
-    this.#done = undefined;
-  }
-
-  #setAsideTransactions(): void {
-    for (const stage of STAGES) {
-      if (this.#records.has(stage)) this.#records.setAside(`${stage}.json`);
-    }
-    this.#commit = this.#done = undefined;
-    this.damaged = this.#records.damaged.map((name) => `${OTA_DIR}/${name}`);
-  }
-
-  /** Removes transactions, durably: one that came back and that no record names is a half commit. */
-  async #forgetTransactions(): Promise<void> {
-    this.#records.remove(...STAGES);
-    await this.#records.sync();
-    this.#commit = this.#done = undefined;
+    this.#records.setAsideTransactions();
+    this.damaged = this.#records.damaged;
   }
 
   /** There is a good record again: what was set aside is of no more use. */
@@ -3978,17 +4009,12 @@ export class Journal extends DeviceTree implements Disposable {
     this.#clean();
   }
 
-  async #write(state: State): Promise<void> {
-    await this.#records.write("state", state);
-    this.#state = state; // Whether or not that can be made durable.
-    await this.#records.sync();
-  }
-
   /** Removes what no transaction needs. Staged content stays while nothing was made of it. */
   #clean(): void {
-    const ways = [this.#commit, this.#commit?.release, this.#done && releaseBefore(this.#done)];
+    const { commit, done } = this.#records;
+    const ways = [commit, commit?.release, done && releaseBefore(done)];
     const needed = ways.flatMap((way) => way?.back.place.map(([from]) => ancestors(from)[0]) ?? []);
-    for (const one of [this.#commit, this.#done]) if (one) needed.push(backupPath(one.id));
+    for (const one of [commit, done]) if (one) needed.push(backupPath(one.id));
     tidy(() => {
       for (const name of this.disk.list(this.at(OTA_DIR))) {
         const path = `${OTA_DIR}/${name}`;
@@ -4003,17 +4029,6 @@ export class Journal extends DeviceTree implements Disposable {
     }
     this.disk.rmdir(this.at(directory));
   }
-}
-
-/** Whether a journal.json is a commit under way: ota.ts 0.1.0 had one name for both. */
-function isCommitOf010({ id, restored }: Transaction, { journal }: State): boolean {
-  return restored === undefined && id !== journal;
-}
-
-/** The way back from a release that stands; none from a repair of one that had none. */
-function releaseBefore(transaction: Transaction): WayBack | undefined {
-  const { release = transaction } = transaction;
-  return release ?? undefined;
 }
 
 /** Makes a directory and those above it, durably. */
