@@ -1192,7 +1192,7 @@ describe("what boards with Pycom's library cannot do", () => {
 
   test("all of it, for devices on each version", async () => {
     await using root = new TempDir({ "1/a": "", "2/a": "", "2/x/b": "", "3/a": "", "3/x/b": "" });
-    const lines = allBoardWarnings(await open(root));
+    const lines = await allBoardWarnings(await open(root));
     expect(lines).toHaveLength(1);
     expect(lines[0]).toStartWith("from 1: 3 adds the directory x;");
   });
