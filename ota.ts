@@ -117,13 +117,20 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
+/** Milliseconds of CPU that this thread has taken so far. */
+function cpuTime(): number {
+  const { user, system } = process.threadCpuUsage();
+  return (user + system) / 1000;
+}
+
 /** Milliseconds for which work may let requests wait. */
 const TURN = 8;
 
 /** Long work in this thread, in pieces; requests are answered in between. */
 class Pace {
   #since = performance.now();
-  /** Milliseconds of work so far, without the pauses. */
+  #cpu = cpuTime();
+  /** Milliseconds of CPU that the work has taken so far, without the pauses. */
   busy = 0;
 
   /** Whether others have waited for long enough. */
@@ -133,11 +140,12 @@ class Pace {
 
   /** Lets others go first: all who wait now, or until something has come. */
   async pause<T = void>(until: Promise<T> = new Promise(setImmediate)): Promise<T> {
-    this.busy += performance.now() - this.#since;
+    this.busy += cpuTime() - this.#cpu;
     try {
       return await until;
     } finally {
       this.#since = performance.now();
+      this.#cpu = cpuTime();
     }
   }
 
@@ -1008,6 +1016,8 @@ export interface IndexedFile extends FileHashes {
   etag: string;
   /** Whether its owner may run it. */
   executable: boolean;
+  /** Of the look that it was hashed after. */
+  stamp: string;
 }
 
 /** One version: a directory below the root, the whole file system of a device. */
@@ -1019,6 +1029,8 @@ export interface Release {
   files: ReadonlyMap<string, IndexedFile>;
   /** The directories that these are in, without a leading slash. */
   directories: ReadonlySet<string>;
+  /** The files by SHA-256. */
+  contents: ReadonlyMap<string, IndexedFile>;
   /** `releaseDigest` of the files. */
   digest: string;
 }
@@ -1071,12 +1083,20 @@ export class ReleaseIndex {
   firmware: readonly FirmwareImage[] = [];
   ignored: readonly Ignored[] = [];
   /** What versions and firmware consist of, by SHA-256. */
-  contents: ReadonlyMap<string, IndexedFile> = new Map();
+  readonly contents = {
+    get: (sha256: string): IndexedFile | undefined => {
+      for (const { contents } of this.versions) {
+        const file = contents.get(sha256);
+        if (file) return file;
+      }
+      return this.firmware.find((image) => image.sha256 === sha256);
+    },
+  };
   /** Names of what the last scan found to be other than it was offered before. */
   altered: readonly string[] = [];
   /** How long the last scan took, in seconds. */
   scanSeconds = 0;
-  /** How long this thread was busy with looking then, in milliseconds. */
+  /** What looking cost this thread then, in milliseconds of CPU. */
   lookTime = 0;
 
   protected looker: Looker;
@@ -1094,8 +1114,8 @@ export class ReleaseIndex {
   #restless = new Map<string, { stamp: string; since: number }>();
   /** What every version and image was when it was last offered, by kind and version. */
   #offered = new Map<string, string>();
-  /** Hashes by absolute path, each with the stamp of the file that they were made of. */
-  #hashes = new Map<string, { stamp: string; hashes: IndexedFile }>();
+  /** What was hashed last of each, by name below the root, then by path. */
+  #hashed = new Map<string, ReadonlyMap<string, IndexedFile>>();
   /** By how much the clock on the wall is ahead of the one that nobody sets, and its last step. */
   #clock = { ahead: Date.now() - performance.now(), stepped: -Infinity };
   #scanning: Promise<boolean> = Promise.resolve(false);
@@ -1187,8 +1207,8 @@ export class ReleaseIndex {
       await this.#consider(name, found);
     }
     const there = new Set(names);
-    for (const seen of [this.#known, this.#restless]) {
-      for (const name of seen.keys()) if (!there.has(name)) seen.delete(name);
+    for (const known of [this.#known, this.#restless, this.#hashed]) {
+      for (const name of known.keys()) if (!there.has(name)) known.delete(name);
     }
     const byVersion = (a: Release | FirmwareImage, b: Release | FirmwareImage) =>
       a.version.compare(b.version);
@@ -1198,14 +1218,13 @@ export class ReleaseIndex {
     const before = [...this.versions, ...this.firmware];
     const after = [...versions, ...firmware];
     const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
-    const contents = different ? await this.#collect(versions, firmware) : this.contents;
     // From here on without a pause: nobody sees a half of it.
     [this.#place, this.looker, this.places] = [place, looker, found.places];
-    [this.versions, this.firmware, this.contents] = [versions, firmware, contents];
-    this.ignored = found.ignored;
+    [this.versions, this.firmware, this.ignored] = [versions, firmware, found.ignored];
     this.altered = different ? this.#alter() : [];
     if (different) this.renewed();
     this.scanSeconds = (performance.now() - started) / 1000;
+    await this.#pace.pause();
     this.lookTime = this.#pace.busy - busy;
     return different;
   }
@@ -1241,35 +1260,18 @@ export class ReleaseIndex {
 
   async #make(name: string, files: Map<string, IndexedFile>): Promise<Release> {
     const directories = new Set<string>();
+    const contents = new Map<string, IndexedFile>();
     const hasher = new Bun.CryptoHasher("sha256");
-    await this.#pace.each(files, ([path, { sha256 }]) => {
-      hasher.update(releaseLine(path, sha256));
+    await this.#pace.each(files, ([path, file]) => {
+      contents.set(file.sha256, file);
+      hasher.update(releaseLine(path, file.sha256));
       for (const directory of ancestors(path)) {
         if (directories.has(directory)) break;
         directories.add(directory);
       }
     });
     const digest = hasher.digest("hex");
-    return { name, version: new LooseVersion(name), files, directories, digest };
-  }
-
-  /** All content by its hash; forgets hashes that nothing uses any more. */
-  async #collect(
-    versions: readonly Release[],
-    firmware: readonly FirmwareImage[],
-  ): Promise<Map<string, IndexedFile>> {
-    const contents = new Map<string, IndexedFile>();
-    const used = new Set<string>();
-    const add = (file: IndexedFile) => {
-      contents.set(file.sha256, file);
-      used.add(file.file);
-    };
-    await this.#pace.each(firmware, add);
-    for (const { files } of versions) await this.#pace.each(files.values(), add);
-    await this.#pace.each([...this.#hashes.keys()], (file) => {
-      if (!used.has(file)) this.#hashes.delete(file);
-    });
-    return contents;
+    return { name, version: new LooseVersion(name), files, directories, contents, digest };
   }
 
   /** Notes what is offered now, and says what of it was something else when it was last offered. */
@@ -1322,7 +1324,7 @@ export class ReleaseIndex {
     const restless = this.#restless.get(name);
     const since = restless?.stamp === look.stamp ? restless.since : performance.now();
     if (this.#isQuiet(since, look.changed)) {
-      const files = await this.#hashAll(look.files);
+      const files = await this.#hashAll(name, look.files);
       if (typeof files === "string") return giveUp(files);
       if (files && (await lookAgain()).stamp === look.stamp) {
         const item = await make(files);
@@ -1355,34 +1357,41 @@ export class ReleaseIndex {
   }
 
   /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
-  async #hashAll(found: readonly Seen[]): Promise<Map<string, IndexedFile> | string | undefined> {
-    const stale: Seen[] = [];
+  async #hashAll(
+    name: string,
+    found: readonly Seen[],
+  ): Promise<Map<string, IndexedFile> | string | undefined> {
+    const old = this.#hashed.get(name);
+    const isOld = ({ path, file, stamp }: Seen) => {
+      const before = old?.get(path);
+      return before !== undefined && before.stamp === stamp && before.file === file;
+    };
+    const sorted = await this.#pace.sort(found, (a, b) => compareCodePoints(a.path, b.path));
+    const stale: string[] = [];
     let bytes = 0;
-    await this.#pace.each(found, (seen) => {
-      if (this.#hashes.get(seen.file)?.stamp === seen.stamp) return;
-      stale.push(seen);
+    await this.#pace.each(sorted, (seen) => {
+      if (isOld(seen)) return;
+      stale.push(seen.file);
       bytes += seen.size;
     });
-    const hashed = await this.#pace.pause(
-      this.#hasher.hash(
-        stale.map(({ file }) => file),
-        bytes,
-      ),
-    );
-    for (const [i, { file, executable, stamp }] of stale.entries()) {
+    const hashed = await this.#pace.pause(this.#hasher.hash(stale, bytes));
+    const files = new Map<string, IndexedFile>();
+    let next = 0;
+    for (const seen of sorted) {
       if (this.#pace.isDue) await this.#pace.pause();
-      const hashes = hashed[i]!;
+      const { path, file, executable, stamp } = seen;
+      if (isOld(seen)) {
+        files.set(path, old!.get(path)!);
+        continue;
+      }
+      const hashes = hashed[next++]!;
       if ("message" in hashes) {
         return saysMissing(hashes.code) ? undefined : `unreadable: ${hashes.message}`;
       }
       const etag = `"${hashes.sha256.slice(0, 32)}"`;
-      this.#hashes.set(file, { stamp, hashes: { file, ...hashes, etag, executable } });
+      files.set(path, { ...hashes, file, etag, executable, stamp });
     }
-    const sorted = await this.#pace.sort(found, (a, b) => compareCodePoints(a.path, b.path));
-    const files = new Map<string, IndexedFile>();
-    await this.#pace.each(sorted, ({ path, file }) => {
-      files.set(path, this.#hashes.get(file)!.hashes);
-    });
+    this.#hashed.set(name, files);
     return files;
   }
 }
