@@ -743,16 +743,16 @@ class Looker {
     secrets: readonly string[],
     private readonly pace: Pace,
   ) {
-    this.#secrets = secrets.flatMap((file) => fs.statSync(file, { throwIfNoEntry: false }) ?? []);
+    this.#secrets = secrets.filter((file) => fs.existsSync(file)).map((file) => fs.statSync(file));
   }
 
   /** Looks at a version: a directory, links resolved. Takes its time; who looks again, knows. */
   async version(name: string, directory: string): Promise<Look> {
     const look: Look = { files: [], ignored: [], stamp: "", changed: 0 };
-    let hash: number | bigint = 0n;
+    let hash = 0n;
     const note = (path: string, real: string, stat: fs.Stats) => {
       const stamp = stampOf(stat);
-      hash = Bun.hash(`${path}\0${real}\0${stamp}`, hash as bigint);
+      hash = Bun.hash.wyhash(`${path}\0${real}\0${stamp}`, hash);
       look.changed = Math.max(look.changed, stat.ctimeMs);
       return stamp;
     };
@@ -794,7 +794,7 @@ class Looker {
         return { ...look, files: [], stamp: name, problem: `unreadable: ${errorText(error)}` };
       }
       // Something went away while we looked: a look that is never the same twice.
-      hash = Bun.hash(`${performance.now()}`);
+      hash = Bun.hash.wyhash(`${performance.now()}`);
       look.changed = Infinity;
     }
     look.stamp = `${name} ${hash}`;
@@ -1003,10 +1003,10 @@ class Hasher {
   }
 }
 
-// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
-// What one release root on disk holds, hashed once. Nobody can know when a copy of many files into
-// the root has ended, so a version or a firmware image counts once nothing in it has changed for a
-// second; until then its last good index stands. Only a rename publishes at once or not at all.
+// ──── Settling ──────────────────────────────────────────────────────────────────────────────────
+// Nobody can know when a copy of many files into the root has ended, so a version or a firmware image
+// counts once nothing in it has changed for a second; until then its last good state stands. Only a
+// rename publishes at once or not at all.
 
 /** A file that was read and hashed. */
 export interface IndexedFile extends FileHashes {
@@ -1019,6 +1019,158 @@ export interface IndexedFile extends FileHashes {
   /** Of the look that it was hashed after. */
   stamp: string;
 }
+
+/** What counts of a name below the root, and what of it does not. */
+interface Settled<T> {
+  item?: T | undefined;
+  ignored: Ignored[];
+}
+
+/** Finds out what counts, by name below a root; remembers what counted last. */
+class Settler<T> {
+  /** What counts, with the stamp of the look that it was made of. */
+  #known = new Map<string, { stamp: string; item: T }>();
+  /** What is changing: since when it has looked as it does now. */
+  #restless = new Map<string, { stamp: string; since: number }>();
+  /** What was hashed last, by path. */
+  #hashed = new Map<string, ReadonlyMap<string, IndexedFile>>();
+  /** By how much the clock on the wall is ahead of the one that nobody sets, and its last step. */
+  #clock = { ahead: Date.now() - performance.now(), stepped: -Infinity };
+  readonly #hasher = new Hasher();
+
+  /** @param quiet milliseconds without a change before something counts */
+  constructor(
+    private readonly quiet: number,
+    private readonly pace: Pace,
+  ) {}
+
+  /** The names of what is changing, and so does not count yet, or not as it is now. */
+  get restless(): string[] {
+    return [...this.#restless.keys()];
+  }
+
+  /** Milliseconds until something restless may have become quiet. */
+  get nextLook(): number {
+    const since = [...this.#restless.values()].map((restless) => restless.since);
+    return Math.max(20, Math.min(...since) + this.quiet - performance.now() + 5);
+  }
+
+  /** Begins a scan: notices whether the clock on the wall was set since the last one. */
+  begin(): void {
+    const now = performance.now();
+    const ahead = Date.now() - now;
+    const isStep = Math.abs(ahead - this.#clock.ahead) > this.quiet / 2;
+    this.#clock = { ahead, stepped: isStep ? now : this.#clock.stepped };
+  }
+
+  /** Ends a scan: forgets all other names. */
+  end(names: ReadonlySet<string>): void {
+    for (const known of [this.#known, this.#restless, this.#hashed]) {
+      for (const name of known.keys()) if (!names.has(name)) known.delete(name);
+    }
+  }
+
+  /** Ends the threads that hash. */
+  rest(): void {
+    this.#hasher.rest();
+  }
+
+  /**
+   * What counts of a version or an image: made new once it is quiet, until then the last good one.
+   *
+   * @param lookAgain at it
+   * @param make it of its files, which are sorted by path
+   */
+  async settle(
+    name: string,
+    lookAgain: () => Promise<Look>,
+    make: (files: Map<string, IndexedFile>) => T | Promise<T>,
+  ): Promise<Settled<T>> {
+    const look = await lookAgain();
+    const { ignored } = look;
+    const giveUp = (reason: string): Settled<T> => {
+      this.#known.delete(name);
+      this.#restless.delete(name);
+      return { ignored: [...ignored, { path: name, reason }] };
+    };
+    if (look.problem) return giveUp(look.problem);
+    const known = this.#known.get(name);
+    if (known?.stamp === look.stamp) {
+      this.#restless.delete(name);
+      return { item: known.item, ignored };
+    }
+    const restless = this.#restless.get(name);
+    const since = restless?.stamp === look.stamp ? restless.since : performance.now();
+    if (this.#isQuiet(since, look.changed)) {
+      const files = await this.#hash(name, look.files);
+      if (typeof files === "string") return giveUp(files);
+      if (files && (await lookAgain()).stamp === look.stamp) {
+        const item = await make(files);
+        this.#known.set(name, { stamp: look.stamp, item });
+        this.#restless.delete(name);
+        return { item, ignored };
+      }
+    }
+    this.#restless.set(name, { stamp: look.stamp, since });
+    return { item: known?.item, ignored };
+  }
+
+  /**
+   * Whether something that has looked the same since then counts. What nobody has touched for long
+   * counts at once, unless the clock that says so was set just now: then it is watched first.
+   *
+   * @param changed when its files say that they changed, by a clock that may be set at any time
+   */
+  #isQuiet(since: number, changed: number): boolean {
+    const now = performance.now();
+    if (now - since >= this.quiet) return true;
+    return now - this.#clock.stepped >= this.quiet && Date.now() - changed >= this.quiet;
+  }
+
+  /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
+  async #hash(
+    name: string,
+    found: readonly Seen[],
+  ): Promise<Map<string, IndexedFile> | string | undefined> {
+    const { pace } = this;
+    const old = this.#hashed.get(name);
+    const unchanged = ({ path, file, stamp }: Seen): IndexedFile | undefined => {
+      const before = old?.get(path);
+      return before?.stamp === stamp && before.file === file ? before : undefined;
+    };
+    const sorted = await pace.sort(found, (a, b) => compareCodePoints(a.path, b.path));
+    const stale: string[] = [];
+    let bytes = 0;
+    await pace.each(sorted, (seen) => {
+      if (unchanged(seen)) return;
+      stale.push(seen.file);
+      bytes += seen.size;
+    });
+    const hashed = await pace.pause(this.#hasher.hash(stale, bytes));
+    const files = new Map<string, IndexedFile>();
+    const failed: Extract<Hashed, { message: string }>[] = [];
+    let next = 0;
+    await pace.each(sorted, (seen) => {
+      const { path, file, executable, stamp } = seen;
+      const before = unchanged(seen);
+      const hashes = before ?? hashed[next++]!;
+      if (before) files.set(path, before);
+      else if ("message" in hashes) failed.push(hashes);
+      else {
+        const etag = `"${hashes.sha256.slice(0, 32)}"`;
+        files.set(path, { ...hashes, file, etag, executable, stamp });
+      }
+    });
+    this.#hashed.set(name, files);
+    const unreadable = failed.find(({ code }) => !saysMissing(code));
+    if (unreadable) return `unreadable: ${unreadable.message}`;
+    return failed.length > 0 ? undefined : files;
+  }
+}
+
+// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
+// What one release root on disk holds. A scan takes its time and then puts all that it found in place
+// at once: whoever asks meanwhile is answered from one state of the root.
 
 /** One version: a directory below the root, the whole file system of a device. */
 export interface Release {
@@ -1044,18 +1196,6 @@ export interface FirmwareImage extends IndexedFile {
   path: string;
 }
 
-/** A version or an image that counts, with the stamp of the look that it was made of. */
-interface Known {
-  stamp: string;
-  item: Release | FirmwareImage;
-}
-
-/** A version or an image that counts, with the stamp of the look that it was made of. */
-interface Known {
-  stamp: string;
-  item: Release | FirmwareImage;
-}
-
 /** What a scan has found so far. */
 interface Found {
   looker: Looker;
@@ -1065,6 +1205,9 @@ interface Found {
   /** Where everything with the name of a version or an image really is → that name. */
   places: Map<string, string>;
 }
+
+/** Makes what counts of its files. */
+type Make = (files: Map<string, IndexedFile>) => Release | FirmwareImage | Promise<Release>;
 
 /** The directory that a path leads to now, and what tells it from another one at that place. */
 function leadsTo(path: string): { root: string; id: string } {
@@ -1105,21 +1248,12 @@ export class ReleaseIndex {
   readonly #pace = new Pace();
   readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
-  readonly #quiet: number;
+  readonly #settler: Settler<Release | FirmwareImage>;
   /** What was scanned last. */
   #place: { root: string; id: string };
-  /** By name below the root. */
-  #known = new Map<string, Known>();
-  /** What is changing, by name below the root: since when it has looked as it does now. */
-  #restless = new Map<string, { stamp: string; since: number }>();
   /** What every version and image was when it was last offered, by kind and version. */
   #offered = new Map<string, string>();
-  /** What was hashed last of each, by name below the root, then by path. */
-  #hashed = new Map<string, ReadonlyMap<string, IndexedFile>>();
-  /** By how much the clock on the wall is ahead of the one that nobody sets, and its last step. */
-  #clock = { ahead: Date.now() - performance.now(), stepped: -Infinity };
   #scanning: Promise<boolean> = Promise.resolve(false);
-  readonly #hasher = new Hasher();
 
   /** Nothing is read before `begin`. */
   constructor(
@@ -1129,7 +1263,7 @@ export class ReleaseIndex {
     this.path = resolve(path);
     this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
-    this.#quiet = (options.quiet ?? 1) * 1000;
+    this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#pace);
     this.#place = leadsTo(path);
     this.looker = this.#lookerAt(this.#place.root);
   }
@@ -1157,25 +1291,24 @@ export class ReleaseIndex {
     }
   }
 
-  /** Reads a root for the first time, and waits a little for what is changing just now. */
-  protected async begin(): Promise<void> {
-    await this.scan();
-    const patience = performance.now() + 2 * this.#quiet;
-    while (this.#restless.size > 0 && performance.now() < patience) {
-      await Bun.sleep(this.nextLook);
-      await this.scan();
-    }
-  }
-
   /** What is changing, and so does not count yet, or not as it is now. */
   get restless(): string[] {
-    return [...this.#restless.keys()];
+    return this.#settler.restless;
   }
 
   /** Milliseconds until something restless may have become quiet. */
   get nextLook(): number {
-    const since = [...this.#restless.values()].map((restless) => restless.since);
-    return Math.max(20, Math.min(...since) + this.#quiet - performance.now() + 5);
+    return this.#settler.nextLook;
+  }
+
+  /** Reads a root for the first time, and waits a little for what is changing just now. */
+  protected async begin(): Promise<void> {
+    await this.scan();
+    const patience = performance.now() + 2000 * (this.options.quiet ?? 1);
+    while (this.restless.length > 0 && performance.now() < patience) {
+      await Bun.sleep(this.nextLook);
+      await this.scan();
+    }
   }
 
   /**
@@ -1186,7 +1319,7 @@ export class ReleaseIndex {
    */
   scan(): Promise<boolean> {
     // One after the other: one that is under way may have missed what this one is asked for.
-    const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#hasher.rest());
+    const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#settler.rest());
     this.#scanning = scan.catch(() => false);
     return scan;
   }
@@ -1197,7 +1330,7 @@ export class ReleaseIndex {
   async #scan(): Promise<boolean> {
     await this.#pace.pause();
     const [started, busy] = [performance.now(), this.#pace.busy];
-    this.#checkClock();
+    this.#settler.begin();
     const place = leadsTo(this.path);
     const looker = this.#lookerAt(place.root);
     const names = await this.#pace.pause(fs.promises.readdir(place.root));
@@ -1206,10 +1339,7 @@ export class ReleaseIndex {
       if (this.#pace.isDue) await this.#pace.pause();
       await this.#consider(name, found);
     }
-    const there = new Set(names);
-    for (const known of [this.#known, this.#restless, this.#hashed]) {
-      for (const name of known.keys()) if (!there.has(name)) known.delete(name);
-    }
+    this.#settler.end(new Set(names));
     const byVersion = (a: Release | FirmwareImage, b: Release | FirmwareImage) =>
       a.version.compare(b.version);
     const versions = found.versions.sort(byVersion);
@@ -1231,30 +1361,38 @@ export class ReleaseIndex {
 
   /** Looks at one entry of the root. */
   async #consider(name: string, found: Found): Promise<void> {
-    const skip = (reason: string) => found.ignored.push({ path: name, reason });
+    const skip = (reason: string) => void found.ignored.push({ path: name, reason });
     const { looker, versions, firmware } = found;
     const entry = looker.resolve(name);
-    if (typeof entry === "string") return void skip(entry);
+    if (typeof entry === "string") return skip(entry);
     const isDirectory = entry.stat.isDirectory();
     if (isOfReleases(isDirectory ? `${name}/` : name) && !found.places.has(entry.real)) {
       found.places.set(entry.real, name);
     }
+    const settle = async (look: () => Promise<Look>, make: Make): Promise<void> => {
+      const { item, ignored } = await this.#settler.settle(name, look, make);
+      found.ignored.push(...ignored);
+      if (item && "path" in item) firmware.push(item);
+      else if (item) versions.push(item);
+    };
     if (isDirectory) {
-      if (!isReleaseName(name)) return void skip(`no version: a name is ${RELEASE_NAME_RULE}`);
+      if (!isReleaseName(name)) return skip(`no version: a name is ${RELEASE_NAME_RULE}`);
       if (!this.#counts(name, versions, skip)) return;
       const look = () => looker.version(name, entry.real);
-      const release = await this.#settled(name, look, found, (files) => this.#make(name, files));
-      if (release) versions.push(release as Release);
+      await settle(look, (files) => this.#make(name, files));
     } else {
       const version = firmwareVersion(name);
-      if (version === undefined) return void skip("neither a version nor a firmware_VERSION.bin");
+      if (version === undefined) return skip("neither a version nor a firmware_VERSION.bin");
       if (!this.#counts(version, firmware, skip)) return;
       const look = () => looker.image(name, entry.real);
-      const image = await this.#settled(name, look, found, async (files) => {
-        const hashes = files.get(name)!;
-        return { ...hashes, name: version, version: new LooseVersion(version), path: name };
+      await settle(look, (files) => {
+        return {
+          ...files.get(name)!,
+          name: version,
+          version: new LooseVersion(version),
+          path: name,
+        };
       });
-      if (image) firmware.push(image as FirmwareImage);
     }
   }
 
@@ -1299,100 +1437,145 @@ export class ReleaseIndex {
     if (held) skip(`above --latest ${this.#latest}`);
     return !twin && !held;
   }
+}
 
-  /** A version or an image: made new once it is quiet, until then the last good one. */
-  async #settled(
-    name: string,
-    lookAgain: () => Promise<Look>,
-    { ignored }: Found,
-    make: (files: Map<string, IndexedFile>) => Promise<Release | FirmwareImage>,
-  ): Promise<Release | FirmwareImage | undefined> {
-    const look = await lookAgain();
-    ignored.push(...look.ignored);
-    const giveUp = (reason: string) => {
-      ignored.push({ path: name, reason });
-      this.#known.delete(name);
-      this.#restless.delete(name);
-      return undefined;
-    };
-    if (look.problem) return giveUp(look.problem);
-    const known = this.#known.get(name);
-    if (known?.stamp === look.stamp) {
-      this.#restless.delete(name);
-      return known.item;
-    }
-    const restless = this.#restless.get(name);
-    const since = restless?.stamp === look.stamp ? restless.since : performance.now();
-    if (this.#isQuiet(since, look.changed)) {
-      const files = await this.#hashAll(name, look.files);
-      if (typeof files === "string") return giveUp(files);
-      if (files && (await lookAgain()).stamp === look.stamp) {
-        const item = await make(files);
-        this.#known.set(name, { stamp: look.stamp, item });
-        this.#restless.delete(name);
-        return item;
-      }
-    }
-    this.#restless.set(name, { stamp: look.stamp, since });
-    return known?.item;
+// ──── Lookup ─────────────────────────────────────────────────────────────────────────────────────
+// From a name or a path to what is there. Of versions and images only what is offered is served;
+// whatever else lies below the root is served as in Pycom's tutorial, unless it must stay secret.
+
+/** A file below the root, found for a request. */
+export interface ServedFile {
+  /** Absolute, links resolved. */
+  file: string;
+  size: number;
+  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
+  sha256?: string;
+  /** Strong, quoted. */
+  etag: string;
+}
+
+/** A release root in which things are found by their names. */
+class ServedRoot extends ReleaseIndex {
+  #byName = new Map<string, Release>();
+  #byVersion = new Map<string, Release>();
+  #images = new Map<string, FirmwareImage>();
+  /** By path, which files of the root hold a private key, each as long as its stamp stays. */
+  readonly #keys = new Map<string, { stamp: string; isKey: boolean }>();
+
+  protected override renewed(): void {
+    this.#byName = new Map(this.versions.map((release) => [release.name, release]));
+    this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
+    this.#images = new Map(this.firmware.map((image) => [image.path, image]));
+  }
+
+  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
+  find(name: string): Release | undefined {
+    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
   }
 
   /**
-   * Whether something that has looked the same since then counts. What nobody has touched for long
-   * counts at once, unless the clock that says so was set just now: then it is watched first.
+   * Finds the file for the path of a request.
    *
-   * @param changed when its files say that they changed, by a clock that may be set at any time
+   * @param pathname percent-encoded, with its leading slash
+   * @returns `undefined` for whatever is not served: of versions and images what is not offered;
+   *   directories, dot entries at the top level, links that leave the root, private keys
    */
-  #isQuiet(since: number, changed: number): boolean {
-    const now = performance.now();
-    if (now - since >= this.#quiet) return true;
-    return now - this.#clock.stepped >= this.#quiet && Date.now() - changed >= this.#quiet;
-  }
-
-  #checkClock(): void {
-    const now = performance.now();
-    const ahead = Date.now() - now;
-    const isStep = Math.abs(ahead - this.#clock.ahead) > this.#quiet / 2;
-    this.#clock = { ahead, stepped: isStep ? now : this.#clock.stepped };
-  }
-
-  /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
-  async #hashAll(
-    name: string,
-    found: readonly Seen[],
-  ): Promise<Map<string, IndexedFile> | string | undefined> {
-    const old = this.#hashed.get(name);
-    const isOld = ({ path, file, stamp }: Seen) => {
-      const before = old?.get(path);
-      return before !== undefined && before.stamp === stamp && before.file === file;
-    };
-    const sorted = await this.#pace.sort(found, (a, b) => compareCodePoints(a.path, b.path));
-    const stale: string[] = [];
-    let bytes = 0;
-    await this.#pace.each(sorted, (seen) => {
-      if (isOld(seen)) return;
-      stale.push(seen.file);
-      bytes += seen.size;
-    });
-    const hashed = await this.#pace.pause(this.#hasher.hash(stale, bytes));
-    const files = new Map<string, IndexedFile>();
-    let next = 0;
-    for (const seen of sorted) {
-      if (this.#pace.isDue) await this.#pace.pause();
-      const { path, file, executable, stamp } = seen;
-      if (isOld(seen)) {
-        files.set(path, old!.get(path)!);
-        continue;
-      }
-      const hashes = hashed[next++]!;
-      if ("message" in hashes) {
-        return saysMissing(hashes.code) ? undefined : `unreadable: ${hashes.message}`;
-      }
-      const etag = `"${hashes.sha256.slice(0, 32)}"`;
-      files.set(path, { ...hashes, file, etag, executable, stamp });
+  locate(pathname: string): ServedFile | undefined {
+    let path: string;
+    try {
+      path = pathname.includes("%") ? decodeURIComponent(pathname.slice(1)) : pathname.slice(1);
+    } catch {
+      return undefined;
     }
-    this.#hashed.set(name, files);
-    return files;
+    return this.#offeredAt(path) ?? this.#besideAt(path);
+  }
+
+  #offeredAt(path: string): IndexedFile | undefined {
+    const slash = path.indexOf("/");
+    if (slash < 0) return this.#images.get(path);
+    return this.#byName.get(path.slice(0, slash))?.files.get(path.slice(slash + 1));
+  }
+
+  /** A file that lies below the root beside versions and images. */
+  #besideAt(path: string): ServedFile | undefined {
+    // `/-/` is the server's own.
+    if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
+    if (this.options.onlyReleases || isOfReleases(path)) return undefined;
+    const found = this.looker.resolve(path);
+    if (typeof found === "string" || !found.stat.isFile()) return undefined;
+    // Nor through a link to a dot entry, or out of the root and in again.
+    const real = relative(this.looker.root, found.real);
+    if (real.startsWith(".")) return undefined;
+    // Through a link, or where a version is one: what is of a version is served only as such.
+    for (const at of [found.real, ...ancestors(found.real)]) {
+      const name = this.places.get(at);
+      if (name !== undefined) return this.#offeredAt(name + found.real.slice(at.length));
+    }
+    if (isOfReleases(real) || this.#isKey(found.real, stampOf(found.stat))) return undefined;
+    const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
+    return { file: found.real, size: found.stat.size, etag };
+  }
+
+  /** Whether a file holds a private key; looked up as long as it does not change. */
+  #isKey(file: string, stamp: string): boolean {
+    const known = this.#keys.get(file);
+    if (known?.stamp === stamp) return known.isKey;
+    const isKey = holdsPrivateKey(file);
+    if (this.#keys.size >= MAX_KEYS_KNOWN) this.#keys.clear();
+    this.#keys.set(file, { stamp, isKey });
+    return isKey;
+  }
+
+  /**
+   * What is served beside versions and images: files in the root, and directories (with a slash at
+   * the end) with the number of files in them, which is counted to a thousand.
+   */
+  async beside(): Promise<{ path: string; files: number }[]> {
+    const pace = new Pace();
+    const found: { path: string; files: number }[] = [];
+    const count = async (directory: string, files: number): Promise<number> => {
+      const reading = fs.promises.readdir(`${this.root}/${directory}`, { withFileTypes: true });
+      for (const item of await pace.pause(reading).catch(() => [])) {
+        if (files > MAX_COUNTED) break;
+        if (pace.isDue) await pace.pause();
+        const path = directory + item.name;
+        if (item.isDirectory()) files = await count(`${path}/`, files);
+        else if (this.#besideAt(path)) files++;
+      }
+      return files;
+    };
+    if (this.options.onlyReleases) return found;
+    const items = await pace.pause(fs.promises.readdir(this.root, { withFileTypes: true }));
+    for (const item of items.sort((a, b) => compareCodePoints(a.name, b.name))) {
+      const path = item.isDirectory() ? `${item.name}/` : item.name;
+      if (path === "-/" || path.startsWith(".") || isOfReleases(path)) continue;
+      const files = item.isDirectory() ? await count(path, 0) : this.#besideAt(path) ? 1 : 0;
+      if (files > 0) found.push({ path, files });
+    }
+    return found;
+  }
+}
+
+/** How many files in a directory beside the releases are counted. */
+const MAX_COUNTED = 1000;
+/** Of how many files beside the releases it is remembered whether they hold a key. */
+const MAX_KEYS_KNOWN = 4096;
+
+/** Whether a file holds a private key in PEM; one that cannot be read is treated so. */
+function holdsPrivateKey(file: string): boolean {
+  try {
+    // Not to wait, should it be a pipe by now.
+    const fd = fs.openSync(file, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
+    try {
+      // Certificates may stand before it.
+      const head = Buffer.alloc(64 * 1024);
+      const text = head.toString("latin1", 0, fs.readSync(fd, head));
+      return /-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----/.test(text);
+    } finally {
+      fs.closeSync(fd);
+    }
+  } catch {
+    return true;
   }
 }
 
@@ -1584,19 +1767,8 @@ function intoBlob(bytes: Uint8Array): Blob {
 }
 
 // ──── Releases ──────────────────────────────────────────────────────────────────────────────────
-// What a device needs to reach the newest release, and where content is found. Everything that
-// decides what a device gets is here; the server only carries it.
-
-/** A file below the root, found for a request. */
-export interface ServedFile {
-  /** Absolute, links resolved. */
-  file: string;
-  size: number;
-  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
-  sha256?: string;
-  /** Strong, quoted. */
-  etag: string;
-}
+// What a device needs to reach the newest release. Everything that decides what a device gets is
+// here; the server only carries it.
 
 /** What an answer to a device is made of. */
 interface Decision {
@@ -1640,16 +1812,11 @@ const MANIFEST_BUDGET = 16 * 1024 * 1024;
  * const releases = await Releases.open("examples/smart-meter");
  * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
  */
-export class Releases extends ReleaseIndex {
+export class Releases extends ServedRoot {
   /** The two parts of a manifest around what is echoed, by what they depend on. */
   #manifests = new Cache<[head: string, tail: string]>(MANIFEST_BUDGET);
   /** Whole manifests, of those that many devices get. */
   #whole = new Cache<ManifestText>(MANIFEST_BUDGET);
-  #byName = new Map<string, Release>();
-  #byVersion = new Map<string, Release>();
-  #images = new Map<string, FirmwareImage>();
-  /** By path, which files of the root hold a private key, each as long as its stamp stays. */
-  readonly #keys = new Map<string, { stamp: string; isKey: boolean }>();
 
   /**
    * Reads a release root.
@@ -1671,16 +1838,9 @@ export class Releases extends ReleaseIndex {
   }
 
   protected override renewed(): void {
+    super.renewed();
     this.#manifests = new Cache(MANIFEST_BUDGET);
     this.#whole = new Cache(MANIFEST_BUDGET);
-    this.#byName = new Map(this.versions.map((release) => [release.name, release]));
-    this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
-    this.#images = new Map(this.firmware.map((image) => [image.path, image]));
-  }
-
-  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
-  find(name: string): Release | undefined {
-    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
   }
 
   /**
@@ -1831,111 +1991,6 @@ export class Releases extends ReleaseIndex {
         version,
       },
     };
-  }
-
-  /**
-   * Finds the file for the path of a request.
-   *
-   * @param pathname percent-encoded, with its leading slash
-   * @returns `undefined` for whatever is not served: of versions and images what is not offered;
-   *   directories, dot entries at the top level, links that leave the root, private keys
-   */
-  locate(pathname: string): ServedFile | undefined {
-    let path: string;
-    try {
-      path = pathname.includes("%") ? decodeURIComponent(pathname.slice(1)) : pathname.slice(1);
-    } catch {
-      return undefined;
-    }
-    return this.#offeredAt(path) ?? this.#besideAt(path);
-  }
-
-  #offeredAt(path: string): IndexedFile | undefined {
-    const slash = path.indexOf("/");
-    if (slash < 0) return this.#images.get(path);
-    return this.#byName.get(path.slice(0, slash))?.files.get(path.slice(slash + 1));
-  }
-
-  /** A file that lies below the root beside versions and images. */
-  #besideAt(path: string): ServedFile | undefined {
-    // `/-/` is the server's own.
-    if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
-    if (this.options.onlyReleases || isOfReleases(path)) return undefined;
-    const found = this.looker.resolve(path);
-    if (typeof found === "string" || !found.stat.isFile()) return undefined;
-    // Nor through a link to a dot entry, or out of the root and in again.
-    const real = relative(this.looker.root, found.real);
-    if (real.startsWith(".")) return undefined;
-    // Through a link, or where a version is one: what is of a version is served only as such.
-    for (const at of [found.real, ...ancestors(found.real)]) {
-      const name = this.places.get(at);
-      if (name !== undefined) return this.#offeredAt(name + found.real.slice(at.length));
-    }
-    if (isOfReleases(real) || this.#isKey(found.real, stampOf(found.stat))) return undefined;
-    const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
-    return { file: found.real, size: found.stat.size, etag };
-  }
-
-  /** Whether a file holds a private key; looked up as long as it does not change. */
-  #isKey(file: string, stamp: string): boolean {
-    const known = this.#keys.get(file);
-    if (known?.stamp === stamp) return known.isKey;
-    const isKey = holdsPrivateKey(file);
-    if (this.#keys.size >= MAX_KEYS_KNOWN) this.#keys.clear();
-    this.#keys.set(file, { stamp, isKey });
-    return isKey;
-  }
-
-  /**
-   * What is served beside versions and images: files in the root, and directories (with a slash at
-   * the end) with the number of files in them, which is counted to a thousand.
-   */
-  async beside(): Promise<{ path: string; files: number }[]> {
-    const pace = new Pace();
-    const found: { path: string; files: number }[] = [];
-    const count = async (directory: string, files: number): Promise<number> => {
-      const reading = fs.promises.readdir(`${this.root}/${directory}`, { withFileTypes: true });
-      for (const item of await pace.pause(reading).catch(() => [])) {
-        if (files > MAX_COUNTED) break;
-        if (pace.isDue) await pace.pause();
-        const path = directory + item.name;
-        if (item.isDirectory()) files = await count(`${path}/`, files);
-        else if (this.#besideAt(path)) files++;
-      }
-      return files;
-    };
-    if (this.options.onlyReleases) return found;
-    const items = await pace.pause(fs.promises.readdir(this.root, { withFileTypes: true }));
-    for (const item of items.sort((a, b) => compareCodePoints(a.name, b.name))) {
-      const path = item.isDirectory() ? `${item.name}/` : item.name;
-      if (path === "-/" || path.startsWith(".") || isOfReleases(path)) continue;
-      const files = item.isDirectory() ? await count(path, 0) : this.#besideAt(path) ? 1 : 0;
-      if (files > 0) found.push({ path, files });
-    }
-    return found;
-  }
-}
-
-/** How many files in a directory beside the releases are counted. */
-const MAX_COUNTED = 1000;
-/** Of how many files beside the releases it is remembered whether they hold a key. */
-const MAX_KEYS_KNOWN = 4096;
-
-/** Whether a file holds a private key in PEM; one that cannot be read is treated so. */
-function holdsPrivateKey(file: string): boolean {
-  try {
-    // Not to wait, should it be a pipe by now.
-    const fd = fs.openSync(file, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
-    try {
-      // Certificates may stand before it.
-      const head = Buffer.alloc(64 * 1024);
-      const text = head.toString("latin1", 0, fs.readSync(fd, head));
-      return /-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----/.test(text);
-    } finally {
-      fs.closeSync(fd);
-    }
-  } catch {
-    return true;
   }
 }
 
