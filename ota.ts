@@ -1589,8 +1589,11 @@ const GATHER = 200;
 const GLANCE = 500;
 /** The fewest milliseconds between two looks that nobody asked for. */
 const IDLE = { watched: 60_000, unwatched: 1000 };
-/** How many times as long as a look took there is none: it costs less than 2 % of a core. */
-const REST = 75;
+/**
+ * How many times as long as a look took this thread there is none. With what it makes others do,
+ * who read directories and collect garbage, it costs less than 2 % of a core.
+ */
+const REST = 120;
 
 /** What somebody wants to know who keeps up with a root. */
 export interface WatchEvents {
@@ -1607,7 +1610,9 @@ export class RootWatch implements Disposable {
   #watcher: fs.FSWatcher | undefined;
   /** The directory that is watched. */
   #watched = "";
-  #isBlind = false;
+  /** Why not all of it is watched. */
+  #blindness: unknown;
+  #isTold = false;
   #isLooking = false;
   #isClosed = false;
   readonly #glancing: Timer;
@@ -1629,7 +1634,7 @@ export class RootWatch implements Disposable {
   #listen(): void {
     this.#watcher?.close();
     this.#watched = this.index.place;
-    this.#isBlind = false;
+    this.#blindness = undefined;
     try {
       this.#watcher = fs.watch(this.index.root, { recursive: true }, this.soon);
       this.#watcher.on("error", (error) => this.#goBlind(error));
@@ -1642,19 +1647,26 @@ export class RootWatch implements Disposable {
 
   /** Goes on without being told, at least not of everything. */
   #goBlind(error: unknown): void {
-    if (this.#isBlind || this.#isClosed) return;
-    this.#isBlind = true;
-    const seconds = Math.ceil(this.#idle / 1000);
-    const limit = errorCode(error) === "ENOSPC" ? "; sysctl fs.inotify.max_user_watches" : "";
+    if (this.#blindness !== undefined || this.#isClosed) return;
+    this.#blindness = error;
+    this.#isTold = false;
+    this.#plan(GATHER);
+  }
+
+  /** Says what that means, once it is known what a look costs. */
+  #tell(): void {
+    if (this.#blindness === undefined || this.#isTold) return;
+    this.#isTold = true;
+    const isFull = errorCode(this.#blindness) === "ENOSPC";
     this.events.warn?.(
-      `changes may show late: the root is looked at every ${seconds} s, as it cannot be watched ` +
-        `(${errorText(error)})${limit}`,
+      `changes may show late: the root is looked at every ${Math.ceil(this.#idle / 1000)} s, as ` +
+        `not all of it can be watched (${errorText(this.#blindness)})` +
+        (isFull ? "; raise fs.inotify.max_user_watches" : ""),
     );
-    this.#plan(this.#idle);
   }
 
   get #idle(): number {
-    const least = this.#isBlind ? IDLE.unwatched : IDLE.watched;
+    const least = this.#blindness === undefined ? IDLE.watched : IDLE.unwatched;
     return Math.max(least, REST * this.index.lookTime);
   }
 
@@ -1675,6 +1687,7 @@ export class RootWatch implements Disposable {
     this.#isLooking = false;
     if (this.#isClosed) return;
     if (different) this.events.changed();
+    this.#tell();
     if (this.index.place !== this.#watched) this.#listen();
     this.#plan(this.index.restless.length > 0 ? this.index.nextLook : this.#idle);
   }
