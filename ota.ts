@@ -901,12 +901,18 @@ const PIECE = 256 * 1024;
 function hashFile(
   file: string,
   piece: Uint8Array,
-  { openSync, readSync, closeSync }: Pick<typeof fs, "openSync" | "readSync" | "closeSync">,
+  {
+    openSync,
+    readSync,
+    closeSync,
+    constants,
+  }: Pick<typeof fs, "openSync" | "readSync" | "closeSync" | "constants">,
 ): Hashed {
   const sha1 = new Bun.CryptoHasher("sha1");
   const sha256 = new Bun.CryptoHasher("sha256");
   try {
-    const fd = openSync(file, "r");
+    // Not to wait, should it have become a pipe since it was looked at.
+    const fd = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK);
     try {
       let size = 0;
       for (let read; (read = readSync(fd, piece)) > 0; size += read) {
