@@ -117,6 +117,63 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
+/** Milliseconds of CPU that this thread has taken so far. */
+function cpuTime(): number {
+  const { user, system } = process.threadCpuUsage();
+  return (user + system) / 1000;
+}
+
+/** Milliseconds for which work may let requests wait. */
+const TURN = 8;
+
+/** Long work in this thread, in pieces; requests are answered in between. */
+class Pace {
+  #since = performance.now();
+  #cpu = cpuTime();
+  /** Milliseconds of CPU that the work has taken so far, without the pauses. */
+  busy = 0;
+
+  /** Whether others have waited for long enough. */
+  get isDue(): boolean {
+    return performance.now() - this.#since > TURN;
+  }
+
+  /** Lets others go first: all who wait now, or until something has come. */
+  async pause<T = void>(until: Promise<T> = new Promise(setImmediate)): Promise<T> {
+    this.busy += cpuTime() - this.#cpu;
+    try {
+      return await until;
+    } finally {
+      this.#since = performance.now();
+      this.#cpu = cpuTime();
+    }
+  }
+
+  /** Does something with each item. */
+  async each<T>(items: Iterable<T>, work: (item: T) => void): Promise<void> {
+    for (const item of items) {
+      work(item);
+      if (this.isDue) await this.pause();
+    }
+  }
+
+  /** The same items, sorted. */
+  async sort<T>(items: readonly T[], compare: (a: T, b: T) => number): Promise<T[]> {
+    if (this.isDue) await this.pause();
+    if (items.length <= 1000) return [...items].sort(compare);
+    const half = items.length >> 1;
+    const low = await this.sort(items.slice(0, half), compare);
+    const high = await this.sort(items.slice(half), compare);
+    const merged: T[] = [];
+    for (let i = 0, j = 0; merged.length < items.length;) {
+      const isLow = j === high.length || (i < half && compare(low[i]!, high[j]!) <= 0);
+      merged.push(isLow ? low[i++]! : high[j++]!);
+      if (this.isDue) await this.pause();
+    }
+    return merged;
+  }
+}
+
 // ──── Versions ──────────────────────────────────────────────────────────────────────────────────
 // How releases are ordered. The order must be total: whatever text a device sends as its version,
 // comparing it gives an answer, and never an exception.
@@ -206,12 +263,11 @@ const RELEASE_NAME_RULE =
  * not the ending of a backup or a temporary file.
  */
 export function isReleaseName(name: string): boolean {
-  return (
-    name.length <= 128 &&
-    /^[vV]?[0-9][0-9A-Za-z.+_-]*$/.test(name) &&
-    !/\.(bak|old|orig|tmp|part|swp)$/i.test(name)
-  );
+  return name.length <= 128 && /^[vV]?[0-9][0-9A-Za-z.+_-]*$/.test(name) && !PUT_ASIDE.test(name);
 }
+
+/** The ending of what a person or a program keeps beside the real thing. */
+const PUT_ASIDE = /\.(bak|old|orig|tmp|part|swp)$/i;
 
 /**
  * The VERSION in `firmware_VERSION.bin`, or `undefined` when `name` is not a firmware image's.
@@ -497,10 +553,12 @@ function checkPathsAgree(manifest: Manifest): void {
 export function releaseDigest(files: Iterable<readonly [path: string, sha256: string]>): string {
   const hasher = new Bun.CryptoHasher("sha256");
   for (const [path, sha256] of [...files].sort((a, b) => compareCodePoints(a[0], b[0]))) {
-    hasher.update(`${path}\0${sha256}\n`);
+    hasher.update(releaseLine(path, sha256));
   }
   return hasher.digest("hex");
 }
+
+const releaseLine = (path: string, sha256: string) => `${path}\0${sha256}\n`;
 
 /**
  * Decodes `%xx` and leaves what cannot be decoded as it is. A `+` stays a `+`, unlike in
@@ -619,6 +677,10 @@ export interface ReleasesOptions {
   latest?: string;
   /** Seconds without a change before something counts; 1. 0: the root is known to be complete. */
   quiet?: number;
+  /** Whether other files below the root are left alone: nothing is served but what is offered. */
+  onlyReleases?: boolean;
+  /** Files that are never offered, wherever they turn up: the keys of a server. */
+  secrets?: readonly string[];
 }
 
 /** What below the root counts for nothing, and why. */
@@ -630,75 +692,99 @@ export interface Ignored {
 
 /** What a look at a version or an image found, nothing read yet. */
 interface Look {
-  files: { path: string; file: string; stat: fs.Stats }[];
+  files: Seen[];
   ignored: Ignored[];
   /** The same as long as nothing changes. */
   stamp: string;
-  /** When something changed last, in ms since 1970. */
+  /** When something changed last, in ms since 1970, by the clock that files are stamped with. */
   changed: number;
   /** Why nothing of it can be used. */
   problem?: string;
+}
+
+/** A file that was looked at. */
+interface Seen {
+  /** On the device. */
+  path: string;
+  /** Absolute, links resolved. */
+  file: string;
+  size: number;
+  executable: boolean;
+  stamp: string;
 }
 
 const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
 
 /** Looks at one root. */
 class Looker {
-  readonly #ignore: readonly Bun.Glob[];
+  readonly #secrets: readonly fs.Stats[];
 
   /**
    * @param root absolute, links resolved
    * @param ignore globs of what is no content
+   * @param secrets files that are no content wherever they are
    */
   constructor(
-    private readonly root: string,
-    ignore: readonly string[],
+    readonly root: string,
+    private readonly ignore: readonly Bun.Glob[],
+    secrets: readonly string[],
+    private readonly pace: Pace,
   ) {
-    this.#ignore = ignore.map((pattern) => new Bun.Glob(pattern));
+    this.#secrets = secrets.filter((file) => fs.existsSync(file)).map((file) => fs.statSync(file));
   }
 
-  /** Looks at a version: a directory, links resolved. */
-  version(name: string, directory: string): Look {
+  /** Looks at a version: a directory, links resolved. Takes its time; who looks again, knows. */
+  async version(name: string, directory: string): Promise<Look> {
     const look: Look = { files: [], ignored: [], stamp: "", changed: 0 };
-    const stamps: string[] = [];
-    const note = (path: string, stat: fs.Stats) => {
-      stamps.push(path, stampOf(stat));
+    let hash = 0n;
+    const note = (path: string, real: string, stat: fs.Stats) => {
+      const stamp = stampOf(stat);
+      hash = Bun.hash.wyhash(`${path}\0${real}\0${stamp}`, hash);
       look.changed = Math.max(look.changed, stat.ctimeMs);
+      return stamp;
     };
-    const visit = (real: string, prefix: string, above: readonly string[], linked = false) => {
-      note(prefix, fs.statSync(real));
-      for (const item of fs.readdirSync(real, { withFileTypes: true })) {
+    const visit = async (
+      real: string,
+      prefix: string,
+      above: readonly string[],
+      linked = false,
+    ) => {
+      note(prefix, real, fs.statSync(real));
+      // Not at once: it takes long where a directory has a hundred thousand entries.
+      const reading = fs.promises.readdir(real, { withFileTypes: true });
+      for (const item of await this.pace.pause(reading)) {
+        if (this.pace.isDue) await this.pace.pause();
         const path = prefix + item.name;
         const skip = (reason: string) => look.ignored.push({ path: `${name}/${path}`, reason });
         const reason = this.#noContent(item.name, path);
         if (reason) {
           skip(reason);
         } else if (item.isDirectory()) {
-          visit(`${real}/${item.name}`, `${path}/`, [...above, real], linked);
+          await visit(`${real}/${item.name}`, `${path}/`, [...above, real], linked);
         } else {
           const at = `${real}/${item.name}`;
           const found = item.isFile() ? { real: at, stat: fs.statSync(at) } : this.#follow(at);
           if (typeof found === "string") skip(found);
+          else if (this.#isSecret(found.stat)) skip("a key of this server");
           else if (found.stat.isFile()) {
-            note(path, found.stat);
-            look.files.push({ path, file: found.real, stat: found.stat });
+            look.files.push(seen(path, found.real, found.stat, note(path, found.real, found.stat)));
           } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
           else if (linked) skip("a link to a directory, below another such link");
-          else visit(found.real, `${path}/`, [...above, real], true);
+          else await visit(found.real, `${path}/`, [...above, real], true);
         }
       }
     };
     try {
-      visit(directory, "", []);
+      await visit(directory, "", []);
     } catch (error) {
       if (!isMissing(error)) {
         return { ...look, files: [], stamp: name, problem: `unreadable: ${errorText(error)}` };
       }
       // Something went away while we looked: a look that is never the same twice.
-      stamps.push(`${performance.now()}`);
-      look.changed = Date.now();
+      hash = Bun.hash.wyhash(`${performance.now()}`);
+      look.changed = Infinity;
     }
-    look.stamp = `${name} ${Bun.hash(stamps.join("\0"))}`;
+    look.stamp = `${name} ${hash}`;
     return look;
   }
 
@@ -708,7 +794,7 @@ class Looker {
     if (name.includes("\ufffd")) return "its name is not UTF-8";
     const problem = pathProblem(path);
     if (problem) return `the path ${problem}`;
-    const ignored = this.#ignore.some((glob) => glob.match(path) || glob.match(name));
+    const ignored = this.ignore.some((glob) => glob.match(path) || glob.match(name));
     return ignored ? "--ignore" : undefined;
   }
 
@@ -733,16 +819,40 @@ class Looker {
     }
   }
 
+  #isSecret({ dev, ino }: fs.Stats): boolean {
+    return this.#secrets.some((secret) => secret.ino === ino && secret.dev === dev);
+  }
+
   /** Looks at a firmware image: a file, links resolved. */
-  image(name: string, file: string): Look {
+  async image(name: string, file: string): Promise<Look> {
     try {
       const stat = fs.statSync(file);
-      const stamp = `${name} ${stampOf(stat)}`;
-      return { files: [{ path: name, file, stat }], ignored: [], stamp, changed: stat.ctimeMs };
+      if (this.#isSecret(stat)) {
+        return { files: [], ignored: [], stamp: "", changed: 0, problem: "a key of this server" };
+      }
+      const stamp = stampOf(stat);
+      const files = [seen(name, file, stat, stamp)];
+      return { files, ignored: [], stamp: `${name} ${file} ${stamp}`, changed: stat.ctimeMs };
     } catch {
-      return { files: [], ignored: [], stamp: `${name} ${performance.now()}`, changed: Date.now() };
+      return { files: [], ignored: [], stamp: `${name} ${performance.now()}`, changed: Infinity };
     }
   }
+}
+
+function seen(path: string, file: string, stat: fs.Stats, stamp: string): Seen {
+  const executable = (stat.mode & fs.constants.S_IXUSR) !== 0;
+  return { path, file, size: stat.size, executable, stamp };
+}
+
+/**
+ * Whether a path below the root is of a version or an image by its name, those put aside included.
+ * Of these only what counts is served.
+ */
+function isOfReleases(path: string): boolean {
+  const slash = path.indexOf("/");
+  return slash < 0
+    ? /^firmw?are_.+\.bin$/i.test(path.replace(PUT_ASIDE, ""))
+    : /^v?[0-9][\w.+-]*$/i.test(path.slice(0, slash));
 }
 
 /** What tells a changed file from an unchanged one without reading it. */
@@ -778,12 +888,18 @@ const PIECE = 256 * 1024;
 function hashFile(
   file: string,
   piece: Uint8Array,
-  { openSync, readSync, closeSync }: Pick<typeof fs, "openSync" | "readSync" | "closeSync">,
+  {
+    openSync,
+    readSync,
+    closeSync,
+    constants,
+  }: Pick<typeof fs, "openSync" | "readSync" | "closeSync" | "constants">,
 ): Hashed {
   const sha1 = new Bun.CryptoHasher("sha1");
   const sha256 = new Bun.CryptoHasher("sha256");
   try {
-    const fd = openSync(file, "r");
+    // Not to wait, should it have become a pipe since it was looked at.
+    const fd = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK);
     try {
       let size = 0;
       for (let read; (read = readSync(fd, piece)) > 0; size += read) {
@@ -819,7 +935,7 @@ const BATCH = 64;
 class Hasher {
   #workers: Worker[] = [];
   #source = "";
-  #breath = performance.now();
+  readonly #pace = new Pace();
 
   /**
    * @param bytes how many there are in all, about
@@ -852,12 +968,7 @@ class Hasher {
   async #hashHere(files: readonly string[]): Promise<Hashed[]> {
     const piece = new Uint8Array(files.length > 0 ? PIECE : 0);
     const hashed: Hashed[] = [];
-    for (const file of files) {
-      hashed.push(hashFile(file, piece, fs));
-      if (performance.now() - this.#breath < 10) continue;
-      await new Promise(setImmediate);
-      this.#breath = performance.now();
-    }
+    await this.#pace.each(files, (file) => hashed.push(hashFile(file, piece, fs)));
     return hashed;
   }
 
@@ -885,10 +996,10 @@ class Hasher {
   }
 }
 
-// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
-// What one release root on disk holds, hashed once. Nobody can know when a copy of many files into
-// the root has ended, so a version or a firmware image counts once nothing in it has changed for a
-// second; until then its last good index stands. Only a rename publishes at once or not at all.
+// ──── Settling ──────────────────────────────────────────────────────────────────────────────────
+// Nobody can know when a copy of many files into the root has ended, so a version or a firmware image
+// counts once nothing in it has changed for a second; until then its last good state stands. Only a
+// rename publishes at once or not at all.
 
 /** A file that was read and hashed. */
 export interface IndexedFile extends FileHashes {
@@ -898,7 +1009,161 @@ export interface IndexedFile extends FileHashes {
   etag: string;
   /** Whether its owner may run it. */
   executable: boolean;
+  /** Of the look that it was hashed after. */
+  stamp: string;
 }
+
+/** What counts of a name below the root, and what of it does not. */
+interface Settled<T> {
+  item?: T | undefined;
+  ignored: Ignored[];
+}
+
+/** Finds out what counts, by name below a root; remembers what counted last. */
+class Settler<T> {
+  /** What counts, with the stamp of the look that it was made of. */
+  #known = new Map<string, { stamp: string; item: T }>();
+  /** What is changing: since when it has looked as it does now. */
+  #restless = new Map<string, { stamp: string; since: number }>();
+  /** What was hashed last, by path. */
+  #hashed = new Map<string, ReadonlyMap<string, IndexedFile>>();
+  /** By how much the clock on the wall is ahead of the one that nobody sets, and its last step. */
+  #clock = { ahead: Date.now() - performance.now(), stepped: -Infinity };
+  readonly #hasher = new Hasher();
+
+  /** @param quiet milliseconds without a change before something counts */
+  constructor(
+    private readonly quiet: number,
+    private readonly pace: Pace,
+  ) {}
+
+  /** The names of what is changing, and so does not count yet, or not as it is now. */
+  get restless(): string[] {
+    return [...this.#restless.keys()];
+  }
+
+  /** Milliseconds until something restless may have become quiet. */
+  get nextLook(): number {
+    const since = [...this.#restless.values()].map((restless) => restless.since);
+    return Math.max(20, Math.min(...since) + this.quiet - performance.now() + 5);
+  }
+
+  /** Begins a scan: notices whether the clock on the wall was set since the last one. */
+  begin(): void {
+    const now = performance.now();
+    const ahead = Date.now() - now;
+    const isStep = Math.abs(ahead - this.#clock.ahead) > this.quiet / 2;
+    this.#clock = { ahead, stepped: isStep ? now : this.#clock.stepped };
+  }
+
+  /** Ends a scan: forgets all other names. */
+  end(names: ReadonlySet<string>): void {
+    for (const known of [this.#known, this.#restless, this.#hashed]) {
+      for (const name of known.keys()) if (!names.has(name)) known.delete(name);
+    }
+  }
+
+  /** Ends the threads that hash. */
+  rest(): void {
+    this.#hasher.rest();
+  }
+
+  /**
+   * What counts of a version or an image: made new once it is quiet, until then the last good one.
+   *
+   * @param lookAgain at it
+   * @param make it of its files, which are sorted by path
+   */
+  async settle(
+    name: string,
+    lookAgain: () => Promise<Look>,
+    make: (files: Map<string, IndexedFile>) => T | Promise<T>,
+  ): Promise<Settled<T>> {
+    const look = await lookAgain();
+    const { ignored } = look;
+    const giveUp = (reason: string): Settled<T> => {
+      this.#known.delete(name);
+      this.#restless.delete(name);
+      return { ignored: [...ignored, { path: name, reason }] };
+    };
+    if (look.problem) return giveUp(look.problem);
+    const known = this.#known.get(name);
+    if (known?.stamp === look.stamp) {
+      this.#restless.delete(name);
+      return { item: known.item, ignored };
+    }
+    const restless = this.#restless.get(name);
+    const since = restless?.stamp === look.stamp ? restless.since : performance.now();
+    if (this.#isQuiet(since, look.changed)) {
+      const files = await this.#hash(name, look.files);
+      if (typeof files === "string") return giveUp(files);
+      if (files && (await lookAgain()).stamp === look.stamp) {
+        const item = await make(files);
+        this.#known.set(name, { stamp: look.stamp, item });
+        this.#restless.delete(name);
+        return { item, ignored };
+      }
+    }
+    this.#restless.set(name, { stamp: look.stamp, since });
+    return { item: known?.item, ignored };
+  }
+
+  /**
+   * Whether something that has looked the same since then counts. What nobody has touched for long
+   * counts at once, unless the clock that says so was set just now: then it is watched first.
+   *
+   * @param changed when its files say that they changed, by a clock that may be set at any time
+   */
+  #isQuiet(since: number, changed: number): boolean {
+    const now = performance.now();
+    if (now - since >= this.quiet) return true;
+    return now - this.#clock.stepped >= this.quiet && Date.now() - changed >= this.quiet;
+  }
+
+  /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
+  async #hash(
+    name: string,
+    found: readonly Seen[],
+  ): Promise<Map<string, IndexedFile> | string | undefined> {
+    const { pace } = this;
+    const old = this.#hashed.get(name);
+    const unchanged = ({ path, file, stamp }: Seen): IndexedFile | undefined => {
+      const before = old?.get(path);
+      return before?.stamp === stamp && before.file === file ? before : undefined;
+    };
+    const sorted = await pace.sort(found, (a, b) => compareCodePoints(a.path, b.path));
+    const stale: string[] = [];
+    let bytes = 0;
+    await pace.each(sorted, (seen) => {
+      if (unchanged(seen)) return;
+      stale.push(seen.file);
+      bytes += seen.size;
+    });
+    const hashed = await pace.pause(this.#hasher.hash(stale, bytes));
+    const files = new Map<string, IndexedFile>();
+    const failed: Extract<Hashed, { message: string }>[] = [];
+    let next = 0;
+    await pace.each(sorted, (seen) => {
+      const { path, file, executable, stamp } = seen;
+      const before = unchanged(seen);
+      const hashes = before ?? hashed[next++]!;
+      if (before) files.set(path, before);
+      else if ("message" in hashes) failed.push(hashes);
+      else {
+        const etag = `"${hashes.sha256.slice(0, 32)}"`;
+        files.set(path, { ...hashes, file, etag, executable, stamp });
+      }
+    });
+    this.#hashed.set(name, files);
+    const unreadable = failed.find(({ code }) => !saysMissing(code));
+    if (unreadable) return `unreadable: ${unreadable.message}`;
+    return failed.length > 0 ? undefined : files;
+  }
+}
+
+// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
+// What one release root on disk holds. A scan takes its time and then puts all that it found in place
+// at once: whoever asks meanwhile is answered from one state of the root.
 
 /** One version: a directory below the root, the whole file system of a device. */
 export interface Release {
@@ -907,6 +1172,10 @@ export interface Release {
   version: LooseVersion;
   /** Path on the device, without a leading slash → content. Sorted by path. */
   files: ReadonlyMap<string, IndexedFile>;
+  /** The directories that these are in, without a leading slash. */
+  directories: ReadonlySet<string>;
+  /** The files by SHA-256. */
+  contents: ReadonlyMap<string, IndexedFile>;
   /** `releaseDigest` of the files. */
   digest: string;
 }
@@ -920,200 +1189,232 @@ export interface FirmwareImage extends IndexedFile {
   path: string;
 }
 
-/** A version or an image that counts, with the stamp of the look that it was made of. */
-interface Known {
-  stamp: string;
-  item: Release | FirmwareImage;
+/** What a scan has found so far. */
+interface Found {
+  looker: Looker;
+  versions: Release[];
+  firmware: FirmwareImage[];
+  ignored: Ignored[];
+  /** Where everything with the name of a version or an image really is → that name. */
+  places: Map<string, string>;
 }
 
-/** Milliseconds between two looks at a root that does not tell of changes, or may not. */
-const POLL = { watched: 60_000, unwatched: 1_000 };
-/** Milliseconds from the first change to a look: a copy of many files is one change. */
-const GATHER = 200;
+/** Makes what counts of its files. */
+type Make = (files: Map<string, IndexedFile>) => Release | FirmwareImage | Promise<Release>;
 
-/** Looks at a root again and again. */
-export interface Watch extends Disposable {
-  /** Asks for a scan, for instance because content was found to be other than indexed. */
-  soon: () => void;
+/** The directory that a path leads to now, and what tells it from another one at that place. */
+function leadsTo(path: string): { root: string; id: string } {
+  const root = fs.realpathSync(path);
+  const { dev, ino } = fs.statSync(root);
+  return { root, id: `${root} ${dev} ${ino}` };
 }
 
 /** A release root, as it was when it was last scanned. */
 export class ReleaseIndex {
-  /** The root's absolute path, links resolved. */
-  readonly root: string;
-  protected readonly looker: Looker;
+  /** The path of the root as it was given, absolute; where it leads may change. */
+  readonly path: string;
   /** In the order of their versions, oldest first. */
   versions: readonly Release[] = [];
   /** In the order of their versions, oldest first. */
   firmware: readonly FirmwareImage[] = [];
   ignored: readonly Ignored[] = [];
-  /** Path below the root → file, of all that versions and firmware consist of. */
-  files: ReadonlyMap<string, IndexedFile> = new Map();
-  /** The same files by their SHA-256. */
-  contents: ReadonlyMap<string, IndexedFile> = new Map();
+  /** What versions and firmware consist of, by SHA-256. */
+  readonly contents = {
+    get: (sha256: string): IndexedFile | undefined => {
+      for (const { contents } of this.versions) {
+        const file = contents.get(sha256);
+        if (file) return file;
+      }
+      return this.firmware.find((image) => image.sha256 === sha256);
+    },
+  };
+  /** Names of what the last scan found to be other than it was offered before. */
+  altered: readonly string[] = [];
   /** How long the last scan took, in seconds. */
   scanSeconds = 0;
+  /** What looking cost this thread then, in milliseconds of CPU. */
+  lookTime = 0;
 
+  protected looker: Looker;
+  /** As `Found.places`. */
+  protected places: ReadonlyMap<string, string> = new Map();
+  readonly #pace = new Pace();
+  readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
-  readonly #quiet: number;
-  /** By name below the root. */
-  #known = new Map<string, Known>();
-  /** What is changing, by name below the root: since when it has looked as it does now. */
-  #restless = new Map<string, { stamp: string; since: number; changed: number }>();
-  /** Hashes by absolute path, each with the stamp of the file that they were made of. */
-  #hashes = new Map<string, { stamp: string; hashes: IndexedFile }>();
+  readonly #settler: Settler<Release | FirmwareImage>;
+  /** What was scanned last. */
+  #place: { root: string; id: string };
+  /** What every version and image was when it was last offered, by kind and version. */
+  #offered = new Map<string, string>();
   #scanning: Promise<boolean> = Promise.resolve(false);
-  readonly #hasher = new Hasher();
 
   /** Nothing is read before `begin`. */
-  constructor(root: string, options: ReleasesOptions) {
-    this.root = root;
-    this.looker = new Looker(root, options.ignore ?? []);
+  constructor(
+    path: string,
+    protected readonly options: ReleasesOptions,
+  ) {
+    this.path = resolve(path);
+    this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
-    this.#quiet = (options.quiet ?? 1) * 1000;
+    this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#pace);
+    this.#place = leadsTo(path);
+    this.looker = this.#lookerAt(this.#place.root);
   }
 
-  /** Reads a root for the first time, and waits a little for what is changing just now. */
-  protected async begin(): Promise<void> {
-    await this.scan();
-    const patience = performance.now() + 2 * this.#quiet;
-    while (this.#restless.size > 0 && performance.now() < patience) {
-      await Bun.sleep(this.#nextLook());
-      await this.scan();
+  #lookerAt(root: string): Looker {
+    return new Looker(root, this.#ignore, this.options.secrets ?? [], this.#pace);
+  }
+
+  /** The directory that was scanned last: absolute, links resolved. */
+  get root(): string {
+    return this.#place.root;
+  }
+
+  /** What tells that directory from any other. */
+  get place(): string {
+    return this.#place.id;
+  }
+
+  /** Whether the root's path leads to another directory now than at the last scan, or to none. */
+  get isElsewhere(): boolean {
+    try {
+      return leadsTo(this.path).id !== this.#place.id;
+    } catch {
+      return true;
     }
   }
 
   /** What is changing, and so does not count yet, or not as it is now. */
   get restless(): string[] {
-    return [...this.#restless.keys()];
+    return this.#settler.restless;
+  }
+
+  /** Milliseconds until something restless may have become quiet. */
+  get nextLook(): number {
+    return this.#settler.nextLook;
+  }
+
+  /** Reads a root for the first time, and waits a little for what is changing just now. */
+  protected async begin(): Promise<void> {
+    await this.scan();
+    const patience = performance.now() + 2000 * (this.options.quiet ?? 1);
+    while (this.restless.length > 0 && performance.now() < patience) {
+      await Bun.sleep(this.nextLook);
+      await this.scan();
+    }
   }
 
   /**
    * Reads the root again; what did not change is not hashed again.
    *
    * @returns whether anything is different now
+   * @throws when the root cannot be read; then everything stays as it was
    */
   scan(): Promise<boolean> {
     // One after the other: one that is under way may have missed what this one is asked for.
-    const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#hasher.rest());
+    const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#settler.rest());
     this.#scanning = scan.catch(() => false);
     return scan;
   }
 
-  /**
-   * Scans whenever files change, until it is disposed of.
-   *
-   * @param changed is called after a scan that found something different
-   */
-  watch(changed: () => void): Watch {
-    let timer: Timer | undefined;
-    let due = Infinity;
-    let idle = POLL.unwatched;
-    let closed = false;
-    const plan = (milliseconds: number) => {
-      const at = performance.now() + milliseconds;
-      if (closed || at >= due) return;
-      clearTimeout(timer);
-      due = at;
-      timer = setTimeout(look, milliseconds);
-    };
-    const look = async () => {
-      due = Infinity;
-      const different = await this.scan().catch(() => false); // The root is away: look again.
-      if (different && !closed) changed();
-      plan(this.#restless.size > 0 ? this.#nextLook() : idle);
-    };
-    const soon = () => plan(GATHER + 4000 * this.scanSeconds);
-    let watcher: fs.FSWatcher | undefined;
-    try {
-      watcher = fs.watch(this.root, { recursive: true }, soon);
-      watcher.on("error", () => (idle = POLL.unwatched));
-      idle = POLL.watched;
-    } catch {
-      // Too many directories for the system, or one that cannot be watched: looking does as well.
-    }
-    plan(GATHER); // What changed since the first scan, nobody told.
-    const close = () => {
-      closed = true;
-      clearTimeout(timer);
-      watcher?.close();
-    };
-    return { soon, [Symbol.dispose]: close };
-  }
-
-  /** Milliseconds until something restless may have become quiet. */
-  #nextLook(): number {
-    const now = Date.now();
-    const waits = [...this.#restless.values()].map(({ since, changed }) => {
-      return Math.min(since, Math.max(changed, 0)) + this.#quiet - now;
-    });
-    return Math.max(20, Math.min(...waits) + 5);
-  }
+  /** Called when what is offered has changed, before anything else can happen. */
+  protected renewed(): void {}
 
   async #scan(): Promise<boolean> {
-    const started = performance.now();
-    const before = [...this.versions, ...this.firmware];
-    const ignored: Ignored[] = [];
-    const versions: Release[] = [];
-    const firmware: FirmwareImage[] = [];
-    const names = fs.readdirSync(this.root).sort(compareCodePoints);
-    for (const name of names) {
-      const skip = (reason: string) => ignored.push({ path: name, reason });
-      const found = this.looker.resolve(name);
-      if (typeof found === "string") {
-        skip(found);
-      } else if (found.stat.isDirectory()) {
-        if (!isReleaseName(name)) skip(`no version: a name is ${RELEASE_NAME_RULE}`);
-        else if (this.#counts(name, versions, skip)) {
-          const look = () => this.looker.version(name, found.real);
-          const release = await this.#settled(name, look, ignored, async (files) => {
-            const digest = releaseDigest([...files].map(([path, { sha256 }]) => [path, sha256]));
-            return { name, version: new LooseVersion(name), files, digest };
-          });
-          if (release) versions.push(release as Release);
-        }
-      } else {
-        const version = firmwareVersion(name);
-        if (version === undefined) skip("neither a version nor a firmware_VERSION.bin");
-        else if (this.#counts(version, firmware, skip)) {
-          const look = () => this.looker.image(name, found.real);
-          const image = await this.#settled(name, look, ignored, async (files) => {
-            const hashes = files.get(name)!;
-            return { ...hashes, name: version, version: new LooseVersion(version), path: name };
-          });
-          if (image) firmware.push(image as FirmwareImage);
-        }
-      }
+    await this.#pace.pause();
+    const [started, busy] = [performance.now(), this.#pace.busy];
+    this.#settler.begin();
+    const place = leadsTo(this.path);
+    const looker = this.#lookerAt(place.root);
+    const names = await this.#pace.pause(fs.promises.readdir(place.root));
+    const found: Found = { looker, versions: [], firmware: [], ignored: [], places: new Map() };
+    for (const name of names.sort(compareCodePoints)) {
+      if (this.#pace.isDue) await this.#pace.pause();
+      await this.#consider(name, found);
     }
-    const gone = [...this.#known.keys(), ...this.#restless.keys()].filter(
-      (n) => !names.includes(n),
-    );
-    for (const name of gone) {
-      this.#known.delete(name);
-      this.#restless.delete(name);
-    }
+    this.#settler.end(new Set(names));
     const byVersion = (a: Release | FirmwareImage, b: Release | FirmwareImage) =>
       a.version.compare(b.version);
-    this.versions = versions.sort(byVersion);
-    this.firmware = firmware.sort(byVersion);
-    this.ignored = ignored;
-    this.scanSeconds = (performance.now() - started) / 1000;
+    const versions = found.versions.sort(byVersion);
+    const firmware = found.firmware.sort(byVersion);
     // What does not change stays the same object.
-    const after = [...this.versions, ...this.firmware];
+    const before = [...this.versions, ...this.firmware];
+    const after = [...versions, ...firmware];
     const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
-    if (different) this.#collectFiles();
+    // From here on without a pause: nobody sees a half of it.
+    [this.#place, this.looker, this.places] = [place, looker, found.places];
+    [this.versions, this.firmware, this.ignored] = [versions, firmware, found.ignored];
+    this.altered = different ? this.#alter() : [];
+    if (different) this.renewed();
+    this.scanSeconds = (performance.now() - started) / 1000;
+    await this.#pace.pause();
+    this.lookTime = this.#pace.busy - busy;
     return different;
   }
 
-  #collectFiles(): void {
-    const files = new Map<string, IndexedFile>(this.firmware.map((image) => [image.path, image]));
-    for (const release of this.versions) {
-      for (const [path, file] of release.files) files.set(`${release.name}/${path}`, file);
+  /** Looks at one entry of the root. */
+  async #consider(name: string, found: Found): Promise<void> {
+    const skip = (reason: string) => void found.ignored.push({ path: name, reason });
+    const { looker, versions, firmware } = found;
+    const entry = looker.resolve(name);
+    if (typeof entry === "string") return skip(entry);
+    const isDirectory = entry.stat.isDirectory();
+    if (isOfReleases(isDirectory ? `${name}/` : name) && !found.places.has(entry.real)) {
+      found.places.set(entry.real, name);
     }
-    this.files = files;
-    this.contents = new Map([...files.values()].map((file) => [file.sha256, file]));
-    const used = new Set([...files.values()].map(({ file }) => file));
-    for (const file of this.#hashes.keys()) if (!used.has(file)) this.#hashes.delete(file);
+    const settle = async (look: () => Promise<Look>, make: Make): Promise<void> => {
+      const { item, ignored } = await this.#settler.settle(name, look, make);
+      found.ignored.push(...ignored);
+      if (item && "path" in item) firmware.push(item);
+      else if (item) versions.push(item);
+    };
+    if (isDirectory) {
+      if (!isReleaseName(name)) return skip(`no version: a name is ${RELEASE_NAME_RULE}`);
+      if (!this.#counts(name, versions, skip)) return;
+      const look = () => looker.version(name, entry.real);
+      await settle(look, (files) => this.#make(name, files));
+    } else {
+      const version = firmwareVersion(name);
+      if (version === undefined) return skip("neither a version nor a firmware_VERSION.bin");
+      if (!this.#counts(version, firmware, skip)) return;
+      const look = () => looker.image(name, entry.real);
+      await settle(look, (files) => {
+        return {
+          ...files.get(name)!,
+          name: version,
+          version: new LooseVersion(version),
+          path: name,
+        };
+      });
+    }
+  }
+
+  async #make(name: string, files: Map<string, IndexedFile>): Promise<Release> {
+    const directories = new Set<string>();
+    const contents = new Map<string, IndexedFile>();
+    const hasher = new Bun.CryptoHasher("sha256");
+    await this.#pace.each(files, ([path, file]) => {
+      contents.set(file.sha256, file);
+      hasher.update(releaseLine(path, file.sha256));
+      for (const directory of ancestors(path)) {
+        if (directories.has(directory)) break;
+        directories.add(directory);
+      }
+    });
+    const digest = hasher.digest("hex");
+    return { name, version: new LooseVersion(name), files, directories, contents, digest };
+  }
+
+  /** Notes what is offered now, and says what of it was something else when it was last offered. */
+  #alter(): string[] {
+    const altered: string[] = [];
+    const note = (key: string, content: string, name: string) => {
+      if ((this.#offered.get(key) ?? content) !== content) altered.push(name);
+      this.#offered.set(key, content);
+    };
+    for (const { version, digest, name } of this.versions) note(version.key, digest, name);
+    for (const image of this.firmware) note(`f${image.version.key}`, image.sha256, image.path);
+    return altered;
   }
 
   /** Whether a version counts beside those found before it, by code point, under the same root. */
@@ -1129,66 +1430,266 @@ export class ReleaseIndex {
     if (held) skip(`above --latest ${this.#latest}`);
     return !twin && !held;
   }
+}
 
-  /** A version or an image: made new once it is quiet, until then the last good one. */
-  async #settled(
-    name: string,
-    lookAgain: () => Look,
-    ignored: Ignored[],
-    make: (files: Map<string, IndexedFile>) => Promise<Release | FirmwareImage>,
-  ): Promise<Release | FirmwareImage | undefined> {
-    const look = lookAgain();
-    ignored.push(...look.ignored);
-    const giveUp = (reason: string) => {
-      ignored.push({ path: name, reason });
-      this.#known.delete(name);
-      this.#restless.delete(name);
-      return undefined;
-    };
-    if (look.problem) return giveUp(look.problem);
-    const known = this.#known.get(name);
-    if (known?.stamp === look.stamp) {
-      this.#restless.delete(name);
-      return known.item;
-    }
-    const now = Date.now();
-    const restless = this.#restless.get(name);
-    const since = restless?.stamp === look.stamp ? restless.since : now;
-    if (now - Math.min(since, look.changed) >= this.#quiet) {
-      const files = await this.#hashAll(look.files);
-      if (typeof files === "string") return giveUp(files);
-      if (files && lookAgain().stamp === look.stamp) {
-        const item = await make(files);
-        this.#known.set(name, { stamp: look.stamp, item });
-        this.#restless.delete(name);
-        return item;
-      }
-    }
-    this.#restless.set(name, { stamp: look.stamp, since, changed: look.changed });
-    return known?.item;
+// ──── Lookup ─────────────────────────────────────────────────────────────────────────────────────
+// From a name or a path to what is there. Of versions and images only what is offered is served;
+// whatever else lies below the root is served as in Pycom's tutorial, unless it must stay secret.
+
+/** A file below the root, found for a request. */
+export interface ServedFile {
+  /** Absolute, links resolved. */
+  file: string;
+  size: number;
+  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
+  sha256?: string;
+  /** Strong, quoted. */
+  etag: string;
+}
+
+/** A release root in which things are found by their names. */
+class ServedRoot extends ReleaseIndex {
+  #byName = new Map<string, Release>();
+  #byVersion = new Map<string, Release>();
+  #images = new Map<string, FirmwareImage>();
+  /** By path, which files of the root hold a private key, each as long as its stamp stays. */
+  readonly #keys = new Map<string, { stamp: string; isKey: boolean }>();
+
+  protected override renewed(): void {
+    this.#byName = new Map(this.versions.map((release) => [release.name, release]));
+    this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
+    this.#images = new Map(this.firmware.map((image) => [image.path, image]));
   }
 
-  /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
-  async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | string | undefined> {
-    const stale = found
-      .map(({ file, stat }) => ({ file, stat, stamp: stampOf(stat) }))
-      .filter(({ file, stamp }) => this.#hashes.get(file)?.stamp !== stamp);
-    const bytes = stale.reduce((sum, { stat }) => sum + stat.size, 0);
-    const hashed = await this.#hasher.hash(
-      stale.map(({ file }) => file),
-      bytes,
-    );
-    for (const [i, { file, stat, stamp }] of stale.entries()) {
-      const hashes = hashed[i]!;
-      if ("message" in hashes) {
-        return saysMissing(hashes.code) ? undefined : `unreadable: ${hashes.message}`;
-      }
-      const etag = `"${hashes.sha256.slice(0, 32)}"`;
-      const executable = (stat.mode & fs.constants.S_IXUSR) !== 0;
-      this.#hashes.set(file, { stamp, hashes: { file, ...hashes, etag, executable } });
+  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
+  find(name: string): Release | undefined {
+    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
+  }
+
+  /**
+   * Finds the file for the path of a request.
+   *
+   * @param pathname percent-encoded, with its leading slash
+   * @returns `undefined` for whatever is not served: of versions and images what is not offered;
+   *   directories, dot entries at the top level, links that leave the root, private keys
+   */
+  locate(pathname: string): ServedFile | undefined {
+    let path: string;
+    try {
+      path = pathname.includes("%") ? decodeURIComponent(pathname.slice(1)) : pathname.slice(1);
+    } catch {
+      return undefined;
     }
-    const files = found.map(({ path, file }) => [path, this.#hashes.get(file)!.hashes] as const);
-    return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
+    return this.#offeredAt(path) ?? this.#besideAt(path);
+  }
+
+  #offeredAt(path: string): IndexedFile | undefined {
+    const slash = path.indexOf("/");
+    if (slash < 0) return this.#images.get(path);
+    return this.#byName.get(path.slice(0, slash))?.files.get(path.slice(slash + 1));
+  }
+
+  /** A file that lies below the root beside versions and images. */
+  #besideAt(path: string): ServedFile | undefined {
+    // `/-/` is the server's own.
+    if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
+    if (this.options.onlyReleases || isOfReleases(path)) return undefined;
+    const found = this.looker.resolve(path);
+    if (typeof found === "string" || !found.stat.isFile()) return undefined;
+    // Nor through a link to a dot entry, or out of the root and in again.
+    const real = relative(this.looker.root, found.real);
+    if (real.startsWith(".")) return undefined;
+    // Through a link, or where a version is one: what is of a version is served only as such.
+    for (const at of [found.real, ...ancestors(found.real)]) {
+      const name = this.places.get(at);
+      if (name !== undefined) return this.#offeredAt(name + found.real.slice(at.length));
+    }
+    if (isOfReleases(real) || this.#isKey(found.real, stampOf(found.stat))) return undefined;
+    const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
+    return { file: found.real, size: found.stat.size, etag };
+  }
+
+  /** Whether a file holds a private key; looked up as long as it does not change. */
+  #isKey(file: string, stamp: string): boolean {
+    const known = this.#keys.get(file);
+    if (known?.stamp === stamp) return known.isKey;
+    const isKey = holdsPrivateKey(file);
+    if (this.#keys.size >= MAX_KEYS_KNOWN) this.#keys.clear();
+    this.#keys.set(file, { stamp, isKey });
+    return isKey;
+  }
+
+  /**
+   * What is served beside versions and images: files in the root, and directories (with a slash at
+   * the end) with the number of files in them, which is counted to a thousand.
+   */
+  async beside(): Promise<{ path: string; files: number }[]> {
+    const pace = new Pace();
+    const found: { path: string; files: number }[] = [];
+    const count = async (directory: string, files: number): Promise<number> => {
+      const reading = fs.promises.readdir(`${this.root}/${directory}`, { withFileTypes: true });
+      for (const item of await pace.pause(reading).catch(() => [])) {
+        if (files > MAX_COUNTED) break;
+        if (pace.isDue) await pace.pause();
+        const path = directory + item.name;
+        if (item.isDirectory()) files = await count(`${path}/`, files);
+        else if (this.#besideAt(path)) files++;
+      }
+      return files;
+    };
+    if (this.options.onlyReleases) return found;
+    const items = await pace.pause(fs.promises.readdir(this.root, { withFileTypes: true }));
+    for (const item of items.sort((a, b) => compareCodePoints(a.name, b.name))) {
+      const path = item.isDirectory() ? `${item.name}/` : item.name;
+      if (path === "-/" || path.startsWith(".") || isOfReleases(path)) continue;
+      const files = item.isDirectory() ? await count(path, 0) : this.#besideAt(path) ? 1 : 0;
+      if (files > 0) found.push({ path, files });
+    }
+    return found;
+  }
+}
+
+/** How many files in a directory beside the releases are counted. */
+const MAX_COUNTED = 1000;
+/** Of how many files beside the releases it is remembered whether they hold a key. */
+const MAX_KEYS_KNOWN = 4096;
+
+/** Whether a file holds a private key in PEM; one that cannot be read is treated so. */
+function holdsPrivateKey(file: string): boolean {
+  try {
+    // Not to wait, should it be a pipe by now.
+    const fd = fs.openSync(file, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
+    try {
+      // Certificates may stand before it.
+      const head = Buffer.alloc(64 * 1024);
+      const text = head.toString("latin1", 0, fs.readSync(fd, head));
+      return /-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----/.test(text);
+    } finally {
+      fs.closeSync(fd);
+    }
+  } catch {
+    return true;
+  }
+}
+
+// ──── Watch ─────────────────────────────────────────────────────────────────────────────────────
+// Keeping up with a root. The system tells of changes in the directories that it watches for us.
+// It does not tell that the root's path leads elsewhere, nor of what it has no watches left for.
+
+/** Milliseconds from the first change to a look: a copy of many files is one change. */
+const GATHER = 200;
+/** Milliseconds between two glances at where the root's path leads. */
+const GLANCE = 500;
+/** The fewest milliseconds between two looks that nobody asked for. */
+const IDLE = { watched: 60_000, unwatched: 1000 };
+/**
+ * How many times as long as a look took this thread there is none. With what it makes others do,
+ * who read directories and collect garbage, it costs less than 2 % of a core.
+ */
+const REST = 120;
+
+/** What somebody wants to know who keeps up with a root. */
+export interface WatchEvents {
+  /** Called after a scan that found something different. */
+  changed: () => void;
+  /** Called with one line when not every change will be noticed soon. */
+  warn?: ((line: string) => void) | undefined;
+}
+
+/** Scans a root whenever files change, until it is disposed of. */
+export class RootWatch implements Disposable {
+  #timer: Timer | undefined;
+  #due = Infinity;
+  #watcher: fs.FSWatcher | undefined;
+  /** The directory that is watched. */
+  #watched = "";
+  /** Why not all of it is watched. */
+  #blindness: unknown;
+  #isTold = false;
+  #isLooking = false;
+  #isClosed = false;
+  readonly #glancing: Timer;
+
+  constructor(
+    private readonly index: ReleaseIndex,
+    private readonly events: WatchEvents,
+  ) {
+    this.#listen();
+    this.#glancing = setInterval(() => {
+      if (!this.#isLooking && index.isElsewhere) this.#plan(0);
+    }, GLANCE);
+  }
+
+  /** Asks for a scan, for instance because content was found to be other than indexed. */
+  readonly soon = (): void => this.#plan(GATHER + 2 * this.index.lookTime);
+
+  /** Has the system tell of changes where the root is now. */
+  #listen(): void {
+    this.#watcher?.close();
+    this.#watched = this.index.place;
+    this.#blindness = undefined;
+    try {
+      this.#watcher = fs.watch(this.index.root, { recursive: true }, this.soon);
+      this.#watcher.on("error", (error) => this.#goBlind(error));
+    } catch (error) {
+      this.#goBlind(error);
+    }
+    // What changed since the last scan, nobody told.
+    this.#plan(GATHER);
+  }
+
+  /** Goes on without being told, at least not of everything. */
+  #goBlind(error: unknown): void {
+    if (this.#blindness !== undefined || this.#isClosed) return;
+    this.#blindness = error;
+    this.#isTold = false;
+    this.#plan(GATHER);
+  }
+
+  /** Says what that means, once it is known what a look costs. */
+  #tell(): void {
+    if (this.#blindness === undefined || this.#isTold) return;
+    this.#isTold = true;
+    const isFull = errorCode(this.#blindness) === "ENOSPC";
+    this.events.warn?.(
+      `changes may show late: the root is looked at every ${Math.ceil(this.#idle / 1000)} s, as ` +
+        `not all of it can be watched (${errorText(this.#blindness)})` +
+        (isFull ? "; raise fs.inotify.max_user_watches" : ""),
+    );
+  }
+
+  get #idle(): number {
+    const least = this.#blindness === undefined ? IDLE.watched : IDLE.unwatched;
+    return Math.max(least, REST * this.index.lookTime);
+  }
+
+  #plan(milliseconds: number): void {
+    const at = performance.now() + milliseconds;
+    if (this.#isClosed || at >= this.#due) return;
+    clearTimeout(this.#timer);
+    this.#due = at;
+    this.#timer = setTimeout(() => void this.#look(), milliseconds);
+  }
+
+  async #look(): Promise<void> {
+    this.#due = Infinity;
+    if (this.#isLooking) return this.#plan(GATHER);
+    this.#isLooking = true;
+    // When the root is away, it is looked for again.
+    const different = await this.index.scan().catch(() => false);
+    this.#isLooking = false;
+    if (this.#isClosed) return;
+    if (different) this.events.changed();
+    this.#tell();
+    if (this.index.place !== this.#watched) this.#listen();
+    this.#plan(this.index.restless.length > 0 ? this.index.nextLook : this.#idle);
+  }
+
+  [Symbol.dispose](): void {
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+    clearInterval(this.#glancing);
+    this.#watcher?.close();
   }
 }
 
@@ -1236,7 +1737,11 @@ class Cache<T> {
 
 /** The most garbage outside of the JavaScript heap that may lie, in bytes. */
 const MAX_GARBAGE = 16 * 1024 * 1024;
+/** The fewest milliseconds from one full collection to the next: each stops everything. */
+const COLLECT_PAUSE = 1000;
 let garbage = 0;
+let collected = -Infinity;
+let collecting: Timer | undefined;
 
 /**
  * Says that blobs or buffers of that many bytes have become garbage. The collector sees no more of
@@ -1244,9 +1749,15 @@ let garbage = 0;
  */
 function discard(bytes: number): void {
   garbage += bytes;
-  if (garbage < MAX_GARBAGE) return;
-  garbage = 0;
-  Bun.gc(true);
+  if (garbage < MAX_GARBAGE || collecting) return;
+  const wait = Math.max(0, collected + COLLECT_PAUSE - performance.now());
+  collecting = setTimeout(() => {
+    garbage = 0;
+    collecting = undefined;
+    Bun.gc(true);
+    collected = performance.now();
+  }, wait);
+  collecting.unref();
 }
 
 /** Frees the memory of bytes that are not used after this, unless they are part of a larger buffer. */
@@ -1262,19 +1773,8 @@ function intoBlob(bytes: Uint8Array): Blob {
 }
 
 // ──── Releases ──────────────────────────────────────────────────────────────────────────────────
-// What a device needs to reach the newest release, and where content is found. Everything that
-// decides what a device gets is here; the server only carries it.
-
-/** A file below the root, found for a request. */
-export interface ServedFile {
-  /** Absolute, links resolved. */
-  file: string;
-  size: number;
-  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
-  sha256?: string;
-  /** Strong, quoted. */
-  etag: string;
-}
+// What a device needs to reach the newest release. Everything that decides what a device gets is
+// here; the server only carries it.
 
 /** What an answer to a device is made of. */
 interface Decision {
@@ -1318,13 +1818,11 @@ const MANIFEST_BUDGET = 16 * 1024 * 1024;
  * const releases = await Releases.open("examples/smart-meter");
  * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
  */
-export class Releases extends ReleaseIndex {
+export class Releases extends ServedRoot {
   /** The two parts of a manifest around what is echoed, by what they depend on. */
   #manifests = new Cache<[head: string, tail: string]>(MANIFEST_BUDGET);
   /** Whole manifests, of those that many devices get. */
   #whole = new Cache<ManifestText>(MANIFEST_BUDGET);
-  #byName = new Map<string, Release>();
-  #byVersion = new Map<string, Release>();
 
   /**
    * Reads a release root.
@@ -1334,9 +1832,8 @@ export class Releases extends ReleaseIndex {
    */
   static async open(root: string, options: ReleasesOptions = {}): Promise<Releases> {
     try {
-      const real = fs.realpathSync(root);
-      fs.readdirSync(real);
-      const releases = new Releases(real, options);
+      fs.readdirSync(root);
+      const releases = new Releases(root, options);
       await releases.begin();
       return releases;
     } catch (error) {
@@ -1346,20 +1843,10 @@ export class Releases extends ReleaseIndex {
     }
   }
 
-  override async scan(): Promise<boolean> {
-    const different = await super.scan();
-    if (different) {
-      this.#manifests = new Cache(MANIFEST_BUDGET);
-      this.#whole = new Cache(MANIFEST_BUDGET);
-      this.#byName = new Map(this.versions.map((release) => [release.name, release]));
-      this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
-    }
-    return different;
-  }
-
-  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
-  find(name: string): Release | undefined {
-    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
+  protected override renewed(): void {
+    super.renewed();
+    this.#manifests = new Cache(MANIFEST_BUDGET);
+    this.#whole = new Cache(MANIFEST_BUDGET);
   }
 
   /**
@@ -1512,32 +1999,6 @@ export class Releases extends ReleaseIndex {
       },
     };
   }
-
-  /**
-   * Finds the file for the path of a request.
-   *
-   * @param pathname percent-encoded, with its leading slash
-   * @returns `undefined` for whatever is not served: directories, dot entries at the top level,
-   *   links that leave the root
-   */
-  locate(pathname: string): ServedFile | undefined {
-    let path: string;
-    try {
-      path = pathname.includes("%") ? decodeURIComponent(pathname.slice(1)) : pathname.slice(1);
-    } catch {
-      return undefined;
-    }
-    const indexed = this.files.get(path);
-    if (indexed) return indexed;
-    // `/-/` is the server's own.
-    if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
-    const found = this.looker.resolve(path);
-    if (typeof found === "string" || !found.stat.isFile()) return undefined;
-    // Nor through a link to a dot entry, or out of the root and in again.
-    if (relative(this.root, found.real).startsWith(".")) return undefined;
-    const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
-    return { file: found.real, size: found.stat.size, etag };
-  }
 }
 
 // ──── Advice ─────────────────────────────────────────────────────────────────────────────────────
@@ -1576,29 +2037,45 @@ export function rootWarnings(releases: Releases): string[] {
 }
 
 /** `boardWarnings` of what devices on each version would get. */
-export function allBoardWarnings(releases: Releases): string[] {
-  return releases.versions.flatMap(({ name }) => {
-    const manifest = releases.manifestFor({ current_ver: name }, "");
-    return boardWarnings(releases, manifest).map((line) => `from ${name}: ${line}`);
-  });
+export async function allBoardWarnings(releases: Releases): Promise<string[]> {
+  const pace = new Pace();
+  const { versions, firmware } = releases;
+  const newest = versions.at(-1);
+  const found: string[] = [];
+  for (const from of versions) {
+    if (!newest || from === newest) break;
+    const image = firmware.at(-1);
+    const flashes = image !== undefined && image.version.compare(from.version) > 0;
+    let deletes = false;
+    if (flashes) {
+      await pace.each(from.files.keys(), (path) => (deletes ||= !newest.files.has(path)));
+    }
+    const lines = stepWarnings(from, newest, deletes && flashes);
+    found.push(...lines.map((line) => `from ${from.name}: ${line}`));
+    if (pace.isDue) await pace.pause();
+  }
+  return found;
 }
 
 /** What boards with Pycom's original library cannot do with a manifest: one line each. */
 export function boardWarnings(releases: Releases, manifest: Manifest | null): string[] {
-  const found: string[] = [];
-  const has = manifest?.previous_version && releases.find(manifest.previous_version)?.files;
-  if (!manifest || !has) return found;
-  const directories = new Set([...has.keys()].flatMap(ancestors));
-  const added = manifest.new.flatMap((item) => ancestors(item.dst_path.slice(1)));
-  for (const directory of new Set(added.filter((path) => !directories.has(path)))) {
-    found.push(
-      `${manifest.version} adds the directory ${directory}; boards with Pycom's library cannot ` +
-        `create directories: keep its files in directories that they have`,
+  const has = manifest?.previous_version && releases.find(manifest.previous_version);
+  const target = manifest && releases.find(manifest.version);
+  if (!has || !target) return [];
+  return stepWarnings(has, target, manifest.delete.length > 0 && manifest.firmware !== undefined);
+}
+
+function stepWarnings(from: Release, to: Release, deletesAndFlashes: boolean): string[] {
+  const added = [...to.directories].filter((path) => !from.directories.has(path));
+  const found = added.map((directory) => {
+    return (
+      `${to.name} adds the directory ${directory}; boards with Pycom's library cannot ` +
+      `create directories: keep its files in directories that they have`
     );
-  }
-  if (manifest.delete.length > 0 && manifest.firmware) {
+  });
+  if (deletesAndFlashes) {
     found.push(
-      `${manifest.version} deletes files and ships firmware; a board with Pycom's library that ` +
+      `${to.name} deletes files and ships firmware; a board with Pycom's library that ` +
         `is cut off while flashing fails on every later try: delete in a release of its own`,
     );
   }
@@ -2052,6 +2529,7 @@ const COUNTERS = {
   ota_saved_bytes_total: "Bytes of bodies that coding made unnecessary",
   ota_manifests_total: "Manifests by the version a device has and the one it gets",
   ota_failures_total: "Manifests asked for by devices that report a version as failed",
+  ota_changed_total: "Versions and images that changed after they were offered",
 };
 
 /** Counters of one server. */
@@ -2123,6 +2601,8 @@ export interface ServeOptions extends ReleasesOptions {
   log?: (line: string) => void;
   /** Called when a version or an image came, changed or went. */
   changed?: (releases: Releases) => void;
+  /** Called with one line when something happens that the owner of the root should know. */
+  warn?: (line: string) => void;
 }
 
 /** A server that is listening. */
@@ -2159,14 +2639,15 @@ const CONTENT_BUDGET = 64 * 1024 * 1024;
  */
 export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
   const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
-  const releases = await Releases.open(root, options);
+  const secrets = [options.sign, tls?.key].filter((file) => file !== undefined);
+  const releases = await Releases.open(root, { ...options, secrets });
   for (const file of tls ? [tls.cert, tls.key] : []) {
     if (fs.existsSync(file)) continue;
     throw new OTAError(`cannot read ${file}: --tls-cert and --tls-key name files in PEM`, 2);
   }
   const service = new Service(releases, options);
-  for (const secret of [options.sign, tls?.key]) {
-    if (secret === undefined || !fs.existsSync(secret)) continue;
+  for (const secret of secrets) {
+    if (!fs.existsSync(secret)) continue;
     if (isInside(fs.realpathSync(secret), releases.root)) {
       throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
     }
@@ -2191,7 +2672,11 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
     const hint = tls ? "--host, --port, --tls-cert and --tls-key" : "--host and --port";
     throw new OTAError(`cannot listen on ${host}:${port}: ${errorText(error)}; see ${hint}`);
   }
-  const watch = releases.watch(() => options.changed?.(releases));
+  const changed = () => {
+    service.noteAltered(releases.altered);
+    options.changed?.(releases);
+  };
+  const watch = new RootWatch(releases, { changed, warn: options.warn });
   service.onMismatch = watch.soon;
   const stop = async (force = false) => {
     watch[Symbol.dispose]();
@@ -2239,6 +2724,19 @@ class Service {
     this.#prefix = `${this.#base ? new URL(this.#base).pathname.replace(/\/$/, "") : ""}/`;
     this.#scheme = options.tls ? "https" : "http";
     this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
+    // Who watches for the first one has to know that there was none.
+    this.noteAltered([]);
+  }
+
+  /** Counts and tells what is other than it was offered before. */
+  noteAltered(names: readonly string[]): void {
+    this.#metrics.add("ota_changed_total", "", names.length);
+    for (const name of names) {
+      this.options.warn?.(
+        `${name} changed after it was offered: devices on it will get what differs ` +
+          `(boards with Pycom's library will not)`,
+      );
+    }
   }
 
   respond(request: Request, address: string): Response | Promise<Response> {
@@ -2363,7 +2861,7 @@ class Service {
 
   #health(): Answer {
     try {
-      fs.readdirSync(this.releases.root);
+      fs.readdirSync(this.releases.path);
     } catch (error) {
       return plain(503, `the root cannot be read: ${errorText(error)}`);
     }
@@ -5630,6 +6128,7 @@ const OPTIONS = {
     help: "what is no content: *.md, flash/tests/**; may be repeated",
   },
   latest: { type: "string", value: "V", help: "offer nothing above this version" },
+  "only-releases": { type: "boolean", help: "serve no other files of the root" },
   sign: { type: "string", value: "FILE", help: "sign manifests with this key (see keygen)" },
   token: { type: "string", value: "T", help: "a secret that requests carry (or OTA_TOKEN)" },
   "tls-cert": { type: "string", value: "FILE", help: "the certificate for HTTPS, PEM" },
@@ -5870,20 +6369,22 @@ async function runServe(given: Given): Promise<number> {
   }
   const server = await serve({
     ...{ root, host, url, ignore, latest, sign, log },
+    onlyReleases: given["only-releases"],
+    warn: (line) => tell(`warning: ${line}`),
     port: numberOption(given, "port"),
     token: tokenOption(given),
     ...(cert && key && { tls: { cert, key } }),
     changed: (releases) => {
       log(`now      ${releases.versions.map(({ name }) => name).join(" ") || "no version"}`);
-      warn(releases);
+      void warn(releases);
     },
   });
   const flushing = setInterval(flush, 100);
   const stopped = new Promise((done) => {
     interruption("stopped").addEventListener("abort", done, { once: true });
   });
-  for (const line of describeServer(server, given)) log(line);
-  warn(server.releases);
+  for await (const line of describeServer(server, given)) log(line);
+  await warn(server.releases);
   await flush();
   await stopped;
   // A second Ctrl-C does not wait.
@@ -5894,8 +6395,8 @@ async function runServe(given: Given): Promise<number> {
   return 0;
 }
 
-function warn(releases: Releases): void {
-  const lines = [...rootWarnings(releases), ...allBoardWarnings(releases)];
+async function warn(releases: Releases): Promise<void> {
+  const lines = [...rootWarnings(releases), ...(await allBoardWarnings(releases))];
   for (const line of lines) tell(`warning: ${line}`);
 }
 
@@ -5905,7 +6406,7 @@ function tokenOption(given: Given): string | undefined {
 }
 
 /** What a server says of itself once it listens. */
-function* describeServer({ url, releases }: OTAServer, given: Given): Generator<string> {
+async function* describeServer({ url, releases }: OTAServer, given: Given): AsyncGenerator<string> {
   const local = `${url.protocol}//127.0.0.1:${url.port}`;
   const isAny = given.host === undefined || given.host === "0.0.0.0" || given.host === "::";
   const address = given.url ?? (isAny ? local : url.origin);
@@ -5923,6 +6424,13 @@ function* describeServer({ url, releases }: OTAServer, given: Given): Generator<
   }
   const more = releases.ignored.length - shown;
   if (more > 0) yield `ignored  and ${more} more`;
+  const beside = (await releases.beside()).map(({ path, files }) => {
+    if (!path.endsWith("/")) return printable(path);
+    const count = files > MAX_COUNTED ? `more than ${MAX_COUNTED}` : files;
+    return `${printable(path)} (${count} ${files === 1 ? "file" : "files"})`;
+  });
+  const others = beside.length > shown ? `, and ${beside.length - shown} more` : "";
+  if (beside.length > 0) yield `also served: ${beside.slice(0, shown).join(", ")}${others}`;
   for (const name of releases.restless) yield `changing ${name}: counts once quiet for a second`;
   const oldest = releases.versions[0]?.name ?? releases.firmware[0]?.name ?? "1.0.0";
   yield `try      curl '${address}/manifest.json?current_ver=${oldest}'`;
@@ -6092,7 +6600,7 @@ const COMMANDS: Record<string, Command> = {
   serve: {
     summary: "serve a directory of releases to devices",
     options: [
-      ...(["root", "port", "host", "url", "ignore", "latest"] as const),
+      ...(["root", "port", "host", "url", "ignore", "latest", "only-releases"] as const),
       ...(["sign", "token", "tls-cert", "tls-key"] as const),
     ],
     notes:
