@@ -2191,15 +2191,18 @@ class Outbox {
   /** How many each content goes to. */
   readonly #held = new Map<Blob, number>();
   #bytes = 0;
+  /** Bytes of content that is being read, to be sent then. */
+  reading = 0;
 
   /** Whether a content in memory may be sent to one more. */
   hasRoomFor(content: Blob): boolean {
     return this.#held.has(content) || this.hasRoom(content.size);
   }
 
-  /** The same of content that is still to be read. */
+  /** The same of so many bytes of another. */
   hasRoom(size: number): boolean {
-    return this.#bytes === 0 || this.#bytes + size <= MAX_SENDING;
+    const taken = this.#bytes + this.reading;
+    return taken === 0 || taken + size <= MAX_SENDING;
   }
 
   /** Is to be told of every large body, before Bun is given it. */
@@ -2496,7 +2499,7 @@ const METHODS = "GET, HEAD";
 /** Content up to this is read whole, checked and kept before it is sent; larger goes from disk. */
 const MAX_KEPT = 4 * 1024 * 1024;
 /** The most that is kept of content, in bytes. */
-const CONTENT_BUDGET = 64 * 1024 * 1024;
+const CONTENT_BUDGET = 32 * 1024 * 1024;
 
 /**
  * Serves a release root, and keeps up with it.
@@ -2507,7 +2510,6 @@ const CONTENT_BUDGET = 64 * 1024 * 1024;
 export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
   const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
   const releases = await Releases.open(root, options);
-  const certificate = tls && readCertificate(tls);
   const service = new Service(releases, options);
   for (const secret of [options.sign, tls?.key]) {
     if (secret === undefined || !fs.existsSync(secret)) continue;
@@ -2515,6 +2517,7 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
       throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
     }
   }
+  const certificate = tls && readCertificate(tls);
   let server: Bun.Server<undefined>;
   try {
     server = listen(service, host, port, certificate);
@@ -2594,8 +2597,6 @@ class Service {
   /** By SHA-256. */
   readonly #contents = new Cache<Representation>(CONTENT_BUDGET);
   readonly #reading = new Map<string, Promise<Representation | undefined>>();
-  /** Bytes of content that is being read, to be sent. */
-  #readingBytes = 0;
   readonly #encoder: Encoder;
   readonly #outbox = new Outbox();
   readonly #proxies: Proxies;
@@ -2826,7 +2827,7 @@ class Service {
       const hasRoom = size <= SMALL_BODY || this.#outbox.hasRoomFor(kept.content);
       return hasRoom ? select(request, file, kept) : this.#fromDisk(request, file);
     }
-    if (!this.#reading.has(key) && !this.#outbox.hasRoom(this.#readingBytes + size)) {
+    if (!this.#reading.has(key) && !this.#outbox.hasRoom(size)) {
       return this.#fromDisk(request, file);
     }
     return this.#read(file, key).then((whole) => {
@@ -2864,7 +2865,7 @@ class Service {
   #read({ file, size, etag }: ServedFile, key: string): Promise<Representation | undefined> {
     const running = this.#reading.get(key);
     if (running) return running;
-    this.#readingBytes += size;
+    this.#outbox.reading += size;
     // No more of it than tells that it has grown.
     const reading = readFile(file, size + 1)
       .then((bytes) => {
@@ -2876,7 +2877,7 @@ class Service {
       })
       .catch(() => undefined)
       .finally(() => {
-        this.#readingBytes -= size;
+        this.#outbox.reading -= size;
         this.#reading.delete(key);
       });
     this.#reading.set(key, reading);
