@@ -2435,7 +2435,7 @@ class Proxies {
 
 /** An address of IPv4 as such, also where it comes as one of IPv6. */
 function plainAddress(address: string): string {
-  return address.replace(/^::ffff:(?=\d+\.)/i, "");
+  return address.startsWith("::") ? address.replace(/^::ffff:(?=\d+\.)/i, "") : address;
 }
 
 /** What a proxy says that it was asked by; the last one, when there are several. */
