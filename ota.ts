@@ -26,8 +26,10 @@ import {
   sign,
   timingSafeEqual,
   verify,
+  X509Certificate,
 } from "node:crypto";
 import * as fs from "node:fs";
+import { BlockList, isIP } from "node:net";
 import { basename, dirname, extname, relative, resolve } from "node:path";
 import { parseArgs, promisify } from "node:util";
 import * as zlib from "node:zlib";
@@ -1005,12 +1007,12 @@ class Hasher {
 export interface IndexedFile extends FileHashes {
   /** Absolute, links resolved. */
   file: string;
+  /** Of the look that it was hashed after: what tells whether it still is that one. */
+  stamp: string;
   /** Strong, quoted. */
   etag: string;
   /** Whether its owner may run it. */
   executable: boolean;
-  /** Of the look that it was hashed after. */
-  stamp: string;
 }
 
 /** What counts of a name below the root, and what of it does not. */
@@ -1440,6 +1442,8 @@ export class ReleaseIndex {
 export interface ServedFile {
   /** Absolute, links resolved. */
   file: string;
+  /** What tells whether it still is the one that was found. */
+  stamp: string;
   size: number;
   /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
   sha256?: string;
@@ -1504,9 +1508,10 @@ class ServedRoot extends ReleaseIndex {
       const name = this.places.get(at);
       if (name !== undefined) return this.#offeredAt(name + found.real.slice(at.length));
     }
-    if (isOfReleases(real) || this.#isKey(found.real, stampOf(found.stat))) return undefined;
-    const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
-    return { file: found.real, size: found.stat.size, etag };
+    const stamp = stampOf(found.stat);
+    if (isOfReleases(real) || this.#isKey(found.real, stamp)) return undefined;
+    const etag = `"${sha256(stamp).slice(0, 32)}"`;
+    return { file: found.real, stamp, size: found.stat.size, etag };
   }
 
   /** Whether a file holds a private key; looked up as long as it does not change. */
@@ -1999,6 +2004,22 @@ export class Releases extends ServedRoot {
       },
     };
   }
+
+  /**
+   * What a device may have in place of the content that it asks for, and nothing else: the same path
+   * in another version, or another image.
+   *
+   * @param pathname of the content, as for `locate`
+   * @param sha256 of what the device has
+   */
+  predecessor(pathname: string, sha256: string): IndexedFile | undefined {
+    if (!this.contents.get(sha256)) return undefined;
+    const path = percentDecode(pathname.slice(1));
+    const below = path.indexOf("/") + 1;
+    const others =
+      below === 0 ? this.firmware : this.versions.map(({ files }) => files.get(path.slice(below)));
+    return others.find((file) => file?.sha256 === sha256);
+  }
 }
 
 // ──── Advice ─────────────────────────────────────────────────────────────────────────────────────
@@ -2195,6 +2216,23 @@ export function availableDictionary(header: string | null): string | undefined {
 
 type Coding = Exclude<Encoding, "identity">;
 
+/** Content that may be coded, or that other content is coded against; read when its turn comes. */
+interface Source {
+  /** SHA-256. */
+  key: string;
+  size: number;
+  /** `undefined` when it is not what it was. */
+  read: () => Promise<Blob | undefined>;
+}
+
+/** Content as it was coded. */
+interface Coded {
+  encoding: Coding;
+  content: Blob;
+  /** Of these very bytes: another version of a coder may make others of the same content. */
+  tag: string;
+}
+
 /**
  * The level that tells whether level 19 would find anything: where nothing is to be found, as in
  * pictures and archives, in a thirtieth of the time. Levels below 4 miss what is in machine code.
@@ -2210,43 +2248,70 @@ const CODED_BUDGET = 32 * 1024 * 1024;
 const MAX_CODING = 2;
 /** Bytes that may be coded or wait for it at once; who asks for more gets them plain. */
 const MAX_WAITING = 32 * 1024 * 1024;
+/** Seconds a minute that may go into coding, and how many minutes of it are saved up. */
+const CODING = { seconds: 15, saved: 4 };
+
+/** Time that may be spent: so much a minute, and what is left over of a few minutes. */
+class Allowance {
+  #left: number;
+  #at = performance.now();
+  readonly #most: number;
+
+  /** @param seconds a minute */
+  constructor(private readonly seconds: number) {
+    this.#most = this.#left = CODING.saved * seconds * 1000;
+  }
+
+  get isSpent(): boolean {
+    const now = performance.now();
+    this.#left = Math.min(this.#most, this.#left + ((now - this.#at) * this.seconds) / 60);
+    this.#at = now;
+    return this.#left <= 0;
+  }
+
+  /** @param milliseconds of work; the last may take more than there is left */
+  spend(milliseconds: number): void {
+    this.#left -= milliseconds;
+  }
+}
 
 /** Coded content, made once whoever asks and however many ask at once. */
 class Encoder {
-  readonly #done = new Cache<Blob>(CODED_BUDGET);
+  readonly #done = new Cache<Coded>(CODED_BUDGET);
   /** What was found not to be worth it. */
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
-  readonly #running = new Map<string, Promise<Blob | undefined>>();
+  readonly #running = new Map<string, Promise<Coded | undefined>>();
   #waiting = 0;
   #coding = 0;
   /** Who waits for his turn. */
   readonly #queue: (() => void)[] = [];
 
+  /** @param allowance when it is spent, only what is kept is given out */
+  constructor(private readonly allowance?: Allowance) {}
+
   /**
    * Codes content by itself, or as what is different from a dictionary.
    *
-   * @param key names the content (and the dictionary)
    * @returns `undefined` when that would not be smaller, is too much just now, or failed
    */
   encode(
     encoding: Coding,
-    key: string,
-    content: Blob,
-    dictionary?: Blob,
-  ): Blob | Promise<Blob | undefined> | undefined {
-    const name = `${encoding} ${key}`;
+    content: Source,
+    dictionary?: Source,
+  ): Coded | Promise<Coded | undefined> | undefined {
+    const name = `${encoding} ${content.key} ${dictionary?.key}`;
     const done = this.#done.get(name);
     if (done) return done;
     if (this.#useless.get(name)) return undefined;
     const running = this.#running.get(name);
     const needs = content.size + (dictionary?.size ?? 0);
-    if (running || this.#waiting + needs > MAX_WAITING) return running;
+    if (running || this.#waiting + needs > MAX_WAITING || this.allowance?.isSpent) return running;
     this.#waiting += needs;
     const made = this.#inTurn(() => this.#make(encoding, content, dictionary))
       .then((coded) => {
-        if (coded) this.#done.set(name, coded, coded.size);
-        else this.#useless.set(name, true, 0);
-        return coded;
+        if (coded) this.#done.set(name, coded, coded.content.size);
+        else if (coded === null) this.#useless.set(name, true, 0);
+        return coded ?? undefined;
       })
       .catch(() => undefined)
       .finally(() => {
@@ -2270,52 +2335,65 @@ class Encoder {
     }
   }
 
-  /** @returns `undefined` when it would not be smaller */
-  async #make(encoding: Coding, content: Blob, dictionary?: Blob): Promise<Blob | undefined> {
-    const bytes = await content.bytes();
-    const old = await dictionary?.bytes();
-    const encode = async () => {
-      if (encoding === "dcz") return encodeDelta(bytes, old!);
-      const size = bytes.byteLength;
-      const isTried = encoding === "zstd" && size >= MIN_TRIED && size <= MAX_BEST;
-      if (!isTried) return encodeWhole(encoding, bytes);
-      const trial = await encodeWhole(encoding, bytes, TRIAL);
-      if (trial.byteLength >= size) return trial;
-      release(trial);
-      return encodeWhole(encoding, bytes);
-    };
+  /** @returns `null` when it would not be smaller; `undefined` when it cannot be told just now */
+  async #make(
+    encoding: Coding,
+    content: Source,
+    dictionary?: Source,
+  ): Promise<Coded | null | undefined> {
+    if (this.allowance?.isSpent) return undefined;
+    const bytes = await (await content.read())?.bytes();
+    const old = await (await dictionary?.read())?.bytes();
+    const started = performance.now();
     try {
-      const coded = intoBlob(await encode());
-      return coded.size < content.size ? coded : undefined;
+      if (!bytes || (dictionary && !old)) return undefined;
+      const coded = await (old ? encodeDelta(bytes, old) : encodeWell(encoding, bytes));
+      if (coded.byteLength >= content.size) return null;
+      const tag = Bun.hash(coded).toString(16).padStart(16, "0");
+      return { encoding, content: intoBlob(coded), tag };
     } finally {
+      this.allowance?.spend(performance.now() - started);
       for (const used of [bytes, old]) if (used) release(used);
     }
   }
 
   /**
-   * The smallest form of content that is accepted: a delta, a coding, or plain.
+   * The smallest form of content that is accepted: a delta, or a coding.
    *
-   * @param key the content's SHA-256
-   * @param old what the asker has: a dictionary, and its SHA-256
+   * @param old what the asker has
+   * @returns `undefined` for plain
    */
   async smallest(
     accepted: ReadonlySet<Encoding>,
-    key: string,
-    content: Blob,
-    old?: { key: string; content: Blob },
-  ): Promise<{ encoding: Encoding; content: Blob }> {
-    const plain = { encoding: "identity" as const, content };
-    if (content.size < MIN_CODED || content.size > MAX_CODED) return plain;
-    const whole = wholeEncoding(accepted);
-    const useOld = old && accepted.has("dcz") && old.content.size > 0;
-    const [delta, coded] = await Promise.all([
-      useOld && this.encode("dcz", `${key} ${old.key}`, content, old.content),
-      whole && this.encode(whole, key, content),
-    ]);
-    const isBetter = delta && delta.size < (coded || content).size;
-    if (isBetter) return { encoding: "dcz", content: delta };
-    return whole && coded ? { encoding: whole, content: coded } : plain;
+    content: Source,
+    old?: Source,
+  ): Promise<Coded | undefined> {
+    if (!isCoded(content.size)) return undefined;
+    const useOld = old && accepted.has("dcz") && old.size > 0 && old.size <= MAX_CODED;
+    const delta = useOld && (await this.encode("dcz", content, old));
+    // By itself content would not be smaller where so much of it was found in the old.
+    if (delta && delta.content.size <= content.size / 2) return delta;
+    const encoding = wholeEncoding(accepted);
+    const whole = encoding && (await this.encode(encoding, content));
+    return delta && delta.content.size < (whole?.content ?? content).size ? delta : whole;
   }
+}
+
+/** Whether content of that size is coded. */
+function isCoded(size: number): boolean {
+  return size >= MIN_CODED && size <= MAX_CODED;
+}
+
+/** Codes content by itself, as well as can be, unless that is not worth it. */
+async function encodeWell(encoding: Coding, content: Uint8Array): Promise<Uint8Array> {
+  const whole = encoding === "gzip" ? "gzip" : "zstd";
+  const size = content.byteLength;
+  if (whole === "zstd" && size >= MIN_TRIED && size <= MAX_BEST) {
+    const trial = await encodeWhole(whole, content, TRIAL);
+    if (trial.byteLength >= size) return trial;
+    release(trial);
+  }
+  return encodeWhole(whole, content);
 }
 
 // ──── Answers ────────────────────────────────────────────────────────────────────────────────────
@@ -2332,6 +2410,8 @@ interface Answer {
   body: Blob | null;
   /** Of the body. */
   size: number;
+  /** What the body is, or is a part of. */
+  form?: Representation;
   /** How the body is coded, and the bytes that this saves. */
   coding?: { encoding: Encoding; saved: number };
   /** The status and the headers as they are sent, padded; made once they are needed. */
@@ -2344,6 +2424,8 @@ interface Representation {
   /** Strong, quoted, and its own. */
   etag: string;
   content: Blob;
+  /** The open file that the content is read from while it is sent; else it is in memory. */
+  fd?: number;
   /** The last answer with the whole of it: most requests get the same one. */
   whole?: Answer;
 }
@@ -2385,7 +2467,7 @@ function select(request: Request, file: ServedFile, form: Representation): Answe
   };
   const coding = whole.coding && { ...whole.coding, saved: 0 };
   const body = content.slice(start, end);
-  return { status: 206, headers, body, size: end - start, ...(coding && { coding }) };
+  return { status: 206, headers, body, size: end - start, form, ...(coding && { coding }) };
 }
 
 /** The answer with all of a representation of `plainSize` bytes of content. */
@@ -2394,11 +2476,13 @@ function wholeAnswer(type: string, plainSize: number, form: Representation): Ans
   const { encoding, etag, content } = form;
   const headers: Record<string, string> = {
     "Content-Type": type,
+    // Without it, nginx as a cache gives nobody a part of what it keeps.
+    "Accept-Ranges": "bytes",
     ETag: etag,
     "Cache-Control": `max-age=${MAX_AGE}`,
     Vary: "Accept-Encoding, Available-Dictionary",
   };
-  form.whole = { status: 200, headers, body: content, size: content.size };
+  form.whole = { status: 200, headers, body: content, size: content.size, form };
   if (encoding !== "identity") {
     headers["Content-Encoding"] = encoding;
     form.whole.coding = { encoding, saved: plainSize - content.size };
@@ -2490,6 +2574,8 @@ function printable(text: string): string {
 /**
  * One request, one line: time, address, device, method, path, status, bytes, milliseconds, and
  * where there are any, the coding and the version that the device reports as failed.
+ *
+ * @param size bytes of the body; `undefined` when the connection ended before all of it was sent
  */
 function logLine(
   method: string,
@@ -2497,7 +2583,7 @@ function logLine(
   query: ManifestQuery,
   address: string,
   { status, coding }: Answer,
-  size: number,
+  size: number | undefined,
   milliseconds: number,
 ): string {
   const device = query.devid || query.wmac;
@@ -2505,8 +2591,8 @@ function logLine(
   const coded = coding ? ` coding=${coding.encoding}` : "";
   const failed = query.failed ? ` failed=${printable(query.failed)}` : "";
   const tenths = Math.round(milliseconds * 10);
-  const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms`;
-  const what = `${printable(method)} ${printable(path)} ${status} ${size}`;
+  const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms${size === undefined ? " aborted" : ""}`;
+  const what = `${printable(method)} ${printable(path)} ${status} ${size ?? "-"}`;
   return `${timeStamp()} ${address}${id} ${what} ${taken}${coded}${failed}`;
 }
 
@@ -2525,7 +2611,8 @@ function timeStamp(): string {
 
 const COUNTERS = {
   ota_requests_total: "Requests by status",
-  ota_sent_bytes_total: "Bytes of bodies sent",
+  ota_sent_bytes_total: "Bytes of bodies that were sent whole",
+  ota_aborted_total: "Bodies of which the connection ended before they were sent whole",
   ota_saved_bytes_total: "Bytes of bodies that coding made unnecessary",
   ota_manifests_total: "Manifests by the version a device has and the one it gets",
   ota_failures_total: "Manifests asked for by devices that report a version as failed",
@@ -2578,6 +2665,292 @@ class Metrics {
   }
 }
 
+// ──── Sending ───────────────────────────────────────────────────────────────────────────────────
+// Bodies on their way to clients that may be slow. Bun sends them by itself, but says of none when
+// it was sent. Until then content in memory takes memory, whatever a cache has thrown out meanwhile,
+// and a file stays open. Only files that are as they were found are opened, and no pipes: who opens
+// one waits for somebody at its other end.
+
+/** A body up to this is in the buffers of the system, or in nobody's way, once it is answered. */
+const SMALL_BODY = 64 * 1024;
+/** Bytes of content in memory that may be on their way; what else is asked for comes from disk. */
+const MAX_SENDING = 32 * 1024 * 1024;
+
+/** The answer to one request, on its way. */
+interface Shipment {
+  request: Request;
+  server: Bun.Server<undefined>;
+  /** What lies in memory until the end. */
+  held: Blob;
+  /** The open file that it comes from instead. */
+  fd: number | undefined;
+  /** Is told at the end; as far as the system is concerned, which still has what it was given. */
+  ended: (isWhole: boolean) => void;
+}
+
+/** What is on its way. */
+class Outbox {
+  /** Not looked at yet. */
+  #fresh: Shipment[] = [];
+  /** Not through at once. */
+  #slow: Shipment[] = [];
+  #timer: Timer | undefined;
+  /** How many each content goes to. */
+  readonly #held = new Map<Blob, number>();
+  #bytes = 0;
+  /** Bytes of content that is being read, to be sent then. */
+  reading = 0;
+
+  /** Whether a content in memory may be sent to one more. */
+  hasRoomFor(content: Blob): boolean {
+    return this.#held.has(content) || this.hasRoom(content.size);
+  }
+
+  /** The same of so many bytes of another. */
+  hasRoom(size: number): boolean {
+    const taken = this.#bytes + this.reading;
+    return taken === 0 || taken + size <= MAX_SENDING;
+  }
+
+  /** Is to be told of every large body, before Bun is given it. */
+  add(shipment: Shipment): void {
+    const { request, held, fd } = shipment;
+    // A signal that nobody had seen before tells nothing afterwards.
+    void request.signal;
+    if (fd === undefined) this.#count(held, 1);
+    if (this.#fresh.push(shipment) === 1) setImmediate(() => this.#look());
+  }
+
+  #count(content: Blob, change: 1 | -1): void {
+    const before = this.#held.get(content) ?? 0;
+    const after = before + change;
+    if (after === 0) this.#held.delete(content);
+    else this.#held.set(content, after);
+    if (Math.min(before, after) === 0) this.#bytes += change * content.size;
+  }
+
+  /** Most bodies are through at once. */
+  #look(): void {
+    const fresh = this.#fresh;
+    this.#fresh = [];
+    const slow = fresh.filter((shipment) => !this.#isThrough(shipment));
+    for (const shipment of slow) this.#slow.push(shipment);
+    this.#lookAgain();
+  }
+
+  /** The more there are, the less often. */
+  #lookAgain(): void {
+    if (this.#slow.length === 0) return;
+    this.#timer ??= setTimeout(
+      () => {
+        this.#timer = undefined;
+        this.#slow = this.#slow.filter((shipment) => !this.#isThrough(shipment));
+        this.#lookAgain();
+      },
+      Math.min(1000, 20 + this.#slow.length / 5),
+    );
+  }
+
+  /** Bun knows the address of a request until it is done with it. */
+  #isThrough(shipment: Shipment): boolean {
+    const { request, server } = shipment;
+    if (server.requestIP(request) !== null) return false;
+    this.#end(shipment, !request.signal.aborted);
+    return true;
+  }
+
+  #end({ held, fd, ended }: Shipment, isWhole: boolean): void {
+    if (fd === undefined) this.#count(held, -1);
+    else fs.closeSync(fd);
+    ended(isWhole);
+  }
+
+  /** Ends all that is on its way, once no server sends any more. */
+  close(): void {
+    clearTimeout(this.#timer);
+    const all = [...this.#fresh, ...this.#slow];
+    this.#fresh = this.#slow = [];
+    for (const shipment of all) if (!this.#isThrough(shipment)) this.#end(shipment, false);
+  }
+}
+
+/** Opens a file to read it; throws what the system does, and when it is no file. */
+function openFile(file: string): number {
+  const { O_RDONLY, O_NONBLOCK, O_NOFOLLOW } = fs.constants;
+  const isFile = (stat: fs.Stats) => {
+    if (!stat.isFile()) throw new Error(`${file} is no file`);
+  };
+  isFile(fs.lstatSync(file));
+  // Something else may have come since: a pipe would wait for a writer, a link lead elsewhere.
+  const fd = fs.openSync(file, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
+  try {
+    isFile(fs.fstatSync(fd));
+    return fd;
+  } catch (error) {
+    fs.closeSync(fd);
+    throw error;
+  }
+}
+
+/** Opens the file that was found, and no other; `undefined` when it is not there as it was. */
+function openFound({ file, stamp }: ServedFile): number | undefined {
+  let fd: number;
+  try {
+    fd = openFile(file);
+  } catch {
+    return undefined;
+  }
+  if (stampOf(fs.fstatSync(fd)) === stamp) return fd;
+  fs.closeSync(fd);
+  return undefined;
+}
+
+/** Reads the first bytes of a file off the event loop. */
+async function readFile(file: string, size: number): Promise<Uint8Array> {
+  const fd = openFile(file);
+  try {
+    return await Bun.file(fd).slice(0, size).bytes();
+  } finally {
+    fs.closeSync(fd);
+  }
+}
+
+// ──── Listening ─────────────────────────────────────────────────────────────────────────────────
+// Who stands at the door: the certificate, and the proxies whose word counts.
+
+/** Files of a certificate and its key, PEM. */
+export interface CertificateFiles {
+  cert: string;
+  key: string;
+}
+
+/** A certificate and its key, PEM. */
+interface Certificate {
+  cert: string;
+  key: string;
+}
+
+/** Milliseconds between two looks at the files of a certificate. */
+const CERTIFICATE_POLL = 2000;
+
+/** @throws {OTAError} when they cannot be read, are not PEM, or do not belong together */
+function readCertificate(files: CertificateFiles): Certificate {
+  const read = (file: string) => {
+    try {
+      return fs.readFileSync(file, "utf8");
+    } catch (error) {
+      const why = isMissing(error) ? "it is not there" : errorText(error);
+      throw new OTAError(
+        `cannot read ${file}: ${why}; --tls-cert and --tls-key name files in PEM`,
+        2,
+      );
+    }
+  };
+  const [cert, key] = [read(files.cert), read(files.key)];
+  const parse = <T>(file: string, what: string, make: () => T): T => {
+    try {
+      return make();
+    } catch (error) {
+      const found = errorText(error);
+      throw new OTAError(`cannot use ${file}: expected ${what} in PEM, found: ${found}`, 2);
+    }
+  };
+  const certificate = parse(files.cert, "a certificate", () => new X509Certificate(cert));
+  const secret = parse(files.key, "a key without a password", () => createPrivateKey(key));
+  if (!certificate.checkPrivateKey(secret)) {
+    throw new OTAError(`${files.key} is not the key of the certificate in ${files.cert}`, 2);
+  }
+  return { cert, key };
+}
+
+/**
+ * Watches the files of a certificate, whatever replaces them: a copy, a rename, a link that is
+ * switched.
+ *
+ * @param renewed is given each new certificate
+ * @param failed is told, once for each change, why the files cannot be used as they are
+ */
+function watchCertificate(
+  files: CertificateFiles,
+  renewed: (certificate: Certificate) => void,
+  failed: (error: unknown) => void,
+): Disposable {
+  const look = () => {
+    const stat = (file: string) => fs.statSync(file, { throwIfNoEntry: false });
+    return [files.cert, files.key].map((file) => {
+      const found = stat(file);
+      return found && stampOf(found);
+    });
+  };
+  let known = look().join();
+  let complained = "";
+  const timer = setInterval(() => {
+    const seen = look().join();
+    if (seen === known) return;
+    try {
+      renewed(readCertificate(files));
+      known = seen;
+    } catch (error) {
+      // One of the two may still be on its way.
+      if (complained === seen) failed(error);
+      if (complained === seen) known = seen;
+      complained = seen;
+    }
+  }, CERTIFICATE_POLL);
+  return { [Symbol.dispose]: () => clearInterval(timer) };
+}
+
+/** The proxies whose `X-Forwarded-` headers count. */
+class Proxies {
+  readonly #trusted = new BlockList();
+
+  /** @throws {OTAError} when one is neither an address nor a network such as `10.0.0.0/8` */
+  constructor(addresses: readonly string[]) {
+    for (const text of addresses) {
+      const [address = "", bits] = text.split("/");
+      const family = isIP(address);
+      const most = family === 6 ? 128 : 32;
+      const prefix = bits === undefined ? most : /^\d{1,3}$/.test(bits) ? Number(bits) : Infinity;
+      if (family === 0 || prefix > most) {
+        const found = JSON.stringify(text);
+        throw new OTAError(
+          `--trust-proxy expects an address or a network (10.0.0.0/8), found ${found}`,
+          2,
+        );
+      }
+      this.#trusted.addSubnet(address, prefix, family === 6 ? "ipv6" : "ipv4");
+    }
+  }
+
+  /** @param address without `::ffff:` before one of IPv4 */
+  trusts(address: string): boolean {
+    return this.#trusted.check(address, isIP(address) === 6 ? "ipv6" : "ipv4");
+  }
+
+  /** Who asked, by the word of those trusted: of a chain, the last one that is not one of them. */
+  client(headers: Headers, peer: string): string {
+    const chain = (headers.get("x-forwarded-for") ?? "").split(",").map((item) => item.trim());
+    let client = peer;
+    while (this.trusts(client)) {
+      const before = plainAddress(chain.pop() ?? "");
+      if (isIP(before) === 0) break;
+      client = before;
+    }
+    return client;
+  }
+}
+
+/** An address of IPv4 as such, also where it comes as one of IPv6. */
+function plainAddress(address: string): string {
+  return address.startsWith("::") ? address.replace(/^::ffff:(?=\d+\.)/i, "") : address;
+}
+
+/** What a proxy says that it was asked by; the last one, when there are several. */
+function forwardedScheme(headers: Headers): "http" | "https" | undefined {
+  const scheme = headers.get("x-forwarded-proto")?.split(",").at(-1)?.trim().toLowerCase();
+  return scheme === "http" || scheme === "https" ? scheme : undefined;
+}
+
 // ──── Server ────────────────────────────────────────────────────────────────────────────────────
 // HTTP in, bytes out. It decides nothing that `Releases` can decide.
 
@@ -2595,8 +2968,12 @@ export interface ServeOptions extends ReleasesOptions {
   sign?: string;
   /** What every request must carry, in `Authorization: Bearer` or as `token=`. */
   token?: string;
-  /** Files of the certificate and its key, PEM, for HTTPS. */
-  tls?: { cert: string; key: string };
+  /** For HTTPS; when the files change, they are read again. */
+  tls?: CertificateFiles;
+  /** Proxies whose `X-Forwarded-Proto` and `-For` count: addresses, and networks (`10.0.0.0/8`). */
+  trustProxy?: readonly string[];
+  /** Seconds a minute that may go into coding content; 15. Beyond that it goes plain. */
+  coding?: number;
   /** Called with one line for each request. */
   log?: (line: string) => void;
   /** Called when a version or an image came, changed or went. */
@@ -2626,10 +3003,10 @@ export const LIMITS = {
 };
 
 const METHODS = "GET, HEAD";
-/** Content up to this is read whole and checked before it is sent; larger goes from disk. */
-const MAX_CHECKED = 16 * 1024 * 1024;
+/** Content up to this is read whole, checked and kept before it is sent; larger goes from disk. */
+const MAX_KEPT = 4 * 1024 * 1024;
 /** The most that is kept of content, in bytes. */
-const CONTENT_BUDGET = 64 * 1024 * 1024;
+const CONTENT_BUDGET = 32 * 1024 * 1024;
 
 /**
  * Serves a release root, and keeps up with it.
@@ -2641,10 +3018,6 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
   const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
   const secrets = [options.sign, tls?.key].filter((file) => file !== undefined);
   const releases = await Releases.open(root, { ...options, secrets });
-  for (const file of tls ? [tls.cert, tls.key] : []) {
-    if (fs.existsSync(file)) continue;
-    throw new OTAError(`cannot read ${file}: --tls-cert and --tls-key name files in PEM`, 2);
-  }
   const service = new Service(releases, options);
   for (const secret of secrets) {
     if (!fs.existsSync(secret)) continue;
@@ -2652,18 +3025,10 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
       throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
     }
   }
+  const certificate = tls && readCertificate(tls);
   let server: Bun.Server<undefined>;
   try {
-    server = Bun.serve({
-      port,
-      hostname: host,
-      development: false,
-      // Bun's default would share a port that is in use.
-      reusePort: false,
-      idleTimeout: LIMITS.idle,
-      ...(tls && { tls: { cert: Bun.file(tls.cert), key: Bun.file(tls.key) } }),
-      fetch: (request, bun) => service.respond(request, bun.requestIP(request)?.address ?? "-"),
-    });
+    server = listen(service, host, port, certificate);
   } catch (error) {
     if (errorCode(error) === "EADDRINUSE") {
       const what = `port ${port} on ${host} is in use`;
@@ -2672,17 +3037,52 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
     const hint = tls ? "--host, --port, --tls-cert and --tls-key" : "--host and --port";
     throw new OTAError(`cannot listen on ${host}:${port}: ${errorText(error)}; see ${hint}`);
   }
+  const { url } = server;
   const changed = () => {
     service.noteAltered(releases.altered);
     options.changed?.(releases);
   };
   const watch = new RootWatch(releases, { changed, warn: options.warn });
   service.onMismatch = watch.soon;
+  /** Servers that listen no more, but may still send. */
+  const former = new Set<Bun.Server<undefined>>();
+  const renew = (renewed: Certificate) => {
+    // Bun cannot exchange a certificate: another server takes the port.
+    const old = server;
+    former.add(old);
+    void old.stop().then(() => former.delete(old));
+    server = listen(service, host, Number(url.port), renewed);
+    options.warn?.(`the certificate in ${tls!.cert} is new, and in use`);
+  };
+  const complain = (error: unknown) => {
+    options.warn?.(`the certificate stays the one before: ${errorText(error)}`);
+  };
+  const renewal = tls && watchCertificate(tls, renew, complain);
   const stop = async (force = false) => {
     watch[Symbol.dispose]();
-    await server.stop(force);
+    renewal?.[Symbol.dispose]();
+    await Promise.all([server, ...former].map((one) => one.stop(force)));
+    service.close();
   };
-  return { url: server.url, releases, stop, [Symbol.asyncDispose]: () => stop(true) };
+  return { url, releases, stop, [Symbol.asyncDispose]: () => stop(true) };
+}
+
+function listen(
+  service: Service,
+  hostname: string,
+  port: number,
+  certificate: Certificate | undefined,
+): Bun.Server<undefined> {
+  return Bun.serve({
+    port,
+    hostname,
+    development: false,
+    // Bun's default would share a port that is in use.
+    reusePort: false,
+    idleTimeout: LIMITS.idle,
+    ...(certificate && { tls: certificate }),
+    fetch: (request, server) => service.respond(request, server),
+  });
 }
 
 /** A base for URLs: absolute http(s), no query, and no slash at the end. */
@@ -2709,7 +3109,11 @@ class Service {
   /** By SHA-256. */
   readonly #contents = new Cache<Representation>(CONTENT_BUDGET);
   readonly #reading = new Map<string, Promise<Representation | undefined>>();
-  readonly #encoder = new Encoder();
+  readonly #encoder: Encoder;
+  readonly #outbox = new Outbox();
+  readonly #proxies: Proxies;
+  /** Whether it was said that a proxy is not trusted. */
+  #hasHinted = false;
   /** Answers with the manifests that releases keep, and as long as they keep them. */
   readonly #manifests = new WeakMap<
     ManifestText,
@@ -2724,6 +3128,8 @@ class Service {
     this.#prefix = `${this.#base ? new URL(this.#base).pathname.replace(/\/$/, "") : ""}/`;
     this.#scheme = options.tls ? "https" : "http";
     this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
+    this.#encoder = new Encoder(new Allowance(options.coding ?? CODING.seconds));
+    this.#proxies = new Proxies(options.trustProxy ?? []);
     // Who watches for the first one has to know that there was none.
     this.noteAltered([]);
   }
@@ -2739,22 +3145,46 @@ class Service {
     }
   }
 
-  respond(request: Request, address: string): Response | Promise<Response> {
+  /** Ends what is on its way, when no server sends any more. */
+  close(): void {
+    this.#outbox.close();
+  }
+
+  respond(request: Request, server: Bun.Server<undefined>): Response | Promise<Response> {
     const started = performance.now();
     const { path, query, length } = this.#target(request.url);
+    const peer = plainAddress(server.requestIP(request)?.address ?? "-");
     const finish = (answer: Answer): Response => {
-      const size = request.method === "HEAD" ? 0 : answer.size;
-      this.#metrics.add("ota_requests_total", answer.status);
-      this.#metrics.add("ota_sent_bytes_total", "", size);
-      if (answer.coding && size > 0) {
-        this.#metrics.add("ota_saved_bytes_total", "", answer.coding.saved);
-      }
-      const taken = performance.now() - started;
-      this.options.log?.(logLine(request.method, path, query, address, answer, size, taken));
-      return toResponse(request.method, answer);
+      const { method } = request;
+      const { status, form, body, coding } = answer;
+      const size = method === "HEAD" ? 0 : answer.size;
+      this.#metrics.add("ota_requests_total", status);
+      const ended = (isWhole: boolean) => {
+        if (isWhole) this.#metrics.add("ota_sent_bytes_total", "", size);
+        else this.#metrics.add("ota_aborted_total");
+        if (coding && isWhole && size > 0) {
+          this.#metrics.add("ota_saved_bytes_total", "", coding.saved);
+        }
+        const { log } = this.options;
+        if (!log) return;
+        const taken = performance.now() - started;
+        const sent = isWhole ? size : undefined;
+        log(logLine(method, path, query, this.#client(request, peer), answer, sent, taken));
+      };
+      const fd = method === "HEAD" ? undefined : form?.fd;
+      const isSlow = body && (size > SMALL_BODY || fd !== undefined);
+      if (isSlow) {
+        this.#outbox.add({ request, server, held: form?.content ?? body, fd, ended });
+      } else ended(true);
+      return toResponse(method, answer);
     };
-    const answer = this.#refuse(request, query, length) ?? this.#answer(request, path, query);
+    const answer = this.#refuse(request, query, length) ?? this.#answer(request, path, query, peer);
     return answer instanceof Promise ? answer.then(finish) : finish(answer);
+  }
+
+  /** The address of who asked. */
+  #client({ headers }: Request, peer: string): string {
+    return this.options.trustProxy?.length ? this.#proxies.client(headers, peer) : peer;
   }
 
   /** The parts of a target. It may be relative (HTTP/1.0 without a Host): no `new URL` here. */
@@ -2789,8 +3219,13 @@ class Service {
     return undefined;
   }
 
-  #answer(request: Request, path: string, query: ManifestQuery): Answer | Promise<Answer> {
-    if (path === "/manifest.json") return this.#manifest(request, query);
+  #answer(
+    request: Request,
+    path: string,
+    query: ManifestQuery,
+    peer: string,
+  ): Answer | Promise<Answer> {
+    if (path === "/manifest.json") return this.#manifest(request, query, peer);
     if (path === "/-/health") return this.#health();
     if (path === "/-/metrics") {
       const text = this.#metrics.text(this.releases);
@@ -2798,23 +3233,20 @@ class Service {
     }
     const found = this.releases.locate(path);
     if (!found) return plain(404, "not found");
-    return this.#file(request, found);
+    return this.#file(request, path, found);
   }
 
-  #manifest(request: Request, query: ManifestQuery): Answer | Promise<Answer> {
+  #manifest({ headers }: Request, query: ManifestQuery, peer: string): Answer | Promise<Answer> {
     const { current_ver = "", reqid = "", token } = query;
     if (current_ver.length > LIMITS.version || hasControls(current_ver)) {
       return plain(400, `current_ver: at most ${LIMITS.version} characters, none of them controls`);
     }
     if (hasControls(reqid)) return plain(400, "reqid: no control characters");
-    const host = request.headers.get("host");
-    if (this.#base === undefined && (host === null || !isHost(host))) {
-      return plain(400, "a manifest needs the Host header: its URLs begin with it");
-    }
+    const base = this.#base ?? this.#askedBase(headers, peer);
+    if (base instanceof Error) return plain(400, base.message);
     // A board sends nothing with a download but its URL.
     const withToken = token !== undefined && this.options.token !== undefined;
     const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
-    const base = this.#base ?? `${this.#scheme}://${host}`;
     const text = this.releases.manifestText(query, base, suffix);
     const newest =
       text === NOTHING_NEWER ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
@@ -2827,7 +3259,7 @@ class Service {
       const version = Metrics.label(this.releases, query.failed);
       this.#metrics.add("ota_failures_total", `version="${version}"`);
     }
-    const encoding = wholeEncoding(acceptedEncodings(request.headers.get("accept-encoding")));
+    const encoding = wholeEncoding(acceptedEncodings(headers.get("accept-encoding")));
     // Even with the same manifest, the signature is another one.
     if (!text.isShared || reqid !== "") return this.#manifestAnswer(text, reqid, encoding, FAST);
     let answers = this.#manifests.get(text);
@@ -2836,12 +3268,35 @@ class Service {
     return (answers[encoding ?? "identity"] ??= this.#manifestAnswer(text, "", encoding, level));
   }
 
+  /** What URLs begin with, for who asks by this name; an error for the asker. */
+  #askedBase(headers: Headers, peer: string): string | Error {
+    const said = forwardedScheme(headers);
+    const isTrusted = said !== undefined && this.#proxies.trusts(peer);
+    const host = headers.get("host");
+    // URLs would begin with http, and lead around the proxy, or nowhere.
+    const isIgnored = said === "https" && !isTrusted && this.#scheme === "http";
+    const remedy = `serve --trust-proxy ${peer}, or --url https://…`;
+    if (isIgnored && !this.#hasHinted) {
+      this.#hasHinted = true;
+      const what = `${peer} says X-Forwarded-Proto: https, and is not trusted`;
+      this.options.warn?.(`${what}: URLs in manifests begin with http; if it is yours, ${remedy}`);
+    }
+    if (host === null || !isHost(host)) {
+      const hint = isIgnored
+        ? `; is there a proxy in between? It must pass Host on; ${remedy}`
+        : "";
+      return new Error(`a manifest needs the Host header: its URLs begin with it${hint}`);
+    }
+    return `${isTrusted ? said : this.#scheme}://${host}`;
+  }
+
   #manifestAnswer(
     { bytes, isShared }: ManifestText,
     reqid: string,
     encoding: "gzip" | "zstd" | undefined,
     level: number | undefined,
   ): Answer | Promise<Answer> {
+    if (bytes.byteLength > SMALL_BODY && !this.#outbox.hasRoom(bytes.byteLength)) return busy();
     const plain = content("application/json", new Blob([bytes]));
     plain.headers["Cache-Control"] = "no-store";
     if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
@@ -2871,48 +3326,59 @@ class Service {
   }
 
   /** A file, in the smallest form that the asker accepts. */
-  #file(request: Request, file: ServedFile): Answer | Promise<Answer> {
-    const { sha256: key, size, etag } = file;
-    if (key === undefined || size > MAX_CHECKED) {
-      if (!isReal(file)) return this.#changing();
-      // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
-      const content = Bun.file(file.file).slice(0, size);
-      const answer = select(request, file, { encoding: "identity", etag, content });
-      // Else Bun adds one with the file's name, of any length and in any script.
-      if (answer.body) answer.headers["Content-Disposition"] = "inline";
-      return answer;
+  #file(request: Request, path: string, file: ServedFile): Answer | Promise<Answer> {
+    const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
+    if (accepted.size === 0 || file.sha256 === undefined || !isCoded(file.size)) {
+      return this.#plain(request, file);
     }
-    const send = (whole: Representation | undefined) => {
-      if (!whole) return this.#changing();
-      const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
-      if (accepted.size === 0) return select(request, file, whole);
-      return this.#smallest(request.headers, accepted, key, whole).then((form) => {
-        return select(request, file, form);
-      });
-    };
-    const kept = this.#contents.get(key);
-    return kept ? send(kept) : this.#read(file, key).then(send);
+    const named = accepted.has("dcz")
+      ? availableDictionary(request.headers.get("available-dictionary"))
+      : undefined;
+    const old = named === undefined ? undefined : this.releases.predecessor(path, named);
+    const sources = [file, old].map((found) => found && this.#source(found, found.sha256!));
+    return this.#encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
+      if (!coded || !this.#outbox.hasRoomFor(coded.content)) return this.#plain(request, file);
+      const { encoding, content, tag } = coded;
+      const etag = file.etag.replace(/"$/, `-${encoding}-${tag}"`);
+      return select(request, file, { encoding, etag, content });
+    });
   }
 
-  /** The smallest form that the asker accepts. */
-  async #smallest(
-    asked: Headers,
-    accepted: ReadonlySet<Encoding>,
-    key: string,
-    whole: Representation,
-  ): Promise<Representation> {
-    const named = accepted.has("dcz") && availableDictionary(asked.get("available-dictionary"));
-    const file = named ? this.releases.contents.get(named) : undefined;
-    const dictionary =
-      file && file.size <= MAX_CODED
-        ? (this.#contents.get(file.sha256) ?? (await this.#read(file, file.sha256)))
-        : undefined;
-    const old = file && dictionary && { key: file.sha256, content: dictionary.content };
-    const { encoding, content } = await this.#encoder.smallest(accepted, key, whole.content, old);
-    if (encoding === "identity") return whole;
-    // Behind the content's own tag stands how it is coded.
-    const delta = encoding === "dcz" ? `-${file!.sha256.slice(0, 16)}` : "";
-    return { encoding, etag: whole.etag.replace(/"$/, `-${encoding}${delta}"`), content };
+  /** A file as it is: from memory, or from disk. */
+  #plain(request: Request, file: ServedFile): Answer | Promise<Answer> {
+    const { sha256: key, size } = file;
+    if (key === undefined || size > MAX_KEPT) return this.#fromDisk(request, file);
+    const kept = this.#contents.get(key);
+    if (kept) {
+      const hasRoom = size <= SMALL_BODY || this.#outbox.hasRoomFor(kept.content);
+      return hasRoom ? select(request, file, kept) : this.#fromDisk(request, file);
+    }
+    if (!this.#reading.has(key) && !this.#outbox.hasRoom(size)) {
+      return this.#fromDisk(request, file);
+    }
+    return this.#read(file, key).then((whole) => {
+      return whole ? select(request, file, whole) : this.#changing();
+    });
+  }
+
+  /** A file that is as it was when it was hashed. */
+  #fromDisk(request: Request, file: ServedFile): Answer {
+    const fd = openFound(file);
+    if (fd === undefined) return this.#changing();
+    // By a name, since of a part of a descriptor Bun gives the length of the whole. A slice even of
+    // the whole: Bun would answer Range by itself, and does not know If-Range.
+    const content = Bun.file(`/dev/fd/${fd}`).slice(0, file.size);
+    const form: Representation = { encoding: "identity", etag: file.etag, content, fd };
+    const answer = select(request, file, form);
+    if (request.method === "HEAD" || !answer.form) fs.closeSync(fd);
+    // Else Bun adds one with the file's name.
+    if (answer.form) answer.headers["Content-Disposition"] = "inline";
+    return answer;
+  }
+
+  #source(file: ServedFile, key: string): Source {
+    const read = async () => (this.#contents.get(key) ?? (await this.#read(file, key)))?.content;
+    return { key, size: file.size, read };
   }
 
   /** The answer while content on disk is other than indexed. */
@@ -2925,22 +3391,29 @@ class Service {
   #read({ file, size, etag }: ServedFile, key: string): Promise<Representation | undefined> {
     const running = this.#reading.get(key);
     if (running) return running;
+    this.#outbox.reading += size;
     // No more of it than tells that it has grown.
-    const reading = Bun.file(file)
-      .slice(0, size + 1)
-      .bytes()
+    const reading = readFile(file, size + 1)
       .then((bytes) => {
         if (bytes.byteLength !== size || sha256(bytes) !== key) return undefined;
         const content = intoBlob(bytes);
         const whole: Representation = { encoding: "identity", etag, content };
-        this.#contents.set(key, whole, content.size);
+        if (size <= MAX_KEPT) this.#contents.set(key, whole, content.size);
         return whole;
       })
       .catch(() => undefined)
-      .finally(() => this.#reading.delete(key));
+      .finally(() => {
+        this.#outbox.reading -= size;
+        this.#reading.delete(key);
+      });
     this.#reading.set(key, reading);
     return reading;
   }
+}
+
+/** The answer to who asks for much while others are slow to take what they asked for. */
+function busy(): Answer {
+  return plain(503, "too much is on its way just now", { "Retry-After": "5" });
 }
 
 /** The token of a request, `""` for none. */
@@ -6131,6 +6604,12 @@ const OPTIONS = {
   "only-releases": { type: "boolean", help: "serve no other files of the root" },
   sign: { type: "string", value: "FILE", help: "sign manifests with this key (see keygen)" },
   token: { type: "string", value: "T", help: "a secret that requests carry (or OTA_TOKEN)" },
+  "trust-proxy": {
+    type: "string",
+    value: "ADDR",
+    multiple: true,
+    help: "believe X-Forwarded-… from this address or network; may be repeated",
+  },
   "tls-cert": { type: "string", value: "FILE", help: "the certificate for HTTPS, PEM" },
   "tls-key": { type: "string", value: "FILE", help: "the key of that certificate, PEM" },
   ca: { type: "string", value: "FILE", help: "trust this certificate authority, PEM" },
@@ -6374,6 +6853,7 @@ async function runServe(given: Given): Promise<number> {
     port: numberOption(given, "port"),
     token: tokenOption(given),
     ...(cert && key && { tls: { cert, key } }),
+    trustProxy: given["trust-proxy"],
     changed: (releases) => {
       log(`now      ${releases.versions.map(({ name }) => name).join(" ") || "no version"}`);
       void warn(releases);
@@ -6455,33 +6935,34 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
   const accepted = new Set<Encoding>(["dcz", "zstd", "gzip"]);
   const lines: string[] = [];
   let total = 0;
-  const add = async (name: string, content: Uint8Array, old?: { key: string; content: Blob }) => {
-    const bytes = new Uint8Array(content);
-    const form = await encoder.smallest(accepted, sha256(bytes), new Blob([bytes]), old);
-    total += form.content.size;
-    const coded = form.encoding === "identity" ? "" : `, ${form.encoding} of ${bytes.byteLength}`;
-    lines.push(`${String(form.content.size).padStart(10)} ${name}${coded}`);
+  const add = async (name: string, content: Source, old?: IndexedFile) => {
+    const coded = await encoder.smallest(accepted, content, old && sourceOf(old));
+    const size = coded?.content.size ?? content.size;
+    total += size;
+    const how = coded ? `, ${coded.encoding} of ${content.size}` : "";
+    lines.push(`${String(size).padStart(10)} ${name}${how}`);
   };
-  const readOld = async (file: IndexedFile | undefined) => {
-    if (!file || file.size > MAX_CODED) return undefined;
-    return { key: file.sha256, content: Bun.file(file.file) };
+  const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
+    return { key, size, read: async () => Bun.file(file) };
   };
   const firmware = manifest?.firmware;
   const has = manifest ? releases.find(manifest.previous_version ?? "") : undefined;
   const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
-  await add("manifest.json", utf8(JSON.stringify(manifest)));
+  const json = new Blob([JSON.stringify(manifest)]);
+  await add("manifest.json", { key: "", size: json.size, read: async () => json });
   for (const { dst_path } of [...(manifest?.new ?? []), ...(manifest?.update ?? [])]) {
     const path = dst_path.slice(1);
-    const { file, sha256: key } = releases.find(manifest!.version)!.files.get(path)!;
+    const file = releases.find(manifest!.version)!.files.get(path)!;
+    const { sha256: key } = file;
     // What the device has, under whatever name, or gets anyway, costs nothing.
     if (here.has(key)) continue;
     here.add(key);
-    await add(path, await Bun.file(file).bytes(), await readOld(has?.files.get(path)));
+    await add(path, sourceOf(file), has?.files.get(path));
   }
   if (firmware) {
-    const { file } = releases.firmware.at(-1)!;
+    const image = releases.firmware.at(-1)!;
     const old = releases.firmware.find(({ version }) => version.compare(has?.version ?? "") === 0);
-    await add(basename(file), await Bun.file(file).bytes(), await readOld(old));
+    await add(basename(image.file), sourceOf(image), old);
   }
   const messages = Math.ceil(total / LORA_BYTES);
   lines.push(
@@ -6601,7 +7082,7 @@ const COMMANDS: Record<string, Command> = {
     summary: "serve a directory of releases to devices",
     options: [
       ...(["root", "port", "host", "url", "ignore", "latest", "only-releases"] as const),
-      ...(["sign", "token", "tls-cert", "tls-key"] as const),
+      ...(["sign", "token", "tls-cert", "tls-key", "trust-proxy"] as const),
     ],
     notes:
       "The root is the current directory by default. Ctrl-C ends it after running responses.\n" +

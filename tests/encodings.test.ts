@@ -318,12 +318,34 @@ describe("who gets what", () => {
     }
   });
 
+  test("a delta only against what a device may have there: the path before it, another image", async () => {
+    const ask = async (path: string, old: Uint8Array | string) => {
+      return coding(await get(server, path, { "Accept-Encoding": ALL, ...has(old) }));
+    };
+    expect(await ask(APP, APP_1)).toBe("dcz");
+    expect(await ask("/1.0.0/flash/app.bin", APP_2)).toBe("dcz");
+    expect(await ask("/1.0.1/flash/%61pp.bin", APP_1)).toBe("dcz");
+    expect(await ask("/firmware_1.0.1.bin", IMAGE_1)).toBe("dcz");
+    // Content that the server has, but not in that place.
+    expect(await ask(APP, IMAGE_1)).toBe("zstd");
+    expect(await ask(APP, OTHER)).toBe("zstd");
+    expect(await ask("/firmware_1.0.1.bin", APP_1)).toBe("zstd");
+    expect(await ask("/1.0.1/flash/new.py", SOURCE)).toBe("zstd");
+  });
+
   test("8 MiB are coded; more is not, and is no dictionary either", async () => {
     expect(MAX_CODED).toBe(8 * 1024 * 1024);
     const most = new Uint8Array(MAX_CODED).fill(7);
     const over = new Uint8Array(MAX_CODED + 1).fill(7);
     const small = new Uint8Array(100_000).fill(7);
-    using large = new Fleet({ "1.0.0": { most, over, small } }, {});
+    // Each has been at each of the paths.
+    const versions = [
+      { most, over, small },
+      { most: small, over: small, small: over },
+      { most, over, small: most },
+    ];
+    const trees = versions.map((tree, i) => [`1.0.${i}`, tree] as const);
+    using large = new Fleet(Object.fromEntries(trees), {});
     await using server = await Served.start(large.releases);
     const ask = (name: string, old: Uint8Array) =>
       get(server, `/1.0.0/${name}`, { "Accept-Encoding": ALL, ...has(old) });
@@ -373,6 +395,15 @@ describe("each form of a content is a representation of its own", () => {
     expect(new Set(tags).size).toBe(forms.length);
     const other = (await get(server, "/1.0.0/flash/app.bin")).headers.get("etag")!;
     expect(tags).not.toContain(other);
+  });
+
+  test("a coded one's tag is of its very bytes, whatever version of a coder made them", async () => {
+    const content = (await get(server, APP)).headers.get("etag")!.slice(1, -1);
+    for (const [name, headers] of forms.slice(1)) {
+      const { headers: got, body } = await get(server, APP, headers);
+      const hash = Bun.hash(body).toString(16).padStart(16, "0");
+      expect(got.get("etag")).toBe(`"${content}-${name}-${hash}"`);
+    }
   });
 
   for (const [i, [name, headers, old]] of forms.entries()) {
@@ -514,6 +545,35 @@ describe("work is done once", () => {
       for (let i = 0; i < 20; i++) await ask("b", OLD_B);
     });
     expect(again).toBeLessThan(one / 2);
+  });
+
+  test("content is not coded by itself where a delta is good", async () => {
+    using fleet = new Fleet();
+    // What there is to spend is spent by the first that is coded.
+    await using server = await Served.start(fleet.releases, { coding: 1e-6 });
+    const ask = (headers: Record<string, string>) => get(server, APP, headers);
+    const delta = await ask({ "Accept-Encoding": ALL, ...has(APP_1) });
+    expect([coding(delta), decoded(delta, APP_1)]).toEqual(["dcz", APP_2]);
+    const whole = await ask({ "Accept-Encoding": "zstd" });
+    expect([coding(whole), whole.body]).toEqual(["identity", APP_2]);
+  });
+
+  test("no longer than there is time for: then plain, but what is made is given out", async () => {
+    using fleet = new Fleet();
+    await using server = await Served.start(fleet.releases, { coding: 1e-6 });
+    const ask = async (path: string, headers: Record<string, string>) => {
+      return get(server, path, { "Accept-Encoding": ALL, ...headers });
+    };
+    const first = await ask("/firmware_1.0.1.bin", has(IMAGE_1));
+    const again = await ask("/firmware_1.0.1.bin", has(IMAGE_1));
+    expect([coding(first), again.body]).toEqual(["dcz", first.body]);
+    for (const headers of [has(APP_1), {}]) {
+      const { status, headers: got, body } = await ask(APP, headers);
+      expect([status, got.get("content-encoding"), body]).toEqual([200, null, APP_2]);
+    }
+    // None at all is an answer, too.
+    await using never = await Served.start(fleet.releases, { coding: 0 });
+    expect(coding(await get(never, APP, { "Accept-Encoding": ALL }))).toBe("identity");
   });
 
   test("beside everything else: others are answered meanwhile", async () => {

@@ -228,6 +228,7 @@ export interface Logged {
   method: string;
   path: string;
   status: number;
+  /** NaN when the connection ended before. */
   bytes: number;
   failed: string | undefined;
 }
@@ -258,9 +259,14 @@ export class Served implements AsyncDisposable {
     return Number(this.#server.url.port);
   }
 
+  /** The names of the versions that it offers. */
+  get releases(): string[] {
+    return this.#server.releases.versions.map(({ name }) => name);
+  }
+
   get requests(): Logged[] {
     return this.lines.map((line) => {
-      const found = /^\S+ \S+ (?:device=(\S+) )?(\S+) (\S+) (\d+) (\d+) \S+ms(.*)$/.exec(line);
+      const found = /^\S+ \S+ (?:device=(\S+) )?(\S+) (\S+) (\d+) (\d+|-) \S+ms(.*)$/.exec(line);
       if (!found) throw new Error(`no line of a server's log: ${line}`);
       const [, device, method = "", path = "", status, bytes, rest = ""] = found;
       const failed = / failed=(\S+)/.exec(rest)?.[1];
