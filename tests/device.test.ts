@@ -832,11 +832,11 @@ describe.concurrent("what a person sees", () => {
 
   test("status, as text and as JSON", async () => {
     using fleet = new Fleet(undefined, { "firmware_1.0.1.bin": IMAGE_2 });
+    layTree(fleet.root, V1);
     expect(await fleet.status()).toEqual({
       ...{ version: null, previous_version: null, firmware: null, pending: false, failed: [] },
     });
-    expect(existsSync(fleet.root)).toBe(false);
-    layTree(fleet.root, V1);
+    expect(existsSync(fleet.at("device/.ota"))).toBe(false);
     await using server = await Served.start(fleet.releases);
     await fleet.client(server, ["--ver", "1.0.0"]);
     expect(await fleet.status()).toEqual({
