@@ -285,7 +285,7 @@ describe("rawRequest", () => {
 
   test("tells a connection that stays open", async () => {
     const server = await listen((socket) => void socket.write("so far"));
-    const got = await rawRequest(server, "x", { timeoutMs: 100 });
+    const got = await rawRequest(server, "x", { timeoutMs: 3000 });
     expect(got).toEqual({ bytes: bytes("so far"), closed: false });
   });
 
@@ -296,7 +296,7 @@ describe("rawRequest", () => {
     });
     const halfClosed = await rawRequest(server, "x", { halfClose: true });
     expect(halfClosed).toEqual({ bytes: bytes("ab"), closed: true });
-    const open = await rawRequest(server, "x", { timeoutMs: 100 });
+    const open = await rawRequest(server, "x", { timeoutMs: 3000 });
     expect(open).toEqual({ bytes: bytes("a"), closed: false });
   });
 
