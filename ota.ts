@@ -4214,14 +4214,14 @@ class Receiver {
 
   /** Tries up to five times, with growing pauses. */
   async withRetries<T>(task: () => Promise<T>, signal?: AbortSignal): Promise<T> {
-    for (let tries = 1; ; tries++) {
+    for (let [tries, wrong] = [1, 0]; ; tries++) {
       try {
         return await task();
       } catch (error) {
         anySignal(signal, this.#signal).throwIfAborted();
         if (!(error instanceof TransferError) || !error.retry) throw error;
-        // The same wrong content twice is no accident of the way here.
-        if (error instanceof ContentError && tries === 2) throw error;
+        // The same wrong content twice is no accident of the way here, whatever was before.
+        if (error instanceof ContentError && (++wrong === 2 || tries === TRIES)) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
         this.#note(`${error.message}; trying again in ${pause.toFixed(1)} s`);

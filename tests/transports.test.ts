@@ -300,23 +300,31 @@ describe("content that", () => {
     expect(sent).toBe(CONTENT.length);
   });
 
-  test.concurrent("changed since the manifest is asked for anew", async () => {
-    using device = new Device();
-    const later: Offer = {
-      version: "1.0.1",
-      put: { "flash/main.py": Buffer.from(noise(200_000, 3)), "sd/small": "small" },
-    };
-    let manifests = 0;
-    await using server = await Double.start((asked, connection) => {
-      if (asked.path === MANIFEST) manifests++;
-      const offer = asked.path === MANIFEST && manifests === 1 ? OFFER : later;
-      return offering(offer, () => server.url)(asked, connection);
-    });
-    const { code, last } = await device.client(server);
-    expect({ code, last }).toEqual({ code: 0, last: "updated 1.0.0 -> 1.0.1" });
-    expect(readTree(device.root)).toEqual({ ...AFTER, ...asTree(later.put) });
-    expect(manifests).toBe(2);
-  });
+  for (const failures of [0, 3, 4]) {
+    test.concurrent(
+      `changed since the manifest is asked for anew, after ${failures} failures`,
+      async () => {
+        using device = new Device();
+        const later: Offer = {
+          version: "1.0.1",
+          put: { "flash/main.py": Buffer.from(noise(200_000, 3)), "sd/small": "small" },
+        };
+        let manifests = 0;
+        await using server = await Double.start((asked, connection) => {
+          if (asked.path === MANIFEST) manifests++;
+          if (asked.path === BIG && asked.before < failures) {
+            return send(connection, "changing just now", { status: 503 });
+          }
+          const offer = asked.path === MANIFEST && manifests === 1 ? OFFER : later;
+          return offering(offer, () => server.url)(asked, connection);
+        });
+        const { code, last } = await device.client(server);
+        expect({ code, last }).toEqual({ code: 0, last: "updated 1.0.0 -> 1.0.1" });
+        expect(readTree(device.root)).toEqual({ ...AFTER, ...asTree(later.put) });
+        expect(manifests).toBe(2);
+      },
+    );
+  }
 });
 
 describe("a manifest that", () => {
