@@ -20,7 +20,7 @@ import {
   type Tree,
 } from "./helpers/tool.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(180_000);
 
 const LARGE = noise(300_000, 1);
 const V1: Tree = {
