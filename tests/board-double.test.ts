@@ -3,10 +3,12 @@
  * proved against a TCP server made by hand: other tests lean on them.
  */
 
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createServer, type Server, type Socket } from "node:net";
 import { boardGet, boardUpdate, readAsBoard } from "./helpers/board.ts";
 import { parseResponse, rawRequest } from "./helpers/raw.ts";
+
+setDefaultTimeout(600_000);
 
 const bytes = (text: string): Uint8Array => new TextEncoder().encode(text);
 const text = (data: Uint8Array): string => new TextDecoder().decode(data);
