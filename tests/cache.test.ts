@@ -20,7 +20,7 @@ import {
   type Tree,
 } from "./helpers/tool.ts";
 
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 const SOME = "a line of the program of a meter, again and again\n";
 const same = (size: number, seed: number) => Buffer.alloc(size, `${SOME}${seed}`);

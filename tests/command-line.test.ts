@@ -7,7 +7,7 @@ import { Double, send } from "./helpers/double.ts";
 import { certify, openssl } from "./helpers/pki.ts";
 import { layTree, ota, Served, Temp, Tool, type Ended, type Tree } from "./helpers/tool.ts";
 
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 /** Every option of every command. */
 const COMMANDS: Record<string, string[]> = {

@@ -25,7 +25,7 @@ import {
   type Tree,
 } from "./helpers/tool.ts";
 
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 const V1: Tree = {
   "flash/boot.py": "import main\n",

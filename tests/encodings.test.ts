@@ -40,7 +40,7 @@ import {
   type Tree,
 } from "./helpers/tool.ts";
 
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`encodings: SEED=${SEED}`);

@@ -33,7 +33,7 @@ import { Random } from "./helpers/random.ts";
 import { readTree, TempDir } from "./helpers/temp.ts";
 import { eventually, Served, Tool } from "./helpers/tool.ts";
 
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 const EXAMPLES = join(import.meta.dir, "../examples");
 const RELEASES = join(EXAMPLES, "smart-meter");

@@ -25,7 +25,7 @@ import {
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`limits: SEED=${SEED}`);
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 const MB = 1e6;
 const SECRET = "this lies outside of the root";

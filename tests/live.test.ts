@@ -44,7 +44,7 @@ console.log(`live: SEED=${SEED}`);
  */
 const SOON = 30;
 // Tests wait for the clock here, so many run at once: one may take long.
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 const V1: Tree = { "flash/main.py": "one\n", "flash/lib/a.py": "a\n", "sd/data": "data\n" };
 const V2: Tree = { ...V1, "flash/main.py": "two\n" };

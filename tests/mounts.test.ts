@@ -4,7 +4,7 @@ import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mountPoints } from "../ota.ts";
 import { layTree, need, ota, readTree, Served, Temp } from "./helpers/tool.ts";
 
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 /** A file or directory that stands at another place, too. Only root can do that. */
 class BindMount implements Disposable {

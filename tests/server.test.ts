@@ -4,7 +4,7 @@
  * person starts and stops. Random requests follow the chosen ones: set SEED to repeat a run.
  */
 
-import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import * as fs from "node:fs";
 import { connect } from "node:net";
 import { fileURLToPath } from "node:url";
@@ -19,6 +19,8 @@ import { addressOf, parseResponse, rawRequest } from "./helpers/raw.ts";
 import type { Tree } from "./helpers/temp.ts";
 import { bytesOf, readTree, TempDir } from "./helpers/temp.ts";
 import { OTA_TS } from "./helpers/tool.ts";
+
+setDefaultTimeout(600_000);
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`server: SEED=${SEED}`);

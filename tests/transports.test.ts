@@ -35,7 +35,7 @@ import {
   type Tree,
 } from "./helpers/tool.ts";
 
-setDefaultTimeout(180_000);
+setDefaultTimeout(600_000);
 
 /** Does not compress, so that all of it is on the wire. */
 const CONTENT = Buffer.from(noise(200_000, 1));
