@@ -65,6 +65,14 @@ function errorCode(error: unknown): string | undefined {
     : undefined;
 }
 
+/** Whether an error is a bug of this file: nothing that a person can mend, and not the system's. */
+function isBug(error: unknown): boolean {
+  if (error instanceof OTAError) return false;
+  const code = errorCode(error);
+  // The runtime's own functions, called as they cannot be, say so with a code, too.
+  return code === undefined || (error instanceof TypeError && code.startsWith("ERR_"));
+}
+
 /** Whether a system error says that something is not there. */
 function isMissing(error: unknown): boolean {
   return saysMissing(errorCode(error));
@@ -659,6 +667,67 @@ export function readKey(file: string, kind: "private" | "public"): KeyObject {
         errorText(error),
       2,
     );
+  }
+}
+
+/**
+ * Reads the certificate of an authority, or of a server with those that lead to its authority.
+ *
+ * @param file PEM
+ * @returns its text, and the first certificate in it
+ * @throws {OTAError} exit code 2 when it cannot be read, has no certificate, or a damaged one
+ */
+export function readCertificates(file: string): { pem: string; first: X509Certificate } {
+  const pem = readPem(file);
+  const blocks = pem.match(/^-----BEGIN ([A-Z0-9 ]*CERTIFICATE)-----.*?^-----END \1-----/gms) ?? [];
+  try {
+    const [first] = blocks.map((block) => new X509Certificate(block));
+    if (first) return { pem, first };
+  } catch {
+    // OpenSSL's own words would help nobody.
+  }
+  const found = blocks.length === 0 ? "none" : "a damaged one";
+  throw new OTAError(`cannot use ${file}: expected a certificate in PEM, found ${found}`, 2);
+}
+
+/** A certificate and its key, in PEM, or the files that hold them. */
+export interface Certificate {
+  cert: string;
+  key: string;
+}
+
+/**
+ * Reads the certificate of a server and its key. TLS itself would find out at the first connection.
+ *
+ * @param files both PEM
+ * @returns their texts
+ * @throws {OTAError} exit code 2 when one of them cannot be used, or they do not belong together
+ */
+export function readServerCertificate(files: Certificate): Certificate {
+  const { pem: cert, first } = readCertificates(files.cert);
+  const key = readPem(files.key);
+  let parsed: KeyObject;
+  try {
+    parsed = createPrivateKey(key);
+  } catch (error) {
+    const isLocked = errorCode(error) === "ERR_MISSING_PASSPHRASE";
+    const found = isLocked ? "one with a passphrase, which nobody is there to enter" : "none";
+    throw new OTAError(`cannot use ${files.key}: expected a private key in PEM, found ${found}`, 2);
+  }
+  if (first.checkPrivateKey(parsed)) return { cert, key };
+  throw new OTAError(
+    `${files.key} is not the key of ${files.cert}: expected the two of one pair, ` +
+      "with the server's own certificate first",
+    2,
+  );
+}
+
+/** A file that an option names. */
+function readPem(file: string): string {
+  try {
+    return fs.readFileSync(file, "utf8");
+  } catch (error) {
+    throw new OTAError(`cannot read ${file}: ${errorText(error)}`, 2);
   }
 }
 
@@ -2818,50 +2887,8 @@ async function readFile(file: string, size: number): Promise<Uint8Array> {
 // ──── Listening ─────────────────────────────────────────────────────────────────────────────────
 // Who stands at the door: the certificate, and the proxies whose word counts.
 
-/** Files of a certificate and its key, PEM. */
-export interface CertificateFiles {
-  cert: string;
-  key: string;
-}
-
-/** A certificate and its key, PEM. */
-interface Certificate {
-  cert: string;
-  key: string;
-}
-
 /** Milliseconds between two looks at the files of a certificate. */
 const CERTIFICATE_POLL = 2000;
-
-/** @throws {OTAError} when they cannot be read, are not PEM, or do not belong together */
-function readCertificate(files: CertificateFiles): Certificate {
-  const read = (file: string) => {
-    try {
-      return fs.readFileSync(file, "utf8");
-    } catch (error) {
-      const why = isMissing(error) ? "it is not there" : errorText(error);
-      throw new OTAError(
-        `cannot read ${file}: ${why}; --tls-cert and --tls-key name files in PEM`,
-        2,
-      );
-    }
-  };
-  const [cert, key] = [read(files.cert), read(files.key)];
-  const parse = <T>(file: string, what: string, make: () => T): T => {
-    try {
-      return make();
-    } catch (error) {
-      const found = errorText(error);
-      throw new OTAError(`cannot use ${file}: expected ${what} in PEM, found: ${found}`, 2);
-    }
-  };
-  const certificate = parse(files.cert, "a certificate", () => new X509Certificate(cert));
-  const secret = parse(files.key, "a key without a password", () => createPrivateKey(key));
-  if (!certificate.checkPrivateKey(secret)) {
-    throw new OTAError(`${files.key} is not the key of the certificate in ${files.cert}`, 2);
-  }
-  return { cert, key };
-}
 
 /**
  * Watches the files of a certificate, whatever replaces them: a copy, a rename, a link that is
@@ -2871,7 +2898,7 @@ function readCertificate(files: CertificateFiles): Certificate {
  * @param failed is told, once for each change, why the files cannot be used as they are
  */
 function watchCertificate(
-  files: CertificateFiles,
+  files: Certificate,
   renewed: (certificate: Certificate) => void,
   failed: (error: unknown) => void,
 ): Disposable {
@@ -2888,7 +2915,7 @@ function watchCertificate(
     const seen = look().join();
     if (seen === known) return;
     try {
-      renewed(readCertificate(files));
+      renewed(readServerCertificate(files));
       known = seen;
     } catch (error) {
       // One of the two may still be on its way.
@@ -2969,7 +2996,7 @@ export interface ServeOptions extends ReleasesOptions {
   /** What every request must carry, in `Authorization: Bearer` or as `token=`. */
   token?: string;
   /** For HTTPS; when the files change, they are read again. */
-  tls?: CertificateFiles;
+  tls?: Certificate;
   /** Proxies whose `X-Forwarded-Proto` and `-For` count: addresses, and networks (`10.0.0.0/8`). */
   trustProxy?: readonly string[];
   /** Seconds a minute that may go into coding content; 15. Beyond that it goes plain. */
@@ -3025,7 +3052,7 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
       throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
     }
   }
-  const certificate = tls && readCertificate(tls);
+  const certificate = tls && readServerCertificate(tls);
   let server: Bun.Server<undefined>;
   try {
     server = listen(service, host, port, certificate);
@@ -3571,6 +3598,28 @@ export const fileSystem: Disk = {
   },
 };
 
+/**
+ * What is mounted below a directory, as paths below it: other file systems, and files and
+ * directories of the same one (`mount --bind`), which `DiskStat.device` does not tell. Nothing can
+ * be renamed over them or out of them. Empty where the system does not tell.
+ *
+ * @param root absolute, links resolved
+ */
+export function mountPoints(root: string): Set<string> {
+  const below = root.endsWith("/") ? root : `${root}/`;
+  let table = "";
+  try {
+    table = fs.readFileSync("/proc/self/mountinfo", "utf8");
+  } catch {
+    // Not Linux, or no /proc.
+  }
+  const points = table.split("\n").map((line) => {
+    const escaped = line.split(" ")[4] ?? "";
+    return escaped.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(parseInt(octal, 8)));
+  });
+  return new Set(points.filter((at) => at.startsWith(below)).map((at) => at.slice(below.length)));
+}
+
 /** Unlinks or removes something that may be gone already. */
 function ifThere(remove: () => void): void {
   try {
@@ -3748,7 +3797,17 @@ export class DeviceFiles {
       }
       if (!this.disk.writable(this.at(path))) stop(path, "no permission to write there");
     };
-    new Set([...written, ...removed].flatMap(ancestors)).forEach(checkDirectory);
+    const directories = new Set([...written, ...removed].flatMap(ancestors));
+    directories.forEach(checkDirectory);
+    const mounted = mountPoints(this.root);
+    for (const path of [...written, ...removed, ...directories, OTA_DIR]) {
+      if (mounted.has(path)) {
+        stop(
+          path,
+          "something is mounted there, and cannot be replaced; mount the whole root instead",
+        );
+      }
+    }
     if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
     for (const path of removed) {
       if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
@@ -5231,7 +5290,7 @@ export async function rollBack(
   options: TrialOptions = {},
 ): Promise<Outcome> {
   const at = realRoot(root);
-  if (!fs.existsSync(at)) throw new OTAError(`${at} has no previous release to go back to`);
+  if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
   using journal = await Journal.open(at);
   return new Trial(journal, options).rollBack(force);
 }
@@ -5267,11 +5326,13 @@ export interface StatusOptions extends TrialOptions {
  * another process is at work: then what is recorded is told.
  *
  * @param root the device's root; nothing is made there
- * @throws {OTAError} when the record is damaged, or of a newer version of this tool
+ * @throws {OTAError} when there is no such directory, or the record is damaged, or of a newer
+ *   version of this tool
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
   const at = realRoot(root);
   const describe = (state: State) => describeDevice(at, state, options.examine);
+  if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
   if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
   if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(Journal.peek(at));
   let journal: Journal;
@@ -5709,7 +5770,9 @@ class Receiver {
       signal.addEventListener("abort", stop, { once: true });
       promise
         .then(done, (error) => {
-          const isOurs = error instanceof OTAError || signal.aborted;
+          // A line breaks with errors of any kind, and `fetch` with TypeErrors that have a code.
+          const isMistake = error instanceof TypeError && errorCode(error) === undefined;
+          const isOurs = error instanceof OTAError || signal.aborted || isMistake;
           fail(isOurs ? error : new TransferError(`${name}: ${errorText(error)}`, true));
         })
         .finally(() => {
@@ -5722,14 +5785,14 @@ class Receiver {
 
   /** Tries up to five times, with growing pauses. */
   async withRetries<T>(task: () => Promise<T>, signal?: AbortSignal): Promise<T> {
-    for (let tries = 1; ; tries++) {
+    for (let [tries, wrong] = [1, 0]; ; tries++) {
       try {
         return await task();
       } catch (error) {
         anySignal(signal, this.#signal).throwIfAborted();
         if (!(error instanceof TransferError) || !error.retry) throw error;
-        // The same wrong content twice is no accident of the way here.
-        if (error instanceof ContentError && tries === 2) throw error;
+        // The same wrong content twice is no accident of the way here, whatever was before.
+        if (error instanceof ContentError && (++wrong === 2 || tries === TRIES)) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
         this.#note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
@@ -6414,7 +6477,7 @@ export class HttpOTA extends OTA {
 
   /**
    * @param server the address of the server, such as `http://192.168.4.1:8000`
-   * @throws {OTAError} when that is no http(s) address, or `ca` cannot be read
+   * @throws {OTAError} when that is no http(s) address, or `ca` has no certificate
    */
   constructor(server: string | URL, options: HttpOptions) {
     super(options);
@@ -6424,12 +6487,7 @@ export class HttpOTA extends OTA {
     }
     this.#server = url;
     this.#token = options.token;
-    try {
-      this.#tls =
-        options.ca === undefined ? undefined : { ca: fs.readFileSync(options.ca, "utf8") };
-    } catch (error) {
-      throw new OTAError(`cannot read the certificate authority: ${errorText(error)}`, 2);
-    }
+    this.#tls = options.ca === undefined ? undefined : { ca: readCertificates(options.ca).pem };
   }
 
   /** There is nothing to get ready: connections are made as they are needed. */
@@ -6725,6 +6783,13 @@ function numberOption(given: Given, name: "port" | "jobs" | "timeout" | "check-t
   throw new OTAError(`--${name} expects a whole number from ${low} to ${high}, found ${text}`, 2);
 }
 
+/** The release that an option names; `undefined` when it is not given. */
+function releaseOption(given: Given, name: "ver" | "latest"): string | undefined {
+  const text = given[name];
+  if (text === undefined || isReleaseName(text)) return text;
+  throw new OTAError(`--${name} expects a release name (${RELEASE_NAME_RULE}), found ${text}`, 2);
+}
+
 /** Reads `90`, `90s`, `10m` or `1h` as seconds. */
 function parseDuration(text: string): number {
   const [, amount, unit] = /^(\d+)(s|m|h|)$/.exec(text) ?? [];
@@ -6742,11 +6807,23 @@ function interruption(reason: string): AbortSignal {
 }
 
 // ──── Report ─────────────────────────────────────────────────────────────────────────────────────
-// What is printed: stdout is for results, stderr for everything else.
+// What is printed: stdout is for results, stderr for everything else. What cannot be printed stops
+// nothing; of a result it is said, and where the result was all that a command is for, its exit
+// code is 1. (A stream that is closed from the start is /dev/null to Bun.)
 
-function say(text: string, code: number, stream: NodeJS.WriteStream = process.stdout): number {
-  stream.write(`${text}\n`);
-  return code;
+/**
+ * Prints a result.
+ *
+ * @returns the exit code of a command that does nothing else: 1 when it could not be printed
+ */
+async function say(text: string): Promise<0 | 1> {
+  const error = await new Promise<Error | null | undefined>((done) => {
+    process.stdout.write(`${text}\n`, done);
+  });
+  // A reader that has seen enough, as `head`, has all it wants.
+  if (!error || errorCode(error) === "EPIPE") return 0;
+  tell(`ota.ts: cannot write to stdout: ${error.message}`);
+  return 1;
 }
 
 /** Says something to people. (`console.error` would make it red on a terminal.) */
@@ -6841,7 +6918,8 @@ async function runServe(given: Given): Promise<number> {
     lines += `${line}\n`;
     if (lines.length > 4096) void flush();
   };
-  const { root, host, url, ignore, latest, sign } = given;
+  const { root, host, url, ignore, sign } = given;
+  const latest = releaseOption(given, "latest");
   const [cert, key] = [given["tls-cert"], given["tls-key"]];
   if ((cert === undefined) !== (key === undefined)) {
     throw new OTAError("--tls-cert and --tls-key go together", 2);
@@ -6917,16 +6995,18 @@ async function* describeServer({ url, releases }: OTAServer, given: Given): Asyn
 }
 
 async function runManifest(given: Given): Promise<number> {
-  const { root = ".", ignore, latest } = given;
+  const { root = ".", ignore } = given;
+  const latest = releaseOption(given, "latest");
   const base = baseURL(given.url ?? "http://127.0.0.1:8000");
   const releases = await Releases.open(root, { ignore, latest, quiet: 0 });
-  // What `ota.ts client` asks for, where it is about what that costs.
+  // What `ota.ts client` asks for, where it is about what that costs. A board may say that it is on
+  // anything at all, and so may --ver.
   const query = { current_ver: given.ver, ...(given.cost && { hash: "sha256" }) };
   const manifest = releases.manifestFor(query, base);
   const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
   for (const line of surprises) tell(`warning: ${line}`);
-  if (given.cost) return say((await costLines(releases, manifest)).join("\n"), 0);
-  return say(JSON.stringify(manifest, null, 2), 0);
+  if (given.cost) return say((await costLines(releases, manifest)).join("\n"));
+  return say(JSON.stringify(manifest, null, 2));
 }
 
 /** What a manifest and its content cost on the air, for a device that takes every coding. */
@@ -6974,7 +7054,7 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
 /** What one LoRa downlink carries, at a middling data rate. */
 const LORA_BYTES = 200;
 
-function runKeygen(given: Given): number {
+async function runKeygen(given: Given): Promise<number> {
   const { out } = given;
   if (out === undefined) throw new OTAError("keygen needs --out NAME", 2);
   const { key, pub } = makeKeys();
@@ -6984,16 +7064,15 @@ function runKeygen(given: Given): number {
   }
   fs.writeFileSync(`${out}.key`, key, { mode: 0o600, flag: "wx" });
   fs.writeFileSync(`${out}.pub`, pub, { flag: "wx" });
-  return say(`wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)`, 0);
+  await say(`wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)`);
+  return 0;
 }
 
 // ── client, rollback and status ──
 
 async function runClient(given: Given): Promise<number> {
-  const { ver, server = "http://127.0.0.1:8000", every } = given;
-  if (ver !== undefined && !isReleaseName(ver)) {
-    throw new OTAError(`--ver expects a release name (${RELEASE_NAME_RULE}), found ${ver}`, 2);
-  }
+  const { server = "http://127.0.0.1:8000", every } = given;
+  const ver = releaseOption(given, "ver");
   const pause = every === undefined ? undefined : parseDuration(every);
   const { check: command } = given;
   const checkTimeout = numberOption(given, "check-timeout") ?? 60;
@@ -7020,39 +7099,75 @@ async function runClient(given: Given): Promise<number> {
   const once = async () => {
     const outcome = await device.update().finally(watcher.end);
     if (outcome.traffic) tell(trafficLine(outcome.traffic));
-    return say(outcomeLine(outcome), exitCode(outcome));
+    // That the device was updated is so, whether or not somebody hears of it.
+    await say(outcomeLine(outcome));
+    return exitCode(outcome);
   };
   if (pause === undefined) return once();
+  await poll(once, { pause, signal, failed: (error) => tell(`ota.ts: ${errorText(error)}`) });
+  return 0;
+}
 
+/** The longest that failures make a device wait, in seconds, unless it was to wait longer anyway. */
+const MAX_BACKOFF = 3600;
+
+/** How `poll` goes about it. */
+export interface Polling {
+  /** Seconds from one run to the next, more or less a tenth: never all devices at once. */
+  pause: number;
+  /** Ends it. */
+  signal: AbortSignal;
+  /** Told of each failure. */
+  failed: (error: unknown) => void;
+  /** Waits some seconds, and rejects when the signal aborts. */
+  sleep?: (seconds: number, signal: AbortSignal) => Promise<unknown>;
+}
+
+/**
+ * Runs a task again and again until the signal aborts. After a failure it waits twice as long, after
+ * the next four times; and not above an hour, except where the pause itself is longer.
+ *
+ * @throws what time does not mend: wrong usage, and bugs
+ */
+export async function poll(
+  task: () => Promise<unknown>,
+  { pause, signal, failed, sleep: wait = sleep }: Polling,
+): Promise<void> {
   for (let failures = 0; ;) {
     try {
-      await once();
+      await task();
       failures = 0;
     } catch (error) {
-      if (signal.aborted) return 0;
-      if (error instanceof OTAError && error.exitCode === 2) throw error;
-      tell(`ota.ts: ${errorText(error)}`);
+      if (signal.aborted) return;
+      if (isBug(error) || (error instanceof OTAError && error.exitCode === 2)) throw error;
+      failed(error);
       failures++;
     }
-    // Twice as long after each failure, to sixteen times; and never all devices at once.
-    const wait = pause * 2 ** Math.min(failures, 4) * (0.9 + 0.2 * Math.random());
-    const stopped = await sleep(wait, signal).catch(() => true);
-    if (stopped) return 0;
+    const longer = Math.min(pause * 2 ** Math.min(failures, 2), Math.max(pause, MAX_BACKOFF));
+    // What is at most so long is spread downwards only.
+    const spread = longer > pause ? 0.8 : 0.9;
+    try {
+      await wait(longer * (spread + 0.2 * Math.random()), signal);
+    } catch (error) {
+      if (signal.aborted) return;
+      throw error;
+    }
   }
 }
 
 async function runRollback(given: Given): Promise<number> {
   const watcher = progressWatcher();
   const options = { restart: given.restart, report: watcher.report };
-  return say(outcomeLine(await rollBack(given.root ?? "device", given.force, options)), 0);
+  await say(outcomeLine(await rollBack(given.root ?? "device", given.force, options)));
+  return 0;
 }
 
 async function runStatus(given: Given): Promise<number> {
   const root = given.root ?? "device";
   const examine = given["status --check"];
   const found = await status(root, { report: progressWatcher().report, examine });
-  const code = found.differs && found.differs.length > 0 ? 1 : 0;
-  if (given.json) return say(JSON.stringify(found, null, 2), code);
+  const differing = found.differs && found.differs.length > 0;
+  if (given.json) return (await say(JSON.stringify(found, null, 2))) || (differing ? 1 : 0);
   const differs = found.differs?.map((one) => `${one.path} (${one.found})`);
   const lines = Object.entries({ ...found, ...(differs && { differs }) }).map(([name, value]) => {
     const list = Array.isArray(value) ? value.join(", ") || "none" : value;
@@ -7060,7 +7175,7 @@ async function runStatus(given: Given): Promise<number> {
       name === "firmware" && value ? `${found.firmware!.version} (${found.firmware!.file})` : list;
     return `${`${name}:`.padEnd(18)}${firmware ?? "none"}`;
   });
-  return say(lines.join("\n"), code);
+  return (await say(lines.join("\n"))) || (differing ? 1 : 0);
 }
 
 // ──── Command line ───────────────────────────────────────────────────────────────────────────────
@@ -7157,23 +7272,29 @@ function help(name?: string): string {
 export async function main(args: readonly string[]): Promise<number> {
   try {
     const [name, ...rest] = args;
-    if (name === undefined) return say(help(), 2, process.stderr);
-    if (name === "--help" || name === "-h" || name === "help") return say(help(rest[0]), 0);
-    if (name === "--version") return say(`ota.ts ${TOOL_VERSION}`, 0);
+    if (name === undefined) {
+      tell(help());
+      return 2;
+    }
+    if (name === "--help" || name === "-h" || name === "help") return await say(help(rest[0]));
+    if (name === "--version") return await say(`ota.ts ${TOOL_VERSION}`);
     const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
     if (!command) {
       throw new OTAError(`no command ${name}${hint(name, Object.keys(COMMANDS))}; see --help`, 2);
     }
     const given = parseOptions(name, command.options, rest);
-    if (given.help) return say(help(name), 0);
-    if (given.version) return say(`ota.ts ${TOOL_VERSION}`, 0);
+    if (given.help) return await say(help(name));
+    if (given.version) return await say(`ota.ts ${TOOL_VERSION}`);
     return await command.run(given);
   } catch (error) {
-    // A system error (a full disk, no permission) has a code and is no bug of ours.
-    if (!(error instanceof OTAError) && errorCode(error) === undefined) throw error;
+    if (isBug(error)) throw error;
     tell(`ota.ts: ${errorText(error)}`);
     return error instanceof OTAError ? error.exitCode : 1;
   }
 }
 
-if (import.meta.main) process.exitCode = await main(process.argv.slice(2));
+if (import.meta.main) {
+  // What cannot be written is noticed where it matters; that must not end the process.
+  for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});
+  process.exitCode = await main(process.argv.slice(2));
+}

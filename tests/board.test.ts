@@ -17,7 +17,7 @@ import {
 import { Link } from "./board/link.ts";
 import { binaries } from "./board/make-firmware.ts";
 
-setDefaultTimeout(60_000);
+setDefaultTimeout(600_000);
 
 const kinds: Kind[] = ["esp32", "pycom", "plain"];
 /** What the application made, and no update may touch. */

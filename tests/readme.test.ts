@@ -10,7 +10,7 @@ import { dirname, join } from "node:path";
 import { LIMITS, MAX_CODED, MAX_MANIFEST_BYTES, parseManifest, Releases } from "../ota.ts";
 import { asTree, layTree, ota, OTA_TS, readTree, Temp, Tool } from "./helpers/tool.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(600_000);
 
 const REPOSITORY = dirname(OTA_TS);
 const README = readFileSync(`${REPOSITORY}/README.md`, "utf8");

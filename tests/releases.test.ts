@@ -3,7 +3,16 @@
  * `bun ota.ts manifest` as a process. Random trees follow the chosen ones: set SEED to repeat a run.
  */
 
-import { afterEach, describe, expect, mock, setSystemTime, spyOn, test } from "bun:test";
+import {
+  afterEach,
+  describe,
+  expect,
+  mock,
+  setDefaultTimeout,
+  setSystemTime,
+  spyOn,
+  test,
+} from "bun:test";
 import * as fs from "node:fs";
 import { dirname } from "node:path";
 import type { Manifest, ManifestQuery, ReleasesOptions } from "../ota.ts";
@@ -21,6 +30,8 @@ import { runOta } from "./helpers/cli.ts";
 import { Random } from "./helpers/random.ts";
 import type { Tree } from "./helpers/temp.ts";
 import { bytesOf, readTree, TempDir } from "./helpers/temp.ts";
+
+setDefaultTimeout(600_000);
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`releases: SEED=${SEED}`);

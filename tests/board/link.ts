@@ -42,7 +42,7 @@ export class Link {
   #ask(command: Command): number {
     Atomics.store(this.#state, 0, 0);
     this.#worker.postMessage(command);
-    if (Atomics.wait(this.#state, 0, 0, 20_000) === "timed-out") {
+    if (Atomics.wait(this.#state, 0, 0, 120_000) === "timed-out") {
       throw new Error(`the network does not answer: ${command.do}`);
     }
     return this.#state[1]!;
