@@ -554,13 +554,13 @@ describe("a manifest", () => {
     texts.forEach((text, i) => board.write(`/tmp-${i}`, text));
     const home = kind === "pycom" ? "/flash" : "";
     const { output, error } = await board.start(`
-import os, ota_manifest
+import os, ota_check
 os.mkdir("${home}/.ota")
 for i in range(${texts.length}):
     os.rename("/tmp-%d" % i, "${home}/.ota/manifest")
     try:
-        offer = ota_manifest.check("1.0.0")
-        print(offer and offer["version"])
+        offer = ota_check.check("1.0.0")
+        print(offer and offer[0])
     except ValueError as e:
         print("no", repr(e))
     os.remove("${home}/.ota/manifest")
@@ -666,7 +666,7 @@ for i in range(${texts.length}):
     const pairs = Array.from({ length: 300 }, () => [word(), word()] as const);
     const board = await van.board("plain", "1.0.0");
     const { output } = await board.start(`
-from ota_manifest import order
+from ota_check import order
 for a, b in ${JSON.stringify(pairs)
       .replaceAll('["', '("')
       .replaceAll('"]', '")')

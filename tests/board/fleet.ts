@@ -45,7 +45,7 @@ export class Root {
       mkdirSync(dirname(to), { recursive: true });
       cpSync(join(example, "1.0.0/flash", name), to);
     }
-    for (const name of ["OTA", "ota_http", "ota_manifest", "ota_slot", "ota_update"]) {
+    for (const name of ["OTA", "ota_check", "ota_http", "ota_manifest", "ota_slot", "ota_update"]) {
       const file = `lib/${name}.py`;
       cpSync(join(example, "1.0.0/flash", file), join(this.path, version, "flash", file));
     }
