@@ -75,10 +75,10 @@ export class Van implements AsyncDisposable {
     readonly process: Bun.Subprocess,
   ) {}
 
-  static async open(root: string): Promise<Van> {
+  static async open(root: string, more: string[] = []): Promise<Van> {
     const tool = join(import.meta.dir, "../../ota.ts");
     const process = Bun.spawn(
-      [globalThis.process.execPath, tool, "serve", "--root", root, "--port", "0"],
+      [globalThis.process.execPath, tool, "serve", "--root", root, "--port", "0", ...more],
       {
         stdin: "ignore",
         stdout: "pipe",
