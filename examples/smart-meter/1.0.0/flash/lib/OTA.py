@@ -62,7 +62,7 @@ class OTA:
         if not ota_boot.ran:
             raise OSError("boot.py must call ota_boot.boot(): what would recover this update?")
         state = self.state()
-        if state.get("phase"):
+        if state.get("phase", "settle") != "settle":
             raise OSError("%s is on trial: confirm() it first" % state.get("version"))
         import ota_update
 
@@ -100,9 +100,11 @@ class OTA:
 
     def state(self):
         ota_boot.alive = self.alive
-        if ota_boot.failure:
+        state = ota_boot.load()
+        # Where the firmware of the release before does not start, an update helps.
+        if ota_boot.failure and state.get("phase") != "settle":
             raise OSError("reset the board first: " + ota_boot.failure)
-        return ota_boot.load()
+        return state
 
 
 class WiFiOTA(OTA):

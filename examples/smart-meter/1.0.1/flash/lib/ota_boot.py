@@ -17,7 +17,7 @@
 # apply    the plan is being applied           applies all of it
 # trial    applied, waits for confirm()        counts; the 4th start goes back
 # undo     the plan is being undone            undoes all of it
-# settle   undone, other firmware must start   waits for it
+# settle   undone, other firmware must start   starts that
 #
 # When boot() cannot do that (the SD card is out, the flash fails), it says so at
 # every start, and the next start tries again; until then nothing is confirmed.
@@ -45,7 +45,7 @@ STATE = HOME + "/.ota/state"
 VERSION_FILE = HOME + "/OTA_VERSION.py"
 
 ran = False  # OTA.py updates nothing on a board whose boot.py does not call boot()
-failure = ""  # why files of two releases may be mixed now, for an application to ask
+failure = ""  # why two releases may be mixed now, for an application to ask
 
 
 def alive():
@@ -306,18 +306,18 @@ def back(state, why):
 
 
 def settle(state):
-    """Starts the firmware that belongs to the files; gives up after a few tries."""
-    tries = int(state.get("starts", "0")) + 1
-    right = slot() == state["slot"]
-    if right or tries > STARTS:
-        if not right:
-            print("OTA: the firmware in %s does not start" % state["slot"])
+    """Starts the firmware that belongs to the files, again and again."""
+    if slot() == state["slot"]:
         mark_valid()
         save({k: state[k] for k in state if k in ("failed", "mark", "firmware")})
         return
-    state["starts"] = str(tries)
+    starts = int(state.get("starts", "0")) + 1
+    state["starts"] = str(starts)
     save(state)
     switch(state["slot"])
+    if starts > STARTS:
+        # No more resets of its own: at least the application runs.
+        raise OSError("the firmware in %s does not start" % state["slot"])
     reset()
 
 
@@ -383,4 +383,4 @@ def boot():
         recover(load())
     except Exception as e:
         failure = str(e) or repr(e)
-        print("OTA: files of two releases may be mixed, the next start tries again:", failure)
+        print("OTA: two releases may be mixed, the next start tries again:", failure)

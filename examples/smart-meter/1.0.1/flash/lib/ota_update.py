@@ -217,8 +217,9 @@ def again(n, path, e):
         print("OTA: %s: %s" % (path, "the disk is full" if full else e))
         raise e
     print("OTA: %s: %s, trying again" % (path, e))
-    time.sleep(1 << n)
-    ota_boot.alive()
+    for _ in range(1 << n):
+        ota_boot.alive()
+        time.sleep(1)
 
 
 def get_firmware(ota, state, new, item, other):
@@ -233,7 +234,7 @@ def get_firmware(ota, state, new, item, other):
         return  # written by an update that was cut short
     if state.get("slot"):
         # The other slot holds what rollback() would start: that ends here.
-        for key in ("set", "slot", "slot_before"):
+        for key in ("set", "slot", "slot_before", "phase", "starts"):
             state.pop(key, None)
         ota_boot.save(state)
     print("OTA: getting firmware", new["firmware"])
