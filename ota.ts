@@ -503,19 +503,6 @@ export function releaseDigest(files: Iterable<readonly [path: string, sha256: st
 }
 
 /**
- * The digest of what a manifest would install, by which a device remembers a release that failed:
- * its version, paths, hashes, deletions and firmware, and nothing that changes from one request to
- * the next (addresses, request ids).
- */
-export function manifestDigest(manifest: Manifest): string {
-  const files = [...manifest.new, ...manifest.update]
-    .map((item) => `${item.dst_path}\0${item.sha256 ?? item.hash}`)
-    .sort(compareCodePoints);
-  const what = [manifest.version, files, [...manifest.delete].sort(), manifest.firmware?.hash];
-  return sha256(JSON.stringify(what));
-}
-
-/**
  * Decodes `%xx` and leaves what cannot be decoded as it is. A `+` stays a `+`, unlike in
  * `URLSearchParams`: release names have them, and boards do not encode.
  */
@@ -760,7 +747,7 @@ class Looker {
 
 /** What tells a changed file from an unchanged one without reading it. */
 function stampOf(stat: fs.Stats): string {
-  return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev}`;
+  return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev} ${stat.mode}`;
 }
 
 /** Whether an absolute path, links resolved, is below a directory. */
@@ -909,6 +896,8 @@ export interface IndexedFile extends FileHashes {
   file: string;
   /** Strong, quoted. */
   etag: string;
+  /** Whether its owner may run it. */
+  executable: boolean;
 }
 
 /** One version: a directory below the root, the whole file system of a device. */
@@ -1182,20 +1171,21 @@ export class ReleaseIndex {
   /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
   async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | string | undefined> {
     const stale = found
-      .map(({ file, stat }) => ({ file, size: stat.size, stamp: stampOf(stat) }))
+      .map(({ file, stat }) => ({ file, stat, stamp: stampOf(stat) }))
       .filter(({ file, stamp }) => this.#hashes.get(file)?.stamp !== stamp);
-    const bytes = stale.reduce((sum, { size }) => sum + size, 0);
+    const bytes = stale.reduce((sum, { stat }) => sum + stat.size, 0);
     const hashed = await this.#hasher.hash(
       stale.map(({ file }) => file),
       bytes,
     );
-    for (const [i, { file, stamp }] of stale.entries()) {
+    for (const [i, { file, stat, stamp }] of stale.entries()) {
       const hashes = hashed[i]!;
       if ("message" in hashes) {
         return saysMissing(hashes.code) ? undefined : `unreadable: ${hashes.message}`;
       }
       const etag = `"${hashes.sha256.slice(0, 32)}"`;
-      this.#hashes.set(file, { stamp, hashes: { file, ...hashes, etag } });
+      const executable = (stat.mode & fs.constants.S_IXUSR) !== 0;
+      this.#hashes.set(file, { stamp, hashes: { file, ...hashes, etag, executable } });
     }
     const files = found.map(({ path, file }) => [path, this.#hashes.get(file)!.hashes] as const);
     return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
@@ -1297,6 +1287,15 @@ interface Decision {
   image: FirmwareImage | undefined;
   /** What it is on afterwards. */
   version: string;
+  /** What it says that it is on, as it is sent back. */
+  previous: string;
+  /** The digest of what it has, where that is what it sent as `base`, with a `reqid`. */
+  base: string | undefined;
+}
+
+/** What a query may name a content by; anything else says nothing, as if it were not sent. */
+function digestIn(text: string | undefined): string | undefined {
+  return text !== undefined && /^[0-9a-f]{64}$/i.test(text) ? text.toLowerCase() : undefined;
 }
 
 /** A manifest as JSON in UTF-8. */
@@ -1377,8 +1376,9 @@ export class Releases extends ReleaseIndex {
     if (!decision) return null;
     const { head, tail } = this.#compose(decision, query.hash === "sha256", base, suffix);
     return {
+      ...(decision.base && { base: decision.base }),
       ...head,
-      previous_version: query.current_ver || "0",
+      previous_version: decision.previous,
       ...(query.reqid !== undefined && { request_id: query.reqid }),
       ...tail,
     };
@@ -1393,23 +1393,26 @@ export class Releases extends ReleaseIndex {
   manifestText(query: ManifestQuery, base: string, suffix = ""): ManifestText {
     const decision = this.#decide(query);
     if (!decision) return NOTHING_NEWER;
-    const { target, has, full, image, version } = decision;
+    const { target, has, full, image, version, previous, base: bound } = decision;
     const extras = query.hash === "sha256";
     const key = `${has?.name}\n${version}\n${image?.name}\n${full}\n${extras}\n${suffix}`;
-    const wholeKey = `${key}\n${base}`;
+    const wholeKey = `${key}\n${previous}\n${base}`;
     // Most devices name their version as the directory is named, or have none.
-    const isShared = query.reqid === undefined && (query.current_ver ?? "") === (has?.name ?? "");
+    const isCommon = query.list !== undefined || previous === (has?.name ?? "0");
+    const isShared = query.reqid === undefined && isCommon;
     const whole = isShared ? this.#whole.get(wholeKey) : undefined;
     if (whole) return whole;
     const known = target && this.#manifests.get(key);
     const [head, tail] = known ?? this.#stringify(decision, extras, suffix);
     if (target && !known) this.#manifests.set(key, [head, tail], 2 * (head.length + tail.length));
-    const request = query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`;
-    const previous = JSON.stringify(query.current_ver || "0");
+    const first = bound ? `{"base":"${bound}",` : "{";
+    const echoed =
+      `"previous_version":${JSON.stringify(previous)},` +
+      (query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`);
     // Within a string of JSON a quote has a backslash before it: this is found nowhere else.
     const mark = '"URL":"';
     const link = (text: string) => text.split(mark).join(mark + JSON.stringify(base).slice(1, -1));
-    const bytes = utf8(`${link(head)}"previous_version":${previous},${request}${link(tail)}`);
+    const bytes = utf8(first + link(head) + echoed + link(tail));
     const made = { bytes, isShared };
     // Twice: those who serve it keep it in the form of an answer, too.
     if (isShared) this.#whole.set(wholeKey, made, 2 * bytes.byteLength);
@@ -1419,28 +1422,50 @@ export class Releases extends ReleaseIndex {
   /** The two parts, with URLs that have only a path: any device may ask by any name. */
   #stringify(decision: Decision, extras: boolean, suffix: string): [string, string] {
     const { head, tail } = this.#compose(decision, extras, "", suffix);
-    return [`${JSON.stringify(head).slice(0, -1)},`, JSON.stringify(tail).slice(1)];
+    return [`${JSON.stringify(head).slice(1, -1)},`, JSON.stringify(tail).slice(1)];
   }
 
   #decide(query: ManifestQuery): Decision | null {
+    if (query.list !== undefined) return this.#listOf(query.list);
     const current = query.current_ver ?? "";
     const known = this.find(current);
     const device = known?.version ?? new LooseVersion(current);
+    const base = digestIn(query.base);
+    const full = base !== undefined && base !== known?.digest;
     const newest = this.versions.at(-1);
-    const target = newest && newest.version.compare(device) > 0 ? newest : undefined;
-    const highest = this.firmware.at(-1);
-    const isNewer = highest && highest.version.compare(query.firmware_ver ?? device) > 0;
-    const image = isNewer ? highest : undefined;
-    if (!target) {
-      // A device that does not say which firmware it runs would flash the same image for ever, or
-      // skip the files of that version: it gets firmware alone only where there are no files.
-      const mayFlash = query.firmware_ver !== undefined || this.versions.length === 0;
-      if (!image || !mayFlash) return null;
-      const version = query.firmware_ver === undefined ? image.name : current || "0";
-      return { target, has: undefined, full: false, image, version };
+    const isBehind = newest && newest.version.compare(device) > 0;
+    // On the newest, too, a device may have something else than what that is now.
+    const target = isBehind || (full && newest && newest === known) ? newest : undefined;
+    const image = this.#imageFor(query, device);
+    const previous = current || "0";
+    const bound = query.reqid !== undefined && !full ? base : undefined;
+    if (target) {
+      const has = full ? undefined : known;
+      return { target, has, full, image, version: target.name, previous, base: bound };
     }
-    const full = !!query.base && query.base.toLowerCase() !== known?.digest;
-    return { target, has: full ? undefined : known, full, image, version: target.name };
+    // A device that does not say which firmware it runs would flash the same image for ever, or
+    // skip the files of that version: it gets firmware alone only where there are no files.
+    const mayFlash = query.firmware_ver !== undefined || this.versions.length === 0;
+    if (!image || !mayFlash) return null;
+    const version = query.firmware_ver === undefined ? image.name : previous;
+    return { target, has: undefined, full: false, image, version, previous, base: bound };
+  }
+
+  /** The highest image, when it is higher than what runs, or other than what runs by its name. */
+  #imageFor(query: ManifestQuery, device: LooseVersion): FirmwareImage | undefined {
+    const highest = this.firmware.at(-1);
+    const order = highest?.version.compare(query.firmware_ver ?? device) ?? 0;
+    const runs = query.firmware_ver === undefined ? undefined : digestIn(query.firmware_sha256);
+    const isOther = order === 0 && runs !== undefined && runs !== highest?.sha256;
+    return order > 0 || isOther ? highest : undefined;
+  }
+
+  /** All of a version, for a device that has to learn what it consists of. */
+  #listOf(name: string): Decision | null {
+    const target = this.find(name);
+    if (!target) return null;
+    const nothing = { has: undefined, full: false, image: undefined, base: undefined };
+    return { target, ...nothing, version: target.name, previous: target.name };
   }
 
   /** The fields of a manifest before and after those that echo the request. */
@@ -1455,11 +1480,17 @@ export class Releases extends ReleaseIndex {
       hash: file.sha1,
       ...(extras && { sha256: file.sha256, size: file.size }),
     });
-    const entry = ([path, file]: readonly [string, FileHashes]): ManifestEntry => {
-      return { URL: link(`${target!.name}/${path}`), dst_path: `/${path}`, ...hashes(file) };
-    };
+    const entry = ([path, file]: readonly [string, IndexedFile]): ManifestEntry => ({
+      URL: link(`${target!.name}/${path}`),
+      dst_path: `/${path}`,
+      ...(extras && file.executable && { executable: true as const }),
+      ...hashes(file),
+    });
     const files = [...(target?.files ?? [])];
     const old = has?.files;
+    // Boards know no such bit: they would fetch the file for nothing.
+    const differ = (a: IndexedFile, b: IndexedFile) =>
+      a.sha256 !== b.sha256 || (extras && a.executable !== b.executable);
     return {
       head: {
         delete: [...(old?.keys() ?? [])].filter((path) => !target!.files.has(path)),
@@ -1475,7 +1506,7 @@ export class Releases extends ReleaseIndex {
       },
       tail: {
         update: files
-          .filter(([path, file]) => old?.has(path) && old.get(path)!.sha256 !== file.sha256)
+          .filter(([path, file]) => old?.has(path) && differ(old.get(path)!, file))
           .map(entry),
         version,
       },
@@ -2290,7 +2321,10 @@ class Service {
     const newest =
       text === NOTHING_NEWER ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
     const from = Metrics.label(this.releases, current_ver);
-    this.#metrics.add("ota_manifests_total", `from="${from}",to="${newest}"`);
+    // A list is no update.
+    if (query.list === undefined) {
+      this.#metrics.add("ota_manifests_total", `from="${from}",to="${newest}"`);
+    }
     if (query.failed) {
       const version = Metrics.label(this.releases, query.failed);
       this.#metrics.add("ota_failures_total", `version="${version}"`);
@@ -2446,6 +2480,8 @@ export interface DiskStat {
   mode: number;
   /** Who owns it, where that is known. */
   owner?: { uid: number; gid: number };
+  /** The same as long as nobody wrote to the file: its size, time of change and inode. */
+  stamp: string;
 }
 
 /** The file operations of a device. All paths are absolute. Failures throw errors with a `code`. */
@@ -2470,7 +2506,7 @@ export interface Disk {
   mkdir(path: string): void;
   /** Removes an empty directory. */
   rmdir(path: string): void;
-  /** Gives a file its permission bits and, as far as we may, its owner. */
+  /** Gives a file or a directory its permission bits and, as far as we may, its owner. */
   chmod(path: string, mode: number, owner?: { uid: number; gid: number }): void;
   /** Whether entries can be made in a directory. */
   writable(path: string): boolean;
@@ -2498,7 +2534,8 @@ export const fileSystem: Disk = {
             ? "link"
             : "other";
       const owner = { uid: stat.uid, gid: stat.gid };
-      return { kind, size: stat.size, device: stat.dev, mode: stat.mode & 0o7777, owner };
+      const stamp = `${stat.size} ${stat.mtimeMs} ${stat.ino}`;
+      return { kind, size: stat.size, device: stat.dev, mode: stat.mode & 0o7777, owner, stamp };
     } catch (error) {
       if (isMissing(error)) return undefined;
       throw error;
@@ -2588,10 +2625,11 @@ function readText(disk: Disk, path: string): string | undefined {
   return new TextDecoder().decode(disk.read(path, 0, stat.size));
 }
 
-/** Writes a small file whose content is durable then; its name is not yet. */
-async function writeSynced(disk: Disk, path: string, text: string): Promise<void> {
-  disk.write(path, utf8(text));
-  await disk.sync(path);
+/** Replaces a small file as a whole: whatever happens, it has its old or its new text. */
+async function replaceText(disk: Disk, path: string, text: string): Promise<void> {
+  disk.write(`${path}.new`, utf8(text));
+  await disk.sync(`${path}.new`);
+  disk.rename(`${path}.new`, path);
 }
 
 /** Feeds a file's content, in pieces, to a hasher or the like. */
@@ -2648,12 +2686,13 @@ export class DeviceFiles {
   ) {}
 
   /** A name for this device, made at random once. */
-  get id(): string {
-    const path = `${OTA_DIR}/id`;
-    const known = this.read(path)?.trim();
-    if (known) return known;
+  async id(): Promise<string> {
+    const path = this.at(`${OTA_DIR}/id`);
+    const known = readText(this.disk, path)?.trim() ?? "";
+    if (isDeviceId(known)) return known;
     const made = crypto.randomUUID();
-    this.disk.write(this.at(path), utf8(`${made}\n`));
+    await replaceText(this.disk, path, `${made}\n`);
+    await this.disk.sync(this.at(OTA_DIR));
     return made;
   }
 
@@ -2683,11 +2722,6 @@ export class DeviceFiles {
     const stat = this.stat(path);
     if (stat?.kind !== "file" || stat.size === 0 || stat.size > limit) return undefined;
     return this.disk.read(this.at(path), 0, stat.size);
-  }
-
-  /** The text of a small file, or `undefined` when it is not there. */
-  read(path: string): string | undefined {
-    return readText(this.disk, this.at(path));
   }
 
   /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
@@ -2786,10 +2820,13 @@ export class DeviceFiles {
 
   /** Begins to receive content from its first byte; without a tag it will not be resumed. */
   startPart(key: string, etag?: string, encoding: Encoding = "identity"): void {
+    // How an earlier part was sent goes first: it says nothing of this one.
+    const sentAs = `${this.#part(key)}.sent`;
+    ifThere(() => this.disk.unlink(sentAs));
     this.disk.write(this.#part(key), new Uint8Array());
     if (etag === undefined) return;
     const sent: SentAs = { etag, encoding };
-    this.disk.write(`${this.#part(key)}.sent`, utf8(JSON.stringify(sent)));
+    this.disk.write(sentAs, utf8(JSON.stringify(sent)));
   }
 
   appendPart(key: string, bytes: Uint8Array): void {
@@ -2875,6 +2912,11 @@ export class DeviceFiles {
   }
 }
 
+/** Whether text can name a device: at most 128 characters, printable and without spaces. */
+function isDeviceId(text: string): boolean {
+  return /^[!-~]{1,128}$/.test(text);
+}
+
 /** The image of a firmware slot, below the root. */
 function slotPath(slot: 0 | 1): string {
   return `${OTA_DIR}/ota_${slot}.bin`;
@@ -2889,7 +2931,8 @@ export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmw
 
 // ──── Records ────────────────────────────────────────────────────────────────────────────────────
 // What a device remembers, as JSON in `.ota`: state.json, what is installed and what failed; and
-// journal.json, a change and the way back from it. One that makes no sense is never overwritten.
+// transactions, each a change with the way back from it. A record that makes no sense is set aside
+// and never overwritten.
 
 /** What is installed on a device. */
 export interface Installed {
@@ -2898,13 +2941,29 @@ export interface Installed {
   previous_version: string | null;
   /** Path below the root → SHA-256, of every file that came from a release. */
   files: Record<string, string>;
+  /** Those that the release makes executable. */
+  executable?: string[];
+  /**
+   * Path → `DiskStat.stamp` of a file when it had that SHA-256: it is not hashed again while that
+   * stays the same. Without stamps the record may lack files, and is completed (see `adopt`).
+   */
+  stamps?: Record<string, string>;
+  /** The same of the active firmware image. */
+  image?: { sha256: string; stamp: string };
 }
 
 /** A release that was tried and taken back. */
 export interface FailedRelease {
   version: string;
-  /** `manifestDigest` of the manifest that installed it. */
+  /** `targetDigest` of the update that installed it. */
   digest: string;
+  /** The firmware's version, where firmware was all that was new. */
+  firmware?: string;
+}
+
+/** How a failed release is called: `1.0.1`, `firmware 1.0.1`. */
+function failedName({ version, firmware }: FailedRelease): string {
+  return firmware === undefined ? version : `firmware ${firmware}`;
 }
 
 /** A command that decides whether a release on trial is good. */
@@ -2921,24 +2980,36 @@ interface Steps {
   rmdir: string[];
   mkdir: string[];
   place: [from: string, to: string][];
+  /** Directories that are to be as they were. */
+  modes?: Record<string, Pick<DiskStat, "mode" | "owner">>;
 }
 
-/** The content of journal.json. It is written once and never changed. */
-interface Transaction {
-  format: number;
-  id: string;
+/** A way back from a release, and what is remembered of that release then. */
+interface WayBack {
   /** What was recorded before. */
   before: State;
-  to: Installed;
-  digest: string;
-  forward: Steps;
+  failed: FailedRelease;
   back: Steps;
-  /** SHA-256 of what is placed, by path: how changes by the application are noticed. */
+  /** Path → SHA-256 of what `back` places there, where that is known. ota.ts 0.1.0 wrote none. */
+  restored?: Record<string, string>;
+  /** Path → SHA-256 of what was placed: how changes by the application are noticed. */
   placed: Record<string, string>;
+}
+
+/** A change of the tree. It is written once and never changed. */
+interface Transaction extends WayBack {
+  format: number;
+  id: string;
+  to: Installed;
+  forward: Steps;
+  /** Files of the application that made way: where they were, and where they are. */
+  displaced: [path: string, now: string][];
   check: Check | null;
   restart: string | null;
   /** The damaged records, as they were set aside, in whose place this brings a good one. */
   repairs: string[];
+  /** Of a repair: the way back to the release before the one that it repaired, if any. */
+  release?: WayBack | null;
 }
 
 /** The content of state.json. */
@@ -2946,7 +3017,7 @@ export interface State {
   format: number;
   installed: Installed | null;
   failed: FailedRelease[];
-  /** The id of the journal that brought what is installed, while it can be taken back. */
+  /** The id of the transaction that brought what is installed, while it can be taken back. */
   journal: string | null;
   /** How often the check of a release on trial was started; `null`: not on trial. */
   trial: { starts: number } | null;
@@ -2995,6 +3066,215 @@ function isTransaction(value: unknown): value is Transaction {
   );
 }
 
+/** A transaction as ota.ts 0.1.0 wrote it lacks what came later. */
+function upgrade(transaction: Transaction): Transaction {
+  const { digest = "" } = transaction as { digest?: string };
+  const failed = { version: transaction.to.version, digest };
+  return { ...{ failed, displaced: [] }, ...transaction };
+}
+
+/** Where a transaction stands, by the name of its file; see Journal. */
+type Stage = "commit" | "undo" | "journal" | "rollback";
+const STAGES: readonly Stage[] = ["commit", "undo", "journal", "rollback"];
+
+/** The records of one device. */
+class Records {
+  readonly #directory: string;
+
+  /** @param root the device's root, absolute */
+  constructor(
+    root: string,
+    private readonly disk: Disk,
+  ) {
+    this.#directory = `${root}/${OTA_DIR}`;
+  }
+
+  /** The names of records that were set aside. */
+  get damaged(): string[] {
+    return this.disk.list(this.#directory).filter((name) => name.endsWith(".corrupt"));
+  }
+
+  /** @throws {OTAError} when a newer version of this tool wrote it */
+  readState(): State | undefined {
+    return this.#read("state.json", isState);
+  }
+
+  /** @throws {OTAError} when a newer version of this tool wrote it */
+  readTransaction(stage: Stage): Transaction | undefined {
+    const found = this.#read(`${stage}.json`, isTransaction);
+    return found && upgrade(found);
+  }
+
+  /** Reads a record; one that makes no sense is set aside. */
+  #read<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
+    const path = `${this.#directory}/${name}`;
+    const text = readText(this.disk, path);
+    if (text === undefined) return undefined;
+    const json = parseJSON(text);
+    const format = (json as { format?: unknown } | null)?.format;
+    if (typeof format === "number" && format > FORMAT) {
+      throw new OTAError(
+        `${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows up to ${FORMAT}: ` +
+          "use the newer ota.ts that wrote it",
+      );
+    }
+    if (isRecord(json)) return json;
+    this.setAside(name);
+    return undefined;
+  }
+
+  /** Keeps a record that cannot be used, under a name that `damaged` finds. */
+  setAside(name: string): void {
+    const path = `${this.#directory}/${name}`;
+    this.disk.rename(path, `${path}.${crypto.randomUUID()}.corrupt`);
+  }
+
+  /** Not durable before `sync`. */
+  async write(name: "state" | Stage, content: State | Transaction): Promise<void> {
+    await replaceText(this.disk, `${this.#directory}/${name}.json`, JSON.stringify(content));
+  }
+
+  has(name: "state" | Stage): boolean {
+    return this.disk.stat(`${this.#directory}/${name}.json`) !== undefined;
+  }
+
+  /** A rename, since a full disk has no room for more. */
+  move(from: Stage, to: Stage): void {
+    this.disk.rename(`${this.#directory}/${from}.json`, `${this.#directory}/${to}.json`);
+  }
+
+  remove(...stages: Stage[]): void {
+    for (const stage of stages) {
+      ifThere(() => this.disk.unlink(`${this.#directory}/${stage}.json`));
+    }
+  }
+
+  sync(): Promise<void> {
+    return this.disk.sync(this.#directory);
+  }
+}
+
+// ──── Examination ────────────────────────────────────────────────────────────────────────────────
+// What a device really has, beside what is recorded of it: files are edited, deleted and damaged by
+// others, and records are lost or put back.
+
+/** How a file is other than recorded. */
+export interface Difference {
+  path: string;
+  found: "missing" | "changed" | "not executable" | "no regular file";
+}
+
+/** What is really there of a release. */
+export interface Examined {
+  /** The record, with the stamps of what was hashed just now; absent: nothing is recorded. */
+  installed?: Installed;
+  /** Path → SHA-256 of what is there of the record's paths; not of what has lost its mode. */
+  files: Map<string, string>;
+  /** SHA-256 of the active firmware image, as of nothing when it is gone; absent: there is none. */
+  image?: string;
+  differences: Difference[];
+  /** Whether the record has other stamps now. */
+  isNewer: boolean;
+}
+
+/**
+ * Compares a record with what is there.
+ *
+ * @param thorough whether files are hashed although they look as they did when they were recorded
+ */
+export function examine(
+  files: DeviceFiles,
+  recorded: Installed | null,
+  thorough = false,
+): Examined {
+  const examined: Examined = { files: new Map(), differences: [], isNewer: false };
+  if (recorded) {
+    examined.installed = { ...recorded, stamps: { ...recorded.stamps } };
+    for (const path of Object.keys(recorded.files)) examineFile(files, path, examined, thorough);
+  }
+  examineFirmware(files, examined, thorough);
+  return examined;
+}
+
+function examineFile(
+  files: DeviceFiles,
+  path: string,
+  examined: Examined,
+  thorough: boolean,
+): void {
+  const { files: recorded, stamps = {}, executable = [] } = examined.installed!;
+  const differ = (found: Difference["found"]) => void examined.differences.push({ path, found });
+  const stat = files.stat(path);
+  if (stat?.kind !== "file") return differ(stat ? "no regular file" : "missing");
+  const isSame = !thorough && stamps[path] === stat.stamp;
+  const found = isSame ? recorded[path]! : files.digest(path, "sha256");
+  if (found !== recorded[path]) differ("changed");
+  else if (!isExecutable(stat) && executable.includes(path)) return differ("not executable");
+  else if (stamps[path] !== stat.stamp) {
+    stamps[path] = stat.stamp;
+    examined.isNewer = true;
+  }
+  examined.files.set(path, found);
+}
+
+function examineFirmware(files: DeviceFiles, examined: Examined, thorough: boolean): void {
+  const active = files.firmware;
+  if (!active) return;
+  const path = slotPath(active.slot);
+  const stat = files.stat(path);
+  const { installed, differences } = examined;
+  const known = installed?.image;
+  if (stat?.kind !== "file") {
+    examined.image = sha256("");
+    differences.push({ path, found: "missing" });
+    return;
+  }
+  const { stamp } = stat;
+  const isSame = !thorough && known?.stamp === stamp;
+  const found = isSame ? known!.sha256 : files.digest(path, "sha256");
+  examined.image = found;
+  if (known && found !== known.sha256) differences.push({ path, found: "changed" });
+  else if (installed && known?.stamp !== stamp) {
+    installed.image = { sha256: found, stamp };
+    examined.isNewer = true;
+  }
+}
+
+/** Whether the owner may run a file. */
+function isExecutable({ mode }: Pick<DiskStat, "mode">): boolean {
+  return (mode & 0o100) !== 0;
+}
+
+/**
+ * Makes or completes the record of a device that says which release it is on: what of that release
+ * is really there, whatever its content is now.
+ *
+ * @param list the manifest of all files of that release
+ * @param recorded what is recorded already
+ */
+export function adopt(
+  files: DeviceFiles,
+  version: string,
+  list: Manifest,
+  recorded: Installed | null,
+): Installed {
+  const adopted: Installed = {
+    ...{ version, previous_version: null, ...recorded },
+    files: { ...recorded?.files },
+    executable: [...(recorded?.executable ?? [])],
+    stamps: { ...recorded?.stamps },
+  };
+  for (const { dst_path, executable } of list.new) {
+    const path = dst_path.slice(1);
+    const stat = files.stat(path);
+    if (stat?.kind !== "file") continue;
+    adopted.files[path] = files.digest(path, "sha256");
+    adopted.stamps![path] = stat.stamp;
+    if (executable && isExecutable(stat)) adopted.executable!.push(path);
+  }
+  return adopted;
+}
+
 // ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
 // Changing the files of a device by steps that can each be repeated. What is needed for the steps,
 // and for those of the way back, is at hand and durable before the first of them is run.
@@ -3004,28 +3284,30 @@ export interface Change {
   /** What the device is on, where there is no record of it. */
   from?: Installed;
   installed: Installed;
-  /** `manifestDigest` of where this comes from. */
+  /** `targetDigest` of where this comes from. */
   digest: string;
   /** Path below the root → staged key. */
   put: ReadonlyMap<string, string>;
   /** Paths below the root. */
   remove: readonly string[];
+  /** Those of `put` where a file of the application is, which is kept. */
+  displace?: readonly string[];
   /** Goes to the inactive slot, which becomes the active one. */
   firmware?: { key: string; version: string };
   /** Puts the release on trial. */
   check?: Check;
   /** Is owed a run whenever the tree has changed. */
   restart?: string;
+  /** It puts right the release that is installed: the way back stays the one before that. */
+  repair?: boolean;
 }
 
 /** A change whose steps can be run. */
-interface PreparedChange {
-  /** Names where the old content is kept. */
-  id: string;
-  forward: Steps;
-  back: Steps;
-  /** SHA-256 of what is placed, by path. */
-  placed: Record<string, string>;
+interface PreparedChange extends Pick<
+  Transaction,
+  "id" | "to" | "forward" | "back" | "placed" | "displaced"
+> {
+  restored: Record<string, string>;
 }
 
 /** The directory that keeps the content which a change replaces. */
@@ -3035,14 +3317,17 @@ function backupPath(id: string): string {
 
 /** The files of one device, for changing. */
 class DeviceTree extends DeviceFiles {
-  /** What the updater had to move out of its way: not part of a release, and nobody's to delete. */
-  displaced: string[] = [];
+  /** What had to make way, for whoever tells it: not part of a release, and nobody's to delete. */
+  displaced: [path: string, now: string][] = [];
 
-  /** Copies and backs up what the steps will need, and writes the steps. */
-  protected async prepare(change: Change): Promise<PreparedChange> {
+  /**
+   * Copies and backs up what the steps will need, and writes the steps.
+   *
+   * @param before what is recorded of the tree
+   */
+  protected async prepare(change: Change, before: Installed | null): Promise<PreparedChange> {
     const id = crypto.randomUUID();
-    const backups = backupPath(id);
-    this.disk.mkdir(this.at(backups));
+    this.disk.mkdir(this.at(backupPath(id)));
     const put = new Map(change.put);
     if (change.firmware) {
       const slot = this.firmware?.slot === 0 ? 1 : 0;
@@ -3051,16 +3336,80 @@ class DeviceTree extends DeviceFiles {
       const otadata = utf8(`${JSON.stringify(active)}\n`);
       put.set(`${OTA_DIR}/otadata`, await this.stage(otadata));
     }
-
-    const unsynced: string[] = [];
     const forward: Steps = { unlink: [...change.remove], rmdir: [], mkdir: [], place: [] };
-    const back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [] };
-    const backUp = (path: string) => {
-      const backup = `${backups}/${back.place.length}`;
-      if (!this.linkOrCopy(path, backup)) unsynced.push(backup);
-      back.place.push([backup, path]);
+    const back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [], modes: {} };
+    const prepared: PreparedChange = {
+      ...{ id, to: { ...change.installed }, forward, back },
+      ...{ placed: {}, restored: {}, displaced: [] },
     };
-    for (const path of change.remove) backUp(path);
+    const unsynced: string[] = [];
+    for (const path of change.remove) this.#backUp(path, prepared, before, unsynced);
+    for (const path of change.displace ?? []) this.#displaceLater(path, prepared, unsynced);
+    this.#place(put, prepared, before, unsynced);
+
+    const needed = new Set([...put.keys()].flatMap(ancestors));
+    forward.mkdir = [...needed].filter((path) => this.stat(path)?.kind !== "directory").sort();
+    const emptied = change.remove.flatMap(ancestors).filter((path) => path.includes("/"));
+    const replaced = [...put.keys()].flatMap((path) => this.#directoriesIn(path));
+    forward.rmdir = [...new Set([...emptied, ...replaced])]
+      .filter((path) => !needed.has(path))
+      .sort()
+      .reverse();
+    back.rmdir = forward.mkdir.toReversed();
+    back.mkdir = forward.rmdir.toReversed();
+    for (const path of back.mkdir) {
+      const directory = this.stat(path);
+      if (directory) back.modes![path] = { mode: directory.mode, owner: directory.owner };
+    }
+    await inParallel(unsynced, (path) => this.disk.sync(this.at(path)));
+    const directories = [STAGED, backupPath(id), OTA_DIR];
+    await inParallel(directories, (path) => this.disk.sync(this.at(path)));
+    return prepared;
+  }
+
+  /** Keeps the content of a file for the way back. */
+  #backUp(
+    path: string,
+    { id, back, restored }: PreparedChange,
+    before: Installed | null,
+    unsynced: string[],
+  ): void {
+    const backup = `${backupPath(id)}/${back.place.length}`;
+    if (!this.linkOrCopy(path, backup)) unsynced.push(backup);
+    back.place.push([backup, path]);
+    const isKnown = before?.stamps?.[path] === this.stat(path)!.stamp;
+    // An inactive slot can be large, and nothing runs it.
+    if (/^\.ota\/ota_\d/.test(path)) return;
+    // What cannot be read can be kept all the same, under a second name.
+    tidy(() => (restored[path] = isKnown ? before!.files[path]! : this.digest(path, "sha256")));
+  }
+
+  /** Keeps a file of the application that makes way, for good: the way back removes it again. */
+  #displaceLater(
+    path: string,
+    { id, forward, back, placed, displaced }: PreparedChange,
+    unsynced: string[],
+  ): void {
+    const name = `${forward.place.length}`;
+    const source = `${backupPath(id)}/displaced-${name}`;
+    if (!this.linkOrCopy(path, source)) unsynced.push(source);
+    const now = `${OTA_DIR}/displaced-${id}-${name}`;
+    forward.place.push([source, now]);
+    back.unlink.push(now);
+    placed[now] = this.digest(path, "sha256");
+    displaced.push([path, now]);
+  }
+
+  /** Gets staged content ready for its place: one file each, with its mode and owner. */
+  #place(
+    put: ReadonlyMap<string, string>,
+    prepared: PreparedChange,
+    before: Installed | null,
+    unsynced: string[],
+  ): void {
+    const { to, forward, back, placed } = prepared;
+    const stamps: Record<string, string> = { ...to.stamps };
+    const [runs, ran] = [new Set(to.executable), new Set(before?.executable)];
     const used = new Set<string>();
     for (const [path, key] of put) {
       // One content in two places is two files, so that a change to one leaves the other alone.
@@ -3075,29 +3424,20 @@ class DeviceTree extends DeviceFiles {
       used.add(key);
       forward.place.push([source, path]);
       const old = this.stat(path);
-      const isFile = old?.kind === "file";
-      if (isFile) backUp(path);
+      const file = old?.kind === "file" ? old : undefined;
+      if (file) this.#backUp(path, prepared, before, unsynced);
       else back.unlink.push(path);
-      if (isFile) this.disk.chmod(this.at(source), old.mode, old.owner);
-      else this.disk.chmod(this.at(source), 0o644);
+      let mode = file?.mode ?? 0o644;
+      // Who may read it may run it; what runs by its owner's own wish stays so.
+      if (runs.has(path)) mode |= (mode & 0o444) >> 2;
+      else if (ran.has(path)) mode &= ~0o111;
+      this.disk.chmod(this.at(source), mode, file?.owner);
+      placed[path] = this.stagedDigest(key);
+      const { stamp } = this.stat(source)!;
+      if (to.files[path] === placed[path]) stamps[path] = stamp;
+      if (path.startsWith(`${OTA_DIR}/ota_`)) to.image = { sha256: placed[path], stamp };
     }
-
-    const sha256Of = new Map([...put.values()].map((key) => [key, this.stagedDigest(key)]));
-    const needed = new Set([...put.keys()].flatMap(ancestors));
-    forward.mkdir = [...needed].filter((path) => this.stat(path)?.kind !== "directory").sort();
-    const emptied = change.remove.flatMap(ancestors).filter((path) => path.includes("/"));
-    const replaced = [...put.keys()].flatMap((path) => this.#directoriesIn(path));
-    forward.rmdir = [...new Set([...emptied, ...replaced])]
-      .filter((path) => !needed.has(path))
-      .sort()
-      .reverse();
-    back.rmdir = forward.mkdir.toReversed();
-    back.mkdir = forward.rmdir.toReversed();
-
-    await inParallel(unsynced, (path) => this.disk.sync(this.at(path)));
-    await inParallel([STAGED, backups, OTA_DIR], (path) => this.disk.sync(this.at(path)));
-    const placed = Object.fromEntries([...put].map(([path, key]) => [path, sha256Of.get(key)!]));
-    return { id, forward, back, placed };
+    to.stamps = stamps;
   }
 
   /** A directory, and those below it. */
@@ -3107,12 +3447,31 @@ class DeviceTree extends DeviceFiles {
     return [path, ...names.flatMap((name) => this.#directoriesIn(`${path}/${name}`))];
   }
 
+  /**
+   * Finds what steps need and is gone. A step whose source is gone was run before only if the
+   * target has the content that it brings.
+   *
+   * @param contents path → SHA-256 of what is placed there, where that is known
+   */
+  protected findLost({ place }: Steps, contents: Readonly<Record<string, string>> = {}): string[] {
+    return place.flatMap(([from, to]) => {
+      if (this.stat(from)) return [];
+      const key = contents[to];
+      const isDone = key ? this.hasContent(to, key) : this.stat(to)?.kind === "file";
+      return isDone ? [] : [`${from} (for ${to})`];
+    });
+  }
+
   /** Runs steps of which any may have been run before; afterwards all are durable. */
-  protected async run({ unlink, rmdir, mkdir, place }: Steps): Promise<void> {
+  protected async run({ unlink, rmdir, mkdir, place, modes = {} }: Steps): Promise<void> {
     for (const path of unlink) this.#unlink(path);
     for (const path of rmdir) this.#rmdir(path);
     for (const path of mkdir) this.#mkdir(path);
-    for (const [from, to] of place) this.#place(from, to);
+    for (const [from, to] of place) this.#move(from, to);
+    // Last, since nothing can be placed in a directory that is read-only.
+    for (const [path, { mode, owner }] of Object.entries(modes)) {
+      this.disk.chmod(this.at(path), mode, owner);
+    }
     const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
     const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
     await inParallel(directories, async (path) => {
@@ -3140,11 +3499,11 @@ class DeviceTree extends DeviceFiles {
     this.disk.mkdir(this.at(path));
   }
 
-  #place(from: string, to: string): void {
+  #move(from: string, to: string): void {
     try {
       this.disk.rename(this.at(from), this.at(to));
     } catch (error) {
-      if (!this.stat(from)) return; // It was placed before.
+      if (!this.stat(from)) return; // It was moved before; see `findLost`.
       // The application was faster: it removed the directory, or made one of the file's name.
       for (const above of ancestors(to).reverse()) this.#mkdir(above);
       if (this.stat(to)?.kind !== "directory") {
@@ -3156,9 +3515,9 @@ class DeviceTree extends DeviceFiles {
 
   /** Moves aside what stands in the way of a release and belongs to none. */
   #displace(path: string): void {
-    const aside = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
-    this.disk.rename(this.at(path), this.at(aside));
-    this.displaced.push(`${path} (now ${aside})`);
+    const now = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
+    this.disk.rename(this.at(path), this.at(now));
+    this.displaced.push([path, now]);
   }
 }
 
@@ -3173,14 +3532,17 @@ async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void
 
 // ──── Journal ───────────────────────────────────────────────────────────────────────────────────
 // The files of one device, changed as one transaction. New content is staged, the old content gets a
-// second name in `.ota/backup-ID`, and a journal that says how to go forward and how to go back is
-// made durable; only then the tree is touched, by steps that can each be repeated. So whenever the
-// process or the power dies, the next `Journal.open` finds out what was under way and ends it:
+// second name in `.ota/backup-ID`, and a transaction that says how to go forward and how to go back
+// is made durable; only then the tree is touched, by steps that can each be repeated. So whenever
+// the process or the power dies, the next `Journal.open` finds out what was under way and ends it:
 //
-//   journal.json, and state.json does not name it       a commit was under way: go forward
-//   journal.json, and state.json names it               it is done; it can still be taken back
-//   undo.json or rollback.json (journal.json, renamed)  a way back was under way: go back
+//   commit.json, and state.json does not name it   a commit was under way: go forward
+//   commit.json, and state.json names it           it is done, and maybe on trial
+//   journal.json                                   the release before can be gone back to
+//   undo.json (commit.json, renamed)               a commit failed: go back
+//   rollback.json (either, renamed)                the release is bad: go back
 //
+// So a commit that fails, and a release that fails its check, leave the older way back as it was.
 // It is assumed of the file system that a rename happens whole or not at all.
 
 /** Releases that are remembered as failed, at the most. */
@@ -3206,8 +3568,16 @@ export class Journal extends DeviceTree implements Disposable {
   recovered = false;
   /** Files that a damaged record was set aside as; only a repair makes a new record. */
   damaged: string[] = [];
+  readonly #records: Records;
   #state: State = EMPTY;
-  #transaction: Transaction | undefined;
+  /** A change that is under way, or on trial. */
+  #commit: Transaction | undefined;
+  /** The change that brought the release which stands: the way back from it. */
+  #done: Transaction | undefined;
+  /** Whether rollback.json is of a way back that came to its end. */
+  #isOver = false;
+  /** What a change needs that was cut off, and that is gone. */
+  #lost: string[] = [];
 
   private constructor(
     root: string,
@@ -3215,6 +3585,7 @@ export class Journal extends DeviceTree implements Disposable {
     private readonly lock: Disposable,
   ) {
     super(root, disk);
+    this.#records = new Records(root, disk);
   }
 
   /**
@@ -3241,10 +3612,7 @@ export class Journal extends DeviceTree implements Disposable {
     }
     const journal = new Journal(root, disk, lock);
     try {
-      journal.#load();
-      const { repairs = [] } = journal.#transaction ?? {};
-      const known = journal.damaged.every((path) => repairs.includes(path));
-      if (known) await journal.#recover();
+      await journal.#recover();
       return journal;
     } catch (error) {
       journal[Symbol.dispose]();
@@ -3264,13 +3632,14 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Whether nothing is left for `open` to end. */
   static isSettled(root: string, disk: Disk = fileSystem): boolean {
-    const read = (name: string) => parseJSON(readText(disk, `${root}/${OTA_DIR}/${name}`) ?? "");
-    if (read("undo.json") || read("rollback.json")) return false;
-    const journal = read("journal.json");
-    return !isTransaction(journal) || journal.id === Journal.peek(root, disk).journal;
+    const read = (stage: Stage) =>
+      parseJSON(readText(disk, `${root}/${OTA_DIR}/${stage}.json`) ?? "");
+    if (read("undo") || read("rollback")) return false;
+    const latest = read("commit") ?? read("journal");
+    return !isTransaction(latest) || latest.id === Journal.peek(root, disk).journal;
   }
 
-  /** Gives the root free for other processes. */
+  /** Releases the lock. */
   [Symbol.dispose](): void {
     this.lock[Symbol.dispose]();
   }
@@ -3278,8 +3647,9 @@ export class Journal extends DeviceTree implements Disposable {
   /** @throws {OTAError} when what is installed is not known, until a repair */
   refuseDamage(): void {
     if (this.damaged.length === 0) return;
+    const lost = this.#lost.length > 0 ? `, and ${this.#lost.join(", ")} is gone` : "";
     throw new OTAError(
-      `the record of what is installed was damaged; it is kept as ${this.damaged.join(", ")}.\n` +
+      `the record of what is installed was damaged; it is kept as ${this.damaged.join(", ")}${lost}.\n` +
         "Nothing is done before it is made anew: run client with --repair",
     );
   }
@@ -3290,40 +3660,51 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** The check that a release on trial came with, if any. */
   get recordedCheck(): Check | undefined {
-    return this.#transaction?.check ?? undefined;
+    return this.#commit?.check ?? undefined;
   }
 
-  /** The release before this one, when `rollback` can go back to it. */
+  /** Whether `rollBack` can go back to a release before this one. */
   get canRollBack(): boolean {
-    return this.#transaction !== undefined && this.#state.journal === this.#transaction.id;
+    return this.#wayBack !== undefined;
+  }
+
+  /** From a release on trial to what stood before; else to the release before. */
+  get #wayBack(): WayBack | undefined {
+    if (this.#commit) return this.#commit;
+    if (this.#done?.id !== this.#state.journal) return undefined;
+    return this.#done && releaseBefore(this.#done);
   }
 
   // ── Changing: commit, confirm, roll back. ──
 
   /**
-   * Makes a change, all of whose content is staged. When it fails, everything is as it was; when
-   * it is cut off, the next `open` ends it.
+   * Makes a change, all of whose content is staged. When it fails, everything is as it was, the way
+   * back to an older release included; when it is cut off, the next `open` ends it.
    *
    * @throws whatever the disk threw, after going back
    */
   async commit(change: Change): Promise<void> {
+    // So that a record that was lost is told from one that was never written.
+    if (!this.#records.has("state")) await this.#write(this.#state);
+    const before = { ...this.#state, installed: this.#state.installed ?? change.from ?? null };
+    const { version } = change.installed;
+    const isFirmware = change.firmware && version === before.installed?.version && !change.repair;
+    const failed: FailedRelease = { version, digest: change.digest };
+    if (isFirmware) failed.firmware = change.firmware!.version;
     const transaction: Transaction = {
       format: FORMAT,
-      ...(await this.prepare(change)),
-      before: { ...this.#state, installed: this.#state.installed ?? change.from ?? null },
-      to: change.installed,
-      digest: change.digest,
+      ...(await this.prepare(change, before.installed)),
+      ...{ before, failed },
       check: change.check ?? null,
       restart: change.restart ?? null,
       repairs: this.damaged,
     };
-    const journal = this.at(`${OTA_DIR}/journal.json`);
-    await writeSynced(this.disk, `${journal}.new`, JSON.stringify(transaction));
+    if (change.repair) transaction.release = this.#releaseBeforeRepair(transaction);
     if (this.damaged.length > 0) await this.#forgetTransactions();
-    this.disk.rename(`${journal}.new`, journal);
-    this.#transaction = transaction;
+    await this.#records.write("commit", transaction);
+    this.#commit = transaction;
     try {
-      await this.disk.sync(this.at(OTA_DIR));
+      await this.#records.sync();
       await this.#finishCommit();
     } catch (error) {
       await this.#goBack("undo").catch((second) => {
@@ -3336,13 +3717,18 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Records what is installed where no file needs to change. */
   async record(installed: Installed): Promise<void> {
-    // What came before another version is not what an earlier journal goes back to.
+    // What came before another version is not what an earlier transaction goes back to.
     const isOther = installed.version !== this.#state.installed?.version;
-    if (isOther || this.damaged.length > 0) await this.#forgetTransactions();
-    const journal = this.#transaction ? this.#state.journal : null;
+    const journal = isOther ? null : this.#state.journal;
     await this.#write({ ...this.#state, installed, journal });
+    this.#dropUnnamed();
     this.#setRight();
     this.dropStaged();
+  }
+
+  /** Completes or refreshes the record of the release that stands. */
+  async remember(installed: Installed): Promise<void> {
+    await this.#write({ ...this.#state, installed });
   }
 
   /** Notes durably that a check is about to be started. */
@@ -3355,6 +3741,7 @@ export class Journal extends DeviceTree implements Disposable {
   async confirm(): Promise<void> {
     const { installed } = this.#state;
     await this.#write({ ...this.#state, trial: null, failed: this.#failuresAfter(installed) });
+    this.#settle();
   }
 
   /** Notes that the owed restart command was run. */
@@ -3364,8 +3751,8 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Files that the application changed since the commit and that `rollback` would overwrite. */
   changedSinceCommit(): string[] {
-    if (!this.#transaction) return [];
-    const { back, placed } = this.#transaction;
+    if (!this.#wayBack) return [];
+    const { back, placed } = this.#wayBack;
     const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
     return atRisk.filter((path) => {
       return this.stat(path)?.kind === "file" && this.digest(path, "sha256") !== placed[path];
@@ -3375,16 +3762,29 @@ export class Journal extends DeviceTree implements Disposable {
   /**
    * Takes the device back to the release before, once, and remembers this one as failed.
    *
-   * @throws {OTAError} when there is nothing to go back to
+   * @throws {OTAError} when there is nothing to go back to, or not all of it is there any more;
+   *   then nothing was done
    */
   async rollBack(): Promise<void> {
-    if (!this.canRollBack) throw new OTAError(`${this.root} has no previous release to go back to`);
-    await this.#goBack("rollback");
+    const way = this.#wayBack;
+    if (!way) throw new OTAError(`${this.root} has no previous release to go back to`);
+    const lost = this.findLost(way.back, way.restored);
+    if (lost.length === 0) return this.#goBack("rollback");
+    // A bad release that cannot be taken back must not keep the next one away.
+    if (this.#state.trial) {
+      const failed = this.#withFailure(way.failed);
+      await this.#write({ ...this.#state, trial: null, failed });
+      this.#settle();
+    }
+    const release = way.before.installed?.version ?? "0";
+    throw new OTAError(
+      `cannot go back to ${release}: ${lost.join(", ")} is gone.\n` +
+        "Nothing was changed; client brings the newest release",
+    );
   }
 
   async #finishCommit(): Promise<void> {
-    const { id, to, forward, check, restart } = this.#transaction!;
-    this.#clean(); // What an earlier journal needed; this one is durable.
+    const { id, to, forward, check, restart, displaced } = this.#commit!;
     await this.run(forward);
     await this.#write({
       ...this.#state,
@@ -3394,54 +3794,181 @@ export class Journal extends DeviceTree implements Disposable {
       failed: check ? this.#state.failed : this.#failuresAfter(to),
       restart,
     });
+    this.displaced.push(...displaced);
+    if (!check) this.#settle();
     this.#setRight();
     this.dropStaged();
   }
 
+  /** The release stands: what was needed for the one before the last is not needed any more. */
+  #settle(): void {
+    if (!this.#commit) return;
+    // Not durable at once: the next `open` does it again.
+    this.#records.move("commit", "journal");
+    this.#done = this.#commit;
+    this.#commit = undefined;
+    this.#clean();
+  }
+
   /** Goes back: `undo`, since a commit failed; `rollback`, since the release is bad. */
   async #goBack(why: "undo" | "rollback"): Promise<void> {
-    const { id, before, to, digest, back, restart, repairs } = this.#transaction!;
-    const journal = this.at(`${OTA_DIR}/journal.json`);
-    const marker = this.at(`${OTA_DIR}/${why}.json`);
+    const transaction = (this.#commit ?? this.#done)!;
+    const isOnTrial = this.#commit !== undefined;
+    const way = isOnTrial ? transaction : releaseBefore(transaction)!;
+    const { before, back, restored } = way;
     // The direction is marked by a rename, since a full disk has no room for more.
-    if (this.disk.stat(journal)) this.disk.rename(journal, marker);
-    await this.disk.sync(this.at(OTA_DIR));
+    const stage = isOnTrial ? "commit" : "journal";
+    if (this.#records.has(stage) && !this.#records.has(why)) this.#records.move(stage, why);
+    await this.#records.sync();
+    const lost = this.findLost(back, restored);
+    if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
     await this.run(back);
-    if (this.#state.journal === id) {
-      const others = this.#state.failed.filter((release) => release.digest !== digest);
-      const failed = [...others, { version: to.version, digest }].slice(-FAILED_KEPT);
-      const { installed } = before;
+    if (this.#state.journal === transaction.id) {
       if (why === "rollback") {
-        // Before the marker goes: without a journal, a damaged record that is still there counts.
-        for (const path of repairs) ifThere(() => this.disk.unlink(this.at(path)));
+        // Before the marker goes: without a transaction, a damaged record that is still there counts.
+        for (const path of transaction.repairs) ifThere(() => this.disk.unlink(this.at(path)));
         this.damaged = [];
       }
+      const { installed, journal } = before;
+      const failed = this.#withFailure(way.failed);
+      const { restart } = transaction;
       await this.#write(
         why === "undo"
-          ? { ...before, journal: null }
-          : { ...this.#state, installed, journal: null, trial: null, failed, restart },
+          ? before
+          : {
+              ...{ ...this.#state, installed, trial: null, failed, restart },
+              journal: isOnTrial ? journal : null,
+            },
       );
     }
-    this.disk.unlink(marker);
-    await this.disk.sync(this.at(OTA_DIR));
-    this.#transaction = undefined;
+    this.#records.remove(why);
+    await this.#records.sync();
+    if (!isOnTrial) this.#done = undefined;
+    this.#commit = undefined;
     this.#clean();
   }
 
   #failuresAfter(installed: Installed | null): FailedRelease[] {
     const current = installed?.version ?? "";
-    return this.#state.failed.filter(
-      ({ version }) => new LooseVersion(version).compare(current) > 0,
-    );
+    const active = this.firmware?.version ?? "";
+    return this.#state.failed.filter(({ version, firmware }) => {
+      return firmware === undefined
+        ? new LooseVersion(version).compare(current) > 0
+        : new LooseVersion(firmware).compare(active) > 0;
+    });
   }
 
-  /** Removes journals, durably: one that came back and that no record names is a half commit. */
-  async #forgetTransactions(): Promise<void> {
-    for (const name of ["journal.json", "undo.json", "rollback.json"]) {
-      ifThere(() => this.disk.unlink(this.at(`${OTA_DIR}/${name}`)));
+  #withFailure(failure: FailedRelease): FailedRelease[] {
+    const others = this.#state.failed.filter(({ digest }) => digest !== failure.digest);
+    return [...others, failure].slice(-FAILED_KEPT);
+  }
+
+  /** The way back from a repair to the release before the one that it repairs. */
+  #releaseBeforeRepair(repair: Transaction): WayBack | null {
+    const way = this.#wayBack;
+    if (!way) return null;
+    const { back, placed, restored } = way;
+    const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
+    const old = way.before.installed?.files ?? {};
+    // What that release had at a path which the update left alone, the repair keeps or puts right.
+    const isOurs = (path: string) => !covered.has(path) && repair.placed[path] !== old[path];
+    const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));
+    const place = repair.back.place.filter(([, path]) => {
+      return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
+    });
+    const both = (name: "rmdir" | "mkdir") => [...new Set([...back[name], ...repair.back[name]])];
+    return {
+      ...way,
+      back: {
+        unlink: [...back.unlink, ...unlink],
+        rmdir: both("rmdir").sort().reverse(),
+        mkdir: both("mkdir").sort(),
+        place: [...back.place, ...place],
+        modes: { ...back.modes, ...repair.back.modes },
+      },
+      restored: { ...repair.restored, ...restored },
+      placed: { ...placed, ...repair.placed },
+    };
+  }
+
+  // ── Opening ──
+
+  /** Reads the records, and ends what was cut off. */
+  async #recover(): Promise<void> {
+    const known = this.#load();
+    if (!known) return;
+    // What was cut off may not have made durable what we found.
+    if (this.#commit || this.#done) await this.#records.sync();
+    this.#dropUnnamed();
+    // After an end, `rollback.json` is gone by now.
+    const way = (["undo", "rollback"] as const).find((why) => this.#records.has(why));
+    const isCut = this.#commit !== undefined && this.#commit.id !== this.#state.journal;
+    this.recovered = way !== undefined || isCut;
+    if (way) return this.#endWayBack(way);
+    if (isCut) {
+      const { forward, placed } = this.#commit!;
+      if (this.findLost(forward, placed).length > 0) return this.#endWayBack("undo");
+      return this.#finishCommit();
     }
-    await this.disk.sync(this.at(OTA_DIR));
-    this.#transaction = undefined;
+    if (!this.#state.trial) this.#settle();
+    this.#setRight();
+  }
+
+  /** Goes back; where that cannot be done, only a repair helps. */
+  async #endWayBack(why: "undo" | "rollback"): Promise<void> {
+    const way = this.#commit ?? releaseBefore(this.#done!)!;
+    this.#lost = this.findLost(way.back, way.restored);
+    if (this.#lost.length === 0) return this.#goBack(why);
+    this.#setAsideTransactions();
+  }
+
+  /** @returns whether the records are all right, or were made anew by what was cut off */
+  #load(): boolean {
+    this.#state = this.#records.readState() ?? EMPTY;
+    const read = (stage: Stage) => this.#records.readTransaction(stage);
+    const undo = read("undo");
+    const rollback = read("rollback");
+    this.#commit = undo ?? read("commit");
+    this.#done = read("journal");
+    if (rollback?.id === this.#state.journal) {
+      if (this.#state.trial) this.#commit = rollback;
+      else this.#done = rollback;
+    } else if (rollback) {
+      this.#isOver = true;
+    } else if (!this.#commit && this.#done && isCommitOf010(this.#done, this.#state)) {
+      this.#records.move("journal", "commit");
+      this.#commit = this.#done;
+      this.#done = undefined;
+    }
+    this.damaged = this.#records.damaged.map((name) => `${OTA_DIR}/${name}`);
+    const latest = this.#commit ?? this.#done;
+    const isStateLost = !this.#records.has("state") && latest?.restored !== undefined;
+    if (isStateLost && this.damaged.length === 0) this.#setAsideTransactions();
+    return this.damaged.every((path) => latest?.repairs.includes(path));
+  }
+
+  /** Removes transactions that came to their end: no record names them. */
+  #dropUnnamed(): void {
+    if (this.#isOver) this.#records.remove("rollback");
+    const name = this.#commit?.before.journal ?? this.#state.journal;
+    if (!this.#done || this.#done.id === name) return;
+    this.#records.remove("journal");
+    this.#done = undefined;
+  }
+
+  #setAsideTransactions(): void {
+    for (const stage of STAGES) {
+      if (this.#records.has(stage)) this.#records.setAside(`${stage}.json`);
+    }
+    this.#commit = this.#done = undefined;
+    this.damaged = this.#records.damaged.map((name) => `${OTA_DIR}/${name}`);
+  }
+
+  /** Removes transactions, durably: one that came back and that no record names is a half commit. */
+  async #forgetTransactions(): Promise<void> {
+    this.#records.remove(...STAGES);
+    await this.#records.sync();
+    this.#commit = this.#done = undefined;
   }
 
   /** There is a good record again: what was set aside is of no more use. */
@@ -3451,63 +3978,21 @@ export class Journal extends DeviceTree implements Disposable {
     this.#clean();
   }
 
-  #load(): void {
-    this.#state = this.#loadRecord("state.json", isState) ?? EMPTY;
-    this.#transaction =
-      this.#loadRecord("undo.json", isTransaction) ??
-      this.#loadRecord("rollback.json", isTransaction) ??
-      this.#loadRecord("journal.json", isTransaction);
-    this.damaged = this.disk
-      .list(this.at(OTA_DIR))
-      .filter((name) => name.endsWith(".corrupt"))
-      .map((name) => `${OTA_DIR}/${name}`);
-  }
-
-  /** Reads a record; one that makes no sense is set aside, never overwritten. */
-  #loadRecord<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
-    const path = this.at(`${OTA_DIR}/${name}`);
-    const text = readText(this.disk, path);
-    if (text === undefined) return undefined;
-    const json = parseJSON(text);
-    const format = (json as { format?: unknown } | null)?.format;
-    if (typeof format === "number" && format > FORMAT) {
-      throw new OTAError(
-        `${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows up to ${FORMAT}: ` +
-          "use the newer ota.ts that wrote it",
-      );
-    }
-    if (isRecord(json)) return json;
-    this.disk.rename(path, `${path}.${crypto.randomUUID()}.corrupt`);
-    return undefined;
-  }
-
-  async #recover(): Promise<void> {
-    // What was cut off may not have made durable what we found.
-    if (this.#transaction) await this.disk.sync(this.at(OTA_DIR));
-    const way = (["undo", "rollback"] as const).find((why) => {
-      return this.disk.stat(this.at(`${OTA_DIR}/${why}.json`));
-    });
-    this.recovered = way !== undefined || (!!this.#transaction && !this.canRollBack);
-    if (way) await this.#goBack(way);
-    else if (this.recovered) await this.#finishCommit();
-    else this.#setRight();
-  }
-
   async #write(state: State): Promise<void> {
-    const path = this.at(`${OTA_DIR}/state.json`);
-    await writeSynced(this.disk, `${path}.new`, JSON.stringify(state));
-    this.disk.rename(`${path}.new`, path);
+    await this.#records.write("state", state);
     this.#state = state; // Whether or not that can be made durable.
-    await this.disk.sync(this.at(OTA_DIR));
+    await this.#records.sync();
   }
 
-  /** Removes what no journal needs. Staged content stays while nothing was made of it. */
+  /** Removes what no transaction needs. Staged content stays while nothing was made of it. */
   #clean(): void {
-    const needed = this.#transaction && backupPath(this.#transaction.id);
+    const ways = [this.#commit, this.#commit?.release, this.#done && releaseBefore(this.#done)];
+    const needed = ways.flatMap((way) => way?.back.place.map(([from]) => ancestors(from)[0]) ?? []);
+    for (const one of [this.#commit, this.#done]) if (one) needed.push(backupPath(one.id));
     tidy(() => {
       for (const name of this.disk.list(this.at(OTA_DIR))) {
         const path = `${OTA_DIR}/${name}`;
-        if (name.startsWith("backup-") && path !== needed) this.#removeAll(path);
+        if (name.startsWith("backup-") && !needed.includes(path)) this.#removeAll(path);
       }
     });
   }
@@ -3518,6 +4003,17 @@ export class Journal extends DeviceTree implements Disposable {
     }
     this.disk.rmdir(this.at(directory));
   }
+}
+
+/** Whether a journal.json is a commit under way: ota.ts 0.1.0 had one name for both. */
+function isCommitOf010({ id, restored }: Transaction, { journal }: State): boolean {
+  return restored === undefined && id !== journal;
+}
+
+/** The way back from a release that stands; none from a repair of one that had none. */
+function releaseBefore(transaction: Transaction): WayBack | undefined {
+  const { release = transaction } = transaction;
+  return release ?? undefined;
 }
 
 /** Makes a directory and those above it, durably. */
@@ -3546,7 +4042,7 @@ export type OTAEvent =
 
 /** How an update ended. */
 export interface Outcome {
-  result: "updated" | "up to date" | "rolled back" | "not tried";
+  result: "updated" | "repaired" | "up to date" | "rolled back" | "not tried";
   /** The release that the device was on; `"0"` for none. */
   from: string;
   /** The release that was offered, or stands. */
@@ -3593,9 +4089,9 @@ class Trial {
       await this.settle();
       return undefined;
     }
-    const { version: to, previous_version } = state.installed!;
+    const { version } = state.installed!;
     const good = await this.start(this.options.check ?? recordedCheck);
-    return good ? undefined : { result: "rolled back", from: previous_version ?? "0", to };
+    return good ? undefined : this.#rolledBack(version);
   }
 
   /** Runs the restart that is owed, where opening the journal has changed the tree. */
@@ -3644,8 +4140,16 @@ class Trial {
       );
     }
     await this.#takeBack();
-    const from = this.journal.state.installed?.version ?? "0";
-    return { result: "rolled back", from, to: installed!.version };
+    return this.#rolledBack(installed!.version);
+  }
+
+  /** The outcome, once the device was taken back from a version. */
+  #rolledBack(to: string): Outcome {
+    const { installed, failed } = this.journal.state;
+    const outcome: Outcome = { result: "rolled back", from: installed?.version ?? "0", to };
+    const flashed = failed.at(-1)?.firmware;
+    if (flashed === undefined) return outcome;
+    return { ...outcome, firmware: { from: this.journal.firmware?.version ?? "0", to: flashed } };
   }
 
   async #takeBack(): Promise<void> {
@@ -3722,8 +4226,8 @@ class Trial {
   }
 
   #reportDisplaced(): void {
-    for (const path of this.journal.displaced.splice(0)) {
-      this.#note(`stood in the way of a release and was moved: ${path}`);
+    for (const [path, now] of this.journal.displaced.splice(0)) {
+      this.#note(`${path} was not of a release and stood in its way: it is kept as ${now}`);
     }
   }
 }
@@ -3746,6 +4250,10 @@ export async function rollBack(
   return new Trial(journal, options).rollBack(force);
 }
 
+// ──── Status ─────────────────────────────────────────────────────────────────────────────────────
+// What a device is on, told without a server. Run at boot, before the application, it ends what a
+// reset has cut off.
+
 /** What `status` tells of a device. */
 export interface Status {
   version: string | null;
@@ -3756,8 +4264,16 @@ export interface Status {
   pending: boolean;
   /** Releases that failed and are not tried again. */
   failed: string[];
+  /** How the files are other than recorded; only where that was asked for. */
+  differs?: Difference[];
   /** Only there while another process works on the device. */
   busy?: true;
+}
+
+/** What `status` is to do. */
+export interface StatusOptions extends TrialOptions {
+  /** Hashes every file, and tells which are other than recorded. */
+  examine?: boolean;
 }
 
 /**
@@ -3767,33 +4283,40 @@ export interface Status {
  * @param root the device's root; nothing is made there
  * @throws {OTAError} when the record is damaged, or of a newer version of this tool
  */
-export async function status(root: string, options: TrialOptions = {}): Promise<Status> {
+export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
   const at = realRoot(root);
+  const describe = (state: State) => describeDevice(at, state, options.examine);
   if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
-  if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(at, Journal.peek(at));
+  if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(Journal.peek(at));
   let journal: Journal;
   try {
     journal = await Journal.open(at);
   } catch (error) {
-    if (error instanceof BusyError) return { ...describe(at, Journal.peek(at)), busy: true };
+    if (error instanceof BusyError) return { ...describe(Journal.peek(at)), busy: true };
     const isSettled = error instanceof UnwritableError && Journal.isSettled(at);
-    if (isSettled) return describe(at, Journal.peek(at));
+    if (isSettled) return describe(Journal.peek(at));
     throw error;
   }
   using open = journal;
   open.refuseDamage();
   await new Trial(open, options).settle();
-  return describe(at, open.state);
+  return describe(open.state);
 }
 
-function describe(root: string, { installed, trial, failed }: State): Status {
+function describeDevice(
+  root: string,
+  { installed, trial, failed }: State,
+  isExamined = false,
+): Status {
   const firmware = readFirmware(root);
+  const files = new DeviceFiles(root, fileSystem);
   return {
     version: installed?.version ?? versionFromFile(root) ?? null,
     previous_version: installed?.previous_version ?? null,
     firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
     pending: trial !== null,
-    failed: failed.map(({ version }) => version),
+    failed: failed.map(failedName),
+    ...(isExamined && { differs: examine(files, installed, true).differences }),
   };
 }
 
@@ -3858,79 +4381,175 @@ interface Download {
 
 /** What an update will do, worked out before anything is fetched. */
 interface Plan {
+  /** Path → key of what is put there. */
   put: Map<string, string>;
   remove: string[];
+  /** Those of `put` where a file of the application is. */
+  displace: string[];
   firmware?: { key: string; version: string };
   downloads: Download[];
-  /** Files of the release that are there already: path → SHA-256. */
-  kept: Map<string, string>;
+  /** What the release consists of afterwards: path → key. */
+  after: Map<string, string>;
+  /** Those of them that the release makes executable. */
+  executable: Set<string>;
+  /** Stamps of what is there already (`Installed.stamps`). */
+  stamps: Record<string, string>;
+}
+
+/** A file of a manifest. */
+interface Listed extends Omit<ManifestEntry, "dst_path"> {
+  path: string;
+  key: string;
+}
+
+function listedFiles({ new: added, update }: Manifest): Listed[] {
+  return [...added, ...update].map((entry) => {
+    return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
+  });
+}
+
+/** What a release consists of once a manifest is done: path → key, and what is executable of it. */
+function releaseAfter(
+  manifest: Manifest,
+  recorded: Installed | undefined,
+  full: boolean,
+): Pick<Plan, "after" | "executable"> {
+  const entries = listedFiles(manifest);
+  const gone = new Set(manifest.delete);
+  const old = Object.entries(recorded?.files ?? {});
+  const after = new Map(full ? [] : old.filter(([path]) => !gone.has(path)));
+  const executable = new Set(recorded?.executable?.filter((path) => after.has(path)));
+  for (const { path, key, sha256, executable: runs } of entries) {
+    after.set(path, key);
+    if (runs) executable.add(path);
+    // Who does not send SHA-256 does not tell modes either.
+    else if (sha256 !== undefined) executable.delete(path);
+  }
+  return { after, executable };
+}
+
+/**
+ * The digest of the release and the firmware that a manifest brings, by which a release that failed
+ * is known again: the same from whatever the device has, and whether or not the list is full.
+ */
+export function targetDigest(
+  manifest: Manifest,
+  recorded: Installed | undefined,
+  full: boolean,
+): string {
+  const { after, executable } = releaseAfter(manifest, recorded, full);
+  const { firmware, version } = manifest;
+  const lists = [[...after].sort(), [...executable].sort()];
+  return sha256(JSON.stringify([version, ...lists, firmware?.sha256 ?? firmware?.hash]));
 }
 
 /**
  * Compares what a manifest lists with what is there.
  *
- * @param recorded path → SHA-256 of what the updater has installed
- * @param full whether of those, the ones that the manifest lacks are to go
+ * @param has what is really there of what the updater has installed
+ * @param full whether of that, what the manifest lacks is to go
  * @throws {OTAError} naming the first path that cannot be changed, and why
  */
 export async function makePlan(
   files: DeviceFiles,
   manifest: Manifest,
-  recorded: Readonly<Record<string, string>>,
+  has: Examined,
   full: boolean,
 ): Promise<Plan> {
-  const plan: Plan = { put: new Map(), remove: [], downloads: [], kept: new Map() };
-  const entries = [...manifest.new, ...manifest.update].map((entry) => {
-    return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
-  });
+  const { installed: recorded } = has;
+  const old = recorded?.files ?? {};
+  const entries = listedFiles(manifest);
   const listed = new Set(entries.map(({ path }) => path));
-  const gone = full ? Object.keys(recorded).filter((path) => !listed.has(path)) : [];
+  const gone = full ? Object.keys(old).filter((path) => !listed.has(path)) : [];
   const remove = [...new Set([...manifest.delete, ...gone])];
   files.refuseLinks([...listed, ...remove]);
-  plan.remove = remove.filter((path) => files.stat(path)?.kind === "file");
-
-  const wanted = new Map<string, Download>();
-  for (const { path, key, URL: url, size, sha256 } of entries) {
-    if (files.hasContent(path, key, size)) {
-      plan.kept.set(path, sha256 ?? files.digest(path, "sha256"));
-    } else {
-      plan.put.set(path, key);
-      if (wanted.has(key)) continue;
-      const old = files.stat(path)?.kind === "file" ? path : undefined;
-      wanted.set(key, { key, url, path, size, twins: [], ...(old && { old }) });
+  const plan: Plan = {
+    ...{ put: new Map(), displace: [], downloads: [], stamps: { ...recorded?.stamps } },
+    remove: remove.filter((path) => files.stat(path)?.kind === "file"),
+    ...releaseAfter(manifest, recorded, full),
+  };
+  const ran = new Set(recorded?.executable);
+  const updated = new Set(manifest.update.map(({ dst_path }) => dst_path.slice(1)));
+  for (const entry of entries) {
+    const { path, key } = entry;
+    const stat = files.stat(path);
+    const runs = plan.executable.has(path);
+    const isRight = stat?.kind === "file" && (runs ? isExecutable(stat) : !ran.has(path));
+    const isHere = hasContent(files, entry, has);
+    if (isHere) {
+      plan.after.set(path, entry.sha256 ?? files.digest(path, "sha256"));
+      plan.stamps[path] = stat!.stamp;
+      if (isRight) continue;
     }
+    plan.put.set(path, key);
+    const isOwn = stat?.kind === "file" && !(path in old) && !updated.has(path) && !isHere;
+    if (isOwn) plan.displace.push(path);
   }
-  const has = new Map<string, string[]>();
-  const note = (path: string, sha256: string) =>
-    has.set(sha256, [...(has.get(sha256) ?? []), path]);
-  for (const [path, sha256] of [...Object.entries(recorded), ...plan.kept]) note(path, sha256);
-  if (wanted.size > 0) {
-    // What a device without a record has is to be found out.
-    const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in recorded));
-    for (const path of changing.filter((path) => files.stat(path)?.kind === "file")) {
-      note(path, files.digest(path, "sha256"));
-    }
-  }
-  for (const item of wanted.values()) item.twins = has.get(item.key) ?? [];
-  const { firmware } = manifest;
-  if (firmware) {
-    const key = firmware.sha256 ?? firmware.hash;
-    const { URL: url, size } = firmware;
-    const active = files.firmware && slotPath(files.firmware.slot);
-    plan.firmware = { key, version: firmware.version! };
-    const image = { key, url, path: basename(url), size, twins: [] };
-    wanted.set(key, active ? { ...image, old: active } : image);
-  }
-  plan.downloads = [...wanted.values()];
+  planDownloads(files, plan, entries, old);
+  planFirmware(files, plan, manifest);
   await planVersionFile(files, plan, manifest.version);
   files.preflight(plan.put.keys(), plan.remove);
   checkSpace(files, plan);
   return plan;
 }
 
-/** Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`. */
+/** Whether a path has the content that is listed for it. */
+function hasContent(files: DeviceFiles, { path, key, size }: Listed, has: Examined): boolean {
+  const known = has.files.get(path);
+  if (known !== undefined && algorithmOf(key) === "sha256") return known === key;
+  return files.hasContent(path, key, size);
+}
+
+/** Finds what has to be fetched, and what on the device may spare that. */
+function planDownloads(
+  files: DeviceFiles,
+  plan: Plan,
+  entries: readonly Listed[],
+  old: Readonly<Record<string, string>>,
+): void {
+  const wanted = new Map<string, Download>();
+  for (const { path, key, URL: url, size } of entries) {
+    if (!plan.put.has(path) || wanted.has(key)) continue;
+    const replaced = files.stat(path)?.kind === "file" ? path : undefined;
+    wanted.set(key, { key, url, path, size, twins: [], ...(replaced && { old: replaced }) });
+  }
+  const paths = new Map<string, string[]>();
+  const note = (path: string, sha256: string) => {
+    paths.set(sha256, [...(paths.get(sha256) ?? []), path]);
+  };
+  for (const [path, sha256] of Object.entries(old)) note(path, sha256);
+  for (const [path, key] of plan.after) if (!plan.put.has(path)) note(path, key);
+  if (wanted.size > 0) {
+    // What a device without a record has is to be found out.
+    const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in old));
+    for (const path of changing.filter((path) => files.stat(path)?.kind === "file")) {
+      note(path, files.digest(path, "sha256"));
+    }
+  }
+  for (const item of wanted.values()) item.twins = paths.get(item.key) ?? [];
+  plan.downloads = [...wanted.values()];
+}
+
+function planFirmware(files: DeviceFiles, plan: Plan, { firmware }: Manifest): void {
+  if (!firmware) return;
+  const key = firmware.sha256 ?? firmware.hash;
+  const { URL: url, size } = firmware;
+  const active = files.firmware && slotPath(files.firmware.slot);
+  plan.firmware = { key, version: firmware.version! };
+  const image = { key, url, path: basename(url), size, twins: [] };
+  const known = plan.downloads.filter((item) => item.key !== key);
+  plan.downloads = [...known, active ? { ...image, old: active } : image];
+}
+
+/**
+ * Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`; where a release makes a file
+ * of that directory, it goes.
+ */
 async function planVersionFile(files: DeviceFiles, plan: Plan, version: string): Promise<void> {
-  if (plan.put.has("flash") || plan.kept.has("flash")) return; // A release in which it is a file.
+  if (plan.after.has("flash")) {
+    if (files.stat(VERSION_FILE)?.kind === "file") plan.remove.push(VERSION_FILE);
+    return;
+  }
   const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
   if (!hasFlash && files.stat("flash")?.kind !== "directory") return;
   files.refuseLinks([VERSION_FILE]);
@@ -3955,7 +4574,7 @@ function checkSpace(files: DeviceFiles, plan: Plan): void {
     once.add(key);
   }
   // The journal, the record, and the directories: some 200 bytes a file, and a margin.
-  needed += 64 * 1024 + 200 * (plan.put.size + plan.remove.length + plan.kept.size);
+  needed += 64 * 1024 + 200 * (plan.put.size + plan.remove.length + plan.after.size);
   const { free } = files;
   if (needed > free) {
     throw new OTAError(
@@ -4418,6 +5037,98 @@ class Fetcher {
   }
 }
 
+// ──── Asking ─────────────────────────────────────────────────────────────────────────────────────
+// Getting a manifest: whole, signed by whom it should be, and an answer to what was asked.
+
+/** Asks for manifests. */
+class Asker {
+  /** @param keys one of which must have signed every answer; absent: nobody must */
+  constructor(
+    private readonly receiver: Receiver,
+    private readonly keys: readonly KeyObject[] | undefined,
+  ) {}
+
+  /**
+   * @param atLeast the version of the device: an older manifest is refused
+   * @returns `null` when the server has nothing
+   * @throws {OTAError} when what comes is no manifest, or is not signed for this very request
+   */
+  async ask(asked: ManifestQuery, atLeast?: string): Promise<Manifest | null> {
+    const query = { ...asked, ...(this.keys && { reqid: crypto.randomUUID() }) };
+    const search = Object.entries(query).map(([name, value]) => {
+      return `${name}=${encodeURIComponent(value!)}`;
+    });
+    const path = `/manifest.json?${search.join("&")}`;
+    const { body, headers } = await this.receiver.withRetries(() => this.#read(path));
+    if (this.keys) checkSignature(this.keys, headers, body, query.reqid!);
+    const manifest = parseManifest(body, atLeast);
+    if (this.keys && manifest) checkSigned(manifest, query);
+    return manifest;
+  }
+
+  /** Reads a whole manifest, as far as one may be long. */
+  async #read(path: string): Promise<{ body: Uint8Array; headers: Headers }> {
+    const pieces: Uint8Array[] = [];
+    let size = 0;
+    const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
+    const want = { accept: ["zstd", "gzip"] as const };
+    const { headers, encoding } = await this.receiver.receive(path, want, () => (piece) => {
+      size += piece.byteLength;
+      if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
+      pieces.push(piece);
+    });
+    try {
+      return { body: decodeContent(encoding, Buffer.concat(pieces), MAX_MANIFEST_BYTES), headers };
+    } catch (error) {
+      throw new TransferError(`the manifest does not decode: ${errorText(error)}`, true);
+    }
+  }
+}
+
+/** @throws {OTAError} unless one of the keys signed a manifest for this very request */
+function checkSignature(
+  keys: readonly KeyObject[],
+  headers: Headers,
+  body: Uint8Array,
+  reqid: string,
+): void {
+  const signature = headers.get(SIGNATURE_HEADER);
+  if (!signature) refuse("it is not signed, and --verify was given");
+  if (!isSignedBy(keys, signature, body, reqid)) refuse("none of the keys given signed it");
+}
+
+/** @throws {OTAError} when a signed manifest answers another question than was asked */
+function checkSigned(manifest: Manifest, query: ManifestQuery): void {
+  const { request_id, previous_version, firmware } = manifest;
+  if (request_id !== query.reqid) refuse("its request_id is another than was sent");
+  const from = (query.list ?? query.current_ver) || "0";
+  if (previous_version !== from) {
+    refuse(`it is for a device on ${previous_version}, and this one is on ${from}`);
+  }
+  // Else it could be for what the server believes, and the result a mix that nobody released.
+  const hasLists = manifest.delete.length + manifest.new.length + manifest.update.length > 0;
+  if (hasLists && query.base && !manifest.full && manifest.base !== query.base) {
+    refuse(
+      `it is not for what this device has of ${from}: base was lost on the way, or not echoed`,
+    );
+  }
+  if (firmware) checkNewer(firmware, query);
+  const contents = [...manifest.new, ...manifest.update, ...(firmware ? [firmware] : [])];
+  const bare = contents.find(({ sha256 }) => sha256 === undefined);
+  if (bare) refuse(`${bare.URL} has no sha256`);
+}
+
+/** @throws {OTAError} unless firmware is newer than what runs, or puts that right */
+function checkNewer(
+  { version, sha256 }: ManifestFirmware,
+  { firmware_ver = "", firmware_sha256 }: ManifestQuery,
+): void {
+  const order = new LooseVersion(version!).compare(firmware_ver);
+  const isRepair = firmware_sha256 !== undefined && firmware_sha256 !== sha256;
+  if (order > 0 || (order === 0 && isRepair)) return;
+  refuse(`its firmware ${version} is not newer than the active one, ${firmware_ver}`);
+}
+
 // ──── Device ────────────────────────────────────────────────────────────────────────────────────
 // The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
 // `OTA` with `connect` and `getData`, and gets everything else from here.
@@ -4436,7 +5147,9 @@ export interface OTAOptions extends TrialOptions {
   timeout?: number;
   /** Fewer bytes a second than this, over so many seconds, count as silence; 10 over 300. */
   slowest?: { rate: number; seconds: number };
-  /** Asks for the full list, fetches what differs, and makes a new record. */
+  /** Hashes every file of the release, also those that look unchanged. */
+  checkFiles?: boolean;
+  /** Asks for the full list, hashes everything, fetches what differs, and makes a new record. */
   repair?: boolean;
   /** Tries a release even if it failed before. */
   retry?: boolean;
@@ -4448,7 +5161,8 @@ export interface OTAOptions extends TrialOptions {
 interface Staged {
   plan: Plan;
   manifest: Manifest;
-  /** `manifestDigest` of it. */
+  has: Examined;
+  /** `targetDigest` of it. */
   digest: string;
 }
 
@@ -4456,10 +5170,11 @@ interface Staged {
  * A device. One `update` is one transaction:
  *
  *  1. Open the journal; what was cut off before is ended, and a release on trial is tried.
- *  2. Ask for a manifest, saying what the device has. `null`: there is nothing to do.
- *  3. Stage: fetch what is not there, by hash, with retries and resume. The tree is untouched.
- *  4. Commit: the journal makes the change whole or not at all.
- *  5. Try: the check decides. Good: confirmed. Bad: back to the release before, and this one is
+ *  2. Look at what the device really has; at first contact, ask what its release consists of.
+ *  3. Ask for a manifest, saying what the device has. `null`: there is nothing to do.
+ *  4. Stage: fetch what is not there, by hash, with retries and resume. The tree is untouched.
+ *  5. Commit: the journal makes the change whole or not at all.
+ *  6. Try: the check decides. Good: confirmed. Bad: back to the release before, and this one is
  *     remembered and not tried again until a different one is offered.
  *
  * A transport implements `connect` and `getData`, `disconnect` where there is something to end, and
@@ -4519,29 +5234,35 @@ export abstract class OTA {
 
   /** Asks, and gets everything here that the answer needs. */
   async #stage(journal: Journal, current: string, traffic: Traffic): Promise<Staged | Outcome> {
-    const { jobs = 4, timeout = 30, slowest, repair = false, retry, signal } = this.options;
+    const { jobs = 4, timeout = 30, slowest, repair = false, retry, signal, verify } = this.options;
     const get = (path: string, want: Want) => this.getData(path, want);
     const note = (text: string) => this.#note(text);
     const receiver = new Receiver(get, { timeout, slowest, signal, note });
     const fetcher = new Fetcher(journal, receiver, traffic, (event) => this.#report(event));
+    const asker = new Asker(receiver, verify);
     const from = current || "0";
+    const has = await this.#look(journal, asker, current);
     for (let isFirst = true; ; isFirst = false) {
-      const manifest = await this.#askForManifest(receiver, journal, current);
+      const query = await this.#query(journal, current, has);
+      const manifest = await asker.ask(query, current || undefined);
       if (!manifest) {
         if (journal.damaged.length === 0) return { result: "up to date", from, to: from };
         throw new OTAError("the server has no release to repair from: the record stays damaged");
       }
-      const digest = manifestDigest(manifest);
-      const failed = journal.state.failed.some((release) => release.digest === digest);
-      if (failed && !retry) return { result: "not tried", from, to: manifest.version };
-
-      const recorded = journal.state.installed?.files ?? {};
-      const plan = await makePlan(journal, manifest, recorded, manifest.full ?? repair);
+      const full = manifest.full ?? repair;
+      const digest = targetDigest(manifest, has.installed, full);
+      const failed = journal.state.failed.find((release) => release.digest === digest);
+      if (failed && !retry) {
+        const { firmware: to } = failed;
+        const firmware = to && { from: journal.firmware?.version ?? "0", to };
+        return { result: "not tried", from, to: manifest.version, ...(firmware && { firmware }) };
+      }
+      const plan = await makePlan(journal, manifest, has, full);
       Object.assign(traffic, { content: 0, reused: 0 });
       try {
         await fetcher.fetchAll(plan, jobs);
         traffic.received = receiver.received;
-        return { plan, manifest, digest };
+        return { plan, manifest, has, digest };
       } catch (error) {
         // What does not fit must not stay in the way.
         if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.dropStaged();
@@ -4552,7 +5273,7 @@ export abstract class OTA {
     }
   }
 
-  // ── Asking ──
+  // ── Looking and asking ──
 
   /** The release the device is on; `""` when it has nothing. */
   #currentVersion(journal: Journal): string {
@@ -4571,34 +5292,59 @@ export abstract class OTA {
     return given ?? "";
   }
 
-  async #askForManifest(
-    receiver: Receiver,
-    journal: Journal,
-    current: string,
-  ): Promise<Manifest | null> {
-    const { installed, failed } = journal.state;
+  /** What the device really has. A record that is not whole is made so, with the server's help. */
+  async #look(journal: Journal, asker: Asker, current: string): Promise<Examined> {
+    const { repair, checkFiles = repair } = this.options;
+    const { installed } = journal.state;
+    let has = examine(journal, installed, checkFiles);
+    // Where something differs, an old `.ota` may have been put back: that release's files count, too.
+    const claimed = has.differences.length > 0 ? versionFromFile(this.root) : undefined;
+    const isOther = claimed !== undefined && claimed !== installed?.version;
+    const unknown = !installed?.stamps ? current : isOther ? claimed : "";
+    const list = unknown === "" ? null : await this.#askForList(asker, journal, unknown);
+    if (list) has = examine(journal, adopt(journal, current, list, installed));
+    const isBetter = list !== null || has.isNewer;
+    if (isBetter && journal.damaged.length === 0) await journal.remember(has.installed!);
+    return has;
+  }
+
+  /** All files of a release, if the server has it; what of them is not here is told. */
+  async #askForList(asker: Asker, journal: Journal, version: string): Promise<Manifest | null> {
+    const query = { list: version, hash: "sha256", devid: await this.#id(journal) };
+    const list = await asker.ask(query);
+    // A server that knows no `list` answers with its newest release.
+    if (!list || new LooseVersion(list.version).compare(version) !== 0) {
+      this.#note(`the server does not have ${version}: what it consists of is not known`);
+      return null;
+    }
+    const other = listedFiles(list).filter(({ path, key }) => !journal.hasContent(path, key));
+    if (other.length > 0) {
+      const some = other.slice(0, 3).map(({ path }) => path);
+      const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
+      const count = `${other.length} of the ${list.new.length} files of ${version}`;
+      this.#note(`${count} are missing here or have other content: ${paths}`);
+    }
+    return list;
+  }
+
+  async #query(journal: Journal, current: string, has: Examined): Promise<ManifestQuery> {
     const query: ManifestQuery = {
       current_ver: current,
       firmware_ver: journal.firmware?.version ?? "",
+      ...(has.image !== undefined && { firmware_sha256: has.image }),
       hash: "sha256",
-      devid: this.options.id ?? journal.id,
+      devid: await this.#id(journal),
     };
-    const files = Object.entries(installed?.files ?? {});
     // Without a version the answer is the full list.
     if (this.options.repair) delete query.current_ver;
-    else if (files.length > 0) query.base = releaseDigest(files);
-    if (failed.length > 0) query.failed = failed.at(-1)!.version;
-    const { verify } = this.options;
-    if (verify) query.reqid = crypto.randomUUID();
-    const search = Object.entries(query).map(([name, value]) => {
-      return `${name}=${encodeURIComponent(value!)}`;
-    });
-    const path = `/manifest.json?${search.join("&")}`;
-    const { body, headers } = await receiver.withRetries(() => readManifest(receiver, path));
-    if (verify) checkSignature(verify, headers, body, query.reqid!);
-    const manifest = parseManifest(body, current || undefined);
-    if (verify && manifest) checkSigned(manifest, query);
-    return manifest;
+    else if (has.installed) query.base = releaseDigest(has.files);
+    const failed = journal.state.failed.at(-1);
+    if (failed) query.failed = failed.firmware ?? failed.version;
+    return query;
+  }
+
+  async #id(journal: Journal): Promise<string> {
+    return this.options.id ?? (await journal.id());
   }
 
   // ── Committing ──
@@ -4606,35 +5352,43 @@ export abstract class OTA {
   async #commit(
     journal: Journal,
     trial: Trial,
-    { plan, manifest, digest }: Staged,
+    { plan, manifest, has, digest }: Staged,
     current: string,
   ): Promise<Outcome> {
-    const { check, restart, repair } = this.options;
-    const files = new Map(
-      manifest.full || repair ? [] : Object.entries(journal.state.installed?.files ?? {}),
-    );
-    for (const path of [...manifest.delete, ...plan.remove]) files.delete(path);
-    for (const [path, sha256] of plan.kept) files.set(path, sha256);
-    for (const [path, key] of plan.put) files.set(path, journal.stagedDigest(key));
-    files.delete(VERSION_FILE);
-    const same = manifest.version === current;
+    const { check, restart } = this.options;
+    const { put, remove, displace, firmware } = plan;
+    const files = [...plan.after].map(([path, key]) => {
+      return [path, put.has(path) ? journal.stagedDigest(key) : key] as const;
+    });
+    const { version } = manifest;
+    const before = has.installed;
+    const isSame = version === current;
     const installed: Installed = {
-      version: manifest.version,
-      previous_version: (same && journal.state.installed?.previous_version) || current || null,
+      version,
+      previous_version: (isSame && before?.previous_version) || current || null,
       files: Object.fromEntries(files),
+      executable: [...plan.executable],
+      stamps: Object.fromEntries(
+        Object.entries(plan.stamps).filter(([path]) => plan.after.has(path) && !put.has(path)),
+      ),
+      image: before?.image,
     };
-    const outcome: Outcome = { result: "updated", from: current || "0", to: manifest.version };
-    if (plan.put.size + plan.remove.length === 0 && !plan.firmware) {
+    const outcome: Outcome = { result: "updated", from: current || "0", to: version };
+    if (put.size + remove.length === 0 && !firmware) {
       await journal.record(installed);
-      return same ? { ...outcome, result: "up to date" } : outcome;
+      return isSame ? { ...outcome, result: "up to date" } : outcome;
     }
-    if (plan.firmware) {
-      const from = journal.firmware?.version ?? "0";
-      outcome.firmware = { from, to: plan.firmware.version };
+    if (firmware) {
+      outcome.firmware = { from: journal.firmware?.version ?? "0", to: firmware.version };
     }
-    const { put, remove, firmware } = plan;
-    const from = current ? { version: current, previous_version: null, files: {} } : undefined;
-    await journal.commit({ from, installed, digest, put, remove, firmware, check, restart });
+    const isNewFirmware = firmware && firmware.version !== journal.firmware?.version;
+    const repair = isSame && !isNewFirmware && journal.damaged.length === 0;
+    if (repair) outcome.result = "repaired";
+    const from =
+      before ?? (current ? { version: current, previous_version: null, files: {} } : undefined);
+    await journal.commit({
+      ...{ from, installed, digest, put, remove, displace, firmware, check, restart, repair },
+    });
     const good = await trial.start(check);
     return good ? outcome : { ...outcome, result: "rolled back" };
   }
@@ -4646,58 +5400,6 @@ export abstract class OTA {
   #report(event: OTAEvent): void {
     this.options.report?.(event);
   }
-}
-
-/** Reads a whole manifest, as far as one may be long. */
-async function readManifest(
-  receiver: Receiver,
-  path: string,
-): Promise<{ body: Uint8Array; headers: Headers }> {
-  const pieces: Uint8Array[] = [];
-  let size = 0;
-  const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
-  const { headers, encoding } = await receiver.receive(path, { accept: ["zstd", "gzip"] }, () => {
-    return (piece) => {
-      size += piece.byteLength;
-      if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
-      pieces.push(piece);
-    };
-  });
-  try {
-    return { body: decodeContent(encoding, Buffer.concat(pieces), MAX_MANIFEST_BYTES), headers };
-  } catch (error) {
-    throw new TransferError(`the manifest does not decode: ${errorText(error)}`, true);
-  }
-}
-
-/** @throws {OTAError} unless one of the keys signed a manifest for this very request */
-function checkSignature(
-  keys: readonly KeyObject[],
-  headers: Headers,
-  body: Uint8Array,
-  reqid: string,
-): void {
-  const signature = headers.get(SIGNATURE_HEADER);
-  if (!signature) refuse("it is not signed, and --verify was given");
-  if (!isSignedBy(keys, signature, body, reqid)) refuse("none of the keys given signed it");
-}
-
-/** @throws {OTAError} when a signed manifest answers another question than was asked */
-function checkSigned(
-  manifest: Manifest,
-  { current_ver, firmware_ver, reqid }: ManifestQuery,
-): void {
-  const { request_id, previous_version, firmware } = manifest;
-  if (request_id !== reqid) refuse("its request_id is another than was sent");
-  if (previous_version !== (current_ver || "0")) {
-    refuse(`it is for a device on ${previous_version}, and this one is on ${current_ver || "0"}`);
-  }
-  if (firmware && new LooseVersion(firmware.version!).compare(firmware_ver ?? "") <= 0) {
-    refuse(`its firmware ${firmware.version} is not newer than the active one, ${firmware_ver}`);
-  }
-  const contents = [...manifest.new, ...manifest.update, ...(firmware ? [firmware] : [])];
-  const bare = contents.find(({ sha256 }) => sha256 === undefined);
-  if (bare) refuse(`${bare.URL} has no sha256`);
 }
 
 /** Whether a device has no file of its own yet. */
@@ -4889,7 +5591,10 @@ function encodingOf(header: string | null): Encoding {
 // ──── Options ────────────────────────────────────────────────────────────────────────────────────
 // Every option of the command line, in one table; parsing, help and hints come from it.
 
-/** One option: its name is the key in `OPTIONS`. */
+/**
+ * One option: its name is the key in `OPTIONS`, without the command that stands before it where it
+ * means something else elsewhere.
+ */
 interface OptionSpec {
   type: "string" | "boolean";
   /** What stands for the value in the help. */
@@ -4930,8 +5635,10 @@ const OPTIONS = {
   jobs: { type: "string", value: "N", help: "downloads at once (4)" },
   timeout: { type: "string", value: "SECONDS", help: "give a silent transfer up after (30)" },
   check: { type: "string", value: "CMD", help: "decides whether a new release is good" },
+  "status --check": { type: "boolean", help: "hash all files, and tell which differ" },
   "check-timeout": { type: "string", value: "SECONDS", help: "how long a check may take (60)" },
   restart: { type: "string", value: "CMD", help: "run whenever the files have changed" },
+  "check-files": { type: "boolean", help: "hash all files, also those that look unchanged" },
   repair: { type: "boolean", help: "ask for the full list, fetch what differs" },
   retry: { type: "boolean", help: "try a release even if it failed before" },
   force: { type: "boolean", help: "overwrite files that the application changed" },
@@ -4958,7 +5665,7 @@ function parseOptions(
   args: readonly string[],
 ): Given {
   const names: readonly OptionName[] = [...allowed, "help", "version"];
-  const options = Object.fromEntries(names.map((option) => [option, OPTIONS[option]]));
+  const options = Object.fromEntries(names.map((option) => [flagOf(option), OPTIONS[option]]));
   const long = args.map((arg) => (arg === "-h" ? "--help" : arg));
   const { values, tokens } = parseArgs({ args: long, options, strict: false, tokens: true });
   for (const token of tokens) {
@@ -4969,7 +5676,7 @@ function parseOptions(
     const isKnown = Object.hasOwn(options, token.name);
     const spec = isKnown ? (options[token.name] as OptionSpec) : undefined;
     if (!spec) {
-      const flags = names.map((option) => `--${option}`);
+      const flags = names.map((option) => `--${flagOf(option)}`);
       const found = token.rawName;
       throw new OTAError(`${name} has no option ${found}${hint(found, flags)}`, 2);
     }
@@ -4980,7 +5687,12 @@ function parseOptions(
       throw new OTAError(`--${token.name} takes no value, found ${token.value}`, 2);
     }
   }
-  return values as Given;
+  return Object.fromEntries(names.map((option) => [option, values[flagOf(option)]])) as Given;
+}
+
+/** The name of an option as it is given, without the dashes: `check` of `status --check`. */
+function flagOf(option: OptionName): string {
+  return option.split("--").at(-1)!;
 }
 
 /** `; did you mean X?` for the nearest of the candidates, when one is near. */
@@ -5057,12 +5769,17 @@ function formatBytes(bytes: number): string {
 }
 
 function outcomeLine({ result, from, to, firmware }: Outcome): string {
-  if (result === "rolled back") return `rolled back ${to} -> ${from}`;
-  if (result === "not tried")
-    return `not tried ${to}: it failed before (--retry tries it); on ${from}`;
+  const isFirmware = firmware !== undefined && from === to;
+  const what = isFirmware ? `firmware ${firmware.to}` : to;
+  if (result === "rolled back") {
+    return `rolled back ${what} -> ${isFirmware ? firmware.from : from}`;
+  }
+  if (result === "not tried") {
+    return `not tried ${what}: it failed before (--retry tries it); on ${from}`;
+  }
   if (result === "up to date") return `up to date ${to}`;
   const flashed = firmware ? ` (firmware ${firmware.from} -> ${firmware.to})` : "";
-  return `updated ${from} -> ${to}${flashed}`;
+  return result === "repaired" ? `repaired ${to}${flashed}` : `updated ${from} -> ${to}${flashed}`;
 }
 
 function trafficLine({ received, content, reused }: Traffic): string {
@@ -5072,7 +5789,7 @@ function trafficLine({ received, content, reused }: Traffic): string {
 }
 
 function exitCode({ result }: Outcome): number {
-  return result === "updated" || result === "up to date" ? 0 : 3;
+  return result === "rolled back" || result === "not tried" ? 3 : 0;
 }
 
 /** Shows what happens on stderr: a bar on a terminal, else a line a file. */
@@ -5288,6 +6005,7 @@ async function runClient(given: Given): Promise<number> {
     ...{ root: given.root ?? "device", ver, id, repair, retry, restart, signal },
     ...{ token: tokenOption(given), ca: given.ca },
     verify: given.verify?.map((file) => readKey(file, "public")),
+    checkFiles: given["check-files"],
     jobs: numberOption(given, "jobs"),
     timeout: numberOption(given, "timeout"),
     ...(command && { check: { command, timeout: checkTimeout } }),
@@ -5327,15 +6045,18 @@ async function runRollback(given: Given): Promise<number> {
 
 async function runStatus(given: Given): Promise<number> {
   const root = given.root ?? "device";
-  const found = await status(root, { report: progressWatcher().report });
-  if (given.json) return say(JSON.stringify(found, null, 2), 0);
-  const lines = Object.entries(found).map(([name, value]) => {
+  const examine = given["status --check"];
+  const found = await status(root, { report: progressWatcher().report, examine });
+  const code = found.differs && found.differs.length > 0 ? 1 : 0;
+  if (given.json) return say(JSON.stringify(found, null, 2), code);
+  const differs = found.differs?.map((one) => `${one.path} (${one.found})`);
+  const lines = Object.entries({ ...found, ...(differs && { differs }) }).map(([name, value]) => {
     const list = Array.isArray(value) ? value.join(", ") || "none" : value;
     const firmware =
       name === "firmware" && value ? `${found.firmware!.version} (${found.firmware!.file})` : list;
     return `${`${name}:`.padEnd(18)}${firmware ?? "none"}`;
   });
-  return say(lines.join("\n"), 0);
+  return say(lines.join("\n"), code);
 }
 
 // ──── Command line ───────────────────────────────────────────────────────────────────────────────
@@ -5369,7 +6090,7 @@ const COMMANDS: Record<string, Command> = {
     summary: "be a device: fetch, verify, apply, and go back when a release is bad",
     options: [
       ...(["ver", "root", "server", "from", "id", "every", "jobs", "timeout"] as const),
-      ...(["check", "check-timeout", "restart", "repair", "retry"] as const),
+      ...(["check", "check-timeout", "restart", "check-files", "repair", "retry"] as const),
       ...(["verify", "token", "ca"] as const),
     ],
     notes: `The root is ./device by default. The last line on stdout says how it ended.\n${EXIT_CODES}`,
@@ -5383,8 +6104,10 @@ const COMMANDS: Record<string, Command> = {
   },
   status: {
     summary: "show what a device is on; ends what a reset has cut off",
-    options: ["root", "json"],
-    notes: "The root is ./device by default. Run it at boot, before the application.",
+    options: ["root", "json", "status --check"],
+    notes:
+      "The root is ./device by default. Run it at boot, before the application.\n" +
+      "Exit codes: 0; 1 failed, or --check found that something differs; 2 usage.",
     run: runStatus,
   },
   manifest: {
@@ -5416,7 +6139,7 @@ function help(name?: string): string {
   }
   const lines = [...command.options, "help" as const].map((option) => {
     const spec: OptionSpec = OPTIONS[option];
-    return `  ${`--${option} ${spec.value ?? ""}`.padEnd(26)} ${spec.help}`;
+    return `  ${`--${flagOf(option)} ${spec.value ?? ""}`.padEnd(26)} ${spec.help}`;
   });
   return `bun ota.ts ${name}: ${command.summary}\n\n` + `${lines.join("\n")}\n\n${command.notes}`;
 }

@@ -45,8 +45,10 @@ interface Release {
 interface UpdateOptions {
   check?: boolean;
   restart?: string;
-  /** Place every file, as a repair does, also those that are the same. */
+  /** Place every file, also those that are the same. */
   whole?: boolean;
+  /** Put right what is other than the release, which stays the one that it is. */
+  repair?: boolean;
 }
 
 /** A device outside of `.ota`, and what can be told of the inside. */
@@ -63,6 +65,8 @@ interface World {
   damaged: boolean;
   /** What going back needs; `null` when there is nothing to go back to. */
   undo: Undo | null;
+  /** Contents of the application's files that made way for a release and are kept. */
+  kept: readonly string[];
 }
 
 interface Undo {
@@ -74,6 +78,8 @@ interface Undo {
   removed: readonly string[];
   failure: string;
   restart: string | null;
+  /** Of a repair: the way back to the release before, once the repair stands. */
+  release?: Undo | null;
 }
 
 const EMPTY_WORLD: World = {
@@ -87,6 +93,7 @@ const EMPTY_WORLD: World = {
   restart: null,
   damaged: false,
   undo: null,
+  kept: [],
 };
 
 const sha256 = (text: string): string => new Bun.CryptoHasher("sha256").update(text).digest("hex");
@@ -102,17 +109,29 @@ function above(path: string): string[] {
 function difference(
   world: World,
   release: Release,
-  { whole = false }: UpdateOptions,
-): { put: Map<string, string>; remove: string[] } {
+  { whole = false, repair = false }: UpdateOptions,
+): { put: Map<string, string>; remove: string[]; displace: string[] } {
   const known = world.installed?.files ?? {};
   const entries = Object.entries(release.files);
-  const put = entries.filter(([path, text]) => whole || known[path] !== sha256(text));
+  const put = entries.filter(([path, text]) => {
+    if (repair) return world.files.get(path)?.replace(/^\d+ /, "") !== text;
+    return whole || known[path] !== sha256(text);
+  });
   const remove = Object.keys(known).filter((path) => !(path in release.files));
-  return { put: new Map(put), remove: remove.filter((path) => world.files.has(path)) };
+  const displace = put
+    .map(([path]) => path)
+    .filter((path) => {
+      return world.files.has(path) && !(path in known);
+    });
+  return {
+    put: new Map(put),
+    remove: remove.filter((path) => world.files.has(path)),
+    displace,
+  };
 }
 
 function updated(world: World, release: Release, options: UpdateOptions = {}): World {
-  const { put, remove } = difference(world, release, options);
+  const { put, remove, displace } = difference(world, release, options);
   const files = new Map(world.files);
   const directories = new Set(world.directories);
   const made: string[] = [];
@@ -153,6 +172,18 @@ function updated(world: World, release: Release, options: UpdateOptions = {}): W
     slots = slot === 0 ? [release.firmware, slots[1]] : [slots[0], release.firmware];
   }
   const installed = installedBy(world, release);
+  const restart = options.restart ?? null;
+  const releaseBefore = world.undo && { ...world.undo, restart };
+  const undo: Undo = {
+    before: world,
+    touched: new Set([...put.keys(), ...remove]),
+    put: new Set(put.keys()),
+    made: made.reverse(),
+    removed,
+    failure: `${release.version} ${digestOf(release)}`,
+    restart,
+    ...(options.repair && { release: releaseBefore }),
+  };
   return {
     files,
     directories,
@@ -161,23 +192,18 @@ function updated(world: World, release: Release, options: UpdateOptions = {}): W
     installed,
     starts: options.check ? 0 : null,
     failed: options.check ? world.failed : failuresAfter(world, release.version),
-    restart: options.restart ?? null,
+    restart,
     damaged: false,
-    undo: {
-      before: world,
-      touched: new Set([...put.keys(), ...remove]),
-      put: new Set(put.keys()),
-      made: made.reverse(),
-      removed,
-      failure: `${release.version} ${digestOf(release)}`,
-      restart: options.restart ?? null,
-    },
+    kept: [...world.kept, ...displace.map((path) => world.files.get(path)!.replace(/^\d+ /, ""))],
+    undo: options.repair && !options.check ? releaseBefore : undo,
   };
 }
 
 function installedBy(world: World, { version, files }: Release): Installed {
   const hashes = Object.entries(files).map(([path, text]) => [path, sha256(text)]);
-  const previous_version = world.installed?.version ?? null;
+  const { installed } = world;
+  const isSame = installed?.version === version;
+  const previous_version = isSame ? installed.previous_version : (installed?.version ?? null);
   return { version, previous_version, files: Object.fromEntries(hashes) };
 }
 
@@ -223,13 +249,14 @@ function rolledBack(world: World): World {
     failed: [...world.failed.filter((other) => other !== failure), failure],
     restart,
     damaged: false,
-    undo: null,
+    // A release on trial leaves the way back to the one before the last as it was.
+    undo: world.starts === null ? null : before.undo,
   };
 }
 
 /** What can be seen of a world, as a plain object with its keys in order. */
 function visible(world: World): Record<string, unknown> {
-  const { files, directories, undo, ...rest } = world;
+  const { files, directories, undo, kept, ...rest } = world;
   const { version, previous_version, files: hashes } = world.installed ?? {};
   return {
     ...rest,
@@ -278,6 +305,7 @@ function look(disk: MemoryDisk, journal: Journal): Record<string, unknown> {
     restart,
     damaged: journal.damaged.length > 0,
     undo: null,
+    kept: [],
   };
   return { ...visible(world), canRollBack: journal.canRollBack };
 }
@@ -295,8 +323,6 @@ interface Step {
   then(world: World): World;
   /** Done by the application, not by the updater: no crash is tried in it. */
   apart?: boolean;
-  /** When it is cut off, what was needed to go back may be gone. */
-  forgets?: boolean;
 }
 
 /** Gets content staged: in pieces, as from a network, or at once. */
@@ -317,7 +343,7 @@ async function update(
   release: Release,
   options: UpdateOptions,
 ): Promise<void> {
-  const { put, remove } = difference(world, release, options);
+  const { put, remove, displace } = difference(world, release, options);
   journal.preflight(put.keys(), remove);
   const keys = new Map<string, string>();
   for (const [path, text] of put) keys.set(path, await stage(journal, text));
@@ -327,10 +353,12 @@ async function update(
     digest: digestOf(release),
     put: keys,
     remove,
+    displace,
   };
   if (image !== undefined) change.firmware = { key: await stage(journal, image), version };
   if (options.check) change.check = { command: "true", timeout: 60 };
   if (options.restart) change.restart = options.restart;
+  if (options.repair) change.repair = true;
   await journal.commit(change);
 }
 
@@ -356,7 +384,6 @@ const steps = {
       const undo = world.installed?.version === version ? world.undo : null;
       return { ...world, installed: renamed(world, version), undo };
     },
-    forgets: true,
   }),
   countStart: (): Step => ({
     name: "countStart",
@@ -369,6 +396,7 @@ const steps = {
     then: (world) => ({
       ...world,
       starts: null,
+      undo: world.undo?.release === undefined ? world.undo : world.undo.release,
       failed: failuresAfter(world, world.installed!.version),
     }),
   }),
@@ -474,6 +502,8 @@ interface Scenario {
   steps: Step[];
   /** What the application had in the way, and finds below `.ota` at the end. */
   displaced?: string[];
+  /** Whether the last change is a repair. */
+  repairs?: true;
   /** How many times more it is tried, since what can go wrong in it seldom does; 1. */
   closely?: number;
 }
@@ -569,7 +599,7 @@ function checkStaged(disk: MemoryDisk, where: string): void {
 /** What the updater keeps when nothing is under way. */
 function checkLeftovers(
   disk: MemoryDisk,
-  canRollBack: boolean,
+  world: World,
   scenario: Scenario,
   undisturbed: boolean,
 ): void {
@@ -580,10 +610,16 @@ function checkLeftovers(
     const isUnfinished = name.endsWith(".new") && !undisturbed;
     return /json|corrupt/.test(name) && name !== "state.json" && !isUnfinished;
   });
-  const expected = canRollBack ? ["journal.json"] : [];
-  expect({ records, backups: backups.length }).toEqual({
+  const isOnTrial = world.starts !== null;
+  const older = isOnTrial && world.undo?.before.undo ? ["journal.json"] : [];
+  // A repair that stands keeps what leads to the release before, and its own.
+  const isRepaired = scenario.repairs && !isOnTrial && world.undo !== null;
+  const expected = world.undo
+    ? [...(isOnTrial ? ["commit.json"] : ["journal.json"]), ...older]
+    : [];
+  expect({ records: records.sort(), backups: backups.length }).toEqual({
     records: expected,
-    backups: canRollBack ? 1 : 0,
+    backups: expected.length + (isRepaired ? 1 : 0),
   });
   const displaced = names.filter((name) => name.startsWith("displaced-"));
   const found = displaced.flatMap((name) => {
@@ -592,7 +628,7 @@ function checkLeftovers(
     const files = disk.walk(path).values();
     return [...files.filter(({ kind }) => kind === "file").map(({ data }) => decode(data))];
   });
-  const { displaced: precious = [] } = scenario;
+  const precious = [...(scenario.displaced ?? []), ...world.kept].sort();
   if (undisturbed) {
     expect(found.sort()).toEqual(precious);
     expect(disk.list(`${ROOT}/.ota/staged`)).toEqual([]);
@@ -603,22 +639,17 @@ function checkLeftovers(
   }
 }
 
-const withoutWayBack = (seen: Record<string, unknown>): Record<string, unknown> => {
-  return { ...seen, canRollBack: undefined };
-};
-
 /** Opens what is left, and says which of the worlds it is. */
 async function recover(
   disk: MemoryDisk,
   { worlds }: Stage,
   allowed: readonly number[],
   where: string,
-  adapt = (seen: Record<string, unknown>): Record<string, unknown> => seen,
 ): Promise<number[]> {
   const journal = await Journal.open(ROOT, disk);
-  const found = adapt(look(disk, journal));
+  const found = look(disk, journal);
   journal[Symbol.dispose]();
-  const expected = allowed.map((i) => adapt(visible(worlds[i]!)));
+  const expected = allowed.map((i) => visible(worlds[i]!));
   const matches = allowed.filter((_, i) => same(found, expected[i]));
   if (matches.length === 0) wrong(where, "after recovery it is something else", found, expected);
   checkStaged(disk, where);
@@ -639,7 +670,7 @@ async function playOn(
   const found = look(disk, journal);
   const expected = visible(worlds.at(-1)!);
   if (!same(found, expected)) wrong(where, `going on at step ${from}`, found, [expected]);
-  checkLeftovers(disk, journal.canRollBack, scenario, undisturbed);
+  checkLeftovers(disk, worlds.at(-1)!, scenario, undisturbed);
   if (journal.recovered) wrong(where, "there was something to recover after the end");
   journal[Symbol.dispose]();
 }
@@ -666,10 +697,8 @@ async function survive(
   where: string,
   random: Random,
   effort: Effort,
-  forgets = false,
 ): Promise<void> {
   const worlds = allowed.map((i) => stage.worlds[i]!);
-  const adapt = forgets ? withoutWayBack : undefined;
   const ways = Array.from({ length: stage.scenario.closely ?? 1 }, () => HOWS).flat();
   for (const how of ways) {
     counts.crashes++;
@@ -677,7 +706,7 @@ async function survive(
     const here = `${where}, ${how}`;
     checkPaths(left, worlds, here);
     const recovered = left.clone();
-    const matches = await recover(recovered, stage, allowed, here, adapt);
+    const matches = await recover(recovered, stage, allowed, here);
     for (let at = 1; at <= recovered.changes; at++) {
       if (!random.chance(effort.again)) continue;
       counts.recoveries++;
@@ -689,13 +718,13 @@ async function survive(
       if (!second.isDead) wrong(there, "it did not crash");
       const leftAgain = aftermath(second, then, random);
       checkPaths(leftAgain, worlds, there);
-      await recover(leftAgain, stage, allowed, there, adapt);
+      await recover(leftAgain, stage, allowed, there);
     }
     // Where both worlds look the same there is no telling which step is next.
     if (matches.length === 1 && random.chance(effort.on)) {
       const { scenario } = stage;
       const world = stage.worlds[matches[0]!]!;
-      if (world.undo && !forgets) {
+      if (world.undo) {
         const back: Scenario = { name: `${scenario.name}, then back`, steps: [steps.rollBack()] };
         const worlds = [world, rolledBack(world)];
         const then = { ...stage, scenario: back, worlds };
@@ -721,7 +750,7 @@ async function crash(
   const where = `${scenario.name}: ${torn ? "in" : "before"} change ${at} (${step?.name ?? "open"})`;
   if (!disk.isDead) wrong(where, "it did not crash");
   const allowed = step ? [progress, progress + 1] : [progress];
-  await survive(disk, stage, allowed, where, random, effort, step?.forgets);
+  await survive(disk, stage, allowed, where, random, effort);
 }
 
 async function tryCrashes(scenario: Scenario, links: boolean, effort: Effort): Promise<void> {
@@ -782,10 +811,7 @@ async function goOn(
       allowed.map((i) => stage.worlds[i]!),
       where,
     );
-  // An update that fails may have dropped what was needed to go back further.
-  const forgets = isUpdate || step?.forgets;
-  const adapt = forgets ? withoutWayBack : undefined;
-  const matches = await recover(disk, stage, allowed, where, adapt);
+  const matches = await recover(disk, stage, allowed, where);
   if (matches.length === 1 || !step) await playOn(disk, stage, matches[0]!, where);
 }
 
@@ -869,6 +895,9 @@ const own = {
   "data/today.csv": "1,2,3",
   "spool/": "",
 };
+
+/** What happens to files of v2. */
+const damage = { "flash/same.py": null, "flash/main.py": "damaged", "flash/new/two.py": null };
 
 const scenarios: Scenario[] = [
   { name: "first installation", steps: [steps.stage(v1), steps.update(v1), steps.rollBack()] },
@@ -1063,6 +1092,36 @@ const scenarios: Scenario[] = [
       steps.rollBack(),
       steps.app({ "flash/new/two.py": "own", "flash/lib/own.py": "own", "boot.py": "changed" }),
       steps.reopen(),
+    ],
+  },
+  {
+    name: "repair of damaged files, and back to the release before",
+    before: [steps.app(own), steps.update(v1), steps.update(v2), steps.app(damage)],
+    steps: [steps.update(v2, { repair: true }), steps.reopen(), steps.rollBack()],
+  },
+  {
+    name: "repair on trial, twice",
+    repairs: true,
+    before: [steps.update(v1), steps.update(v2), steps.app(damage)],
+    steps: [
+      steps.update(v2, { repair: true, check: true, restart: "reboot" }),
+      steps.rollBack(),
+      steps.reopen(),
+      steps.update(v2, { repair: true, check: true }),
+      steps.countStart(),
+      steps.confirm(),
+    ],
+  },
+  {
+    name: "a file of the application where a release adds one",
+    before: [steps.app(own), steps.update(v1)],
+    steps: [
+      steps.app({ "flash/new/two.py": "of the application" }),
+      steps.update(v2),
+      steps.reopen(),
+      steps.rollBack(),
+      steps.update(v2, { check: true }),
+      steps.confirm(),
     ],
   },
   {
@@ -1282,7 +1341,7 @@ describe("syncs", () => {
       ".ota": 3,
       ".ota/backup": 1,
       ".ota/staged": 2,
-      ".ota/journal.json.new": 1,
+      ".ota/commit.json.new": 1,
       ".ota/state.json.new": 1,
     });
   });
@@ -1307,7 +1366,7 @@ describe("syncs", () => {
       ".ota/backup/3": 1,
       ".ota/backup": 1,
       ".ota/staged": 2,
-      ".ota/journal.json.new": 1,
+      ".ota/commit.json.new": 1,
       ".ota/state.json.new": 1,
     });
   });
@@ -1394,6 +1453,61 @@ describe("opening", () => {
       expect(again.canRollBack).toBe(false);
       expect(again.recovered).toBe(false);
     }
+  });
+});
+
+describe("what a change that was cut off needs is gone", () => {
+  /** A device on v1 that was killed in an update to v2, with files of it in place. */
+  async function cutOff(): Promise<MemoryDisk> {
+    const disk = new MemoryDisk();
+    const player = { disk, journal: await Journal.open(ROOT, disk), world: EMPTY_WORLD };
+    await update(player, v1, {});
+    player.world = updated(EMPTY_WORLD, v1);
+    const placing = (path: string): boolean => disk.stat(`${ROOT}/${path}`) !== undefined;
+    for (let at = 1; ; at++) {
+      const left = disk.clone();
+      left.crashAt(at, false);
+      const journal = await Journal.open(ROOT, left).catch(() => undefined);
+      if (journal) await update({ ...player, disk: left, journal }, v2, {}).catch(() => {});
+      const killed = left.kill();
+      const names = killed.list(`${ROOT}/.ota`);
+      const isPlaced = killed.stat(`${ROOT}/flash/new/one/y.py`) !== undefined;
+      if (names.includes("commit.json") && isPlaced) return killed;
+      expect(placing("flash/main.py")).toBe(true);
+    }
+  }
+
+  const remove = (disk: MemoryDisk, prefix: string): void => {
+    for (const name of disk.list(`${ROOT}/.ota`).filter((name) => name.startsWith(prefix))) {
+      for (const file of disk.list(`${ROOT}/.ota/${name}`))
+        disk.unlink(`${ROOT}/.ota/${name}/${file}`);
+    }
+  };
+
+  test("new content: it goes back", async () => {
+    const disk = await cutOff();
+    remove(disk, "staged");
+    const journal = await Journal.open(ROOT, disk);
+    expect(journal.state.installed?.version).toBe("1.0.0");
+    expect([...lookAtTree(disk).files].sort()).toEqual(
+      Object.entries(v1.files)
+        .map(([path, text]) => [path, `644 ${text}`] as [string, string])
+        .sort(),
+    );
+    expect(journal.damaged).toEqual([]);
+  });
+
+  test("old content, too: nothing is done, and a repair helps", async () => {
+    const disk = await cutOff();
+    remove(disk, "staged");
+    remove(disk, "backup");
+    const before = lookAtTree(disk);
+    const journal = await Journal.open(ROOT, disk);
+    expect(lookAtTree(disk)).toEqual(before);
+    expect(() => journal.refuseDamage()).toThrow(/\.ota\/backup-.* is gone.*\n.*--repair/);
+    await update({ disk, journal, world: EMPTY_WORLD }, v2, { whole: true });
+    expect(journal.damaged).toEqual([]);
+    expect(lookAtTree(disk).files.get("flash/main.py")).toBe("644 main two");
   });
 });
 

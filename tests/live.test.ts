@@ -152,12 +152,17 @@ class Gardener {
     const some: Record<string, readonly string[]> = {
       current_ver: ["", "0", "9", "x", 'q"\u{1f680}', "1.00.0", "1.0.0", "1.1.1", "1.2.0", "1.2"],
       firmware_ver: ["", "1.0.0", "1.1.0", "1.2.0", "7"],
-      base: ["", "x", ...digests],
+      base: ["", "x", sha256("x"), ...digests],
+      firmware_sha256: [sha256("x"), ...releases.firmware.map((image) => image.sha256)],
       hash: ["sha256", "sha1"],
       reqid: ["", "7", '"\\\n'],
     };
     const chosen = Object.entries(some).filter(() => random.chance(0.5));
-    return Object.fromEntries(chosen.map(([name, values]) => [name, random.pick(values)]));
+    const list = random.chance(0.1) && { list: random.pick(["1.0.0", "1.1.1", "1.02.0", "7"]) };
+    return {
+      ...Object.fromEntries(chosen.map(([name, values]) => [name, random.pick(values)])),
+      ...list,
+    };
   }
 
   #write(file: string): void {

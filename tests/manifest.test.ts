@@ -7,11 +7,11 @@ import { describe, expect, test } from "bun:test";
 import { posix, win32 } from "node:path";
 import type { Manifest } from "../ota.ts";
 import {
-  manifestDigest,
   MAX_MANIFEST_BYTES,
   OTAError,
   parseManifest,
   releaseDigest,
+  targetDigest,
 } from "../ota.ts";
 import { Random } from "./helpers/random.ts";
 
@@ -98,6 +98,7 @@ describe("a device accepts", () => {
 
   test("all that our server adds", () => {
     const sent: Manifest = {
+      base: SHA256,
       delete: ["sd/a", "sd/b c"],
       firmware: {
         URL: `${HOST}/firmware_2.bin`,
@@ -111,6 +112,7 @@ describe("a device accepts", () => {
         {
           URL: "https://cdn/1.0.1/sd/%F0%9F%9A%80",
           dst_path: "/sd/\u{1f680}",
+          executable: true,
           hash: SHA1,
           sha256: SHA256,
           size: 0,
@@ -245,6 +247,7 @@ describe("a device refuses", () => {
     ["full", (value) => manifest({ full: value }), (v) => v === false],
     ["previous_version", (value) => manifest({ previous_version: value }), isText],
     ["request_id", (value) => manifest({ request_id: value }), isText],
+    ["base", (value) => manifest({ base: value }), () => false],
     ["delete[0]", (value) => manifest({ delete: [value] }), (v) => v === "text"],
     ["new[0]", (value) => manifest({ new: [value] }), () => false],
     ["update[0]", (value) => manifest({ update: [value] }), () => false],
@@ -257,6 +260,11 @@ describe("a device refuses", () => {
     ["new[0].hash", (v) => manifest({ new: [entry("/a", { hash: v })] }), () => false],
     ["new[0].sha256", (v) => manifest({ new: [entry("/a", { sha256: v })] }), () => false],
     ["new[0].size", (v) => manifest({ new: [entry("/a", { size: v })] }), (v) => v === 0],
+    [
+      "new[0].executable",
+      (v) => manifest({ new: [entry("/a", { executable: v })] }),
+      (v) => v === false,
+    ],
     [
       "firmware.version",
       (v) => manifest({ firmware: { URL: `${HOST}/firmware_1.bin`, hash: SHA1, version: v } }),
@@ -615,7 +623,7 @@ describe("the digest of a release", () => {
   });
 });
 
-describe("the digest of a manifest", () => {
+describe("the digest of what a manifest brings", () => {
   const file = (dst_path: string, hash = SHA1) => ({
     URL: `${HOST}/1.0.1${dst_path}`,
     dst_path,
@@ -630,6 +638,12 @@ describe("the digest of a manifest", () => {
     update: [file("/c")],
     version: "1.0.1",
   };
+  const recorded = {
+    version: "1.0.0",
+    previous_version: null,
+    files: { x: SHA256, y: SHA256, z: SHA256, c: SHA256 },
+  };
+  const digestOf = (manifest: Manifest) => targetDigest(manifest, recorded, manifest.full ?? false);
 
   test("does not depend on addresses, request ids, nor the order of lists", () => {
     const moved = (item: Manifest["new"][number]) => ({
@@ -644,9 +658,18 @@ describe("the digest of a manifest", () => {
       request_id: "2",
       update: base.update.map(moved),
     };
-    expect(manifestDigest(again)).toBe(manifestDigest(base));
+    expect(digestOf(again)).toBe(digestOf(base));
     const { request_id: _, ...without } = base;
-    expect(manifestDigest(without)).toBe(manifestDigest(base));
+    expect(digestOf(without)).toBe(digestOf(base));
+  });
+
+  test("is the same of a full list, and whatever the device has", () => {
+    const full: Manifest = {
+      ...{ delete: [], update: [], full: true, version: "1.0.1", firmware: base.firmware! },
+      new: [...base.new, ...base.update, { ...file("/z"), sha256: SHA256 }],
+    };
+    expect(digestOf(full)).toBe(digestOf(base));
+    expect(targetDigest(full, undefined, true)).toBe(digestOf(base));
   });
 
   test("changes with the version, any path, any content, any deletion and the firmware", () => {
@@ -660,10 +683,11 @@ describe("the digest of a manifest", () => {
       { ...base, new: [file("/a")] },
       { ...base, update: [file("/c", OTHER_SHA1)] },
       { ...base, update: [{ ...file("/c"), sha256: SHA256 }] },
+      { ...base, update: [{ ...file("/c"), executable: true }] },
       { ...base, firmware: { ...base.firmware!, hash: OTHER_SHA1 } },
       noFirmware,
     ];
-    const digests = [base, ...others].map(manifestDigest);
+    const digests = [base, ...others].map(digestOf);
     expect(new Set(digests).size).toBe(digests.length);
     expect(digests[0]).toMatch(/^[0-9a-f]{64}$/);
   });

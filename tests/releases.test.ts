@@ -494,7 +494,7 @@ describe("base: what the device really has", () => {
 
   test("another one: the full list, nothing deleted, and full is true", async () => {
     await using root = new TempDir(tree);
-    for (const base of [sha256("x"), "x", right.slice(1)]) {
+    for (const base of [sha256("x"), sha256("x").toUpperCase()]) {
       const query = { current_ver: "1.0.0", firmware_ver: "2", base };
       expect(await brief(root, query)).toBe("+/a +/b full 1.0.1");
       expect((await manifestFor(root, query)).full).toBe(true);
@@ -511,17 +511,182 @@ describe("base: what the device really has", () => {
     expect(await brief(root, { current_ver: "1.0.0", firmware_ver: "2", base: right })).toBe(full);
   });
 
-  test("empty is as if it were not sent", async () => {
+  test("what is no digest is as if it were not sent: a full list each time would not end it", async () => {
     await using root = new TempDir(tree);
-    const query = { current_ver: "1.0.0", firmware_ver: "2", base: "" };
-    expect(await brief(root, query)).toBe("~/b -gone 1.0.1");
+    for (const base of ["", "x", right.slice(1), `${right}0`, `${right.slice(1)}g`]) {
+      const query = { current_ver: "1.0.0", firmware_ver: "2", base };
+      expect(await brief(root, query)).toBe("~/b -gone 1.0.1");
+      expect(await brief(root, { ...query, current_ver: "1.0.1" })).toBe("null");
+    }
   });
 
-  test("wrong, but nothing is newer: null; and firmware alone is no full list", async () => {
+  test("other than the newest, on which it says to be: the full list, again until it is right", async () => {
     await using root = new TempDir(tree);
-    const query = { current_ver: "1.0.1", base: "x" };
-    expect(await brief(root, { ...query, firmware_ver: "2" })).toBe("null");
-    expect(await brief(root, { ...query, firmware_ver: "" })).toBe("!firmware_2.bin 1.0.1");
+    const newest = releaseDigest(["a", "B"].map((text) => [text.toLowerCase(), sha256(text)]));
+    const query = { current_ver: "1.0.1", firmware_ver: "2" };
+    expect(await brief(root, { ...query, base: newest })).toBe("null");
+    for (const current_ver of ["1.0.1", "1.00.1"]) {
+      const wrong = { ...query, current_ver, base: right };
+      expect(await brief(root, wrong)).toBe("+/a +/b full 1.0.1");
+      expect((await manifestFor(root, wrong)).previous_version).toBe(current_ver);
+    }
+    // Firmware goes with it, by the rules of firmware.
+    expect(await brief(root, { ...query, firmware_ver: "1", base: right })).toBe(
+      "+/a +/b !firmware_2.bin full 1.0.1",
+    );
+    expect(await brief(root, { ...query, firmware_ver: "1", base: newest })).toBe(
+      "!firmware_2.bin 1.0.1",
+    );
+    // What was edited is what a device gets that has the state before.
+    root.write({ "1.0.1/b": "edited" });
+    expect(await brief(root, { ...query, base: newest })).toBe("+/a +/b full 1.0.1");
+  });
+
+  test("of a version above all that is there: null, never a way back", async () => {
+    await using root = new TempDir(tree);
+    const query = { current_ver: "1.0.2", firmware_ver: "2", base: right };
+    expect(await brief(root, query)).toBe("null");
+    const releases = await open(root, { latest: "1.0.0" });
+    expect(await brief(releases, { ...query, current_ver: "1.0.1" })).toBe("null");
+  });
+
+  test("comes back with reqid, in lower case and first, where the lists are made for it", async () => {
+    await using root = new TempDir(tree);
+    const query = { current_ver: "1.0.0", firmware_ver: "2", reqid: "7" };
+    const manifest = await manifestFor(root, { ...query, base: right.toUpperCase() });
+    expect(Object.entries(manifest)[0]).toEqual(["base", right]);
+    expect(await manifestFor(root, { ...query, reqid: "", base: right })).toHaveProperty("base");
+    const alone = { ...query, firmware_ver: "1", current_ver: "1.0.1" };
+    const base = (await open(root)).find("1.0.1")!.digest;
+    expect(await manifestFor(root, { ...alone, base })).toMatchObject({ base, new: [] });
+    for (const other of [
+      { ...query, base: sha256("x") },
+      { ...query, base: "x" },
+      { ...query, reqid: undefined, base: right },
+      { ...query, current_ver: "0.9", base: right },
+      { ...query, list: "1.0.0", base: right },
+      query,
+    ]) {
+      expect(await manifestFor(root, other)).not.toContainKey("base");
+    }
+  });
+});
+
+describe("firmware_sha256: the image that it really runs", () => {
+  const tree: Tree = { "1/a": "", "2/a": "2", "firmware_1.bin": "one", "firmware_2.bin": "two" };
+  const runs = { current_ver: "2", firmware_ver: "2" };
+
+  test("other than the image of that version: it is offered, alone or with files", async () => {
+    await using root = new TempDir(tree);
+    for (const firmware_sha256 of [sha256("damaged"), sha256("one").toUpperCase()]) {
+      expect(await brief(root, { ...runs, firmware_sha256 })).toBe("!firmware_2.bin 2");
+      const behind = { ...runs, current_ver: "1", firmware_ver: "2.", firmware_sha256 };
+      expect(await brief(root, behind)).toBe("~/a !firmware_2.bin 2");
+    }
+  });
+
+  test("the same: not offered; nor when it is no digest or says nothing", async () => {
+    await using root = new TempDir(tree);
+    const right = sha256("two");
+    for (const said of [right, right.toUpperCase(), "", "x", right.slice(1), `${right}0`]) {
+      expect(await brief(root, { ...runs, firmware_sha256: said })).toBe("null");
+    }
+  });
+
+  test("of other firmware than the highest, or of none: decided by the version alone", async () => {
+    await using root = new TempDir(tree);
+    const firmware_sha256 = sha256("damaged");
+    expect(await brief(root, { ...runs, firmware_ver: "3", firmware_sha256 })).toBe("null");
+    expect(await brief(root, { ...runs, firmware_ver: "1", firmware_sha256 })).toBe(
+      "!firmware_2.bin 2",
+    );
+    // A board that never says what it runs would flash it for ever.
+    expect(await brief(root, { current_ver: "2", firmware_sha256 })).toBe("null");
+  });
+});
+
+describe("list: what a version consists of", () => {
+  const tree: Tree = { ...versions("1.0.0", "1.0.1"), "1.0.0/b": "b", "firmware_9.bin": "" };
+
+  test("all of its files as new, nothing else, whatever else the device says", async () => {
+    await using root = new TempDir(tree);
+    const entry = (path: string, content: string) => ({
+      ...{ URL: `${HOST}/1.0.0/${path}`, dst_path: `/${path}` },
+      ...{ hash: sha1(content), sha256: sha256(content), size: content.length },
+    });
+    const expected = {
+      delete: [],
+      new: [entry("b", "b"), entry("flash/main.py", "1.0.0")],
+      previous_version: "1.0.0",
+      request_id: "7",
+      update: [],
+      version: "1.0.0",
+    };
+    const extras = { hash: "sha256", reqid: "7" };
+    for (const more of [
+      {},
+      { current_ver: "1.0.0", base: sha256("x"), firmware_ver: "" },
+      { current_ver: "9", firmware_ver: "9", firmware_sha256: sha256("x") },
+    ]) {
+      for (const list of ["1.0.0", "1.00.0"]) {
+        expect(await manifestFor(root, { ...extras, ...more, list })).toEqual(expected);
+      }
+    }
+    expect(parseManifest(JSON.stringify(expected))?.new).toHaveLength(2);
+    expect(await brief(root, { list: "1.0.1" })).toBe("+/flash/main.py 1.0.1");
+    expect(JSON.stringify(await manifestFor(root, { list: "1.0.0" }))).not.toContain("sha256");
+  });
+
+  test("of a version that is not there, or held back: null", async () => {
+    await using root = new TempDir(tree);
+    for (const list of ["", "0", "1.0.2", "../1.0.0", "9"]) {
+      expect(await brief(root, { list, current_ver: "1.0.0" })).toBe("null");
+    }
+    expect(await brief(await open(root, { latest: "1.0.0" }), { list: "1.0.1" })).toBe("null");
+  });
+});
+
+describe("executable", () => {
+  const tree: Tree = { "1/run.sh": "#!", "1/a": "a", "2/run.sh": "#!", "2/a": "a", "2/new": "" };
+  const layRoot = () => {
+    const root = new TempDir(tree);
+    fs.chmodSync(root.at("1/run.sh"), 0o711);
+    for (const path of ["2/run.sh", "2/new"]) fs.chmodSync(root.at(path), 0o744);
+    // Not its owner.
+    fs.chmodSync(root.at("2/a"), 0o655);
+    return root;
+  };
+
+  test("is said with hash=sha256 where the owner may run the file, and only there", async () => {
+    await using root = layRoot();
+    const manifest = await manifestFor(root, { hash: "sha256" });
+    const said = manifest.new.map(({ dst_path, executable }) => [dst_path, executable]);
+    expect(said).toEqual([
+      ["/a", undefined],
+      ["/new", true],
+      ["/run.sh", true],
+    ]);
+    expect(manifest.new[0]).not.toContainKey("executable");
+    expect(JSON.stringify(manifest)).toBe(JSON.stringify(sortKeys(manifest)));
+    expect(JSON.stringify(await manifestFor(root))).not.toContain("executable");
+  });
+
+  test("alone changed from one version to the next: an update, but not for boards", async () => {
+    await using root = layRoot();
+    expect(await brief(root, { current_ver: "1", hash: "sha256" })).toBe("+/new 2");
+    fs.chmodSync(root.at("1/run.sh"), 0o600);
+    expect(await brief(root, { current_ver: "1", hash: "sha256" })).toBe("+/new ~/run.sh 2");
+    expect(await brief(root, { current_ver: "1" })).toBe("+/new 2");
+  });
+
+  test("changed while it serves is noticed; the digest of the release stays", async () => {
+    await using root = layRoot();
+    const releases = await open(root);
+    const { digest } = releases.find("2")!;
+    fs.chmodSync(root.at("2/run.sh"), 0o644);
+    expect(await releases.scan()).toBe(true);
+    expect(await brief(releases, { current_ver: "1", hash: "sha256" })).toBe("+/new ~/run.sh 2");
+    expect(releases.find("2")!.digest).toBe(digest);
   });
 });
 
@@ -538,9 +703,10 @@ describe("the form of a manifest", () => {
     const query = { current_ver: "1", hash: "sha256", reqid: "1" };
     const manifest = await manifestFor(root, query);
     expect(JSON.stringify(manifest)).toBe(JSON.stringify(sortKeys(manifest)));
-    expect(JSON.stringify(await manifestFor(root, { ...query, base: "x" }))).toBe(
-      JSON.stringify(sortKeys(await manifestFor(root, { ...query, base: "x" }))),
-    );
+    for (const base of [sha256("x"), (await open(root)).find("1")!.digest]) {
+      const bound = await manifestFor(root, { ...query, base });
+      expect(JSON.stringify(bound)).toBe(JSON.stringify(sortKeys(bound)));
+    }
     // By code point: the UTF-8 bytes of U+FB01 come before those of U+1F680.
     const sorted = ["10", "9", "B", "a", "lib.py", "lib/a", "z", "\ufb01", "\u{1f680}"];
     expect(manifest.delete).toEqual(sorted.map((name) => `old/${name}`));
@@ -605,14 +771,19 @@ test("random queries: the text that is served is the compact JSON of the manifes
   const some: Record<string, readonly string[]> = {
     current_ver: ["", "1.00.0", "1.0.0", "1.0.1", "1.0.0a", "2", 'x"\\\n\u{1f680}', "0"],
     firmware_ver: ["", "1.0.0", "1.0.1"],
-    base: ["", "x", releases.find("1.0.0")!.digest],
+    base: ["", "x", sha256("x"), ...releases.versions.map(({ digest }) => digest)],
+    firmware_sha256: ["x", sha256("x"), releases.firmware[0]!.sha256],
     hash: ["sha256", "sha1"],
     reqid: ["", "7", '"\\\n\u{1f680}'],
   };
   const seen = new Set<string>();
-  for (let run = 0; run < 500; run++) {
+  for (let run = 0; run < 1000; run++) {
     const chosen = Object.entries(some).filter(() => random.chance(0.6));
-    const query = Object.fromEntries(chosen.map(([name, values]) => [name, random.pick(values)]));
+    const list = random.chance(0.1) && { list: random.pick(["1.0.0", "1.00.1", "2"]) };
+    const query: ManifestQuery = {
+      ...Object.fromEntries(chosen.map(([name, values]) => [name, random.pick(values)])),
+      ...list,
+    };
     const host = random.pick(["http://a", "http://b:1", "http://c/$&/$1", 'http://d/"URL":"\\']);
     const suffix = random.pick(["", "?token=t"]);
     const text = releases.manifestJSON(query, host, suffix);

@@ -324,8 +324,10 @@ function signing(place: Place, lie: Lie, url: () => string): Reply {
       ...manifestOf(offer, url()),
       previous_version: asked.query.get("current_ver") || "0",
       request_id: reqid,
+      ...(asked.query.has("base") && { base: asked.query.get("base") }),
     };
-    const body = JSON.stringify(lie.manifest ? lie.manifest(fields, asked) : fields);
+    const told = lie.manifest ? lie.manifest(fields, asked) : fields;
+    const body = JSON.stringify(asked.query.has("list") ? null : told);
     const what = lie.signed?.(body, reqid) ?? { body, reqid };
     const right = signManifest(what.body, what.reqid, place.private(lie.key));
     const signature = lie.signature ? lie.signature(right, body, place) : right;
@@ -352,6 +354,7 @@ describe.concurrent("client --verify", () => {
   async function update(place: Place, lie: Lie, ver = "1.0.0"): Promise<unknown> {
     await using double = await Double.start(() => {});
     double.reply = signing(place, lie, () => double.url);
+    double.list = signing(place, {}, () => double.url);
     const device = new HttpOTA(double.url, {
       root: place.device,
       ver,
@@ -546,6 +549,7 @@ describe.concurrent("client --verify", () => {
       );
     await using double = await Double.start(() => {});
     const honest = signing(place, { manifest }, () => double.url);
+    double.list = honest;
     double.reply = (asked, connection) =>
       asked.path === "/manifest.json"
         ? honest(asked, connection)
@@ -568,11 +572,12 @@ describe.concurrent("client --verify", () => {
       if (asked.path === "/manifest.json") kept.push({ body, signature });
       send(connection, body, { headers: { "X-OTA-Signature": signature } });
     });
+    double.list = double.reply;
     const verify = ["--verify", place.at("ours.pub")];
-    // Through him all is well, twice: an update, and null.
+    // Through him all is well: what 1.0.0 consists of, an update, and null.
     expect((await place.client(double.url, verify)).last).toBe("updated 1.0.0 -> 1.0.1");
     expect((await place.client(double.url, verify)).last).toBe("up to date 1.0.1");
-    expect(kept.map(({ body }) => body === "null")).toEqual([false, true]);
+    expect(kept.map(({ body }) => body === "null")).toEqual([false, false, true]);
     // Then comes 1.0.2, and he repeats himself.
     layTree(`${place.releases}/1.0.2`, V1);
     for (const { body, signature } of kept) {
@@ -583,6 +588,34 @@ describe.concurrent("client --verify", () => {
       expect(ended.stderr).toContain("none of the keys");
     }
     expect(readTree(place.device)).toEqual(TREE_2);
+  });
+
+  test("a diff for what the device does not have is refused: somebody took its base away", async () => {
+    using place = new Place();
+    await using server = await place.serve({ sign: place.at("ours.key") });
+    let isHonest = true;
+    await using double = await Double.start(async (asked, connection) => {
+      const target = isHonest ? asked.target : asked.target.replace(/&base=[0-9a-f]+/, "");
+      const response = await fetch(server.url + target);
+      const signature = response.headers.get("x-ota-signature") ?? "";
+      send(connection, await response.text(), { headers: { "X-OTA-Signature": signature } });
+    });
+    double.list = double.reply;
+    const verify = ["--verify", place.at("ours.pub")];
+    expect((await place.client(double.url, verify)).last).toBe("updated 1.0.0 -> 1.0.1");
+    // What 1.0.2 has in common with 1.0.1 is not in a diff.
+    layTree(`${place.releases}/1.0.2`, { ...V2, "flash/added.py": "added\n" });
+    const [path] = Object.keys(V2);
+    layTree(place.device, { [path!]: "scribbled" });
+    const before = readTree(place.device);
+    isHonest = false;
+    const refused = await place.client(double.url, verify);
+    expect(refused).toMatchObject({ code: 1, stdout: "" });
+    expect(refused.stderr).toContain("base was lost on the way");
+    expect(readTree(place.device)).toEqual(before);
+    isHonest = true;
+    expect((await place.client(double.url, verify)).last).toBe("updated 1.0.1 -> 1.0.2");
+    expect(readTree(place.device)[path!]).toEqual(asTree(V2)[path!]!);
   });
 
   test("several times: a key is exchanged without a device that is left behind", async () => {

@@ -26,6 +26,8 @@ export class Double implements AsyncDisposable {
   readonly asked: Asked[] = [];
   /** Exchange it to change how the server behaves. */
   reply: Reply;
+  /** Answers who asks what its release consists of, which is not kept in `asked`: not known. */
+  list: Reply = (_, connection) => send(connection, "null");
   readonly #server: Server;
   readonly #connections = new Set<Socket>();
 
@@ -82,6 +84,7 @@ export class Double implements AsyncDisposable {
         lines.map((line) => line.split(/:\s*(.*)/s, 2) as [string, string]),
       );
       const asked = { method, target, path, query, headers, before: this.askedFor(path).length };
+      if (query.has("list")) return void this.list(asked, connection);
       this.asked.push(asked);
       void this.reply(asked, connection);
     };

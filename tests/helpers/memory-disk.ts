@@ -88,6 +88,16 @@ interface Image {
   modes: Map<number, number>;
 }
 
+let times = 0;
+const timeByContent = new WeakMap<Uint8Array, number>();
+
+/** A time of writing: another one for each content that was ever written. */
+function timeOf(data: Uint8Array): number {
+  const time = timeByContent.get(data) ?? ++times;
+  timeByContent.set(data, time);
+  return time;
+}
+
 const ROOT = 1;
 const EMPTY = new Uint8Array();
 const FILE_MODE = 0o644;
@@ -264,8 +274,9 @@ export class MemoryDisk implements Disk {
     this.#begin("stat", path);
     const inode = this.#find(path);
     if (!inode) return undefined;
-    const { kind, mode, device, data } = inode;
-    return { kind, mode, device, size: kind === "file" ? data.length : 4096 };
+    const { kind, mode, device, data, number } = inode;
+    const size = kind === "file" ? data.length : 4096;
+    return { kind, mode, device, size, stamp: `${number} ${timeOf(data)}` };
   }
 
   list(path: string): string[] {
