@@ -1,0 +1,14 @@
+/** A year in the field, compressed. `SEED=7 bun test tests/soak.test.ts` repeats one. */
+
+import { expect, test } from "bun:test";
+import { soak } from "./soak/soak.ts";
+
+/** About 20 s on two cores; a number of steps, so that a slow machine tests the same. */
+const STEPS = 300;
+
+test("releases, kills, faults, damage, rollbacks: every promise is kept", async () => {
+  const seed = Number(process.env.SEED ?? Math.floor(Math.random() * 1_000_000));
+  console.log(`soak: SEED=${seed}`);
+  const done = await soak({ seed, steps: STEPS });
+  expect(Object.values(done).reduce((sum, count) => sum + count, 0)).toBe(STEPS);
+}, 600_000); // A busy machine may take its time.

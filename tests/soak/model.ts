@@ -1,0 +1,173 @@
+/**
+ * What must be true of a device: plain data, which knows of releases, files and what was promised,
+ * and nothing of journals. A step makes of one model those in which the device may be afterwards.
+ */
+
+import { LooseVersion } from "../../ota.ts";
+import { areAtOdds, differences, isSame, passes, type File, type Tree } from "./releases.ts";
+
+/** A device. A model is never changed, only followed by another. */
+export interface Model {
+  /** What it is on; `null`: nothing. */
+  version: string | null;
+  /** What that release consists of: these files are the updater's, all others the application's. */
+  release: Tree;
+  /** What is on its disk. */
+  tree: Tree;
+  /** The active image, with the hash of what is in the slot. */
+  firmware: Image | null;
+  /** What `rollback` may end with: any of these. Empty: it must refuse. */
+  backs: readonly Model[];
+  /** `rollback` may refuse, too: its backups are lost, or what was promised does not cover it. */
+  mayRefuse: boolean;
+  /** Nobody can say what a rollback does: an old `.ota` was put back. */
+  isUnclear: boolean;
+  /** Names what was installed last, and so what `rollback` remembers as failed. */
+  offer: string;
+  /** What was offered and failed. */
+  failed: ReadonlySet<string>;
+  /** An update has made a record. */
+  isRecorded: boolean;
+}
+
+export interface Image {
+  version: string;
+  hash: string;
+}
+
+/** What a server offers. */
+export interface Offered {
+  newest: { version: string; tree: Tree } | undefined;
+  image: Image | undefined;
+}
+
+/** What a step may end with. */
+export interface Expected {
+  /** The device is then one of these. */
+  endings: Model[];
+  /** What `client` may call it. */
+  results: string[];
+  /** It may fail with exit code 1, and the device is as it was: an application's file is in the way. */
+  mayFail: boolean;
+  /** What is being installed, if anything; while its check has not ended, the device is this. */
+  next?: Model;
+  isGood: boolean;
+  offer: string;
+}
+
+export function isNewer(a: string, b: string | null): boolean {
+  return b === null || new LooseVersion(a).compare(b) > 0;
+}
+
+/** Files of a release that are not on the disk as they should be. */
+export function damaged({ release, tree }: Model): string[] {
+  return [...release].filter(([path, file]) => !isSame(file, tree.get(path))).map(([path]) => path);
+}
+
+/** The application's own files. */
+function own({ release, tree }: Model): [string, File][] {
+  return [...tree].filter(([path]) => !release.has(path));
+}
+
+/** The application's files of which a release needs the place: it has another one there. */
+export function displaced(old: Model, release: Tree): [string, File][] {
+  return own(old).filter(
+    ([path, { hash }]) => release.has(path) && release.get(path)!.hash !== hash,
+  );
+}
+
+/** The application's files that would have to be directories for a release, or the reverse. */
+export function inTheWay(old: Model, release: Tree): string[] {
+  const needed = [...release.keys()];
+  return own(old)
+    .map(([path]) => path)
+    .filter((path) => needed.some((other) => areAtOdds(path, other)));
+}
+
+/** What one run of `client` does, undisturbed. */
+export function afterUpdate(
+  old: Model,
+  { newest, image }: Offered,
+  { check, retry, without }: { check: boolean; retry: boolean; without: ReadonlySet<string> },
+): Expected {
+  const target = newest && !isNewer(old.version ?? "", newest.version) ? newest : undefined;
+  const version = target?.version ?? old.version;
+  const isSameVersion = version === old.version;
+  const isSameContent = !target || differences(target.tree, old.release).length === 0;
+  const isNewImage = image !== undefined && isNewer(image.version, old.firmware?.version ?? null);
+  const isBrokenImage =
+    image?.version === old.firmware?.version && image?.hash !== old.firmware?.hash;
+  const firmware = isNewImage || isBrokenImage ? image! : old.firmware;
+
+  const blocking = target ? inTheWay(old, target.tree) : [];
+  const mine = own(old).filter(([path]) => !blocking.includes(path));
+  const tree: Tree = target ? new Map([...mine, ...target.tree]) : old.tree;
+  const isChange = differences(tree, old.tree).length > 0 || firmware !== old.firmware;
+  const isRepair = isSameVersion && isSameContent && !isNewImage;
+  const files = [...(target?.tree ?? [])]
+    .map(([path, { hash }]) => path + hash)
+    .sort()
+    .join();
+  const content = isSameVersion && isSameContent ? "-" : Bun.hash(files);
+  const offer = `${version} ${content} ${isNewImage ? image.version : "-"}`;
+  const stay = { endings: [old], mayFail: blocking.length > 0, isGood: true, offer };
+  if (isSameVersion && isSameContent && !isChange) {
+    return { ...stay, results: ["up to date"], endings: [old, { ...old, isRecorded: true }] };
+  }
+  const before = damaged(old).length > 0 ? [old, { ...old, ...repaired(old) }] : [old];
+  if (old.failed.has(offer) && !retry) {
+    return { ...stay, endings: before, results: ["not tried", "repaired"] };
+  }
+  const isGood = !check || passes(tree, without);
+  // What is older than what it is on is never offered again.
+  const failed = new Set([...old.failed].filter((one) => !isNewer(version!, one.split(" ")[0]!)));
+  const next: Model = {
+    ...{ version, release: target?.tree ?? old.release, tree, firmware, failed, isRecorded: true },
+    ...{ offer: isRepair ? old.offer : offer, isUnclear: isRepair && old.isUnclear },
+    // A repair is no release. Content that changed under its version may count as either.
+    backs: isRepair ? old.backs : isSameVersion && !isNewImage ? [old, ...old.backs] : before,
+    mayRefuse: isRepair ? old.mayRefuse : isSameVersion || !isChange,
+  };
+  if (isGood) {
+    const results = isSameVersion && !isNewImage ? ["repaired", "updated"] : ["updated"];
+    return { ...stay, endings: [next], results, next, isGood };
+  }
+  return { ...stay, endings: afterFailure(old, offer), results: ["rolled back"], next, isGood };
+}
+
+/** Whether a device passes the check. */
+export function isGoodOn({ tree }: Model, { without }: { without: ReadonlySet<string> }): boolean {
+  return passes(tree, without);
+}
+
+/** What a device is after its check has failed: as before, and it remembers. */
+export function afterFailure(old: Model, offer: string): Model[] {
+  const failed = new Set([...old.failed, offer]);
+  const back = { ...old, mayRefuse: true, failed };
+  return damaged(old).length > 0 ? [back, { ...back, ...repaired(old) }] : [back];
+}
+
+/** What it is on may be put right, even where it is not the newest. */
+function repaired(old: Model): Pick<Model, "tree" | "isRecorded"> {
+  return { tree: new Map([...old.tree, ...old.release]), isRecorded: true };
+}
+
+/** What `rollback` makes of a device: the releases' files as they were, the others as they are. */
+export function afterRollback(now: Model): Model[] {
+  return now.backs.map((back) => {
+    const others = own(now).filter(([path]) => !back.release.has(path));
+    const theirs = [...back.tree].filter(
+      ([path]) => now.release.has(path) || back.release.has(path),
+    );
+    const tree = new Map([...others, ...theirs]);
+    const failed = new Set([...now.failed, now.offer]);
+    return { ...back, tree, failed, backs: [], mayRefuse: true };
+  });
+}
+
+/** Files of either release that the application has changed since the update. */
+export function changedSince(now: Model): string[] {
+  const releases = [now.release, ...now.backs.map(({ release }) => release)];
+  const paths = new Set(releases.flatMap((release) => [...release.keys()]));
+  return [...paths].filter((path) => !isSame(now.release.get(path), now.tree.get(path)));
+}
