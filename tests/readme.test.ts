@@ -77,7 +77,12 @@ beforeAll(async () => {
 });
 
 /** What in README are options of other programs. */
-const FOREIGN = ["npx --yes", "bun build --compile ota.ts --outfile ota"];
+const FOREIGN = [
+  "npx --yes",
+  "bun build --compile ota.ts --outfile ota",
+  "bun run soak --minutes 60 --seed 7",
+  "--without damage,switch",
+];
 
 describe("options", () => {
   test("every one in README is in --help", () => {
