@@ -111,9 +111,9 @@ const half = CONTENT.subarray(0, 100_000);
 /** 128 MiB of nothing, in fewer bytes than the content has. */
 const BOMB = gzipSync(Buffer.alloc(128 * 1024 * 1024), { level: 9 });
 
-/** A second, where silence is to be met; else enough for a busy machine. */
+/** Three seconds, where silence is to be met; else enough for a busy machine. */
 function patience(says: RegExp): string[] {
-  return says.source.includes("nothing came for 1 s") ? ["--timeout", "1"] : [];
+  return says.source.includes("nothing came for 3 s") ? ["--timeout", "3"] : [];
 }
 
 describe("content that", () => {
@@ -126,10 +126,10 @@ describe("content that", () => {
       does: (connection) => void connection.end(),
       says: /cannot reach .*gave up after 5 tries/,
     },
-    "never comes: silence": { does: () => {}, says: /nothing came for 1 s; gave up/ },
+    "never comes: silence": { does: () => {}, says: /nothing came for 3 s; gave up/ },
     "never comes: a head, and silence": {
       does: (connection) => void connection.write(head(200, whole)),
-      says: /nothing came for 1 s; gave up/,
+      says: /nothing came for 3 s; gave up/,
     },
     "is no HTTP": {
       does: (connection) => void connection.end("lorem ipsum\r\n\r\n"),
@@ -140,7 +140,7 @@ describe("content that", () => {
         connection.write(head(200, whole));
         connection.write(half);
       },
-      says: /nothing came for 1 s; gave up/,
+      says: /nothing came for 3 s; gave up/,
       bytes: CONTENT.length,
     },
     "stops in the middle, and the connection is closed": {
@@ -173,7 +173,7 @@ describe("content that", () => {
         connection.write(head(200, whole));
         connection.write(CONTENT.subarray(0, 1));
       },
-      says: /nothing came for 1 s; gave up/,
+      says: /nothing came for 3 s; gave up/,
     },
     "is shorter than the manifest says": {
       does: (connection) => send(connection, half),
@@ -328,13 +328,13 @@ describe("content that", () => {
 
 describe("a manifest that", () => {
   const cases: Record<string, { does: Misbehave; says: RegExp; tries?: number }> = {
-    "never comes": { does: () => {}, says: /nothing came for 1 s; gave up/ },
+    "never comes": { does: () => {}, says: /nothing came for 3 s; gave up/ },
     "is not finished": {
       does: (connection) => {
         connection.write(head(200, chunked));
         connection.write(chunk(Buffer.from('{"delete":[')));
       },
-      says: /nothing came for 1 s; gave up/,
+      says: /nothing came for 3 s; gave up/,
     },
     "is cut off": {
       does: (connection) => {
