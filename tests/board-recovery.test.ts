@@ -207,7 +207,7 @@ async function explore(world: World, most: number): Promise<Report> {
     const whole = end === "done" && !MIXED.test(output.join("\n")) ? world.whole(board) : undefined;
     if (whole) report[whole]++;
     else report.mixed.push(`${end}, ${operations.length} operations: ${output.join("; ")}`);
-    if (report.mixed.length > 3) break;
+    if (report.mixed.length > 0) break;
     meet(board);
     // What the application may do then.
     const phase = board.read(`${board.home}/.ota/state`) ?? "";
@@ -219,7 +219,7 @@ async function explore(world: World, most: number): Promise<Report> {
 }
 
 /** Starts of one scenario: `BOARD_STARTS=Infinity` looks at every state. */
-const MOST = Number(process.env.BOARD_STARTS ?? 110);
+const MOST = Number(process.env.BOARD_STARTS ?? 90);
 
 const next = random(SEED);
 const scenarios: [string, Scenario][] = [
@@ -253,7 +253,7 @@ describe("every state that resets can leave", () => {
       return spoilt;
     };
     const report = await explore(await World.open({ kind: "rp2", old, now, spoil }), MOST);
-    expect(report.mixed.length).toBeGreaterThan(3);
+    expect(report.mixed.length).toBeGreaterThan(0);
   });
 
   test.each(scenarios)("%s: one release, always", async (name, scenario) => {
