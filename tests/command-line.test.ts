@@ -10,7 +10,19 @@ setDefaultTimeout(30_000);
 /** Every option of every command. */
 const COMMANDS: Record<string, string[]> = {
   serve: [
-    ...["root", "port", "host", "url", "ignore", "latest", "sign", "token", "tls-cert", "tls-key"],
+    ...[
+      "root",
+      "port",
+      "host",
+      "url",
+      "ignore",
+      "latest",
+      "sign",
+      "token",
+      "tls-cert",
+      "tls-key",
+      "trust-proxy",
+    ],
   ],
   client: [
     ...["ver", "root", "server", "from", "id", "every", "jobs", "timeout", "check"],
