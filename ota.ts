@@ -3366,8 +3366,7 @@ class Service {
     return this.#encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
       if (!coded || !this.#outbox.hasRoomFor(coded.content)) return this.#plain(request, file);
       const { encoding, content, tag } = coded;
-      const etag = file.etag.replace(/"$/, `-${encoding}-${tag}"`);
-      return select(request, file, { encoding, etag, content });
+      return select(request, file, { encoding, etag: `"${tag}-${encoding}"`, content });
     });
   }
 

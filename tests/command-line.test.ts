@@ -24,6 +24,7 @@ const COMMANDS: Record<string, string[]> = {
       "token",
       "tls-cert",
       "tls-key",
+      "trust-proxy",
     ],
   ],
   client: [

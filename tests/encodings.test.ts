@@ -398,11 +398,10 @@ describe("each form of a content is a representation of its own", () => {
   });
 
   test("a coded one's tag is of its very bytes, whatever version of a coder made them", async () => {
-    const content = (await get(server, APP)).headers.get("etag")!.slice(1, -1);
     for (const [name, headers] of forms.slice(1)) {
       const { headers: got, body } = await get(server, APP, headers);
       const hash = Bun.hash(body).toString(16).padStart(16, "0");
-      expect(got.get("etag")).toBe(`"${content}-${name}-${hash}"`);
+      expect(got.get("etag")).toBe(`"${hash}-${name}"`);
     }
   });
 

@@ -7,6 +7,7 @@ import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync, renameSync, rmSync, symlinkSync, utimesSync, writeFileSync } from "node:fs";
 import { connect, type Socket } from "node:net";
 import { randomBytes } from "node:crypto";
+import { serve } from "../ota.ts";
 import { memoryOf, openFiles } from "./helpers/process.ts";
 import { addressOf, parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
 import { certify } from "./helpers/pki.ts";
@@ -113,6 +114,22 @@ describe("log and metrics tell of a body at its end", () => {
       expect(await metric(server, "ota_sent_bytes_total")).toBeLessThan(LARGE);
     });
   }
+
+  test("a server that is stopped sends what is on its way, and logs it", async () => {
+    using temp = new Temp();
+    layTree(temp.path, { "1.0.0/large": Buffer.alloc(LARGE) });
+    const lines: string[] = [];
+    const log = (line: string) => void lines.push(line);
+    const options = { root: temp.path, port: 0, host: "127.0.0.1", quiet: 0, log };
+    const server = await serve(options);
+    const client = new Client({ url: server.url.origin }, "/1.0.0/large");
+    await client.begun;
+    const stopped = server.stop();
+    expect((await client.rest()).body.length).toBe(LARGE);
+    await stopped;
+    expect(lines).toHaveLength(1);
+    expect(lines[0]).toMatch(new RegExp(` 200 ${LARGE} [0-9.]+ms$`));
+  });
 
   test("what is on its way when the server is stopped at once was not sent", async () => {
     using temp = new Temp();
