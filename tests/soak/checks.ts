@@ -48,7 +48,8 @@ export function isOneOf(
   models: readonly Model[],
 ): Model {
   const found = models.find((model) => unlike(seen, model) === undefined);
-  if (found) return found;
+  // At first contact a device makes a record even where nothing else comes of it.
+  if (found) return seen.isRecorded && !found.isRecorded ? { ...found, isRecorded: true } : found;
   const versions = models.map(({ version, firmware }) => `${version}/${firmware?.version ?? "-"}`);
   const differ = models.map((model) => `(against ${model.version}) ${unlike(seen, model)}`);
   const which = versions.join(" or ");
@@ -110,11 +111,12 @@ export function checkRecord(device: Device): void {
     if (release.has(path) && hash === tree.get(path)?.hash) continue;
     throw broken(`${path} as ${release.get(path)?.hash ?? "none of its files"}`, hash ?? "nothing");
   }
-  if (!fs.existsSync(`${device.root}/flash`) || !isRecorded) return;
-  if (!fs.statSync(`${device.root}/flash`).isDirectory()) return;
+  // Nobody has written that file before the first update.
+  if (device.model.offer === "" || device.model.isUnclear) return;
   const file = `${device.root}/${VERSION_FILE}`;
   const text = fs.existsSync(file) ? fs.readFileSync(file, "utf8") : "nothing";
-  if (text === `VERSION = '${version}'\n`) return;
+  const needsNone = ![...release.keys()].some((path) => path.startsWith("flash/"));
+  if (text === `VERSION = '${version}'\n` || (text === "nothing" && needsNone)) return;
   throw broken(`${VERSION_FILE} with ${version}`, text);
 }
 

@@ -59,9 +59,31 @@ export function isNewer(a: string, b: string | null): boolean {
   return b === null || new LooseVersion(a).compare(b) > 0;
 }
 
+/** Whether a file is as a release has it. One that its owner lets run stays so. */
+function isAs(file: File | undefined, wanted: File | undefined): boolean {
+  return file?.hash === wanted?.hash && (!wanted?.executable || !!file?.executable);
+}
+
 /** Files of a release that are not on the disk as they should be. */
 export function damaged({ release, tree }: Model): string[] {
-  return [...release].filter(([path, file]) => !isSame(file, tree.get(path))).map(([path]) => path);
+  return [...release].filter(([path, file]) => !isAs(tree.get(path), file)).map(([path]) => path);
+}
+
+/** The files of a release as they are then on the disk of a device. */
+function laid(release: Tree, old: Model): [string, File][] {
+  return [...release].map(([path, file]) => {
+    const ran = old.tree.get(path)?.executable && !old.release.get(path)?.executable;
+    return [path, { ...file, executable: file.executable || !!ran }];
+  });
+}
+
+/** What a device takes to be of a release, when it knows no more than what that consists of. */
+export function adopted(list: Tree | undefined, tree: Tree): Tree {
+  const found = [...(list ?? [])].flatMap(([path, { executable }]): [string, File][] => {
+    const file = tree.get(path);
+    return file ? [[path, { ...file, executable: executable && file.executable }]] : [];
+  });
+  return new Map(found);
 }
 
 /** The application's own files. */
@@ -101,7 +123,7 @@ export function afterUpdate(
 
   const blocking = target ? inTheWay(old, target.tree) : [];
   const mine = own(old).filter(([path]) => !blocking.includes(path));
-  const tree: Tree = target ? new Map([...mine, ...target.tree]) : old.tree;
+  const tree: Tree = target ? new Map([...mine, ...laid(target.tree, old)]) : old.tree;
   const isChange = differences(tree, old.tree).length > 0 || firmware !== old.firmware;
   const isRepair = isSameVersion && isSameContent && !isNewImage;
   const files = [...(target?.tree ?? [])]
@@ -149,19 +171,27 @@ export function afterFailure(old: Model, offer: string): Model[] {
 
 /** What it is on may be put right, even where it is not the newest. */
 function repaired(old: Model): Pick<Model, "tree" | "isRecorded"> {
-  return { tree: new Map([...old.tree, ...old.release]), isRecorded: true };
+  return { tree: new Map([...old.tree, ...laid(old.release, old)]), isRecorded: true };
 }
 
 /** What `rollback` makes of a device: the releases' files as they were, the others as they are. */
 export function afterRollback(now: Model): Model[] {
-  return now.backs.map((back) => {
+  return now.backs.flatMap((back) => {
     const others = own(now).filter(([path]) => !back.release.has(path));
-    const theirs = [...back.tree].filter(
-      ([path]) => now.release.has(path) || back.release.has(path),
-    );
-    const tree = new Map([...others, ...theirs]);
+    const isTheirs = (path: string) => now.release.has(path) || back.release.has(path);
+    const tree = new Map([...others, ...[...back.tree].filter(([path]) => isTheirs(path))]);
+    // What both have, the update left alone: nothing of it was kept.
+    for (const [path, file] of back.release) {
+      const isInBoth = isSame(file, now.release.get(path)) && isSame(file, back.tree.get(path));
+      if (!isInBoth) continue;
+      if (now.tree.has(path)) tree.set(path, now.tree.get(path)!);
+      else tree.delete(path);
+    }
     const failed = new Set([...now.failed, now.offer]);
-    return { ...back, tree, failed, backs: [], mayRefuse: true };
+    const made = { ...back, tree, failed, backs: [], mayRefuse: true };
+    // An image that both have may have been damaged meanwhile, or put right.
+    const isSameImage = back.firmware?.version === now.firmware?.version;
+    return isSameImage ? [made, { ...made, firmware: now.firmware }] : [made];
   });
 }
 
@@ -169,5 +199,5 @@ export function afterRollback(now: Model): Model[] {
 export function changedSince(now: Model): string[] {
   const releases = [now.release, ...now.backs.map(({ release }) => release)];
   const paths = new Set(releases.flatMap((release) => [...release.keys()]));
-  return [...paths].filter((path) => !isSame(now.release.get(path), now.tree.get(path)));
+  return [...paths].filter((path) => !isAs(now.tree.get(path), now.release.get(path)));
 }

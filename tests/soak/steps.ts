@@ -13,6 +13,7 @@ const anyDevice = ({ random, devices }: World): Device => random.pick(devices);
 
 /** What a run of `client` does now, undisturbed. */
 function expect(world: World, device: Device, retry = false): model.Expected {
+  device.model = world.known(device);
   return model.afterUpdate(device.model, world.offered, { ...device, ...world, retry });
 }
 
@@ -54,7 +55,7 @@ async function recover(
   }
   const seen = await world.see(device);
   device.model = checks.isOneOf("recovered", device, seen, models);
-  const isAsBefore = device.model === models.at(-1);
+  const isAsBefore = !next.includes(device.model);
   const expected = expect(world, device);
   if (isAsBefore && expected.isGood && then) return then();
   if (seen.pending && !isAsBefore) {
@@ -84,6 +85,11 @@ async function goBack(world: World, device: Device, run: Parameters<World["rollB
   const backs = model.afterRollback(now);
   const ended = await world.rollBack(device, run);
   checks.checkError(device, ended);
+  // A damaged slot counts as a file that was changed.
+  const { version, hash } = now.firmware ?? {};
+  if (world.images.some((image) => image.version === version && image.hash !== hash)) {
+    changed.push("the firmware");
+  }
   const mayRefuse = backs.length === 0 || now.mayRefuse || (changed.length > 0 && !run?.force);
   const isRefused = ended.result === undefined;
   if (isRefused ? !mayRefuse : backs.length === 0) {
@@ -95,14 +101,6 @@ async function goBack(world: World, device: Device, run: Parameters<World["rollB
   device.model = checks.isOneOf(what, device, seen, isRefused ? [now] : backs);
   checks.checkRecord(device);
   await checks.checkPoll(world, device);
-}
-
-/** What a device is once its record is gone: what it claims; all other files are its own. */
-function forget(world: World, device: Device): model.Model {
-  const tree = readTree(device.root);
-  const version = world.claim(device);
-  const release = world.versions.get(version ?? "") ?? new Map();
-  return { ...device.nothing(), tree, version, release };
 }
 
 /** The application changes its own files: paths that no release has now, but one may have later. */
@@ -159,10 +157,10 @@ async function bringAlong(world: World, device: Device): Promise<void> {
   if (kind > 1 && random.chance(0.3) && fs.existsSync(`${device.root}/flash/`)) {
     fs.writeFileSync(`${device.root}/flash/OTA_VERSION.py`, `VERSION = '${version}'\n`);
   }
-  device.model = forget(world, device);
+  device.model = world.forgotten(device);
   if (kind === 3) damage(world, device);
   if (random.chance(0.5)) changeOwn(world, device);
-  device.model = forget(world, device);
+  device.model = world.forgotten(device);
 }
 
 /** Puts a new device in the place of one that is there. */
@@ -364,7 +362,7 @@ export const KINDS: Record<string, Kind> = {
     async (world) => {
       const device = anyDevice(world);
       fs.rmSync(`${device.root}/.ota`, { recursive: true, force: true });
-      device.model = forget(world, device);
+      device.model = world.forgotten(device);
     },
   ],
   "old-ota": [
@@ -390,7 +388,7 @@ export const KINDS: Record<string, Kind> = {
       const device = anyDevice(world);
       const record = `${device.root}/.ota/state.json`;
       const { firmware } = device.model;
-      const forgotten = { ...forget(world, device), firmware, isUnclear: true };
+      const forgotten = { ...world.forgotten(device), firmware, isUnclear: true };
       const after = expect(
         world,
         Object.assign(Object.create(device), { model: forgotten }) as Device,

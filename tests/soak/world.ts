@@ -8,6 +8,7 @@ import {
   rollBack,
   serve,
   status,
+  VERSION_FILE,
   type HttpOptions,
   type OTAServer,
   type Want,
@@ -16,7 +17,7 @@ import { Random } from "../helpers/random.ts";
 import { TempDir } from "../helpers/temp.ts";
 import { ota, sha256, type Ended as Exit } from "../helpers/tool.ts";
 import { Cache, hurried, withTrouble, type Trouble } from "./between.ts";
-import type { Image, Model, Offered } from "./model.ts";
+import { adopted, type Image, type Model, type Offered } from "./model.ts";
 import { Gardener, readTree, writeFile, writeTree, type File, type Tree } from "./releases.ts";
 
 /** Where a device gets releases from: a server, one whose URLs name a cache, a cache, a stick. */
@@ -169,7 +170,7 @@ export class World implements AsyncDisposable {
       fs.symlinkSync(made, `${this.root}.new`);
       fs.renameSync(`${this.root}.new`, this.root);
     } else {
-      fs.renameSync(old, `${old}.old`);
+      fs.renameSync(old, this.temp.at(this.name("old-")));
       fs.renameSync(made, old);
     }
   }
@@ -266,19 +267,38 @@ export class World implements AsyncDisposable {
 
   /** A device as its disk and `status` have it. */
   async see({ root }: Device) {
-    const { version, firmware, pending, failed } = await status(root);
+    const { version, firmware, pending } = await status(root);
     const slot = `${root}/${firmware?.file}`;
     const hash = fs.existsSync(slot) ? sha256(fs.readFileSync(slot)) : "no file";
     const image = firmware && { ...firmware, hash };
-    return { tree: readTree(root), version, firmware: image, pending, failed };
+    const record = `${root}/.ota/state.json`;
+    const isRecorded =
+      fs.existsSync(record) && !!JSON.parse(fs.readFileSync(record, "utf8")).installed;
+    return { tree: readTree(root), version, firmware: image, pending, isRecorded };
   }
 
-  /** What a device is by its own account, when it has no record. */
-  claim({ ver, root }: Device): string | null {
-    const file = `${root}/flash/OTA_VERSION.py`;
-    const written = fs.existsSync(file) && /'(.*)'/.exec(fs.readFileSync(file, "utf8"))?.[1];
+  /** What a device is once its record is gone: what it claims; all other files are its own. */
+  forgotten(device: Device): Model {
+    const { ver, root } = device;
     const isEmpty = fs.readdirSync(root).every((name) => name === ".ota");
-    return written || (isEmpty ? null : (ver ?? null));
+    const version = writtenVersion(root) ?? (isEmpty ? null : (ver ?? null));
+    const tree = readTree(root);
+    const release = adopted(this.versions.get(version ?? ""), tree);
+    return { ...device.nothing(), tree, version, release };
+  }
+
+  /** What a device knows of itself when it next asks: at first contact, what the server says. */
+  known(device: Device): Model {
+    const { model, root } = device;
+    if (!model.isRecorded) {
+      const { version, release } = this.forgotten(device);
+      return { ...model, version, release };
+    }
+    const written = writtenVersion(root);
+    if (!model.isUnclear || !written || written === model.version) return model;
+    // The record is an old one. What the device says beside it counts, too.
+    const release = adopted(this.versions.get(written), model.tree);
+    return { ...model, release: new Map([...model.release, ...release]) };
   }
 }
 
@@ -296,4 +316,10 @@ function asEnded({ code, last, stderr }: Exit, rolledBack: number): Ended {
   const ended = { notes: stderr.split("\n"), asked: [] };
   if (!isRight) return { ...ended, error: new TypeError(what) };
   return result ? { ...ended, result } : { ...ended, error: new OTAError(stderr) };
+}
+
+/** The version that a device has for its own code. */
+function writtenVersion(root: string): string | undefined {
+  const file = `${root}/${VERSION_FILE}`;
+  return fs.existsSync(file) ? /'(.*)'/.exec(fs.readFileSync(file, "utf8"))?.[1] : undefined;
 }
