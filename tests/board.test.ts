@@ -17,7 +17,7 @@ import {
 import { Link } from "./board/link.ts";
 import { binaries } from "./board/make-firmware.ts";
 
-setDefaultTimeout(60_000);
+setDefaultTimeout(240_000);
 
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];
 const UPDATE_COMMAND = new Uint8Array([1, 2, 3]);
