@@ -4627,6 +4627,8 @@ class DeviceTree extends DeviceFiles {
     const kind = this.stat(path)?.kind;
     if (kind === "directory") return;
     if (kind) this.#displace(path);
+    // The application may have removed what was above it.
+    else for (const above of ancestors(path).reverse()) this.#mkdir(above);
     this.disk.mkdir(this.at(path));
   }
 

@@ -8,7 +8,7 @@ import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "
 import { type Kind } from "./board/board.ts";
 import { CONFIRM, example, random, Root, ROLLBACK, runs, UPDATE, Van } from "./board/fleet.ts";
 
-setDefaultTimeout(60_000);
+setDefaultTimeout(240_000);
 
 const SEED = 20250612;
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];
@@ -171,7 +171,7 @@ describe("a manifest", () => {
       }
       return next(8) === 0 ? bytes.subarray(0, next(bytes.length)) : bytes;
     };
-    const bodies = Array.from({ length: 1200 }, (_, i) => {
+    const bodies = Array.from({ length: 300 }, (_, i) => {
       const text = JSON.stringify(i % 3 > 0 ? bend(manifest()) : manifest());
       return i % 3 === 1 ? Buffer.from(text) : tear(text);
     });
@@ -187,7 +187,7 @@ describe("a manifest", () => {
       });
     }
     console.log(`  seed ${SEED}: ${JSON.stringify(seen)}`);
-    expect(Math.min(seen.staged, seen.OSError, seen.ValueError)).toBeGreaterThan(20);
+    expect(Math.min(seen.staged, seen.OSError, seen.ValueError)).toBeGreaterThan(10);
   });
 
   test.each([100, 1000])("of %i files is read twice", async (count) => {
