@@ -42,6 +42,9 @@ import {
 
 setDefaultTimeout(600_000);
 
+/** Seconds of silence that a busy machine may need for a delta; nothing here is silent for good. */
+const PATIENT = 300;
+
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`encodings: SEED=${SEED}`);
 
@@ -89,13 +92,16 @@ class Fleet extends Temp {
   }
 
   client(server: { url: string }, args: string[] = [], options: ToolOptions = {}): Promise<Ended> {
-    return ota(["client", "--root", this.root, "--server", server.url, ...args], options);
+    return ota(
+      ["client", "--timeout", `${PATIENT}`, "--root", this.root, "--server", server.url, ...args],
+      options,
+    );
   }
 
   /** Brings the device to an older release, as the server had it once. */
   async provision(version: string): Promise<void> {
     await using server = await Served.start(this.releases, { latest: version });
-    await new HttpOTA(server.url, { root: this.root }).update();
+    await new HttpOTA(server.url, { timeout: PATIENT, root: this.root }).update();
   }
 }
 
@@ -708,7 +714,7 @@ describe("a device", () => {
     await fleet.provision("1.0.0");
     await using server = await Served.start(fleet.releases);
     await using between = await Between.start(server);
-    await new HttpOTA(between.url, { root: fleet.root }).update();
+    await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
     expect(readTree(fleet.root)).toEqual(asTree(now));
     const asked = between.content.map((passed) => [
       passed.asked.path,
@@ -736,7 +742,15 @@ describe("a device", () => {
           return offering(offer, () => double.url)(asked, connection);
         send(connection, zlib.gzipSync(content), { headers: { "Content-Encoding": "gzip" } });
       });
-      const args = ["client", "--root", temp.at("device"), "--server", double.url];
+      const args = [
+        "client",
+        "--timeout",
+        `${PATIENT}`,
+        "--root",
+        temp.at("device"),
+        "--server",
+        double.url,
+      ];
       const { code, stderr } = await ota(args);
       expect({ codes, code, stderr }).toEqual({ codes, code: 0, stderr: expect.any(String) });
       expect(readTree(temp.at("device"))).toMatchObject(asTree(put));
@@ -858,7 +872,7 @@ describe("what does not decode, or to something else", () => {
           return answerOther(passed, connection, flip(0.5)(answer.body, PHOTO, PHOTO));
         },
       });
-      await new HttpOTA(between.url, { root }).update();
+      await new HttpOTA(between.url, { timeout: PATIENT, root }).update();
       expect(readTree(root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
       const app = between.of(APP).map(({ answer }) => coding(answer));
       expect(app).toEqual([only, "identity"]);
@@ -875,7 +889,7 @@ describe("what does not decode, or to something else", () => {
         passed.asked.path === APP &&
         answerOther(passed, connection, passed.answer.body.toReversed()),
     });
-    const update = new HttpOTA(between.url, { root: fleet.root }).update();
+    const update = new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
     expect(await update.catch((error: unknown) => error)).toBeInstanceOf(OTAError);
     expect(readTree(fleet.root)).toEqual(was);
   });
@@ -894,7 +908,17 @@ describe("what does not decode, or to something else", () => {
         send(connection, body, { headers: { "Content-Encoding": name } });
       });
       const root = temp.at(name);
-      const command = [process.execPath, OTA_TS, "client", "--root", root, "--server", double.url];
+      const command = [
+        process.execPath,
+        OTA_TS,
+        "client",
+        "--timeout",
+        `${PATIENT}`,
+        "--root",
+        root,
+        "--server",
+        double.url,
+      ];
       const child = Bun.spawn(command, { stdio: ["ignore", "ignore", "pipe"] });
       const stderr = await child.stderr.text();
       expect([name, await child.exited, stderr]).toEqual([name, 0, expect.any(String)]);
@@ -920,7 +944,10 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
   /** Cuts one answer for the file at nine tenths, once they have arrived. */
   const cut = (root: string, passed: Passed, connection: Socket) => {
     const part = partOf(root);
-    const arrived = () => eventually(`nine tenths of ${part}`, () => sizeOf(part) === most(passed));
+    const arrived = () =>
+      eventually(`nine tenths of ${part}`, () => {
+        return connection.destroyed || sizeOf(part) === most(passed);
+      });
     return cutOff(passed, connection, most(passed), arrived);
   };
 
@@ -941,7 +968,7 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
         await fleet.provision("1.0.0");
         await using server = await Served.start(fleet.releases);
         await using between = await start(server, fleet.root, only);
-        await new HttpOTA(between.url, { root: fleet.root }).update();
+        await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
         expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
         const [first, second, ...more] = between.of(APP);
         const { length } = first!.answer.body;
@@ -962,7 +989,15 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
         const was = readTree(fleet.root);
         await using server = await Served.start(fleet.releases);
         await using between = await start(server, fleet.root, only);
-        const args = ["client", "--root", fleet.root, "--server", between.url];
+        const args = [
+          "client",
+          "--timeout",
+          `${PATIENT}`,
+          "--root",
+          fleet.root,
+          "--server",
+          between.url,
+        ];
         const { answer } = between.meddling;
         between.meddling.answer = (passed, connection) => {
           if (passed.asked.path !== APP) return false;
@@ -1013,7 +1048,7 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
           if (asked.path === APP && asked.before > 0) headers.set("accept-encoding", then);
           else ask!(headers, asked);
         };
-        await new HttpOTA(between.url, { root: fleet.root }).update();
+        await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
         expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
         const answers = between.of(APP).map(({ answer }) => [answer.status, coding(answer)]);
         expect(answers).toEqual([
@@ -1036,7 +1071,7 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
         return answerOther(passed, connection, body.toReversed());
       },
     });
-    await new HttpOTA(between.url, { root: fleet.root }).update();
+    await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
     expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
     const rest = APP_2.length - Math.floor(APP_2.length * 0.9);
     const last = between.of(APP).at(-1)!.answer;
@@ -1062,7 +1097,15 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
             return true;
           },
         });
-        const args = ["client", "--root", fleet.root, "--server", between.url];
+        const args = [
+          "client",
+          "--timeout",
+          `${PATIENT}`,
+          "--root",
+          fleet.root,
+          "--server",
+          between.url,
+        ];
         const part = partOf(fleet.root);
         {
           await using tool = new Tool(args);
@@ -1090,7 +1133,7 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
       headers.delete("if-range");
       headers.set("accept-encoding", "identity");
     };
-    await new HttpOTA(between.url, { root: fleet.root }).update();
+    await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
     expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
 });
@@ -1139,7 +1182,7 @@ test.concurrent(
         });
         const events: OTAEvent[] = [];
         const report = (event: OTAEvent) => void events.push(event);
-        const end = await new HttpOTA(between.url, { root, report })
+        const end = await new HttpOTA(between.url, { timeout: PATIENT, root, report })
           .update()
           .catch((error: unknown) => {
             if (!(error instanceof OTAError)) throw error;
@@ -1150,7 +1193,7 @@ test.concurrent(
         expect([i, readTree(root)]).toEqual([i, failed ? was : asTree(now)]);
         // Given a good line, it gets there.
         between.meddling = {};
-        if (failed) await new HttpOTA(between.url, { root }).update();
+        if (failed) await new HttpOTA(between.url, { timeout: PATIENT, root }).update();
         expect([i, readTree(root)]).toEqual([i, asTree(now)]);
         expect(readdirSync(`${root}/.ota/staged`)).toEqual([]);
       }),
@@ -1258,7 +1301,16 @@ describe("content that the device has already", () => {
     });
     const args = ["--jobs", "1"];
     {
-      const all = ["client", "--root", fleet.root, "--server", between.url, ...args];
+      const all = [
+        "client",
+        "--timeout",
+        `${PATIENT}`,
+        "--root",
+        fleet.root,
+        "--server",
+        between.url,
+        ...args,
+      ];
       await using tool = new Tool(all);
       await eventually("firmware is asked for", () => between.of("/firmware_1.0.1.bin").length > 0);
       tool.kill();

@@ -67,8 +67,8 @@ export class Between implements AsyncDisposable {
     const { bytes } = await rawRequest(this.server, request).catch(() => {
       return { bytes: new Uint8Array() };
     });
-    // The server has gone: so do we.
-    if (bytes.length === 0) return void connection.destroy();
+    // The server has gone, maybe in the middle of the header: so do we.
+    if (!Buffer.from(bytes).includes("\r\n\r\n")) return void connection.destroy();
     const passed = { asked, answer: parseResponse(bytes) };
     this.passed.push(passed);
     if (!(await this.meddling.answer?.(passed, connection))) connection.end(bytes);
