@@ -26,8 +26,10 @@ import {
   sign,
   timingSafeEqual,
   verify,
+  X509Certificate,
 } from "node:crypto";
 import * as fs from "node:fs";
+import { BlockList, isIP } from "node:net";
 import { basename, dirname, extname, relative, resolve } from "node:path";
 import { parseArgs, promisify } from "node:util";
 import * as zlib from "node:zlib";
@@ -61,6 +63,14 @@ function errorCode(error: unknown): string | undefined {
   return error instanceof Error && "code" in error && typeof error.code === "string"
     ? error.code
     : undefined;
+}
+
+/** Whether an error is a bug of this file: nothing that a person can mend, and not the system's. */
+function isBug(error: unknown): boolean {
+  if (error instanceof OTAError) return false;
+  const code = errorCode(error);
+  // The runtime's own functions, called as they cannot be, say so with a code, too.
+  return code === undefined || (error instanceof TypeError && code.startsWith("ERR_"));
 }
 
 /** Whether a system error says that something is not there. */
@@ -115,6 +125,63 @@ function parseJSON(text: string): unknown {
 
 function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** Milliseconds of CPU that this thread has taken so far. */
+function cpuTime(): number {
+  const { user, system } = process.threadCpuUsage();
+  return (user + system) / 1000;
+}
+
+/** Milliseconds for which work may let requests wait. */
+const TURN = 8;
+
+/** Long work in this thread, in pieces; requests are answered in between. */
+class Pace {
+  #since = performance.now();
+  #cpu = cpuTime();
+  /** Milliseconds of CPU that the work has taken so far, without the pauses. */
+  busy = 0;
+
+  /** Whether others have waited for long enough. */
+  get isDue(): boolean {
+    return performance.now() - this.#since > TURN;
+  }
+
+  /** Lets others go first: all who wait now, or until something has come. */
+  async pause<T = void>(until: Promise<T> = new Promise(setImmediate)): Promise<T> {
+    this.busy += cpuTime() - this.#cpu;
+    try {
+      return await until;
+    } finally {
+      this.#since = performance.now();
+      this.#cpu = cpuTime();
+    }
+  }
+
+  /** Does something with each item. */
+  async each<T>(items: Iterable<T>, work: (item: T) => void): Promise<void> {
+    for (const item of items) {
+      work(item);
+      if (this.isDue) await this.pause();
+    }
+  }
+
+  /** The same items, sorted. */
+  async sort<T>(items: readonly T[], compare: (a: T, b: T) => number): Promise<T[]> {
+    if (this.isDue) await this.pause();
+    if (items.length <= 1000) return [...items].sort(compare);
+    const half = items.length >> 1;
+    const low = await this.sort(items.slice(0, half), compare);
+    const high = await this.sort(items.slice(half), compare);
+    const merged: T[] = [];
+    for (let i = 0, j = 0; merged.length < items.length;) {
+      const isLow = j === high.length || (i < half && compare(low[i]!, high[j]!) <= 0);
+      merged.push(isLow ? low[i++]! : high[j++]!);
+      if (this.isDue) await this.pause();
+    }
+    return merged;
+  }
 }
 
 // ──── Versions ──────────────────────────────────────────────────────────────────────────────────
@@ -206,12 +273,11 @@ const RELEASE_NAME_RULE =
  * not the ending of a backup or a temporary file.
  */
 export function isReleaseName(name: string): boolean {
-  return (
-    name.length <= 128 &&
-    /^[vV]?[0-9][0-9A-Za-z.+_-]*$/.test(name) &&
-    !/\.(bak|old|orig|tmp|part|swp)$/i.test(name)
-  );
+  return name.length <= 128 && /^[vV]?[0-9][0-9A-Za-z.+_-]*$/.test(name) && !PUT_ASIDE.test(name);
 }
+
+/** The ending of what a person or a program keeps beside the real thing. */
+const PUT_ASIDE = /\.(bak|old|orig|tmp|part|swp)$/i;
 
 /**
  * The VERSION in `firmware_VERSION.bin`, or `undefined` when `name` is not a firmware image's.
@@ -497,10 +563,12 @@ function checkPathsAgree(manifest: Manifest): void {
 export function releaseDigest(files: Iterable<readonly [path: string, sha256: string]>): string {
   const hasher = new Bun.CryptoHasher("sha256");
   for (const [path, sha256] of [...files].sort((a, b) => compareCodePoints(a[0], b[0]))) {
-    hasher.update(`${path}\0${sha256}\n`);
+    hasher.update(releaseLine(path, sha256));
   }
   return hasher.digest("hex");
 }
+
+const releaseLine = (path: string, sha256: string) => `${path}\0${sha256}\n`;
 
 /**
  * Decodes `%xx` and leaves what cannot be decoded as it is. A `+` stays a `+`, unlike in
@@ -602,6 +670,67 @@ export function readKey(file: string, kind: "private" | "public"): KeyObject {
   }
 }
 
+/**
+ * Reads the certificate of an authority, or of a server with those that lead to its authority.
+ *
+ * @param file PEM
+ * @returns its text, and the first certificate in it
+ * @throws {OTAError} exit code 2 when it cannot be read, has no certificate, or a damaged one
+ */
+export function readCertificates(file: string): { pem: string; first: X509Certificate } {
+  const pem = readPem(file);
+  const blocks = pem.match(/^-----BEGIN ([A-Z0-9 ]*CERTIFICATE)-----.*?^-----END \1-----/gms) ?? [];
+  try {
+    const [first] = blocks.map((block) => new X509Certificate(block));
+    if (first) return { pem, first };
+  } catch {
+    // OpenSSL's own words would help nobody.
+  }
+  const found = blocks.length === 0 ? "none" : "a damaged one";
+  throw new OTAError(`cannot use ${file}: expected a certificate in PEM, found ${found}`, 2);
+}
+
+/** A certificate and its key, in PEM, or the files that hold them. */
+export interface Certificate {
+  cert: string;
+  key: string;
+}
+
+/**
+ * Reads the certificate of a server and its key. TLS itself would find out at the first connection.
+ *
+ * @param files both PEM
+ * @returns their texts
+ * @throws {OTAError} exit code 2 when one of them cannot be used, or they do not belong together
+ */
+export function readServerCertificate(files: Certificate): Certificate {
+  const { pem: cert, first } = readCertificates(files.cert);
+  const key = readPem(files.key);
+  let parsed: KeyObject;
+  try {
+    parsed = createPrivateKey(key);
+  } catch (error) {
+    const isLocked = errorCode(error) === "ERR_MISSING_PASSPHRASE";
+    const found = isLocked ? "one with a passphrase, which nobody is there to enter" : "none";
+    throw new OTAError(`cannot use ${files.key}: expected a private key in PEM, found ${found}`, 2);
+  }
+  if (first.checkPrivateKey(parsed)) return { cert, key };
+  throw new OTAError(
+    `${files.key} is not the key of ${files.cert}: expected the two of one pair, ` +
+      "with the server's own certificate first",
+    2,
+  );
+}
+
+/** A file that an option names. */
+function readPem(file: string): string {
+  try {
+    return fs.readFileSync(file, "utf8");
+  } catch (error) {
+    throw new OTAError(`cannot read ${file}: ${errorText(error)}`, 2);
+  }
+}
+
 /** Compares secrets without telling by the time it takes how much of them was right. */
 function isSameSecret(a: string, b: string): boolean {
   return timingSafeEqual(Buffer.from(sha256(a)), Buffer.from(sha256(b)));
@@ -619,6 +748,10 @@ export interface ReleasesOptions {
   latest?: string;
   /** Seconds without a change before something counts; 1. 0: the root is known to be complete. */
   quiet?: number;
+  /** Whether other files below the root are left alone: nothing is served but what is offered. */
+  onlyReleases?: boolean;
+  /** Files that are never offered, wherever they turn up: the keys of a server. */
+  secrets?: readonly string[];
 }
 
 /** What below the root counts for nothing, and why. */
@@ -630,75 +763,99 @@ export interface Ignored {
 
 /** What a look at a version or an image found, nothing read yet. */
 interface Look {
-  files: { path: string; file: string; stat: fs.Stats }[];
+  files: Seen[];
   ignored: Ignored[];
   /** The same as long as nothing changes. */
   stamp: string;
-  /** When something changed last, in ms since 1970. */
+  /** When something changed last, in ms since 1970, by the clock that files are stamped with. */
   changed: number;
   /** Why nothing of it can be used. */
   problem?: string;
+}
+
+/** A file that was looked at. */
+interface Seen {
+  /** On the device. */
+  path: string;
+  /** Absolute, links resolved. */
+  file: string;
+  size: number;
+  executable: boolean;
+  stamp: string;
 }
 
 const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
 
 /** Looks at one root. */
 class Looker {
-  readonly #ignore: readonly Bun.Glob[];
+  readonly #secrets: readonly fs.Stats[];
 
   /**
    * @param root absolute, links resolved
    * @param ignore globs of what is no content
+   * @param secrets files that are no content wherever they are
    */
   constructor(
-    private readonly root: string,
-    ignore: readonly string[],
+    readonly root: string,
+    private readonly ignore: readonly Bun.Glob[],
+    secrets: readonly string[],
+    private readonly pace: Pace,
   ) {
-    this.#ignore = ignore.map((pattern) => new Bun.Glob(pattern));
+    this.#secrets = secrets.filter((file) => fs.existsSync(file)).map((file) => fs.statSync(file));
   }
 
-  /** Looks at a version: a directory, links resolved. */
-  version(name: string, directory: string): Look {
+  /** Looks at a version: a directory, links resolved. Takes its time; who looks again, knows. */
+  async version(name: string, directory: string): Promise<Look> {
     const look: Look = { files: [], ignored: [], stamp: "", changed: 0 };
-    const stamps: string[] = [];
-    const note = (path: string, stat: fs.Stats) => {
-      stamps.push(path, stampOf(stat));
+    let hash = 0n;
+    const note = (path: string, real: string, stat: fs.Stats) => {
+      const stamp = stampOf(stat);
+      hash = Bun.hash.wyhash(`${path}\0${real}\0${stamp}`, hash);
       look.changed = Math.max(look.changed, stat.ctimeMs);
+      return stamp;
     };
-    const visit = (real: string, prefix: string, above: readonly string[], linked = false) => {
-      note(prefix, fs.statSync(real));
-      for (const item of fs.readdirSync(real, { withFileTypes: true })) {
+    const visit = async (
+      real: string,
+      prefix: string,
+      above: readonly string[],
+      linked = false,
+    ) => {
+      note(prefix, real, fs.statSync(real));
+      // Not at once: it takes long where a directory has a hundred thousand entries.
+      const reading = fs.promises.readdir(real, { withFileTypes: true });
+      for (const item of await this.pace.pause(reading)) {
+        if (this.pace.isDue) await this.pace.pause();
         const path = prefix + item.name;
         const skip = (reason: string) => look.ignored.push({ path: `${name}/${path}`, reason });
         const reason = this.#noContent(item.name, path);
         if (reason) {
           skip(reason);
         } else if (item.isDirectory()) {
-          visit(`${real}/${item.name}`, `${path}/`, [...above, real], linked);
+          await visit(`${real}/${item.name}`, `${path}/`, [...above, real], linked);
         } else {
           const at = `${real}/${item.name}`;
           const found = item.isFile() ? { real: at, stat: fs.statSync(at) } : this.#follow(at);
           if (typeof found === "string") skip(found);
+          else if (this.#isSecret(found.stat)) skip("a key of this server");
           else if (found.stat.isFile()) {
-            note(path, found.stat);
-            look.files.push({ path, file: found.real, stat: found.stat });
+            look.files.push(seen(path, found.real, found.stat, note(path, found.real, found.stat)));
           } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
           else if (linked) skip("a link to a directory, below another such link");
-          else visit(found.real, `${path}/`, [...above, real], true);
+          else await visit(found.real, `${path}/`, [...above, real], true);
         }
       }
     };
     try {
-      visit(directory, "", []);
+      await visit(directory, "", []);
     } catch (error) {
       if (!isMissing(error)) {
         return { ...look, files: [], stamp: name, problem: `unreadable: ${errorText(error)}` };
       }
       // Something went away while we looked: a look that is never the same twice.
-      stamps.push(`${performance.now()}`);
-      look.changed = Date.now();
+      hash = Bun.hash.wyhash(`${performance.now()}`);
+      look.changed = Infinity;
     }
-    look.stamp = `${name} ${Bun.hash(stamps.join("\0"))}`;
+    look.stamp = `${name} ${hash}`;
     return look;
   }
 
@@ -708,7 +865,7 @@ class Looker {
     if (name.includes("\ufffd")) return "its name is not UTF-8";
     const problem = pathProblem(path);
     if (problem) return `the path ${problem}`;
-    const ignored = this.#ignore.some((glob) => glob.match(path) || glob.match(name));
+    const ignored = this.ignore.some((glob) => glob.match(path) || glob.match(name));
     return ignored ? "--ignore" : undefined;
   }
 
@@ -733,16 +890,40 @@ class Looker {
     }
   }
 
+  #isSecret({ dev, ino }: fs.Stats): boolean {
+    return this.#secrets.some((secret) => secret.ino === ino && secret.dev === dev);
+  }
+
   /** Looks at a firmware image: a file, links resolved. */
-  image(name: string, file: string): Look {
+  async image(name: string, file: string): Promise<Look> {
     try {
       const stat = fs.statSync(file);
-      const stamp = `${name} ${stampOf(stat)}`;
-      return { files: [{ path: name, file, stat }], ignored: [], stamp, changed: stat.ctimeMs };
+      if (this.#isSecret(stat)) {
+        return { files: [], ignored: [], stamp: "", changed: 0, problem: "a key of this server" };
+      }
+      const stamp = stampOf(stat);
+      const files = [seen(name, file, stat, stamp)];
+      return { files, ignored: [], stamp: `${name} ${file} ${stamp}`, changed: stat.ctimeMs };
     } catch {
-      return { files: [], ignored: [], stamp: `${name} ${performance.now()}`, changed: Date.now() };
+      return { files: [], ignored: [], stamp: `${name} ${performance.now()}`, changed: Infinity };
     }
   }
+}
+
+function seen(path: string, file: string, stat: fs.Stats, stamp: string): Seen {
+  const executable = (stat.mode & fs.constants.S_IXUSR) !== 0;
+  return { path, file, size: stat.size, executable, stamp };
+}
+
+/**
+ * Whether a path below the root is of a version or an image by its name, those put aside included.
+ * Of these only what counts is served.
+ */
+function isOfReleases(path: string): boolean {
+  const slash = path.indexOf("/");
+  return slash < 0
+    ? /^firmw?are_.+\.bin$/i.test(path.replace(PUT_ASIDE, ""))
+    : /^v?[0-9][\w.+-]*$/i.test(path.slice(0, slash));
 }
 
 /** What tells a changed file from an unchanged one without reading it. */
@@ -778,12 +959,18 @@ const PIECE = 256 * 1024;
 function hashFile(
   file: string,
   piece: Uint8Array,
-  { openSync, readSync, closeSync }: Pick<typeof fs, "openSync" | "readSync" | "closeSync">,
+  {
+    openSync,
+    readSync,
+    closeSync,
+    constants,
+  }: Pick<typeof fs, "openSync" | "readSync" | "closeSync" | "constants">,
 ): Hashed {
   const sha1 = new Bun.CryptoHasher("sha1");
   const sha256 = new Bun.CryptoHasher("sha256");
   try {
-    const fd = openSync(file, "r");
+    // Not to wait, should it have become a pipe since it was looked at.
+    const fd = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK);
     try {
       let size = 0;
       for (let read; (read = readSync(fd, piece)) > 0; size += read) {
@@ -819,7 +1006,7 @@ const BATCH = 64;
 class Hasher {
   #workers: Worker[] = [];
   #source = "";
-  #breath = performance.now();
+  readonly #pace = new Pace();
 
   /**
    * @param bytes how many there are in all, about
@@ -852,12 +1039,7 @@ class Hasher {
   async #hashHere(files: readonly string[]): Promise<Hashed[]> {
     const piece = new Uint8Array(files.length > 0 ? PIECE : 0);
     const hashed: Hashed[] = [];
-    for (const file of files) {
-      hashed.push(hashFile(file, piece, fs));
-      if (performance.now() - this.#breath < 10) continue;
-      await new Promise(setImmediate);
-      this.#breath = performance.now();
-    }
+    await this.#pace.each(files, (file) => hashed.push(hashFile(file, piece, fs)));
     return hashed;
   }
 
@@ -885,20 +1067,174 @@ class Hasher {
   }
 }
 
-// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
-// What one release root on disk holds, hashed once. Nobody can know when a copy of many files into
-// the root has ended, so a version or a firmware image counts once nothing in it has changed for a
-// second; until then its last good index stands. Only a rename publishes at once or not at all.
+// ──── Settling ──────────────────────────────────────────────────────────────────────────────────
+// Nobody can know when a copy of many files into the root has ended, so a version or a firmware image
+// counts once nothing in it has changed for a second; until then its last good state stands. Only a
+// rename publishes at once or not at all.
 
 /** A file that was read and hashed. */
 export interface IndexedFile extends FileHashes {
   /** Absolute, links resolved. */
   file: string;
+  /** Of the look that it was hashed after: what tells whether it still is that one. */
+  stamp: string;
   /** Strong, quoted. */
   etag: string;
   /** Whether its owner may run it. */
   executable: boolean;
 }
+
+/** What counts of a name below the root, and what of it does not. */
+interface Settled<T> {
+  item?: T | undefined;
+  ignored: Ignored[];
+}
+
+/** Finds out what counts, by name below a root; remembers what counted last. */
+class Settler<T> {
+  /** What counts, with the stamp of the look that it was made of. */
+  #known = new Map<string, { stamp: string; item: T }>();
+  /** What is changing: since when it has looked as it does now. */
+  #restless = new Map<string, { stamp: string; since: number }>();
+  /** What was hashed last, by path. */
+  #hashed = new Map<string, ReadonlyMap<string, IndexedFile>>();
+  /** By how much the clock on the wall is ahead of the one that nobody sets, and its last step. */
+  #clock = { ahead: Date.now() - performance.now(), stepped: -Infinity };
+  readonly #hasher = new Hasher();
+
+  /** @param quiet milliseconds without a change before something counts */
+  constructor(
+    private readonly quiet: number,
+    private readonly pace: Pace,
+  ) {}
+
+  /** The names of what is changing, and so does not count yet, or not as it is now. */
+  get restless(): string[] {
+    return [...this.#restless.keys()];
+  }
+
+  /** Milliseconds until something restless may have become quiet. */
+  get nextLook(): number {
+    const since = [...this.#restless.values()].map((restless) => restless.since);
+    return Math.max(20, Math.min(...since) + this.quiet - performance.now() + 5);
+  }
+
+  /** Begins a scan: notices whether the clock on the wall was set since the last one. */
+  begin(): void {
+    const now = performance.now();
+    const ahead = Date.now() - now;
+    const isStep = Math.abs(ahead - this.#clock.ahead) > this.quiet / 2;
+    this.#clock = { ahead, stepped: isStep ? now : this.#clock.stepped };
+  }
+
+  /** Ends a scan: forgets all other names. */
+  end(names: ReadonlySet<string>): void {
+    for (const known of [this.#known, this.#restless, this.#hashed]) {
+      for (const name of known.keys()) if (!names.has(name)) known.delete(name);
+    }
+  }
+
+  /** Ends the threads that hash. */
+  rest(): void {
+    this.#hasher.rest();
+  }
+
+  /**
+   * What counts of a version or an image: made new once it is quiet, until then the last good one.
+   *
+   * @param lookAgain at it
+   * @param make it of its files, which are sorted by path
+   */
+  async settle(
+    name: string,
+    lookAgain: () => Promise<Look>,
+    make: (files: Map<string, IndexedFile>) => T | Promise<T>,
+  ): Promise<Settled<T>> {
+    const look = await lookAgain();
+    const { ignored } = look;
+    const giveUp = (reason: string): Settled<T> => {
+      this.#known.delete(name);
+      this.#restless.delete(name);
+      return { ignored: [...ignored, { path: name, reason }] };
+    };
+    if (look.problem) return giveUp(look.problem);
+    const known = this.#known.get(name);
+    if (known?.stamp === look.stamp) {
+      this.#restless.delete(name);
+      return { item: known.item, ignored };
+    }
+    const restless = this.#restless.get(name);
+    const since = restless?.stamp === look.stamp ? restless.since : performance.now();
+    if (this.#isQuiet(since, look.changed)) {
+      const files = await this.#hash(name, look.files);
+      if (typeof files === "string") return giveUp(files);
+      if (files && (await lookAgain()).stamp === look.stamp) {
+        const item = await make(files);
+        this.#known.set(name, { stamp: look.stamp, item });
+        this.#restless.delete(name);
+        return { item, ignored };
+      }
+    }
+    this.#restless.set(name, { stamp: look.stamp, since });
+    return { item: known?.item, ignored };
+  }
+
+  /**
+   * Whether something that has looked the same since then counts. What nobody has touched for long
+   * counts at once, unless the clock that says so was set just now: then it is watched first.
+   *
+   * @param changed when its files say that they changed, by a clock that may be set at any time
+   */
+  #isQuiet(since: number, changed: number): boolean {
+    const now = performance.now();
+    if (now - since >= this.quiet) return true;
+    return now - this.#clock.stepped >= this.quiet && Date.now() - changed >= this.quiet;
+  }
+
+  /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
+  async #hash(
+    name: string,
+    found: readonly Seen[],
+  ): Promise<Map<string, IndexedFile> | string | undefined> {
+    const { pace } = this;
+    const old = this.#hashed.get(name);
+    const unchanged = ({ path, file, stamp }: Seen): IndexedFile | undefined => {
+      const before = old?.get(path);
+      return before?.stamp === stamp && before.file === file ? before : undefined;
+    };
+    const sorted = await pace.sort(found, (a, b) => compareCodePoints(a.path, b.path));
+    const stale: string[] = [];
+    let bytes = 0;
+    await pace.each(sorted, (seen) => {
+      if (unchanged(seen)) return;
+      stale.push(seen.file);
+      bytes += seen.size;
+    });
+    const hashed = await pace.pause(this.#hasher.hash(stale, bytes));
+    const files = new Map<string, IndexedFile>();
+    const failed: Extract<Hashed, { message: string }>[] = [];
+    let next = 0;
+    await pace.each(sorted, (seen) => {
+      const { path, file, executable, stamp } = seen;
+      const before = unchanged(seen);
+      const hashes = before ?? hashed[next++]!;
+      if (before) files.set(path, before);
+      else if ("message" in hashes) failed.push(hashes);
+      else {
+        const etag = `"${hashes.sha256.slice(0, 32)}"`;
+        files.set(path, { ...hashes, file, etag, executable, stamp });
+      }
+    });
+    this.#hashed.set(name, files);
+    const unreadable = failed.find(({ code }) => !saysMissing(code));
+    if (unreadable) return `unreadable: ${unreadable.message}`;
+    return failed.length > 0 ? undefined : files;
+  }
+}
+
+// ──── Index ─────────────────────────────────────────────────────────────────────────────────────
+// What one release root on disk holds. A scan takes its time and then puts all that it found in place
+// at once: whoever asks meanwhile is answered from one state of the root.
 
 /** One version: a directory below the root, the whole file system of a device. */
 export interface Release {
@@ -907,6 +1243,10 @@ export interface Release {
   version: LooseVersion;
   /** Path on the device, without a leading slash → content. Sorted by path. */
   files: ReadonlyMap<string, IndexedFile>;
+  /** The directories that these are in, without a leading slash. */
+  directories: ReadonlySet<string>;
+  /** The files by SHA-256. */
+  contents: ReadonlyMap<string, IndexedFile>;
   /** `releaseDigest` of the files. */
   digest: string;
 }
@@ -920,200 +1260,232 @@ export interface FirmwareImage extends IndexedFile {
   path: string;
 }
 
-/** A version or an image that counts, with the stamp of the look that it was made of. */
-interface Known {
-  stamp: string;
-  item: Release | FirmwareImage;
+/** What a scan has found so far. */
+interface Found {
+  looker: Looker;
+  versions: Release[];
+  firmware: FirmwareImage[];
+  ignored: Ignored[];
+  /** Where everything with the name of a version or an image really is → that name. */
+  places: Map<string, string>;
 }
 
-/** Milliseconds between two looks at a root that does not tell of changes, or may not. */
-const POLL = { watched: 60_000, unwatched: 1_000 };
-/** Milliseconds from the first change to a look: a copy of many files is one change. */
-const GATHER = 200;
+/** Makes what counts of its files. */
+type Make = (files: Map<string, IndexedFile>) => Release | FirmwareImage | Promise<Release>;
 
-/** Looks at a root again and again. */
-export interface Watch extends Disposable {
-  /** Asks for a scan, for instance because content was found to be other than indexed. */
-  soon: () => void;
+/** The directory that a path leads to now, and what tells it from another one at that place. */
+function leadsTo(path: string): { root: string; id: string } {
+  const root = fs.realpathSync(path);
+  const { dev, ino } = fs.statSync(root);
+  return { root, id: `${root} ${dev} ${ino}` };
 }
 
 /** A release root, as it was when it was last scanned. */
 export class ReleaseIndex {
-  /** The root's absolute path, links resolved. */
-  readonly root: string;
-  protected readonly looker: Looker;
+  /** The path of the root as it was given, absolute; where it leads may change. */
+  readonly path: string;
   /** In the order of their versions, oldest first. */
   versions: readonly Release[] = [];
   /** In the order of their versions, oldest first. */
   firmware: readonly FirmwareImage[] = [];
   ignored: readonly Ignored[] = [];
-  /** Path below the root → file, of all that versions and firmware consist of. */
-  files: ReadonlyMap<string, IndexedFile> = new Map();
-  /** The same files by their SHA-256. */
-  contents: ReadonlyMap<string, IndexedFile> = new Map();
+  /** What versions and firmware consist of, by SHA-256. */
+  readonly contents = {
+    get: (sha256: string): IndexedFile | undefined => {
+      for (const { contents } of this.versions) {
+        const file = contents.get(sha256);
+        if (file) return file;
+      }
+      return this.firmware.find((image) => image.sha256 === sha256);
+    },
+  };
+  /** Names of what the last scan found to be other than it was offered before. */
+  altered: readonly string[] = [];
   /** How long the last scan took, in seconds. */
   scanSeconds = 0;
+  /** What looking cost this thread then, in milliseconds of CPU. */
+  lookTime = 0;
 
+  protected looker: Looker;
+  /** As `Found.places`. */
+  protected places: ReadonlyMap<string, string> = new Map();
+  readonly #pace = new Pace();
+  readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
-  readonly #quiet: number;
-  /** By name below the root. */
-  #known = new Map<string, Known>();
-  /** What is changing, by name below the root: since when it has looked as it does now. */
-  #restless = new Map<string, { stamp: string; since: number; changed: number }>();
-  /** Hashes by absolute path, each with the stamp of the file that they were made of. */
-  #hashes = new Map<string, { stamp: string; hashes: IndexedFile }>();
+  readonly #settler: Settler<Release | FirmwareImage>;
+  /** What was scanned last. */
+  #place: { root: string; id: string };
+  /** What every version and image was when it was last offered, by kind and version. */
+  #offered = new Map<string, string>();
   #scanning: Promise<boolean> = Promise.resolve(false);
-  readonly #hasher = new Hasher();
 
   /** Nothing is read before `begin`. */
-  constructor(root: string, options: ReleasesOptions) {
-    this.root = root;
-    this.looker = new Looker(root, options.ignore ?? []);
+  constructor(
+    path: string,
+    protected readonly options: ReleasesOptions,
+  ) {
+    this.path = resolve(path);
+    this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
-    this.#quiet = (options.quiet ?? 1) * 1000;
+    this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#pace);
+    this.#place = leadsTo(path);
+    this.looker = this.#lookerAt(this.#place.root);
   }
 
-  /** Reads a root for the first time, and waits a little for what is changing just now. */
-  protected async begin(): Promise<void> {
-    await this.scan();
-    const patience = performance.now() + 2 * this.#quiet;
-    while (this.#restless.size > 0 && performance.now() < patience) {
-      await Bun.sleep(this.#nextLook());
-      await this.scan();
+  #lookerAt(root: string): Looker {
+    return new Looker(root, this.#ignore, this.options.secrets ?? [], this.#pace);
+  }
+
+  /** The directory that was scanned last: absolute, links resolved. */
+  get root(): string {
+    return this.#place.root;
+  }
+
+  /** What tells that directory from any other. */
+  get place(): string {
+    return this.#place.id;
+  }
+
+  /** Whether the root's path leads to another directory now than at the last scan, or to none. */
+  get isElsewhere(): boolean {
+    try {
+      return leadsTo(this.path).id !== this.#place.id;
+    } catch {
+      return true;
     }
   }
 
   /** What is changing, and so does not count yet, or not as it is now. */
   get restless(): string[] {
-    return [...this.#restless.keys()];
+    return this.#settler.restless;
+  }
+
+  /** Milliseconds until something restless may have become quiet. */
+  get nextLook(): number {
+    return this.#settler.nextLook;
+  }
+
+  /** Reads a root for the first time, and waits a little for what is changing just now. */
+  protected async begin(): Promise<void> {
+    await this.scan();
+    const patience = performance.now() + 2000 * (this.options.quiet ?? 1);
+    while (this.restless.length > 0 && performance.now() < patience) {
+      await Bun.sleep(this.nextLook);
+      await this.scan();
+    }
   }
 
   /**
    * Reads the root again; what did not change is not hashed again.
    *
    * @returns whether anything is different now
+   * @throws when the root cannot be read; then everything stays as it was
    */
   scan(): Promise<boolean> {
     // One after the other: one that is under way may have missed what this one is asked for.
-    const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#hasher.rest());
+    const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#settler.rest());
     this.#scanning = scan.catch(() => false);
     return scan;
   }
 
-  /**
-   * Scans whenever files change, until it is disposed of.
-   *
-   * @param changed is called after a scan that found something different
-   */
-  watch(changed: () => void): Watch {
-    let timer: Timer | undefined;
-    let due = Infinity;
-    let idle = POLL.unwatched;
-    let closed = false;
-    const plan = (milliseconds: number) => {
-      const at = performance.now() + milliseconds;
-      if (closed || at >= due) return;
-      clearTimeout(timer);
-      due = at;
-      timer = setTimeout(look, milliseconds);
-    };
-    const look = async () => {
-      due = Infinity;
-      const different = await this.scan().catch(() => false); // The root is away: look again.
-      if (different && !closed) changed();
-      plan(this.#restless.size > 0 ? this.#nextLook() : idle);
-    };
-    const soon = () => plan(GATHER + 4000 * this.scanSeconds);
-    let watcher: fs.FSWatcher | undefined;
-    try {
-      watcher = fs.watch(this.root, { recursive: true }, soon);
-      watcher.on("error", () => (idle = POLL.unwatched));
-      idle = POLL.watched;
-    } catch {
-      // Too many directories for the system, or one that cannot be watched: looking does as well.
-    }
-    plan(GATHER); // What changed since the first scan, nobody told.
-    const close = () => {
-      closed = true;
-      clearTimeout(timer);
-      watcher?.close();
-    };
-    return { soon, [Symbol.dispose]: close };
-  }
-
-  /** Milliseconds until something restless may have become quiet. */
-  #nextLook(): number {
-    const now = Date.now();
-    const waits = [...this.#restless.values()].map(({ since, changed }) => {
-      return Math.min(since, Math.max(changed, 0)) + this.#quiet - now;
-    });
-    return Math.max(20, Math.min(...waits) + 5);
-  }
+  /** Called when what is offered has changed, before anything else can happen. */
+  protected renewed(): void {}
 
   async #scan(): Promise<boolean> {
-    const started = performance.now();
-    const before = [...this.versions, ...this.firmware];
-    const ignored: Ignored[] = [];
-    const versions: Release[] = [];
-    const firmware: FirmwareImage[] = [];
-    const names = fs.readdirSync(this.root).sort(compareCodePoints);
-    for (const name of names) {
-      const skip = (reason: string) => ignored.push({ path: name, reason });
-      const found = this.looker.resolve(name);
-      if (typeof found === "string") {
-        skip(found);
-      } else if (found.stat.isDirectory()) {
-        if (!isReleaseName(name)) skip(`no version: a name is ${RELEASE_NAME_RULE}`);
-        else if (this.#counts(name, versions, skip)) {
-          const look = () => this.looker.version(name, found.real);
-          const release = await this.#settled(name, look, ignored, async (files) => {
-            const digest = releaseDigest([...files].map(([path, { sha256 }]) => [path, sha256]));
-            return { name, version: new LooseVersion(name), files, digest };
-          });
-          if (release) versions.push(release as Release);
-        }
-      } else {
-        const version = firmwareVersion(name);
-        if (version === undefined) skip("neither a version nor a firmware_VERSION.bin");
-        else if (this.#counts(version, firmware, skip)) {
-          const look = () => this.looker.image(name, found.real);
-          const image = await this.#settled(name, look, ignored, async (files) => {
-            const hashes = files.get(name)!;
-            return { ...hashes, name: version, version: new LooseVersion(version), path: name };
-          });
-          if (image) firmware.push(image as FirmwareImage);
-        }
-      }
+    await this.#pace.pause();
+    const [started, busy] = [performance.now(), this.#pace.busy];
+    this.#settler.begin();
+    const place = leadsTo(this.path);
+    const looker = this.#lookerAt(place.root);
+    const names = await this.#pace.pause(fs.promises.readdir(place.root));
+    const found: Found = { looker, versions: [], firmware: [], ignored: [], places: new Map() };
+    for (const name of names.sort(compareCodePoints)) {
+      if (this.#pace.isDue) await this.#pace.pause();
+      await this.#consider(name, found);
     }
-    const gone = [...this.#known.keys(), ...this.#restless.keys()].filter(
-      (n) => !names.includes(n),
-    );
-    for (const name of gone) {
-      this.#known.delete(name);
-      this.#restless.delete(name);
-    }
+    this.#settler.end(new Set(names));
     const byVersion = (a: Release | FirmwareImage, b: Release | FirmwareImage) =>
       a.version.compare(b.version);
-    this.versions = versions.sort(byVersion);
-    this.firmware = firmware.sort(byVersion);
-    this.ignored = ignored;
-    this.scanSeconds = (performance.now() - started) / 1000;
+    const versions = found.versions.sort(byVersion);
+    const firmware = found.firmware.sort(byVersion);
     // What does not change stays the same object.
-    const after = [...this.versions, ...this.firmware];
+    const before = [...this.versions, ...this.firmware];
+    const after = [...versions, ...firmware];
     const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
-    if (different) this.#collectFiles();
+    // From here on without a pause: nobody sees a half of it.
+    [this.#place, this.looker, this.places] = [place, looker, found.places];
+    [this.versions, this.firmware, this.ignored] = [versions, firmware, found.ignored];
+    this.altered = different ? this.#alter() : [];
+    if (different) this.renewed();
+    this.scanSeconds = (performance.now() - started) / 1000;
+    await this.#pace.pause();
+    this.lookTime = this.#pace.busy - busy;
     return different;
   }
 
-  #collectFiles(): void {
-    const files = new Map<string, IndexedFile>(this.firmware.map((image) => [image.path, image]));
-    for (const release of this.versions) {
-      for (const [path, file] of release.files) files.set(`${release.name}/${path}`, file);
+  /** Looks at one entry of the root. */
+  async #consider(name: string, found: Found): Promise<void> {
+    const skip = (reason: string) => void found.ignored.push({ path: name, reason });
+    const { looker, versions, firmware } = found;
+    const entry = looker.resolve(name);
+    if (typeof entry === "string") return skip(entry);
+    const isDirectory = entry.stat.isDirectory();
+    if (isOfReleases(isDirectory ? `${name}/` : name) && !found.places.has(entry.real)) {
+      found.places.set(entry.real, name);
     }
-    this.files = files;
-    this.contents = new Map([...files.values()].map((file) => [file.sha256, file]));
-    const used = new Set([...files.values()].map(({ file }) => file));
-    for (const file of this.#hashes.keys()) if (!used.has(file)) this.#hashes.delete(file);
+    const settle = async (look: () => Promise<Look>, make: Make): Promise<void> => {
+      const { item, ignored } = await this.#settler.settle(name, look, make);
+      found.ignored.push(...ignored);
+      if (item && "path" in item) firmware.push(item);
+      else if (item) versions.push(item);
+    };
+    if (isDirectory) {
+      if (!isReleaseName(name)) return skip(`no version: a name is ${RELEASE_NAME_RULE}`);
+      if (!this.#counts(name, versions, skip)) return;
+      const look = () => looker.version(name, entry.real);
+      await settle(look, (files) => this.#make(name, files));
+    } else {
+      const version = firmwareVersion(name);
+      if (version === undefined) return skip("neither a version nor a firmware_VERSION.bin");
+      if (!this.#counts(version, firmware, skip)) return;
+      const look = () => looker.image(name, entry.real);
+      await settle(look, (files) => {
+        return {
+          ...files.get(name)!,
+          name: version,
+          version: new LooseVersion(version),
+          path: name,
+        };
+      });
+    }
+  }
+
+  async #make(name: string, files: Map<string, IndexedFile>): Promise<Release> {
+    const directories = new Set<string>();
+    const contents = new Map<string, IndexedFile>();
+    const hasher = new Bun.CryptoHasher("sha256");
+    await this.#pace.each(files, ([path, file]) => {
+      contents.set(file.sha256, file);
+      hasher.update(releaseLine(path, file.sha256));
+      for (const directory of ancestors(path)) {
+        if (directories.has(directory)) break;
+        directories.add(directory);
+      }
+    });
+    const digest = hasher.digest("hex");
+    return { name, version: new LooseVersion(name), files, directories, contents, digest };
+  }
+
+  /** Notes what is offered now, and says what of it was something else when it was last offered. */
+  #alter(): string[] {
+    const altered: string[] = [];
+    const note = (key: string, content: string, name: string) => {
+      if ((this.#offered.get(key) ?? content) !== content) altered.push(name);
+      this.#offered.set(key, content);
+    };
+    for (const { version, digest, name } of this.versions) note(version.key, digest, name);
+    for (const image of this.firmware) note(`f${image.version.key}`, image.sha256, image.path);
+    return altered;
   }
 
   /** Whether a version counts beside those found before it, by code point, under the same root. */
@@ -1129,66 +1501,269 @@ export class ReleaseIndex {
     if (held) skip(`above --latest ${this.#latest}`);
     return !twin && !held;
   }
+}
 
-  /** A version or an image: made new once it is quiet, until then the last good one. */
-  async #settled(
-    name: string,
-    lookAgain: () => Look,
-    ignored: Ignored[],
-    make: (files: Map<string, IndexedFile>) => Promise<Release | FirmwareImage>,
-  ): Promise<Release | FirmwareImage | undefined> {
-    const look = lookAgain();
-    ignored.push(...look.ignored);
-    const giveUp = (reason: string) => {
-      ignored.push({ path: name, reason });
-      this.#known.delete(name);
-      this.#restless.delete(name);
-      return undefined;
-    };
-    if (look.problem) return giveUp(look.problem);
-    const known = this.#known.get(name);
-    if (known?.stamp === look.stamp) {
-      this.#restless.delete(name);
-      return known.item;
-    }
-    const now = Date.now();
-    const restless = this.#restless.get(name);
-    const since = restless?.stamp === look.stamp ? restless.since : now;
-    if (now - Math.min(since, look.changed) >= this.#quiet) {
-      const files = await this.#hashAll(look.files);
-      if (typeof files === "string") return giveUp(files);
-      if (files && lookAgain().stamp === look.stamp) {
-        const item = await make(files);
-        this.#known.set(name, { stamp: look.stamp, item });
-        this.#restless.delete(name);
-        return item;
-      }
-    }
-    this.#restless.set(name, { stamp: look.stamp, since, changed: look.changed });
-    return known?.item;
+// ──── Lookup ─────────────────────────────────────────────────────────────────────────────────────
+// From a name or a path to what is there. Of versions and images only what is offered is served;
+// whatever else lies below the root is served as in Pycom's tutorial, unless it must stay secret.
+
+/** A file below the root, found for a request. */
+export interface ServedFile {
+  /** Absolute, links resolved. */
+  file: string;
+  /** What tells whether it still is the one that was found. */
+  stamp: string;
+  size: number;
+  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
+  sha256?: string;
+  /** Strong, quoted. */
+  etag: string;
+}
+
+/** A release root in which things are found by their names. */
+class ServedRoot extends ReleaseIndex {
+  #byName = new Map<string, Release>();
+  #byVersion = new Map<string, Release>();
+  #images = new Map<string, FirmwareImage>();
+  /** By path, which files of the root hold a private key, each as long as its stamp stays. */
+  readonly #keys = new Map<string, { stamp: string; isKey: boolean }>();
+
+  protected override renewed(): void {
+    this.#byName = new Map(this.versions.map((release) => [release.name, release]));
+    this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
+    this.#images = new Map(this.firmware.map((image) => [image.path, image]));
   }
 
-  /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
-  async #hashAll(found: Look["files"]): Promise<Map<string, IndexedFile> | string | undefined> {
-    const stale = found
-      .map(({ file, stat }) => ({ file, stat, stamp: stampOf(stat) }))
-      .filter(({ file, stamp }) => this.#hashes.get(file)?.stamp !== stamp);
-    const bytes = stale.reduce((sum, { stat }) => sum + stat.size, 0);
-    const hashed = await this.#hasher.hash(
-      stale.map(({ file }) => file),
-      bytes,
-    );
-    for (const [i, { file, stat, stamp }] of stale.entries()) {
-      const hashes = hashed[i]!;
-      if ("message" in hashes) {
-        return saysMissing(hashes.code) ? undefined : `unreadable: ${hashes.message}`;
-      }
-      const etag = `"${hashes.sha256.slice(0, 32)}"`;
-      const executable = (stat.mode & fs.constants.S_IXUSR) !== 0;
-      this.#hashes.set(file, { stamp, hashes: { file, ...hashes, etag, executable } });
+  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
+  find(name: string): Release | undefined {
+    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
+  }
+
+  /**
+   * Finds the file for the path of a request.
+   *
+   * @param pathname percent-encoded, with its leading slash
+   * @returns `undefined` for whatever is not served: of versions and images what is not offered;
+   *   directories, dot entries at the top level, links that leave the root, private keys
+   */
+  locate(pathname: string): ServedFile | undefined {
+    let path: string;
+    try {
+      path = pathname.includes("%") ? decodeURIComponent(pathname.slice(1)) : pathname.slice(1);
+    } catch {
+      return undefined;
     }
-    const files = found.map(({ path, file }) => [path, this.#hashes.get(file)!.hashes] as const);
-    return new Map(files.sort((a, b) => compareCodePoints(a[0], b[0])));
+    return this.#offeredAt(path) ?? this.#besideAt(path);
+  }
+
+  #offeredAt(path: string): IndexedFile | undefined {
+    const slash = path.indexOf("/");
+    if (slash < 0) return this.#images.get(path);
+    return this.#byName.get(path.slice(0, slash))?.files.get(path.slice(slash + 1));
+  }
+
+  /** A file that lies below the root beside versions and images. */
+  #besideAt(path: string): ServedFile | undefined {
+    // `/-/` is the server's own.
+    if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
+    if (this.options.onlyReleases || isOfReleases(path)) return undefined;
+    const found = this.looker.resolve(path);
+    if (typeof found === "string" || !found.stat.isFile()) return undefined;
+    // Nor through a link to a dot entry, or out of the root and in again.
+    const real = relative(this.looker.root, found.real);
+    if (real.startsWith(".")) return undefined;
+    // Through a link, or where a version is one: what is of a version is served only as such.
+    for (const at of [found.real, ...ancestors(found.real)]) {
+      const name = this.places.get(at);
+      if (name !== undefined) return this.#offeredAt(name + found.real.slice(at.length));
+    }
+    const stamp = stampOf(found.stat);
+    if (isOfReleases(real) || this.#isKey(found.real, stamp)) return undefined;
+    const etag = `"${sha256(stamp).slice(0, 32)}"`;
+    return { file: found.real, stamp, size: found.stat.size, etag };
+  }
+
+  /** Whether a file holds a private key; looked up as long as it does not change. */
+  #isKey(file: string, stamp: string): boolean {
+    const known = this.#keys.get(file);
+    if (known?.stamp === stamp) return known.isKey;
+    const isKey = holdsPrivateKey(file);
+    if (this.#keys.size >= MAX_KEYS_KNOWN) this.#keys.clear();
+    this.#keys.set(file, { stamp, isKey });
+    return isKey;
+  }
+
+  /**
+   * What is served beside versions and images: files in the root, and directories (with a slash at
+   * the end) with the number of files in them, which is counted to a thousand.
+   */
+  async beside(): Promise<{ path: string; files: number }[]> {
+    const pace = new Pace();
+    const found: { path: string; files: number }[] = [];
+    const count = async (directory: string, files: number): Promise<number> => {
+      const reading = fs.promises.readdir(`${this.root}/${directory}`, { withFileTypes: true });
+      for (const item of await pace.pause(reading).catch(() => [])) {
+        if (files > MAX_COUNTED) break;
+        if (pace.isDue) await pace.pause();
+        const path = directory + item.name;
+        if (item.isDirectory()) files = await count(`${path}/`, files);
+        else if (this.#besideAt(path)) files++;
+      }
+      return files;
+    };
+    if (this.options.onlyReleases) return found;
+    const items = await pace.pause(fs.promises.readdir(this.root, { withFileTypes: true }));
+    for (const item of items.sort((a, b) => compareCodePoints(a.name, b.name))) {
+      const path = item.isDirectory() ? `${item.name}/` : item.name;
+      if (path === "-/" || path.startsWith(".") || isOfReleases(path)) continue;
+      const files = item.isDirectory() ? await count(path, 0) : this.#besideAt(path) ? 1 : 0;
+      if (files > 0) found.push({ path, files });
+    }
+    return found;
+  }
+}
+
+/** How many files in a directory beside the releases are counted. */
+const MAX_COUNTED = 1000;
+/** Of how many files beside the releases it is remembered whether they hold a key. */
+const MAX_KEYS_KNOWN = 4096;
+
+/** Whether a file holds a private key in PEM; one that cannot be read is treated so. */
+function holdsPrivateKey(file: string): boolean {
+  try {
+    // Not to wait, should it be a pipe by now.
+    const fd = fs.openSync(file, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
+    try {
+      // Certificates may stand before it.
+      const head = Buffer.alloc(64 * 1024);
+      const text = head.toString("latin1", 0, fs.readSync(fd, head));
+      return /-----BEGIN [A-Z0-9 ]*PRIVATE KEY( BLOCK)?-----/.test(text);
+    } finally {
+      fs.closeSync(fd);
+    }
+  } catch {
+    return true;
+  }
+}
+
+// ──── Watch ─────────────────────────────────────────────────────────────────────────────────────
+// Keeping up with a root. The system tells of changes in the directories that it watches for us.
+// It does not tell that the root's path leads elsewhere, nor of what it has no watches left for.
+
+/** Milliseconds from the first change to a look: a copy of many files is one change. */
+const GATHER = 200;
+/** Milliseconds between two glances at where the root's path leads. */
+const GLANCE = 500;
+/** The fewest milliseconds between two looks that nobody asked for. */
+const IDLE = { watched: 60_000, unwatched: 1000 };
+/**
+ * How many times as long as a look took this thread there is none. With what it makes others do,
+ * who read directories and collect garbage, it costs less than 2 % of a core.
+ */
+const REST = 120;
+
+/** What somebody wants to know who keeps up with a root. */
+export interface WatchEvents {
+  /** Called after a scan that found something different. */
+  changed: () => void;
+  /** Called with one line when not every change will be noticed soon. */
+  warn?: ((line: string) => void) | undefined;
+}
+
+/** Scans a root whenever files change, until it is disposed of. */
+export class RootWatch implements Disposable {
+  #timer: Timer | undefined;
+  #due = Infinity;
+  #watcher: fs.FSWatcher | undefined;
+  /** The directory that is watched. */
+  #watched = "";
+  /** Why not all of it is watched. */
+  #blindness: unknown;
+  #isTold = false;
+  #isLooking = false;
+  #isClosed = false;
+  readonly #glancing: Timer;
+
+  constructor(
+    private readonly index: ReleaseIndex,
+    private readonly events: WatchEvents,
+  ) {
+    this.#listen();
+    this.#glancing = setInterval(() => {
+      if (!this.#isLooking && index.isElsewhere) this.#plan(0);
+    }, GLANCE);
+  }
+
+  /** Asks for a scan, for instance because content was found to be other than indexed. */
+  readonly soon = (): void => this.#plan(GATHER + 2 * this.index.lookTime);
+
+  /** Has the system tell of changes where the root is now. */
+  #listen(): void {
+    this.#watcher?.close();
+    this.#watched = this.index.place;
+    this.#blindness = undefined;
+    try {
+      this.#watcher = fs.watch(this.index.root, { recursive: true }, this.soon);
+      this.#watcher.on("error", (error) => this.#goBlind(error));
+    } catch (error) {
+      this.#goBlind(error);
+    }
+    // What changed since the last scan, nobody told.
+    this.#plan(GATHER);
+  }
+
+  /** Goes on without being told, at least not of everything. */
+  #goBlind(error: unknown): void {
+    if (this.#blindness !== undefined || this.#isClosed) return;
+    this.#blindness = error;
+    this.#isTold = false;
+    this.#plan(GATHER);
+  }
+
+  /** Says what that means, once it is known what a look costs. */
+  #tell(): void {
+    if (this.#blindness === undefined || this.#isTold) return;
+    this.#isTold = true;
+    const isFull = errorCode(this.#blindness) === "ENOSPC";
+    this.events.warn?.(
+      `changes may show late: the root is looked at every ${Math.ceil(this.#idle / 1000)} s, as ` +
+        `not all of it can be watched (${errorText(this.#blindness)})` +
+        (isFull ? "; raise fs.inotify.max_user_watches" : ""),
+    );
+  }
+
+  get #idle(): number {
+    const least = this.#blindness === undefined ? IDLE.watched : IDLE.unwatched;
+    return Math.max(least, REST * this.index.lookTime);
+  }
+
+  #plan(milliseconds: number): void {
+    const at = performance.now() + milliseconds;
+    if (this.#isClosed || at >= this.#due) return;
+    clearTimeout(this.#timer);
+    this.#due = at;
+    this.#timer = setTimeout(() => void this.#look(), milliseconds);
+  }
+
+  async #look(): Promise<void> {
+    this.#due = Infinity;
+    if (this.#isLooking) return this.#plan(GATHER);
+    this.#isLooking = true;
+    // When the root is away, it is looked for again.
+    const different = await this.index.scan().catch(() => false);
+    this.#isLooking = false;
+    if (this.#isClosed) return;
+    if (different) this.events.changed();
+    this.#tell();
+    if (this.index.place !== this.#watched) this.#listen();
+    this.#plan(this.index.restless.length > 0 ? this.index.nextLook : this.#idle);
+  }
+
+  [Symbol.dispose](): void {
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+    clearInterval(this.#glancing);
+    this.#watcher?.close();
   }
 }
 
@@ -1236,7 +1811,11 @@ class Cache<T> {
 
 /** The most garbage outside of the JavaScript heap that may lie, in bytes. */
 const MAX_GARBAGE = 16 * 1024 * 1024;
+/** The fewest milliseconds from one full collection to the next: each stops everything. */
+const COLLECT_PAUSE = 1000;
 let garbage = 0;
+let collected = -Infinity;
+let collecting: Timer | undefined;
 
 /**
  * Says that blobs or buffers of that many bytes have become garbage. The collector sees no more of
@@ -1244,9 +1823,15 @@ let garbage = 0;
  */
 function discard(bytes: number): void {
   garbage += bytes;
-  if (garbage < MAX_GARBAGE) return;
-  garbage = 0;
-  Bun.gc(true);
+  if (garbage < MAX_GARBAGE || collecting) return;
+  const wait = Math.max(0, collected + COLLECT_PAUSE - performance.now());
+  collecting = setTimeout(() => {
+    garbage = 0;
+    collecting = undefined;
+    Bun.gc(true);
+    collected = performance.now();
+  }, wait);
+  collecting.unref();
 }
 
 /** Frees the memory of bytes that are not used after this, unless they are part of a larger buffer. */
@@ -1262,19 +1847,8 @@ function intoBlob(bytes: Uint8Array): Blob {
 }
 
 // ──── Releases ──────────────────────────────────────────────────────────────────────────────────
-// What a device needs to reach the newest release, and where content is found. Everything that
-// decides what a device gets is here; the server only carries it.
-
-/** A file below the root, found for a request. */
-export interface ServedFile {
-  /** Absolute, links resolved. */
-  file: string;
-  size: number;
-  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
-  sha256?: string;
-  /** Strong, quoted. */
-  etag: string;
-}
+// What a device needs to reach the newest release. Everything that decides what a device gets is
+// here; the server only carries it.
 
 /** What an answer to a device is made of. */
 interface Decision {
@@ -1318,13 +1892,11 @@ const MANIFEST_BUDGET = 16 * 1024 * 1024;
  * const releases = await Releases.open("examples/smart-meter");
  * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
  */
-export class Releases extends ReleaseIndex {
+export class Releases extends ServedRoot {
   /** The two parts of a manifest around what is echoed, by what they depend on. */
   #manifests = new Cache<[head: string, tail: string]>(MANIFEST_BUDGET);
   /** Whole manifests, of those that many devices get. */
   #whole = new Cache<ManifestText>(MANIFEST_BUDGET);
-  #byName = new Map<string, Release>();
-  #byVersion = new Map<string, Release>();
 
   /**
    * Reads a release root.
@@ -1334,9 +1906,8 @@ export class Releases extends ReleaseIndex {
    */
   static async open(root: string, options: ReleasesOptions = {}): Promise<Releases> {
     try {
-      const real = fs.realpathSync(root);
-      fs.readdirSync(real);
-      const releases = new Releases(real, options);
+      fs.readdirSync(root);
+      const releases = new Releases(root, options);
       await releases.begin();
       return releases;
     } catch (error) {
@@ -1346,20 +1917,10 @@ export class Releases extends ReleaseIndex {
     }
   }
 
-  override async scan(): Promise<boolean> {
-    const different = await super.scan();
-    if (different) {
-      this.#manifests = new Cache(MANIFEST_BUDGET);
-      this.#whole = new Cache(MANIFEST_BUDGET);
-      this.#byName = new Map(this.versions.map((release) => [release.name, release]));
-      this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
-    }
-    return different;
-  }
-
-  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
-  find(name: string): Release | undefined {
-    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
+  protected override renewed(): void {
+    super.renewed();
+    this.#manifests = new Cache(MANIFEST_BUDGET);
+    this.#whole = new Cache(MANIFEST_BUDGET);
   }
 
   /**
@@ -1514,29 +2075,19 @@ export class Releases extends ReleaseIndex {
   }
 
   /**
-   * Finds the file for the path of a request.
+   * What a device may have in place of the content that it asks for, and nothing else: the same path
+   * in another version, or another image.
    *
-   * @param pathname percent-encoded, with its leading slash
-   * @returns `undefined` for whatever is not served: directories, dot entries at the top level,
-   *   links that leave the root
+   * @param pathname of the content, as for `locate`
+   * @param sha256 of what the device has
    */
-  locate(pathname: string): ServedFile | undefined {
-    let path: string;
-    try {
-      path = pathname.includes("%") ? decodeURIComponent(pathname.slice(1)) : pathname.slice(1);
-    } catch {
-      return undefined;
-    }
-    const indexed = this.files.get(path);
-    if (indexed) return indexed;
-    // `/-/` is the server's own.
-    if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
-    const found = this.looker.resolve(path);
-    if (typeof found === "string" || !found.stat.isFile()) return undefined;
-    // Nor through a link to a dot entry, or out of the root and in again.
-    if (relative(this.root, found.real).startsWith(".")) return undefined;
-    const etag = `"${sha256(stampOf(found.stat)).slice(0, 32)}"`;
-    return { file: found.real, size: found.stat.size, etag };
+  predecessor(pathname: string, sha256: string): IndexedFile | undefined {
+    if (!this.contents.get(sha256)) return undefined;
+    const path = percentDecode(pathname.slice(1));
+    const below = path.indexOf("/") + 1;
+    const others =
+      below === 0 ? this.firmware : this.versions.map(({ files }) => files.get(path.slice(below)));
+    return others.find((file) => file?.sha256 === sha256);
   }
 }
 
@@ -1576,29 +2127,45 @@ export function rootWarnings(releases: Releases): string[] {
 }
 
 /** `boardWarnings` of what devices on each version would get. */
-export function allBoardWarnings(releases: Releases): string[] {
-  return releases.versions.flatMap(({ name }) => {
-    const manifest = releases.manifestFor({ current_ver: name }, "");
-    return boardWarnings(releases, manifest).map((line) => `from ${name}: ${line}`);
-  });
+export async function allBoardWarnings(releases: Releases): Promise<string[]> {
+  const pace = new Pace();
+  const { versions, firmware } = releases;
+  const newest = versions.at(-1);
+  const found: string[] = [];
+  for (const from of versions) {
+    if (!newest || from === newest) break;
+    const image = firmware.at(-1);
+    const flashes = image !== undefined && image.version.compare(from.version) > 0;
+    let deletes = false;
+    if (flashes) {
+      await pace.each(from.files.keys(), (path) => (deletes ||= !newest.files.has(path)));
+    }
+    const lines = stepWarnings(from, newest, deletes && flashes);
+    found.push(...lines.map((line) => `from ${from.name}: ${line}`));
+    if (pace.isDue) await pace.pause();
+  }
+  return found;
 }
 
 /** What boards with Pycom's original library cannot do with a manifest: one line each. */
 export function boardWarnings(releases: Releases, manifest: Manifest | null): string[] {
-  const found: string[] = [];
-  const has = manifest?.previous_version && releases.find(manifest.previous_version)?.files;
-  if (!manifest || !has) return found;
-  const directories = new Set([...has.keys()].flatMap(ancestors));
-  const added = manifest.new.flatMap((item) => ancestors(item.dst_path.slice(1)));
-  for (const directory of new Set(added.filter((path) => !directories.has(path)))) {
-    found.push(
-      `${manifest.version} adds the directory ${directory}; boards with Pycom's library cannot ` +
-        `create directories: keep its files in directories that they have`,
+  const has = manifest?.previous_version && releases.find(manifest.previous_version);
+  const target = manifest && releases.find(manifest.version);
+  if (!has || !target) return [];
+  return stepWarnings(has, target, manifest.delete.length > 0 && manifest.firmware !== undefined);
+}
+
+function stepWarnings(from: Release, to: Release, deletesAndFlashes: boolean): string[] {
+  const added = [...to.directories].filter((path) => !from.directories.has(path));
+  const found = added.map((directory) => {
+    return (
+      `${to.name} adds the directory ${directory}; boards with Pycom's library cannot ` +
+      `create directories: keep its files in directories that they have`
     );
-  }
-  if (manifest.delete.length > 0 && manifest.firmware) {
+  });
+  if (deletesAndFlashes) {
     found.push(
-      `${manifest.version} deletes files and ships firmware; a board with Pycom's library that ` +
+      `${to.name} deletes files and ships firmware; a board with Pycom's library that ` +
         `is cut off while flashing fails on every later try: delete in a release of its own`,
     );
   }
@@ -1718,6 +2285,23 @@ export function availableDictionary(header: string | null): string | undefined {
 
 type Coding = Exclude<Encoding, "identity">;
 
+/** Content that may be coded, or that other content is coded against; read when its turn comes. */
+interface Source {
+  /** SHA-256. */
+  key: string;
+  size: number;
+  /** `undefined` when it is not what it was. */
+  read: () => Promise<Blob | undefined>;
+}
+
+/** Content as it was coded. */
+interface Coded {
+  encoding: Coding;
+  content: Blob;
+  /** Of these very bytes: another version of a coder may make others of the same content. */
+  tag: string;
+}
+
 /**
  * The level that tells whether level 19 would find anything: where nothing is to be found, as in
  * pictures and archives, in a thirtieth of the time. Levels below 4 miss what is in machine code.
@@ -1733,43 +2317,70 @@ const CODED_BUDGET = 32 * 1024 * 1024;
 const MAX_CODING = 2;
 /** Bytes that may be coded or wait for it at once; who asks for more gets them plain. */
 const MAX_WAITING = 32 * 1024 * 1024;
+/** Seconds a minute that may go into coding, and how many minutes of it are saved up. */
+const CODING = { seconds: 15, saved: 4 };
+
+/** Time that may be spent: so much a minute, and what is left over of a few minutes. */
+class Allowance {
+  #left: number;
+  #at = performance.now();
+  readonly #most: number;
+
+  /** @param seconds a minute */
+  constructor(private readonly seconds: number) {
+    this.#most = this.#left = CODING.saved * seconds * 1000;
+  }
+
+  get isSpent(): boolean {
+    const now = performance.now();
+    this.#left = Math.min(this.#most, this.#left + ((now - this.#at) * this.seconds) / 60);
+    this.#at = now;
+    return this.#left <= 0;
+  }
+
+  /** @param milliseconds of work; the last may take more than there is left */
+  spend(milliseconds: number): void {
+    this.#left -= milliseconds;
+  }
+}
 
 /** Coded content, made once whoever asks and however many ask at once. */
 class Encoder {
-  readonly #done = new Cache<Blob>(CODED_BUDGET);
+  readonly #done = new Cache<Coded>(CODED_BUDGET);
   /** What was found not to be worth it. */
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
-  readonly #running = new Map<string, Promise<Blob | undefined>>();
+  readonly #running = new Map<string, Promise<Coded | undefined>>();
   #waiting = 0;
   #coding = 0;
   /** Who waits for his turn. */
   readonly #queue: (() => void)[] = [];
 
+  /** @param allowance when it is spent, only what is kept is given out */
+  constructor(private readonly allowance?: Allowance) {}
+
   /**
    * Codes content by itself, or as what is different from a dictionary.
    *
-   * @param key names the content (and the dictionary)
    * @returns `undefined` when that would not be smaller, is too much just now, or failed
    */
   encode(
     encoding: Coding,
-    key: string,
-    content: Blob,
-    dictionary?: Blob,
-  ): Blob | Promise<Blob | undefined> | undefined {
-    const name = `${encoding} ${key}`;
+    content: Source,
+    dictionary?: Source,
+  ): Coded | Promise<Coded | undefined> | undefined {
+    const name = `${encoding} ${content.key} ${dictionary?.key}`;
     const done = this.#done.get(name);
     if (done) return done;
     if (this.#useless.get(name)) return undefined;
     const running = this.#running.get(name);
     const needs = content.size + (dictionary?.size ?? 0);
-    if (running || this.#waiting + needs > MAX_WAITING) return running;
+    if (running || this.#waiting + needs > MAX_WAITING || this.allowance?.isSpent) return running;
     this.#waiting += needs;
     const made = this.#inTurn(() => this.#make(encoding, content, dictionary))
       .then((coded) => {
-        if (coded) this.#done.set(name, coded, coded.size);
-        else this.#useless.set(name, true, 0);
-        return coded;
+        if (coded) this.#done.set(name, coded, coded.content.size);
+        else if (coded === null) this.#useless.set(name, true, 0);
+        return coded ?? undefined;
       })
       .catch(() => undefined)
       .finally(() => {
@@ -1793,52 +2404,65 @@ class Encoder {
     }
   }
 
-  /** @returns `undefined` when it would not be smaller */
-  async #make(encoding: Coding, content: Blob, dictionary?: Blob): Promise<Blob | undefined> {
-    const bytes = await content.bytes();
-    const old = await dictionary?.bytes();
-    const encode = async () => {
-      if (encoding === "dcz") return encodeDelta(bytes, old!);
-      const size = bytes.byteLength;
-      const isTried = encoding === "zstd" && size >= MIN_TRIED && size <= MAX_BEST;
-      if (!isTried) return encodeWhole(encoding, bytes);
-      const trial = await encodeWhole(encoding, bytes, TRIAL);
-      if (trial.byteLength >= size) return trial;
-      release(trial);
-      return encodeWhole(encoding, bytes);
-    };
+  /** @returns `null` when it would not be smaller; `undefined` when it cannot be told just now */
+  async #make(
+    encoding: Coding,
+    content: Source,
+    dictionary?: Source,
+  ): Promise<Coded | null | undefined> {
+    if (this.allowance?.isSpent) return undefined;
+    const bytes = await (await content.read())?.bytes();
+    const old = await (await dictionary?.read())?.bytes();
+    const started = performance.now();
     try {
-      const coded = intoBlob(await encode());
-      return coded.size < content.size ? coded : undefined;
+      if (!bytes || (dictionary && !old)) return undefined;
+      const coded = await (old ? encodeDelta(bytes, old) : encodeWell(encoding, bytes));
+      if (coded.byteLength >= content.size) return null;
+      const tag = Bun.hash(coded).toString(16).padStart(16, "0");
+      return { encoding, content: intoBlob(coded), tag };
     } finally {
+      this.allowance?.spend(performance.now() - started);
       for (const used of [bytes, old]) if (used) release(used);
     }
   }
 
   /**
-   * The smallest form of content that is accepted: a delta, a coding, or plain.
+   * The smallest form of content that is accepted: a delta, or a coding.
    *
-   * @param key the content's SHA-256
-   * @param old what the asker has: a dictionary, and its SHA-256
+   * @param old what the asker has
+   * @returns `undefined` for plain
    */
   async smallest(
     accepted: ReadonlySet<Encoding>,
-    key: string,
-    content: Blob,
-    old?: { key: string; content: Blob },
-  ): Promise<{ encoding: Encoding; content: Blob }> {
-    const plain = { encoding: "identity" as const, content };
-    if (content.size < MIN_CODED || content.size > MAX_CODED) return plain;
-    const whole = wholeEncoding(accepted);
-    const useOld = old && accepted.has("dcz") && old.content.size > 0;
-    const [delta, coded] = await Promise.all([
-      useOld && this.encode("dcz", `${key} ${old.key}`, content, old.content),
-      whole && this.encode(whole, key, content),
-    ]);
-    const isBetter = delta && delta.size < (coded || content).size;
-    if (isBetter) return { encoding: "dcz", content: delta };
-    return whole && coded ? { encoding: whole, content: coded } : plain;
+    content: Source,
+    old?: Source,
+  ): Promise<Coded | undefined> {
+    if (!isCoded(content.size)) return undefined;
+    const useOld = old && accepted.has("dcz") && old.size > 0 && old.size <= MAX_CODED;
+    const delta = useOld && (await this.encode("dcz", content, old));
+    // By itself content would not be smaller where so much of it was found in the old.
+    if (delta && delta.content.size <= content.size / 2) return delta;
+    const encoding = wholeEncoding(accepted);
+    const whole = encoding && (await this.encode(encoding, content));
+    return delta && delta.content.size < (whole?.content ?? content).size ? delta : whole;
   }
+}
+
+/** Whether content of that size is coded. */
+function isCoded(size: number): boolean {
+  return size >= MIN_CODED && size <= MAX_CODED;
+}
+
+/** Codes content by itself, as well as can be, unless that is not worth it. */
+async function encodeWell(encoding: Coding, content: Uint8Array): Promise<Uint8Array> {
+  const whole = encoding === "gzip" ? "gzip" : "zstd";
+  const size = content.byteLength;
+  if (whole === "zstd" && size >= MIN_TRIED && size <= MAX_BEST) {
+    const trial = await encodeWhole(whole, content, TRIAL);
+    if (trial.byteLength >= size) return trial;
+    release(trial);
+  }
+  return encodeWhole(whole, content);
 }
 
 // ──── Answers ────────────────────────────────────────────────────────────────────────────────────
@@ -1855,6 +2479,8 @@ interface Answer {
   body: Blob | null;
   /** Of the body. */
   size: number;
+  /** What the body is, or is a part of. */
+  form?: Representation;
   /** How the body is coded, and the bytes that this saves. */
   coding?: { encoding: Encoding; saved: number };
   /** The status and the headers as they are sent, padded; made once they are needed. */
@@ -1867,6 +2493,8 @@ interface Representation {
   /** Strong, quoted, and its own. */
   etag: string;
   content: Blob;
+  /** The open file that the content is read from while it is sent; else it is in memory. */
+  fd?: number;
   /** The last answer with the whole of it: most requests get the same one. */
   whole?: Answer;
 }
@@ -1908,7 +2536,7 @@ function select(request: Request, file: ServedFile, form: Representation): Answe
   };
   const coding = whole.coding && { ...whole.coding, saved: 0 };
   const body = content.slice(start, end);
-  return { status: 206, headers, body, size: end - start, ...(coding && { coding }) };
+  return { status: 206, headers, body, size: end - start, form, ...(coding && { coding }) };
 }
 
 /** The answer with all of a representation of `plainSize` bytes of content. */
@@ -1917,11 +2545,13 @@ function wholeAnswer(type: string, plainSize: number, form: Representation): Ans
   const { encoding, etag, content } = form;
   const headers: Record<string, string> = {
     "Content-Type": type,
+    // Without it, nginx as a cache gives nobody a part of what it keeps.
+    "Accept-Ranges": "bytes",
     ETag: etag,
     "Cache-Control": `max-age=${MAX_AGE}`,
     Vary: "Accept-Encoding, Available-Dictionary",
   };
-  form.whole = { status: 200, headers, body: content, size: content.size };
+  form.whole = { status: 200, headers, body: content, size: content.size, form };
   if (encoding !== "identity") {
     headers["Content-Encoding"] = encoding;
     form.whole.coding = { encoding, saved: plainSize - content.size };
@@ -2013,6 +2643,8 @@ function printable(text: string): string {
 /**
  * One request, one line: time, address, device, method, path, status, bytes, milliseconds, and
  * where there are any, the coding and the version that the device reports as failed.
+ *
+ * @param size bytes of the body; `undefined` when the connection ended before all of it was sent
  */
 function logLine(
   method: string,
@@ -2020,7 +2652,7 @@ function logLine(
   query: ManifestQuery,
   address: string,
   { status, coding }: Answer,
-  size: number,
+  size: number | undefined,
   milliseconds: number,
 ): string {
   const device = query.devid || query.wmac;
@@ -2028,8 +2660,8 @@ function logLine(
   const coded = coding ? ` coding=${coding.encoding}` : "";
   const failed = query.failed ? ` failed=${printable(query.failed)}` : "";
   const tenths = Math.round(milliseconds * 10);
-  const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms`;
-  const what = `${printable(method)} ${printable(path)} ${status} ${size}`;
+  const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms${size === undefined ? " aborted" : ""}`;
+  const what = `${printable(method)} ${printable(path)} ${status} ${size ?? "-"}`;
   return `${timeStamp()} ${address}${id} ${what} ${taken}${coded}${failed}`;
 }
 
@@ -2048,10 +2680,12 @@ function timeStamp(): string {
 
 const COUNTERS = {
   ota_requests_total: "Requests by status",
-  ota_sent_bytes_total: "Bytes of bodies sent",
+  ota_sent_bytes_total: "Bytes of bodies that were sent whole",
+  ota_aborted_total: "Bodies of which the connection ended before they were sent whole",
   ota_saved_bytes_total: "Bytes of bodies that coding made unnecessary",
   ota_manifests_total: "Manifests by the version a device has and the one it gets",
   ota_failures_total: "Manifests asked for by devices that report a version as failed",
+  ota_changed_total: "Versions and images that changed after they were offered",
 };
 
 /** Counters of one server. */
@@ -2100,6 +2734,250 @@ class Metrics {
   }
 }
 
+// ──── Sending ───────────────────────────────────────────────────────────────────────────────────
+// Bodies on their way to clients that may be slow. Bun sends them by itself, but says of none when
+// it was sent. Until then content in memory takes memory, whatever a cache has thrown out meanwhile,
+// and a file stays open. Only files that are as they were found are opened, and no pipes: who opens
+// one waits for somebody at its other end.
+
+/** A body up to this is in the buffers of the system, or in nobody's way, once it is answered. */
+const SMALL_BODY = 64 * 1024;
+/** Bytes of content in memory that may be on their way; what else is asked for comes from disk. */
+const MAX_SENDING = 32 * 1024 * 1024;
+
+/** The answer to one request, on its way. */
+interface Shipment {
+  request: Request;
+  server: Bun.Server<undefined>;
+  /** What lies in memory until the end. */
+  held: Blob;
+  /** The open file that it comes from instead. */
+  fd: number | undefined;
+  /** Is told at the end; as far as the system is concerned, which still has what it was given. */
+  ended: (isWhole: boolean) => void;
+}
+
+/** What is on its way. */
+class Outbox {
+  /** Not looked at yet. */
+  #fresh: Shipment[] = [];
+  /** Not through at once. */
+  #slow: Shipment[] = [];
+  #timer: Timer | undefined;
+  /** How many each content goes to. */
+  readonly #held = new Map<Blob, number>();
+  #bytes = 0;
+  /** Bytes of content that is being read, to be sent then. */
+  reading = 0;
+
+  /** Whether a content in memory may be sent to one more. */
+  hasRoomFor(content: Blob): boolean {
+    return this.#held.has(content) || this.hasRoom(content.size);
+  }
+
+  /** The same of so many bytes of another. */
+  hasRoom(size: number): boolean {
+    const taken = this.#bytes + this.reading;
+    return taken === 0 || taken + size <= MAX_SENDING;
+  }
+
+  /** Is to be told of every large body, before Bun is given it. */
+  add(shipment: Shipment): void {
+    const { request, held, fd } = shipment;
+    // A signal that nobody had seen before tells nothing afterwards.
+    void request.signal;
+    if (fd === undefined) this.#count(held, 1);
+    if (this.#fresh.push(shipment) === 1) setImmediate(() => this.#look());
+  }
+
+  #count(content: Blob, change: 1 | -1): void {
+    const before = this.#held.get(content) ?? 0;
+    const after = before + change;
+    if (after === 0) this.#held.delete(content);
+    else this.#held.set(content, after);
+    if (Math.min(before, after) === 0) this.#bytes += change * content.size;
+  }
+
+  /** Most bodies are through at once. */
+  #look(): void {
+    const fresh = this.#fresh;
+    this.#fresh = [];
+    const slow = fresh.filter((shipment) => !this.#isThrough(shipment));
+    for (const shipment of slow) this.#slow.push(shipment);
+    this.#lookAgain();
+  }
+
+  /** The more there are, the less often. */
+  #lookAgain(): void {
+    if (this.#slow.length === 0) return;
+    this.#timer ??= setTimeout(
+      () => {
+        this.#timer = undefined;
+        this.#slow = this.#slow.filter((shipment) => !this.#isThrough(shipment));
+        this.#lookAgain();
+      },
+      Math.min(1000, 20 + this.#slow.length / 5),
+    );
+  }
+
+  /** Bun knows the address of a request until it is done with it. */
+  #isThrough(shipment: Shipment): boolean {
+    const { request, server } = shipment;
+    if (server.requestIP(request) !== null) return false;
+    this.#end(shipment, !request.signal.aborted);
+    return true;
+  }
+
+  #end({ held, fd, ended }: Shipment, isWhole: boolean): void {
+    if (fd === undefined) this.#count(held, -1);
+    else fs.closeSync(fd);
+    ended(isWhole);
+  }
+
+  /** Ends all that is on its way, once no server sends any more. */
+  close(): void {
+    clearTimeout(this.#timer);
+    const all = [...this.#fresh, ...this.#slow];
+    this.#fresh = this.#slow = [];
+    for (const shipment of all) if (!this.#isThrough(shipment)) this.#end(shipment, false);
+  }
+}
+
+/** Opens a file to read it; throws what the system does, and when it is no file. */
+function openFile(file: string): number {
+  const { O_RDONLY, O_NONBLOCK, O_NOFOLLOW } = fs.constants;
+  const isFile = (stat: fs.Stats) => {
+    if (!stat.isFile()) throw new Error(`${file} is no file`);
+  };
+  isFile(fs.lstatSync(file));
+  // Something else may have come since: a pipe would wait for a writer, a link lead elsewhere.
+  const fd = fs.openSync(file, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
+  try {
+    isFile(fs.fstatSync(fd));
+    return fd;
+  } catch (error) {
+    fs.closeSync(fd);
+    throw error;
+  }
+}
+
+/** Opens the file that was found, and no other; `undefined` when it is not there as it was. */
+function openFound({ file, stamp }: ServedFile): number | undefined {
+  let fd: number;
+  try {
+    fd = openFile(file);
+  } catch {
+    return undefined;
+  }
+  if (stampOf(fs.fstatSync(fd)) === stamp) return fd;
+  fs.closeSync(fd);
+  return undefined;
+}
+
+/** Reads the first bytes of a file off the event loop. */
+async function readFile(file: string, size: number): Promise<Uint8Array> {
+  const fd = openFile(file);
+  try {
+    return await Bun.file(fd).slice(0, size).bytes();
+  } finally {
+    fs.closeSync(fd);
+  }
+}
+
+// ──── Listening ─────────────────────────────────────────────────────────────────────────────────
+// Who stands at the door: the certificate, and the proxies whose word counts.
+
+/** Milliseconds between two looks at the files of a certificate. */
+const CERTIFICATE_POLL = 2000;
+
+/**
+ * Watches the files of a certificate, whatever replaces them: a copy, a rename, a link that is
+ * switched.
+ *
+ * @param renewed is given each new certificate
+ * @param failed is told, once for each change, why the files cannot be used as they are
+ */
+function watchCertificate(
+  files: Certificate,
+  renewed: (certificate: Certificate) => void,
+  failed: (error: unknown) => void,
+): Disposable {
+  const look = () => {
+    const stat = (file: string) => fs.statSync(file, { throwIfNoEntry: false });
+    return [files.cert, files.key].map((file) => {
+      const found = stat(file);
+      return found && stampOf(found);
+    });
+  };
+  let known = look().join();
+  let complained = "";
+  const timer = setInterval(() => {
+    const seen = look().join();
+    if (seen === known) return;
+    try {
+      renewed(readServerCertificate(files));
+      known = seen;
+    } catch (error) {
+      // One of the two may still be on its way.
+      if (complained === seen) failed(error);
+      if (complained === seen) known = seen;
+      complained = seen;
+    }
+  }, CERTIFICATE_POLL);
+  return { [Symbol.dispose]: () => clearInterval(timer) };
+}
+
+/** The proxies whose `X-Forwarded-` headers count. */
+class Proxies {
+  readonly #trusted = new BlockList();
+
+  /** @throws {OTAError} when one is neither an address nor a network such as `10.0.0.0/8` */
+  constructor(addresses: readonly string[]) {
+    for (const text of addresses) {
+      const [address = "", bits] = text.split("/");
+      const family = isIP(address);
+      const most = family === 6 ? 128 : 32;
+      const prefix = bits === undefined ? most : /^\d{1,3}$/.test(bits) ? Number(bits) : Infinity;
+      if (family === 0 || prefix > most) {
+        const found = JSON.stringify(text);
+        throw new OTAError(
+          `--trust-proxy expects an address or a network (10.0.0.0/8), found ${found}`,
+          2,
+        );
+      }
+      this.#trusted.addSubnet(address, prefix, family === 6 ? "ipv6" : "ipv4");
+    }
+  }
+
+  /** @param address without `::ffff:` before one of IPv4 */
+  trusts(address: string): boolean {
+    return this.#trusted.check(address, isIP(address) === 6 ? "ipv6" : "ipv4");
+  }
+
+  /** Who asked, by the word of those trusted: of a chain, the last one that is not one of them. */
+  client(headers: Headers, peer: string): string {
+    const chain = (headers.get("x-forwarded-for") ?? "").split(",").map((item) => item.trim());
+    let client = peer;
+    while (this.trusts(client)) {
+      const before = plainAddress(chain.pop() ?? "");
+      if (isIP(before) === 0) break;
+      client = before;
+    }
+    return client;
+  }
+}
+
+/** An address of IPv4 as such, also where it comes as one of IPv6. */
+function plainAddress(address: string): string {
+  return address.startsWith("::") ? address.replace(/^::ffff:(?=\d+\.)/i, "") : address;
+}
+
+/** What a proxy says that it was asked by; the last one, when there are several. */
+function forwardedScheme(headers: Headers): "http" | "https" | undefined {
+  const scheme = headers.get("x-forwarded-proto")?.split(",").at(-1)?.trim().toLowerCase();
+  return scheme === "http" || scheme === "https" ? scheme : undefined;
+}
+
 // ──── Server ────────────────────────────────────────────────────────────────────────────────────
 // HTTP in, bytes out. It decides nothing that `Releases` can decide.
 
@@ -2117,12 +2995,18 @@ export interface ServeOptions extends ReleasesOptions {
   sign?: string;
   /** What every request must carry, in `Authorization: Bearer` or as `token=`. */
   token?: string;
-  /** Files of the certificate and its key, PEM, for HTTPS. */
-  tls?: { cert: string; key: string };
+  /** For HTTPS; when the files change, they are read again. */
+  tls?: Certificate;
+  /** Proxies whose `X-Forwarded-Proto` and `-For` count: addresses, and networks (`10.0.0.0/8`). */
+  trustProxy?: readonly string[];
+  /** Seconds a minute that may go into coding content; 15. Beyond that it goes plain. */
+  coding?: number;
   /** Called with one line for each request. */
   log?: (line: string) => void;
   /** Called when a version or an image came, changed or went. */
   changed?: (releases: Releases) => void;
+  /** Called with one line when something happens that the owner of the root should know. */
+  warn?: (line: string) => void;
 }
 
 /** A server that is listening. */
@@ -2146,10 +3030,10 @@ export const LIMITS = {
 };
 
 const METHODS = "GET, HEAD";
-/** Content up to this is read whole and checked before it is sent; larger goes from disk. */
-const MAX_CHECKED = 16 * 1024 * 1024;
+/** Content up to this is read whole, checked and kept before it is sent; larger goes from disk. */
+const MAX_KEPT = 4 * 1024 * 1024;
 /** The most that is kept of content, in bytes. */
-const CONTENT_BUDGET = 64 * 1024 * 1024;
+const CONTENT_BUDGET = 32 * 1024 * 1024;
 
 /**
  * Serves a release root, and keeps up with it.
@@ -2159,30 +3043,19 @@ const CONTENT_BUDGET = 64 * 1024 * 1024;
  */
 export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
   const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
-  const releases = await Releases.open(root, options);
-  for (const file of tls ? [tls.cert, tls.key] : []) {
-    if (fs.existsSync(file)) continue;
-    throw new OTAError(`cannot read ${file}: --tls-cert and --tls-key name files in PEM`, 2);
-  }
+  const secrets = [options.sign, tls?.key].filter((file) => file !== undefined);
+  const releases = await Releases.open(root, { ...options, secrets });
   const service = new Service(releases, options);
-  for (const secret of [options.sign, tls?.key]) {
-    if (secret === undefined || !fs.existsSync(secret)) continue;
+  for (const secret of secrets) {
+    if (!fs.existsSync(secret)) continue;
     if (isInside(fs.realpathSync(secret), releases.root)) {
       throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
     }
   }
+  const certificate = tls && readServerCertificate(tls);
   let server: Bun.Server<undefined>;
   try {
-    server = Bun.serve({
-      port,
-      hostname: host,
-      development: false,
-      // Bun's default would share a port that is in use.
-      reusePort: false,
-      idleTimeout: LIMITS.idle,
-      ...(tls && { tls: { cert: Bun.file(tls.cert), key: Bun.file(tls.key) } }),
-      fetch: (request, bun) => service.respond(request, bun.requestIP(request)?.address ?? "-"),
-    });
+    server = listen(service, host, port, certificate);
   } catch (error) {
     if (errorCode(error) === "EADDRINUSE") {
       const what = `port ${port} on ${host} is in use`;
@@ -2191,13 +3064,52 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
     const hint = tls ? "--host, --port, --tls-cert and --tls-key" : "--host and --port";
     throw new OTAError(`cannot listen on ${host}:${port}: ${errorText(error)}; see ${hint}`);
   }
-  const watch = releases.watch(() => options.changed?.(releases));
+  const { url } = server;
+  const changed = () => {
+    service.noteAltered(releases.altered);
+    options.changed?.(releases);
+  };
+  const watch = new RootWatch(releases, { changed, warn: options.warn });
   service.onMismatch = watch.soon;
+  /** Servers that listen no more, but may still send. */
+  const former = new Set<Bun.Server<undefined>>();
+  const renew = (renewed: Certificate) => {
+    // Bun cannot exchange a certificate: another server takes the port.
+    const old = server;
+    former.add(old);
+    void old.stop().then(() => former.delete(old));
+    server = listen(service, host, Number(url.port), renewed);
+    options.warn?.(`the certificate in ${tls!.cert} is new, and in use`);
+  };
+  const complain = (error: unknown) => {
+    options.warn?.(`the certificate stays the one before: ${errorText(error)}`);
+  };
+  const renewal = tls && watchCertificate(tls, renew, complain);
   const stop = async (force = false) => {
     watch[Symbol.dispose]();
-    await server.stop(force);
+    renewal?.[Symbol.dispose]();
+    await Promise.all([server, ...former].map((one) => one.stop(force)));
+    service.close();
   };
-  return { url: server.url, releases, stop, [Symbol.asyncDispose]: () => stop(true) };
+  return { url, releases, stop, [Symbol.asyncDispose]: () => stop(true) };
+}
+
+function listen(
+  service: Service,
+  hostname: string,
+  port: number,
+  certificate: Certificate | undefined,
+): Bun.Server<undefined> {
+  return Bun.serve({
+    port,
+    hostname,
+    development: false,
+    // Bun's default would share a port that is in use.
+    reusePort: false,
+    idleTimeout: LIMITS.idle,
+    ...(certificate && { tls: certificate }),
+    fetch: (request, server) => service.respond(request, server),
+  });
 }
 
 /** A base for URLs: absolute http(s), no query, and no slash at the end. */
@@ -2224,7 +3136,11 @@ class Service {
   /** By SHA-256. */
   readonly #contents = new Cache<Representation>(CONTENT_BUDGET);
   readonly #reading = new Map<string, Promise<Representation | undefined>>();
-  readonly #encoder = new Encoder();
+  readonly #encoder: Encoder;
+  readonly #outbox = new Outbox();
+  readonly #proxies: Proxies;
+  /** Whether it was said that a proxy is not trusted. */
+  #hasHinted = false;
   /** Answers with the manifests that releases keep, and as long as they keep them. */
   readonly #manifests = new WeakMap<
     ManifestText,
@@ -2239,24 +3155,63 @@ class Service {
     this.#prefix = `${this.#base ? new URL(this.#base).pathname.replace(/\/$/, "") : ""}/`;
     this.#scheme = options.tls ? "https" : "http";
     this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
+    this.#encoder = new Encoder(new Allowance(options.coding ?? CODING.seconds));
+    this.#proxies = new Proxies(options.trustProxy ?? []);
+    // Who watches for the first one has to know that there was none.
+    this.noteAltered([]);
   }
 
-  respond(request: Request, address: string): Response | Promise<Response> {
+  /** Counts and tells what is other than it was offered before. */
+  noteAltered(names: readonly string[]): void {
+    this.#metrics.add("ota_changed_total", "", names.length);
+    for (const name of names) {
+      this.options.warn?.(
+        `${name} changed after it was offered: devices on it will get what differs ` +
+          `(boards with Pycom's library will not)`,
+      );
+    }
+  }
+
+  /** Ends what is on its way, when no server sends any more. */
+  close(): void {
+    this.#outbox.close();
+  }
+
+  respond(request: Request, server: Bun.Server<undefined>): Response | Promise<Response> {
     const started = performance.now();
     const { path, query, length } = this.#target(request.url);
+    const peer = plainAddress(server.requestIP(request)?.address ?? "-");
     const finish = (answer: Answer): Response => {
-      const size = request.method === "HEAD" ? 0 : answer.size;
-      this.#metrics.add("ota_requests_total", answer.status);
-      this.#metrics.add("ota_sent_bytes_total", "", size);
-      if (answer.coding && size > 0) {
-        this.#metrics.add("ota_saved_bytes_total", "", answer.coding.saved);
-      }
-      const taken = performance.now() - started;
-      this.options.log?.(logLine(request.method, path, query, address, answer, size, taken));
-      return toResponse(request.method, answer);
+      const { method } = request;
+      const { status, form, body, coding } = answer;
+      const size = method === "HEAD" ? 0 : answer.size;
+      this.#metrics.add("ota_requests_total", status);
+      const ended = (isWhole: boolean) => {
+        if (isWhole) this.#metrics.add("ota_sent_bytes_total", "", size);
+        else this.#metrics.add("ota_aborted_total");
+        if (coding && isWhole && size > 0) {
+          this.#metrics.add("ota_saved_bytes_total", "", coding.saved);
+        }
+        const { log } = this.options;
+        if (!log) return;
+        const taken = performance.now() - started;
+        const sent = isWhole ? size : undefined;
+        log(logLine(method, path, query, this.#client(request, peer), answer, sent, taken));
+      };
+      const fd = method === "HEAD" ? undefined : form?.fd;
+      const isSlow = body && (size > SMALL_BODY || fd !== undefined);
+      if (isSlow) {
+        this.#outbox.add({ request, server, held: form?.content ?? body, fd, ended });
+      } else ended(true);
+      return toResponse(method, answer);
     };
-    const answer = this.#refuse(request, query, length) ?? this.#answer(request, path, query);
+    const answer = this.#refuse(request, query, length) ?? this.#answer(request, path, query, peer);
     return answer instanceof Promise ? answer.then(finish) : finish(answer);
+  }
+
+  /** The address of who asked. */
+  #client({ headers }: Request, peer: string): string {
+    return this.options.trustProxy?.length ? this.#proxies.client(headers, peer) : peer;
   }
 
   /** The parts of a target. It may be relative (HTTP/1.0 without a Host): no `new URL` here. */
@@ -2291,8 +3246,13 @@ class Service {
     return undefined;
   }
 
-  #answer(request: Request, path: string, query: ManifestQuery): Answer | Promise<Answer> {
-    if (path === "/manifest.json") return this.#manifest(request, query);
+  #answer(
+    request: Request,
+    path: string,
+    query: ManifestQuery,
+    peer: string,
+  ): Answer | Promise<Answer> {
+    if (path === "/manifest.json") return this.#manifest(request, query, peer);
     if (path === "/-/health") return this.#health();
     if (path === "/-/metrics") {
       const text = this.#metrics.text(this.releases);
@@ -2300,23 +3260,20 @@ class Service {
     }
     const found = this.releases.locate(path);
     if (!found) return plain(404, "not found");
-    return this.#file(request, found);
+    return this.#file(request, path, found);
   }
 
-  #manifest(request: Request, query: ManifestQuery): Answer | Promise<Answer> {
+  #manifest({ headers }: Request, query: ManifestQuery, peer: string): Answer | Promise<Answer> {
     const { current_ver = "", reqid = "", token } = query;
     if (current_ver.length > LIMITS.version || hasControls(current_ver)) {
       return plain(400, `current_ver: at most ${LIMITS.version} characters, none of them controls`);
     }
     if (hasControls(reqid)) return plain(400, "reqid: no control characters");
-    const host = request.headers.get("host");
-    if (this.#base === undefined && (host === null || !isHost(host))) {
-      return plain(400, "a manifest needs the Host header: its URLs begin with it");
-    }
+    const base = this.#base ?? this.#askedBase(headers, peer);
+    if (base instanceof Error) return plain(400, base.message);
     // A board sends nothing with a download but its URL.
     const withToken = token !== undefined && this.options.token !== undefined;
     const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
-    const base = this.#base ?? `${this.#scheme}://${host}`;
     const text = this.releases.manifestText(query, base, suffix);
     const newest =
       text === NOTHING_NEWER ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
@@ -2329,7 +3286,7 @@ class Service {
       const version = Metrics.label(this.releases, query.failed);
       this.#metrics.add("ota_failures_total", `version="${version}"`);
     }
-    const encoding = wholeEncoding(acceptedEncodings(request.headers.get("accept-encoding")));
+    const encoding = wholeEncoding(acceptedEncodings(headers.get("accept-encoding")));
     // Even with the same manifest, the signature is another one.
     if (!text.isShared || reqid !== "") return this.#manifestAnswer(text, reqid, encoding, FAST);
     let answers = this.#manifests.get(text);
@@ -2338,12 +3295,35 @@ class Service {
     return (answers[encoding ?? "identity"] ??= this.#manifestAnswer(text, "", encoding, level));
   }
 
+  /** What URLs begin with, for who asks by this name; an error for the asker. */
+  #askedBase(headers: Headers, peer: string): string | Error {
+    const said = forwardedScheme(headers);
+    const isTrusted = said !== undefined && this.#proxies.trusts(peer);
+    const host = headers.get("host");
+    // URLs would begin with http, and lead around the proxy, or nowhere.
+    const isIgnored = said === "https" && !isTrusted && this.#scheme === "http";
+    const remedy = `serve --trust-proxy ${peer}, or --url https://…`;
+    if (isIgnored && !this.#hasHinted) {
+      this.#hasHinted = true;
+      const what = `${peer} says X-Forwarded-Proto: https, and is not trusted`;
+      this.options.warn?.(`${what}: URLs in manifests begin with http; if it is yours, ${remedy}`);
+    }
+    if (host === null || !isHost(host)) {
+      const hint = isIgnored
+        ? `; is there a proxy in between? It must pass Host on; ${remedy}`
+        : "";
+      return new Error(`a manifest needs the Host header: its URLs begin with it${hint}`);
+    }
+    return `${isTrusted ? said : this.#scheme}://${host}`;
+  }
+
   #manifestAnswer(
     { bytes, isShared }: ManifestText,
     reqid: string,
     encoding: "gzip" | "zstd" | undefined,
     level: number | undefined,
   ): Answer | Promise<Answer> {
+    if (bytes.byteLength > SMALL_BODY && !this.#outbox.hasRoom(bytes.byteLength)) return busy();
     const plain = content("application/json", new Blob([bytes]));
     plain.headers["Cache-Control"] = "no-store";
     if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
@@ -2363,7 +3343,7 @@ class Service {
 
   #health(): Answer {
     try {
-      fs.readdirSync(this.releases.root);
+      fs.readdirSync(this.releases.path);
     } catch (error) {
       return plain(503, `the root cannot be read: ${errorText(error)}`);
     }
@@ -2373,48 +3353,58 @@ class Service {
   }
 
   /** A file, in the smallest form that the asker accepts. */
-  #file(request: Request, file: ServedFile): Answer | Promise<Answer> {
-    const { sha256: key, size, etag } = file;
-    if (key === undefined || size > MAX_CHECKED) {
-      if (!isReal(file)) return this.#changing();
-      // A slice even of the whole: Bun would answer Range by itself, and does not know If-Range.
-      const content = Bun.file(file.file).slice(0, size);
-      const answer = select(request, file, { encoding: "identity", etag, content });
-      // Else Bun adds one with the file's name, of any length and in any script.
-      if (answer.body) answer.headers["Content-Disposition"] = "inline";
-      return answer;
+  #file(request: Request, path: string, file: ServedFile): Answer | Promise<Answer> {
+    const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
+    if (accepted.size === 0 || file.sha256 === undefined || !isCoded(file.size)) {
+      return this.#plain(request, file);
     }
-    const send = (whole: Representation | undefined) => {
-      if (!whole) return this.#changing();
-      const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
-      if (accepted.size === 0) return select(request, file, whole);
-      return this.#smallest(request.headers, accepted, key, whole).then((form) => {
-        return select(request, file, form);
-      });
-    };
-    const kept = this.#contents.get(key);
-    return kept ? send(kept) : this.#read(file, key).then(send);
+    const named = accepted.has("dcz")
+      ? availableDictionary(request.headers.get("available-dictionary"))
+      : undefined;
+    const old = named === undefined ? undefined : this.releases.predecessor(path, named);
+    const sources = [file, old].map((found) => found && this.#source(found, found.sha256!));
+    return this.#encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
+      if (!coded || !this.#outbox.hasRoomFor(coded.content)) return this.#plain(request, file);
+      const { encoding, content, tag } = coded;
+      return select(request, file, { encoding, etag: `"${tag}-${encoding}"`, content });
+    });
   }
 
-  /** The smallest form that the asker accepts. */
-  async #smallest(
-    asked: Headers,
-    accepted: ReadonlySet<Encoding>,
-    key: string,
-    whole: Representation,
-  ): Promise<Representation> {
-    const named = accepted.has("dcz") && availableDictionary(asked.get("available-dictionary"));
-    const file = named ? this.releases.contents.get(named) : undefined;
-    const dictionary =
-      file && file.size <= MAX_CODED
-        ? (this.#contents.get(file.sha256) ?? (await this.#read(file, file.sha256)))
-        : undefined;
-    const old = file && dictionary && { key: file.sha256, content: dictionary.content };
-    const { encoding, content } = await this.#encoder.smallest(accepted, key, whole.content, old);
-    if (encoding === "identity") return whole;
-    // Behind the content's own tag stands how it is coded.
-    const delta = encoding === "dcz" ? `-${file!.sha256.slice(0, 16)}` : "";
-    return { encoding, etag: whole.etag.replace(/"$/, `-${encoding}${delta}"`), content };
+  /** A file as it is: from memory, or from disk. */
+  #plain(request: Request, file: ServedFile): Answer | Promise<Answer> {
+    const { sha256: key, size } = file;
+    if (key === undefined || size > MAX_KEPT) return this.#fromDisk(request, file);
+    const kept = this.#contents.get(key);
+    if (kept) {
+      const hasRoom = size <= SMALL_BODY || this.#outbox.hasRoomFor(kept.content);
+      return hasRoom ? select(request, file, kept) : this.#fromDisk(request, file);
+    }
+    if (!this.#reading.has(key) && !this.#outbox.hasRoom(size)) {
+      return this.#fromDisk(request, file);
+    }
+    return this.#read(file, key).then((whole) => {
+      return whole ? select(request, file, whole) : this.#changing();
+    });
+  }
+
+  /** A file that is as it was when it was hashed. */
+  #fromDisk(request: Request, file: ServedFile): Answer {
+    const fd = openFound(file);
+    if (fd === undefined) return this.#changing();
+    // By a name, since of a part of a descriptor Bun gives the length of the whole. A slice even of
+    // the whole: Bun would answer Range by itself, and does not know If-Range.
+    const content = Bun.file(`/dev/fd/${fd}`).slice(0, file.size);
+    const form: Representation = { encoding: "identity", etag: file.etag, content, fd };
+    const answer = select(request, file, form);
+    if (request.method === "HEAD" || !answer.form) fs.closeSync(fd);
+    // Else Bun adds one with the file's name.
+    if (answer.form) answer.headers["Content-Disposition"] = "inline";
+    return answer;
+  }
+
+  #source(file: ServedFile, key: string): Source {
+    const read = async () => (this.#contents.get(key) ?? (await this.#read(file, key)))?.content;
+    return { key, size: file.size, read };
   }
 
   /** The answer while content on disk is other than indexed. */
@@ -2427,22 +3417,29 @@ class Service {
   #read({ file, size, etag }: ServedFile, key: string): Promise<Representation | undefined> {
     const running = this.#reading.get(key);
     if (running) return running;
+    this.#outbox.reading += size;
     // No more of it than tells that it has grown.
-    const reading = Bun.file(file)
-      .slice(0, size + 1)
-      .bytes()
+    const reading = readFile(file, size + 1)
       .then((bytes) => {
         if (bytes.byteLength !== size || sha256(bytes) !== key) return undefined;
         const content = intoBlob(bytes);
         const whole: Representation = { encoding: "identity", etag, content };
-        this.#contents.set(key, whole, content.size);
+        if (size <= MAX_KEPT) this.#contents.set(key, whole, content.size);
         return whole;
       })
       .catch(() => undefined)
-      .finally(() => this.#reading.delete(key));
+      .finally(() => {
+        this.#outbox.reading -= size;
+        this.#reading.delete(key);
+      });
     this.#reading.set(key, reading);
     return reading;
   }
+}
+
+/** The answer to who asks for much while others are slow to take what they asked for. */
+function busy(): Answer {
+  return plain(503, "too much is on its way just now", { "Retry-After": "5" });
 }
 
 /** The token of a request, `""` for none. */
@@ -2599,6 +3596,28 @@ export const fileSystem: Disk = {
     }
   },
 };
+
+/**
+ * What is mounted below a directory, as paths below it: other file systems, and files and
+ * directories of the same one (`mount --bind`), which `DiskStat.device` does not tell. Nothing can
+ * be renamed over them or out of them. Empty where the system does not tell.
+ *
+ * @param root absolute, links resolved
+ */
+export function mountPoints(root: string): Set<string> {
+  const below = root.endsWith("/") ? root : `${root}/`;
+  let table = "";
+  try {
+    table = fs.readFileSync("/proc/self/mountinfo", "utf8");
+  } catch {
+    // Not Linux, or no /proc.
+  }
+  const points = table.split("\n").map((line) => {
+    const escaped = line.split(" ")[4] ?? "";
+    return escaped.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(parseInt(octal, 8)));
+  });
+  return new Set(points.filter((at) => at.startsWith(below)).map((at) => at.slice(below.length)));
+}
 
 /** Unlinks or removes something that may be gone already. */
 function ifThere(remove: () => void): void {
@@ -2777,7 +3796,17 @@ export class DeviceFiles {
       }
       if (!this.disk.writable(this.at(path))) stop(path, "no permission to write there");
     };
-    new Set([...written, ...removed].flatMap(ancestors)).forEach(checkDirectory);
+    const directories = new Set([...written, ...removed].flatMap(ancestors));
+    directories.forEach(checkDirectory);
+    const mounted = mountPoints(this.root);
+    for (const path of [...written, ...removed, ...directories, OTA_DIR]) {
+      if (mounted.has(path)) {
+        stop(
+          path,
+          "something is mounted there, and cannot be replaced; mount the whole root instead",
+        );
+      }
+    }
     if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
     for (const path of removed) {
       if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
@@ -2929,10 +3958,9 @@ export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmw
   return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
-// ──── Records ────────────────────────────────────────────────────────────────────────────────────
-// What a device remembers, as JSON in `.ota`: state.json, what is installed and what failed; and
-// transactions, each a change with the way back from it. A record that makes no sense is set aside
-// and never overwritten.
+// ──── State ──────────────────────────────────────────────────────────────────────────────────────
+// What a device remembers, as JSON in `.ota`: what is installed and what failed; and transactions,
+// each a change of the tree with the way back from it.
 
 /** What is installed on a device. */
 export interface Installed {
@@ -3073,13 +4101,33 @@ function upgrade(transaction: Transaction): Transaction {
   return { ...{ failed, displaced: [] }, ...transaction };
 }
 
-/** Where a transaction stands, by the name of its file; see Journal. */
+/** A name under which a transaction stands; see `Records`. */
 type Stage = "commit" | "undo" | "journal" | "rollback";
 const STAGES: readonly Stage[] = ["commit", "undo", "journal", "rollback"];
 
+// ──── Records ────────────────────────────────────────────────────────────────────────────────────
+// The files in which state and transactions are kept. What was under way when a process died is seen
+// by their names:
+//
+//   commit.json, and state.json does not name it   a commit was under way: go forward
+//   commit.json, and state.json names it           it is done, and maybe on trial
+//   journal.json                                   the release before can be gone back to
+//   undo.json (commit.json, renamed)               a commit failed: go back
+//   rollback.json (either, renamed)                the release is bad: go back
+//
+// So a commit that fails, and a release that fails its check, leave the older way back as it was. A
+// record that makes no sense is set aside and never overwritten.
+
 /** The records of one device. */
 class Records {
+  state: State = EMPTY;
+  /** A change that is under way, or on trial. */
+  commit: Transaction | undefined;
+  /** The change that brought the release which stands: the way back from it. */
+  done: Transaction | undefined;
   readonly #directory: string;
+  /** Whether rollback.json is of a way back that came to its end. */
+  #isOver = false;
 
   /** @param root the device's root, absolute */
   constructor(
@@ -3089,23 +4137,49 @@ class Records {
     this.#directory = `${root}/${OTA_DIR}`;
   }
 
-  /** The names of records that were set aside. */
+  /** Paths of records that were set aside, below the root. */
   get damaged(): string[] {
-    return this.disk.list(this.#directory).filter((name) => name.endsWith(".corrupt"));
+    const names = this.disk.list(this.#directory).filter((name) => name.endsWith(".corrupt"));
+    return names.map((name) => `${OTA_DIR}/${name}`);
   }
 
-  /** @throws {OTAError} when a newer version of this tool wrote it */
-  readState(): State | undefined {
-    return this.#read("state.json", isState);
+  /** A way back that was under way. */
+  get goingBack(): "undo" | "rollback" | undefined {
+    return (["undo", "rollback"] as const).find((stage) => this.#has(stage));
   }
 
-  /** @throws {OTAError} when a newer version of this tool wrote it */
-  readTransaction(stage: Stage): Transaction | undefined {
+  /**
+   * Reads all records.
+   *
+   * @throws {OTAError} when a newer version of this tool wrote one
+   */
+  load(): void {
+    const state = this.#read("state.json", isState);
+    if (state) this.state = state;
+    const undo = this.#readTransaction("undo");
+    const rollback = this.#readTransaction("rollback");
+    this.commit = undo ?? this.#readTransaction("commit");
+    this.done = this.#readTransaction("journal");
+    if (rollback?.id === this.state.journal) {
+      if (this.state.trial) this.commit = rollback;
+      else this.done = rollback;
+    } else if (rollback) {
+      this.#isOver = true;
+    } else if (!this.commit && this.done && isCommitOf010(this.done, this.state)) {
+      this.#move("journal", "commit");
+      this.commit = this.done;
+      this.done = undefined;
+    }
+    // A state is written before the first transaction: it was lost, and what it said is not known.
+    const isStateLost = !state && (this.commit ?? this.done)?.restored !== undefined;
+    if (isStateLost && this.damaged.length === 0) this.setAsideTransactions();
+  }
+
+  #readTransaction(stage: Stage): Transaction | undefined {
     const found = this.#read(`${stage}.json`, isTransaction);
     return found && upgrade(found);
   }
 
-  /** Reads a record; one that makes no sense is set aside. */
   #read<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
     const path = `${this.#directory}/${name}`;
     const text = readText(this.disk, path);
@@ -3119,39 +4193,96 @@ class Records {
       );
     }
     if (isRecord(json)) return json;
-    this.setAside(name);
+    this.#setAside(name);
     return undefined;
   }
 
   /** Keeps a record that cannot be used, under a name that `damaged` finds. */
-  setAside(name: string): void {
+  #setAside(name: string): void {
     const path = `${this.#directory}/${name}`;
     this.disk.rename(path, `${path}.${crypto.randomUUID()}.corrupt`);
   }
 
-  /** Not durable before `sync`. */
-  async write(name: "state" | Stage, content: State | Transaction): Promise<void> {
-    await replaceText(this.disk, `${this.#directory}/${name}.json`, JSON.stringify(content));
+  setAsideTransactions(): void {
+    for (const stage of STAGES) if (this.#has(stage)) this.#setAside(`${stage}.json`);
+    this.commit = this.done = undefined;
   }
 
-  has(name: "state" | Stage): boolean {
-    return this.disk.stat(`${this.#directory}/${name}.json`) !== undefined;
+  /** Resolves when the state is durable, and with it all changes of names before. */
+  async write(state: State): Promise<void> {
+    await replaceText(this.disk, `${this.#directory}/state.json`, JSON.stringify(state));
+    this.state = state; // Whether or not that can be made durable.
+    await this.sync();
   }
 
-  /** A rename, since a full disk has no room for more. */
-  move(from: Stage, to: Stage): void {
-    this.disk.rename(`${this.#directory}/${from}.json`, `${this.#directory}/${to}.json`);
+  /** Writes a transaction. It is durable after `sync`. */
+  async begin(transaction: Transaction): Promise<void> {
+    // So that a state that was lost is told from one that was never written.
+    if (!this.disk.stat(`${this.#directory}/state.json`)) await this.write(this.state);
+    await replaceText(this.disk, `${this.#directory}/commit.json`, JSON.stringify(transaction));
+    this.commit = transaction;
   }
 
-  remove(...stages: Stage[]): void {
-    for (const stage of stages) {
-      ifThere(() => this.disk.unlink(`${this.#directory}/${stage}.json`));
-    }
+  /** What was committed stands. Not durable at once: the next `open` does it again. */
+  settle(): void {
+    if (!this.commit) return;
+    this.#move("commit", "journal");
+    this.done = this.commit;
+    this.commit = undefined;
+  }
+
+  /** Marks, durably, that the change under way or the one that stands is taken back. */
+  async turnBack(why: "undo" | "rollback"): Promise<void> {
+    const stage = this.commit ? "commit" : "journal";
+    // A rename, since a full disk has no room for more.
+    if (!this.#has(why)) this.#move(stage, why);
+    await this.sync();
+  }
+
+  /** Ends a way back, durably. */
+  async endTurningBack(why: "undo" | "rollback"): Promise<void> {
+    this.#remove(why);
+    await this.sync();
+    if (!this.commit) this.done = undefined;
+    this.commit = undefined;
+  }
+
+  /** Removes transactions that came to their end: no record names them. */
+  dropEnded(): void {
+    if (this.#isOver) this.#remove("rollback");
+    const name = this.commit?.before.journal ?? this.state.journal;
+    if (!this.done || this.done.id === name) return;
+    this.#remove("journal");
+    this.done = undefined;
+  }
+
+  /** Removes all transactions, durably. */
+  async forgetTransactions(): Promise<void> {
+    for (const stage of STAGES) this.#remove(stage);
+    await this.sync();
+    this.commit = this.done = undefined;
   }
 
   sync(): Promise<void> {
     return this.disk.sync(this.#directory);
   }
+
+  #has(stage: Stage): boolean {
+    return this.disk.stat(`${this.#directory}/${stage}.json`) !== undefined;
+  }
+
+  #move(from: Stage, to: Stage): void {
+    this.disk.rename(`${this.#directory}/${from}.json`, `${this.#directory}/${to}.json`);
+  }
+
+  #remove(stage: Stage): void {
+    ifThere(() => this.disk.unlink(`${this.#directory}/${stage}.json`));
+  }
+}
+
+/** Whether a journal.json is a commit under way: ota.ts 0.1.0 had one name for both. */
+function isCommitOf010({ id, restored }: Transaction, { journal }: State): boolean {
+  return restored === undefined && id !== journal;
 }
 
 // ──── Examination ────────────────────────────────────────────────────────────────────────────────
@@ -3530,20 +4661,54 @@ async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void
   await Promise.all(Array.from({ length: 16 }, worker));
 }
 
+// ──── Repairs ────────────────────────────────────────────────────────────────────────────────────
+// A repair puts the release right that stands, and is none itself: the way back from it leads to the
+// release before.
+
+/** The way back from a release that stands; none from a repair of one that had none. */
+function releaseBefore(transaction: Transaction): WayBack | undefined {
+  const { release = transaction } = transaction;
+  return release ?? undefined;
+}
+
+/**
+ * Joins the ways back from a repair and from the release that it repairs.
+ *
+ * @param way from that release, if there is one
+ * @returns the way back to the release before
+ */
+function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | null {
+  if (!way) return null;
+  const { back, placed, restored } = way;
+  const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
+  const old = way.before.installed?.files ?? {};
+  // Where the update left a file alone, the repair keeps it for the release before, or puts it right.
+  const isOurs = (path: string) => !covered.has(path) && repair.placed[path] !== old[path];
+  const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));
+  const place = repair.back.place.filter(([, path]) => {
+    return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
+  });
+  const both = (name: "rmdir" | "mkdir") => [...new Set([...back[name], ...repair.back[name]])];
+  return {
+    ...way,
+    back: {
+      unlink: [...back.unlink, ...unlink],
+      rmdir: both("rmdir").sort().reverse(),
+      mkdir: both("mkdir").sort(),
+      place: [...back.place, ...place],
+      modes: { ...back.modes, ...repair.back.modes },
+    },
+    restored: { ...repair.restored, ...restored },
+    placed: { ...placed, ...repair.placed },
+  };
+}
+
 // ──── Journal ───────────────────────────────────────────────────────────────────────────────────
 // The files of one device, changed as one transaction. New content is staged, the old content gets a
 // second name in `.ota/backup-ID`, and a transaction that says how to go forward and how to go back
 // is made durable; only then the tree is touched, by steps that can each be repeated. So whenever
-// the process or the power dies, the next `Journal.open` finds out what was under way and ends it:
-//
-//   commit.json, and state.json does not name it   a commit was under way: go forward
-//   commit.json, and state.json names it           it is done, and maybe on trial
-//   journal.json                                   the release before can be gone back to
-//   undo.json (commit.json, renamed)               a commit failed: go back
-//   rollback.json (either, renamed)                the release is bad: go back
-//
-// So a commit that fails, and a release that fails its check, leave the older way back as it was.
-// It is assumed of the file system that a rename happens whole or not at all.
+// the process or the power dies, the next `Journal.open` finds out what was under way (see Records)
+// and ends it. It is assumed of the file system that a rename happens whole or not at all.
 
 /** Releases that are remembered as failed, at the most. */
 const FAILED_KEPT = 16;
@@ -3569,14 +4734,7 @@ export class Journal extends DeviceTree implements Disposable {
   /** Files that a damaged record was set aside as; only a repair makes a new record. */
   damaged: string[] = [];
   readonly #records: Records;
-  #state: State = EMPTY;
-  /** A change that is under way, or on trial. */
-  #commit: Transaction | undefined;
-  /** The change that brought the release which stands: the way back from it. */
-  #done: Transaction | undefined;
-  /** Whether rollback.json is of a way back that came to its end. */
-  #isOver = false;
-  /** What a change needs that was cut off, and that is gone. */
+  /** What a change that was cut off needs, and that is gone. */
   #lost: string[] = [];
 
   private constructor(
@@ -3655,12 +4813,12 @@ export class Journal extends DeviceTree implements Disposable {
   }
 
   get state(): State {
-    return this.#state;
+    return this.#records.state;
   }
 
   /** The check that a release on trial came with, if any. */
   get recordedCheck(): Check | undefined {
-    return this.#commit?.check ?? undefined;
+    return this.#records.commit?.check ?? undefined;
   }
 
   /** Whether `rollBack` can go back to a release before this one. */
@@ -3670,9 +4828,9 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** From a release on trial to what stood before; else to the release before. */
   get #wayBack(): WayBack | undefined {
-    if (this.#commit) return this.#commit;
-    if (this.#done?.id !== this.#state.journal) return undefined;
-    return this.#done && releaseBefore(this.#done);
+    const { commit, done, state } = this.#records;
+    if (commit) return commit;
+    return done && done.id === state.journal ? releaseBefore(done) : undefined;
   }
 
   // ── Changing: commit, confirm, roll back. ──
@@ -3684,9 +4842,7 @@ export class Journal extends DeviceTree implements Disposable {
    * @throws whatever the disk threw, after going back
    */
   async commit(change: Change): Promise<void> {
-    // So that a record that was lost is told from one that was never written.
-    if (!this.#records.has("state")) await this.#write(this.#state);
-    const before = { ...this.#state, installed: this.#state.installed ?? change.from ?? null };
+    const before = { ...this.state, installed: this.state.installed ?? change.from ?? null };
     const { version } = change.installed;
     const isFirmware = change.firmware && version === before.installed?.version && !change.repair;
     const failed: FailedRelease = { version, digest: change.digest };
@@ -3699,13 +4855,12 @@ export class Journal extends DeviceTree implements Disposable {
       restart: change.restart ?? null,
       repairs: this.damaged,
     };
-    if (change.repair) transaction.release = this.#releaseBeforeRepair(transaction);
-    if (this.damaged.length > 0) await this.#forgetTransactions();
-    await this.#records.write("commit", transaction);
-    this.#commit = transaction;
+    if (change.repair) transaction.release = beforeRepair(transaction, this.#wayBack);
+    if (this.damaged.length > 0) await this.#records.forgetTransactions();
+    await this.#records.begin(transaction);
     try {
       await this.#records.sync();
-      await this.#finishCommit();
+      await this.#finishCommit(transaction);
     } catch (error) {
       await this.#goBack("undo").catch((second) => {
         const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
@@ -3715,38 +4870,59 @@ export class Journal extends DeviceTree implements Disposable {
     }
   }
 
+  async #finishCommit(transaction: Transaction): Promise<void> {
+    const { id, to, forward, check, restart, displaced } = transaction;
+    await this.run(forward);
+    await this.#records.write({
+      ...this.state,
+      installed: to,
+      journal: id,
+      trial: check ? { starts: 0 } : null,
+      failed: check ? this.state.failed : this.#failuresAfter(to),
+      restart,
+    });
+    this.displaced.push(...displaced);
+    if (!check) this.#records.settle();
+    this.#setRight();
+    this.dropStaged();
+  }
+
   /** Records what is installed where no file needs to change. */
   async record(installed: Installed): Promise<void> {
     // What came before another version is not what an earlier transaction goes back to.
-    const isOther = installed.version !== this.#state.installed?.version;
-    const journal = isOther ? null : this.#state.journal;
-    await this.#write({ ...this.#state, installed, journal });
-    this.#dropUnnamed();
+    const isOther = installed.version !== this.state.installed?.version;
+    const journal = isOther ? null : this.state.journal;
+    await this.#records.write({ ...this.state, installed, journal });
+    this.#records.dropEnded();
     this.#setRight();
     this.dropStaged();
   }
 
   /** Completes or refreshes the record of the release that stands. */
   async remember(installed: Installed): Promise<void> {
-    await this.#write({ ...this.#state, installed });
+    await this.#records.write({ ...this.state, installed });
   }
 
   /** Notes durably that a check is about to be started. */
   async countStart(): Promise<void> {
-    const starts = (this.#state.trial?.starts ?? 0) + 1;
-    await this.#write({ ...this.#state, trial: { starts } });
+    const starts = (this.state.trial?.starts ?? 0) + 1;
+    await this.#records.write({ ...this.state, trial: { starts } });
   }
 
   /** Ends a trial well. Failures of this release and of older ones are history. */
   async confirm(): Promise<void> {
-    const { installed } = this.#state;
-    await this.#write({ ...this.#state, trial: null, failed: this.#failuresAfter(installed) });
-    this.#settle();
+    await this.#endTrial(this.#failuresAfter(this.state.installed));
+  }
+
+  async #endTrial(failed: FailedRelease[]): Promise<void> {
+    await this.#records.write({ ...this.state, trial: null, failed });
+    this.#records.settle();
+    this.#clean();
   }
 
   /** Notes that the owed restart command was run. */
   async restarted(): Promise<void> {
-    if (this.#state.restart !== null) await this.#write({ ...this.#state, restart: null });
+    if (this.state.restart !== null) await this.#records.write({ ...this.state, restart: null });
   }
 
   /** Files that the application changed since the commit and that `rollback` would overwrite. */
@@ -3771,11 +4947,7 @@ export class Journal extends DeviceTree implements Disposable {
     const lost = this.findLost(way.back, way.restored);
     if (lost.length === 0) return this.#goBack("rollback");
     // A bad release that cannot be taken back must not keep the next one away.
-    if (this.#state.trial) {
-      const failed = this.#withFailure(way.failed);
-      await this.#write({ ...this.#state, trial: null, failed });
-      this.#settle();
-    }
+    if (this.state.trial) await this.#endTrial(this.#withFailure(way.failed));
     const release = way.before.installed?.version ?? "0";
     throw new OTAError(
       `cannot go back to ${release}: ${lost.join(", ")} is gone.\n` +
@@ -3783,75 +4955,37 @@ export class Journal extends DeviceTree implements Disposable {
     );
   }
 
-  async #finishCommit(): Promise<void> {
-    const { id, to, forward, check, restart, displaced } = this.#commit!;
-    await this.run(forward);
-    await this.#write({
-      ...this.#state,
-      installed: to,
-      journal: id,
-      trial: check ? { starts: 0 } : null,
-      failed: check ? this.#state.failed : this.#failuresAfter(to),
-      restart,
-    });
-    this.displaced.push(...displaced);
-    if (!check) this.#settle();
-    this.#setRight();
-    this.dropStaged();
-  }
-
-  /** The release stands: what was needed for the one before the last is not needed any more. */
-  #settle(): void {
-    if (!this.#commit) return;
-    // Not durable at once: the next `open` does it again.
-    this.#records.move("commit", "journal");
-    this.#done = this.#commit;
-    this.#commit = undefined;
-    this.#clean();
-  }
-
   /** Goes back: `undo`, since a commit failed; `rollback`, since the release is bad. */
   async #goBack(why: "undo" | "rollback"): Promise<void> {
-    const transaction = (this.#commit ?? this.#done)!;
-    const isOnTrial = this.#commit !== undefined;
-    const way = isOnTrial ? transaction : releaseBefore(transaction)!;
-    const { before, back, restored } = way;
-    // The direction is marked by a rename, since a full disk has no room for more.
-    const stage = isOnTrial ? "commit" : "journal";
-    if (this.#records.has(stage) && !this.#records.has(why)) this.#records.move(stage, why);
-    await this.#records.sync();
-    const lost = this.findLost(back, restored);
+    const { commit, done } = this.#records;
+    const transaction = (commit ?? done)!;
+    const way = commit ?? releaseBefore(transaction)!;
+    await this.#records.turnBack(why);
+    const lost = this.findLost(way.back, way.restored);
     if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
-    await this.run(back);
-    if (this.#state.journal === transaction.id) {
+    await this.run(way.back);
+    if (this.state.journal === transaction.id) {
       if (why === "rollback") {
         // Before the marker goes: without a transaction, a damaged record that is still there counts.
         for (const path of transaction.repairs) ifThere(() => this.disk.unlink(this.at(path)));
         this.damaged = [];
       }
-      const { installed, journal } = before;
-      const failed = this.#withFailure(way.failed);
-      const { restart } = transaction;
-      await this.#write(
-        why === "undo"
-          ? before
-          : {
-              ...{ ...this.#state, installed, trial: null, failed, restart },
-              journal: isOnTrial ? journal : null,
-            },
-      );
+      const { installed, journal } = way.before;
+      const after: State = {
+        ...{ ...this.state, installed, trial: null, restart: transaction.restart },
+        failed: this.#withFailure(way.failed),
+        journal: commit ? journal : null,
+      };
+      await this.#records.write(why === "undo" ? way.before : after);
     }
-    this.#records.remove(why);
-    await this.#records.sync();
-    if (!isOnTrial) this.#done = undefined;
-    this.#commit = undefined;
+    await this.#records.endTurningBack(why);
     this.#clean();
   }
 
   #failuresAfter(installed: Installed | null): FailedRelease[] {
     const current = installed?.version ?? "";
     const active = this.firmware?.version ?? "";
-    return this.#state.failed.filter(({ version, firmware }) => {
+    return this.state.failed.filter(({ version, firmware }) => {
       return firmware === undefined
         ? new LooseVersion(version).compare(current) > 0
         : new LooseVersion(firmware).compare(active) > 0;
@@ -3859,116 +4993,42 @@ export class Journal extends DeviceTree implements Disposable {
   }
 
   #withFailure(failure: FailedRelease): FailedRelease[] {
-    const others = this.#state.failed.filter(({ digest }) => digest !== failure.digest);
+    const others = this.state.failed.filter(({ digest }) => digest !== failure.digest);
     return [...others, failure].slice(-FAILED_KEPT);
-  }
-
-  /** The way back from a repair to the release before the one that it repairs. */
-  #releaseBeforeRepair(repair: Transaction): WayBack | null {
-    const way = this.#wayBack;
-    if (!way) return null;
-    const { back, placed, restored } = way;
-    const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
-    const old = way.before.installed?.files ?? {};
-    // What that release had at a path which the update left alone, the repair keeps or puts right.
-    const isOurs = (path: string) => !covered.has(path) && repair.placed[path] !== old[path];
-    const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));
-    const place = repair.back.place.filter(([, path]) => {
-      return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
-    });
-    const both = (name: "rmdir" | "mkdir") => [...new Set([...back[name], ...repair.back[name]])];
-    return {
-      ...way,
-      back: {
-        unlink: [...back.unlink, ...unlink],
-        rmdir: both("rmdir").sort().reverse(),
-        mkdir: both("mkdir").sort(),
-        place: [...back.place, ...place],
-        modes: { ...back.modes, ...repair.back.modes },
-      },
-      restored: { ...repair.restored, ...restored },
-      placed: { ...placed, ...repair.placed },
-    };
   }
 
   // ── Opening ──
 
   /** Reads the records, and ends what was cut off. */
   async #recover(): Promise<void> {
-    const known = this.#load();
-    if (!known) return;
+    this.#records.load();
+    const { commit, done, state } = this.#records;
+    this.damaged = this.#records.damaged;
+    const { repairs = [] } = commit ?? done ?? {};
+    if (!this.damaged.every((path) => repairs.includes(path))) return;
     // What was cut off may not have made durable what we found.
-    if (this.#commit || this.#done) await this.#records.sync();
-    this.#dropUnnamed();
-    // After an end, `rollback.json` is gone by now.
-    const way = (["undo", "rollback"] as const).find((why) => this.#records.has(why));
-    const isCut = this.#commit !== undefined && this.#commit.id !== this.#state.journal;
+    if (commit || done) await this.#records.sync();
+    this.#records.dropEnded();
+    const way = this.#records.goingBack;
+    const isCut = commit !== undefined && commit.id !== state.journal;
     this.recovered = way !== undefined || isCut;
     if (way) return this.#endWayBack(way);
     if (isCut) {
-      const { forward, placed } = this.#commit!;
-      if (this.findLost(forward, placed).length > 0) return this.#endWayBack("undo");
-      return this.#finishCommit();
+      const isWhole = this.findLost(commit.forward, commit.placed).length === 0;
+      return isWhole ? this.#finishCommit(commit) : this.#endWayBack("undo");
     }
-    if (!this.#state.trial) this.#settle();
+    if (!state.trial) this.#records.settle();
     this.#setRight();
   }
 
   /** Goes back; where that cannot be done, only a repair helps. */
   async #endWayBack(why: "undo" | "rollback"): Promise<void> {
-    const way = this.#commit ?? releaseBefore(this.#done!)!;
+    const { commit, done } = this.#records;
+    const way = commit ?? releaseBefore(done!)!;
     this.#lost = this.findLost(way.back, way.restored);
     if (this.#lost.length === 0) return this.#goBack(why);
-    this.#setAsideTransactions();
-  }
-
-  /** @returns whether the records are all right, or were made anew by what was cut off */
-  #load(): boolean {
-    this.#state = this.#records.readState() ?? EMPTY;
-    const read = (stage: Stage) => this.#records.readTransaction(stage);
-    const undo = read("undo");
-    const rollback = read("rollback");
-    this.#commit = undo ?? read("commit");
-    this.#done = read("journal");
-    if (rollback?.id === this.#state.journal) {
-      if (this.#state.trial) this.#commit = rollback;
-      else this.#done = rollback;
-    } else if (rollback) {
-      this.#isOver = true;
-    } else if (!this.#commit && this.#done && isCommitOf010(this.#done, this.#state)) {
-      this.#records.move("journal", "commit");
-      this.#commit = this.#done;
-      this.#done = undefined;
-    }
-    this.damaged = this.#records.damaged.map((name) => `${OTA_DIR}/${name}`);
-    const latest = this.#commit ?? this.#done;
-    const isStateLost = !this.#records.has("state") && latest?.restored !== undefined;
-    if (isStateLost && this.damaged.length === 0) this.#setAsideTransactions();
-    return this.damaged.every((path) => latest?.repairs.includes(path));
-  }
-
-  /** Removes transactions that came to their end: no record names them. */
-  #dropUnnamed(): void {
-    if (this.#isOver) this.#records.remove("rollback");
-    const name = this.#commit?.before.journal ?? this.#state.journal;
-    if (!this.#done || this.#done.id === name) return;
-    this.#records.remove("journal");
-    this.#done = undefined;
-  }
-
-  #setAsideTransactions(): void {
-    for (const stage of STAGES) {
-      if (this.#records.has(stage)) this.#records.setAside(`${stage}.json`);
-    }
-    this.#commit = this.#done = undefined;
-    this.damaged = this.#records.damaged.map((name) => `${OTA_DIR}/${name}`);
-  }
-
-  /** Removes transactions, durably: one that came back and that no record names is a half commit. */
-  async #forgetTransactions(): Promise<void> {
-    this.#records.remove(...STAGES);
-    await this.#records.sync();
-    this.#commit = this.#done = undefined;
+    this.#records.setAsideTransactions();
+    this.damaged = this.#records.damaged;
   }
 
   /** There is a good record again: what was set aside is of no more use. */
@@ -3978,17 +5038,12 @@ export class Journal extends DeviceTree implements Disposable {
     this.#clean();
   }
 
-  async #write(state: State): Promise<void> {
-    await this.#records.write("state", state);
-    this.#state = state; // Whether or not that can be made durable.
-    await this.#records.sync();
-  }
-
   /** Removes what no transaction needs. Staged content stays while nothing was made of it. */
   #clean(): void {
-    const ways = [this.#commit, this.#commit?.release, this.#done && releaseBefore(this.#done)];
+    const { commit, done } = this.#records;
+    const ways = [commit, commit?.release, done && releaseBefore(done)];
     const needed = ways.flatMap((way) => way?.back.place.map(([from]) => ancestors(from)[0]) ?? []);
-    for (const one of [this.#commit, this.#done]) if (one) needed.push(backupPath(one.id));
+    for (const one of [commit, done]) if (one) needed.push(backupPath(one.id));
     tidy(() => {
       for (const name of this.disk.list(this.at(OTA_DIR))) {
         const path = `${OTA_DIR}/${name}`;
@@ -4003,17 +5058,6 @@ export class Journal extends DeviceTree implements Disposable {
     }
     this.disk.rmdir(this.at(directory));
   }
-}
-
-/** Whether a journal.json is a commit under way: ota.ts 0.1.0 had one name for both. */
-function isCommitOf010({ id, restored }: Transaction, { journal }: State): boolean {
-  return restored === undefined && id !== journal;
-}
-
-/** The way back from a release that stands; none from a repair of one that had none. */
-function releaseBefore(transaction: Transaction): WayBack | undefined {
-  const { release = transaction } = transaction;
-  return release ?? undefined;
 }
 
 /** Makes a directory and those above it, durably. */
@@ -4245,7 +5289,7 @@ export async function rollBack(
   options: TrialOptions = {},
 ): Promise<Outcome> {
   const at = realRoot(root);
-  if (!fs.existsSync(at)) throw new OTAError(`${at} has no previous release to go back to`);
+  if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
   using journal = await Journal.open(at);
   return new Trial(journal, options).rollBack(force);
 }
@@ -4281,11 +5325,13 @@ export interface StatusOptions extends TrialOptions {
  * another process is at work: then what is recorded is told.
  *
  * @param root the device's root; nothing is made there
- * @throws {OTAError} when the record is damaged, or of a newer version of this tool
+ * @throws {OTAError} when there is no such directory, or the record is damaged, or of a newer
+ *   version of this tool
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
   const at = realRoot(root);
   const describe = (state: State) => describeDevice(at, state, options.examine);
+  if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
   if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
   if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(Journal.peek(at));
   let journal: Journal;
@@ -4723,7 +5769,9 @@ class Receiver {
       signal.addEventListener("abort", stop, { once: true });
       promise
         .then(done, (error) => {
-          const isOurs = error instanceof OTAError || signal.aborted;
+          // A line breaks with errors of any kind, and `fetch` with TypeErrors that have a code.
+          const isMistake = error instanceof TypeError && errorCode(error) === undefined;
+          const isOurs = error instanceof OTAError || signal.aborted || isMistake;
           fail(isOurs ? error : new TransferError(`${name}: ${errorText(error)}`, true));
         })
         .finally(() => {
@@ -4736,14 +5784,14 @@ class Receiver {
 
   /** Tries up to five times, with growing pauses. */
   async withRetries<T>(task: () => Promise<T>, signal?: AbortSignal): Promise<T> {
-    for (let tries = 1; ; tries++) {
+    for (let [tries, wrong] = [1, 0]; ; tries++) {
       try {
         return await task();
       } catch (error) {
         anySignal(signal, this.#signal).throwIfAborted();
         if (!(error instanceof TransferError) || !error.retry) throw error;
-        // The same wrong content twice is no accident of the way here.
-        if (error instanceof ContentError && tries === 2) throw error;
+        // The same wrong content twice is no accident of the way here, whatever was before.
+        if (error instanceof ContentError && (++wrong === 2 || tries === TRIES)) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
         this.#note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
@@ -5428,7 +6476,7 @@ export class HttpOTA extends OTA {
 
   /**
    * @param server the address of the server, such as `http://192.168.4.1:8000`
-   * @throws {OTAError} when that is no http(s) address, or `ca` cannot be read
+   * @throws {OTAError} when that is no http(s) address, or `ca` has no certificate
    */
   constructor(server: string | URL, options: HttpOptions) {
     super(options);
@@ -5438,12 +6486,7 @@ export class HttpOTA extends OTA {
     }
     this.#server = url;
     this.#token = options.token;
-    try {
-      this.#tls =
-        options.ca === undefined ? undefined : { ca: fs.readFileSync(options.ca, "utf8") };
-    } catch (error) {
-      throw new OTAError(`cannot read the certificate authority: ${errorText(error)}`, 2);
-    }
+    this.#tls = options.ca === undefined ? undefined : { ca: readCertificates(options.ca).pem };
   }
 
   /** There is nothing to get ready: connections are made as they are needed. */
@@ -5615,8 +6658,15 @@ const OPTIONS = {
     help: "what is no content: *.md, flash/tests/**; may be repeated",
   },
   latest: { type: "string", value: "V", help: "offer nothing above this version" },
+  "only-releases": { type: "boolean", help: "serve no other files of the root" },
   sign: { type: "string", value: "FILE", help: "sign manifests with this key (see keygen)" },
   token: { type: "string", value: "T", help: "a secret that requests carry (or OTA_TOKEN)" },
+  "trust-proxy": {
+    type: "string",
+    value: "ADDR",
+    multiple: true,
+    help: "believe X-Forwarded-… from this address or network; may be repeated",
+  },
   "tls-cert": { type: "string", value: "FILE", help: "the certificate for HTTPS, PEM" },
   "tls-key": { type: "string", value: "FILE", help: "the key of that certificate, PEM" },
   ca: { type: "string", value: "FILE", help: "trust this certificate authority, PEM" },
@@ -5732,6 +6782,13 @@ function numberOption(given: Given, name: "port" | "jobs" | "timeout" | "check-t
   throw new OTAError(`--${name} expects a whole number from ${low} to ${high}, found ${text}`, 2);
 }
 
+/** The release that an option names; `undefined` when it is not given. */
+function releaseOption(given: Given, name: "ver" | "latest"): string | undefined {
+  const text = given[name];
+  if (text === undefined || isReleaseName(text)) return text;
+  throw new OTAError(`--${name} expects a release name (${RELEASE_NAME_RULE}), found ${text}`, 2);
+}
+
 /** Reads `90`, `90s`, `10m` or `1h` as seconds. */
 function parseDuration(text: string): number {
   const [, amount, unit] = /^(\d+)(s|m|h|)$/.exec(text) ?? [];
@@ -5749,11 +6806,23 @@ function interruption(reason: string): AbortSignal {
 }
 
 // ──── Report ─────────────────────────────────────────────────────────────────────────────────────
-// What is printed: stdout is for results, stderr for everything else.
+// What is printed: stdout is for results, stderr for everything else. What cannot be printed stops
+// nothing; of a result it is said, and where the result was all that a command is for, its exit
+// code is 1. (A stream that is closed from the start is /dev/null to Bun.)
 
-function say(text: string, code: number, stream: NodeJS.WriteStream = process.stdout): number {
-  stream.write(`${text}\n`);
-  return code;
+/**
+ * Prints a result.
+ *
+ * @returns the exit code of a command that does nothing else: 1 when it could not be printed
+ */
+async function say(text: string): Promise<0 | 1> {
+  const error = await new Promise<Error | null | undefined>((done) => {
+    process.stdout.write(`${text}\n`, done);
+  });
+  // A reader that has seen enough, as `head`, has all it wants.
+  if (!error || errorCode(error) === "EPIPE") return 0;
+  tell(`ota.ts: cannot write to stdout: ${error.message}`);
+  return 1;
 }
 
 /** Says something to people. (`console.error` would make it red on a terminal.) */
@@ -5848,27 +6917,31 @@ async function runServe(given: Given): Promise<number> {
     lines += `${line}\n`;
     if (lines.length > 4096) void flush();
   };
-  const { root, host, url, ignore, latest, sign } = given;
+  const { root, host, url, ignore, sign } = given;
+  const latest = releaseOption(given, "latest");
   const [cert, key] = [given["tls-cert"], given["tls-key"]];
   if ((cert === undefined) !== (key === undefined)) {
     throw new OTAError("--tls-cert and --tls-key go together", 2);
   }
   const server = await serve({
     ...{ root, host, url, ignore, latest, sign, log },
+    onlyReleases: given["only-releases"],
+    warn: (line) => tell(`warning: ${line}`),
     port: numberOption(given, "port"),
     token: tokenOption(given),
     ...(cert && key && { tls: { cert, key } }),
+    trustProxy: given["trust-proxy"],
     changed: (releases) => {
       log(`now      ${releases.versions.map(({ name }) => name).join(" ") || "no version"}`);
-      warn(releases);
+      void warn(releases);
     },
   });
   const flushing = setInterval(flush, 100);
   const stopped = new Promise((done) => {
     interruption("stopped").addEventListener("abort", done, { once: true });
   });
-  for (const line of describeServer(server, given)) log(line);
-  warn(server.releases);
+  for await (const line of describeServer(server, given)) log(line);
+  await warn(server.releases);
   await flush();
   await stopped;
   // A second Ctrl-C does not wait.
@@ -5879,8 +6952,8 @@ async function runServe(given: Given): Promise<number> {
   return 0;
 }
 
-function warn(releases: Releases): void {
-  const lines = [...rootWarnings(releases), ...allBoardWarnings(releases)];
+async function warn(releases: Releases): Promise<void> {
+  const lines = [...rootWarnings(releases), ...(await allBoardWarnings(releases))];
   for (const line of lines) tell(`warning: ${line}`);
 }
 
@@ -5890,7 +6963,7 @@ function tokenOption(given: Given): string | undefined {
 }
 
 /** What a server says of itself once it listens. */
-function* describeServer({ url, releases }: OTAServer, given: Given): Generator<string> {
+async function* describeServer({ url, releases }: OTAServer, given: Given): AsyncGenerator<string> {
   const local = `${url.protocol}//127.0.0.1:${url.port}`;
   const isAny = given.host === undefined || given.host === "0.0.0.0" || given.host === "::";
   const address = given.url ?? (isAny ? local : url.origin);
@@ -5908,22 +6981,31 @@ function* describeServer({ url, releases }: OTAServer, given: Given): Generator<
   }
   const more = releases.ignored.length - shown;
   if (more > 0) yield `ignored  and ${more} more`;
+  const beside = (await releases.beside()).map(({ path, files }) => {
+    if (!path.endsWith("/")) return printable(path);
+    const count = files > MAX_COUNTED ? `more than ${MAX_COUNTED}` : files;
+    return `${printable(path)} (${count} ${files === 1 ? "file" : "files"})`;
+  });
+  const others = beside.length > shown ? `, and ${beside.length - shown} more` : "";
+  if (beside.length > 0) yield `also served: ${beside.slice(0, shown).join(", ")}${others}`;
   for (const name of releases.restless) yield `changing ${name}: counts once quiet for a second`;
   const oldest = releases.versions[0]?.name ?? releases.firmware[0]?.name ?? "1.0.0";
   yield `try      curl '${address}/manifest.json?current_ver=${oldest}'`;
 }
 
 async function runManifest(given: Given): Promise<number> {
-  const { root = ".", ignore, latest } = given;
+  const { root = ".", ignore } = given;
+  const latest = releaseOption(given, "latest");
   const base = baseURL(given.url ?? "http://127.0.0.1:8000");
   const releases = await Releases.open(root, { ignore, latest, quiet: 0 });
-  // What `ota.ts client` asks for, where it is about what that costs.
+  // What `ota.ts client` asks for, where it is about what that costs. A board may say that it is on
+  // anything at all, and so may --ver.
   const query = { current_ver: given.ver, ...(given.cost && { hash: "sha256" }) };
   const manifest = releases.manifestFor(query, base);
   const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
   for (const line of surprises) tell(`warning: ${line}`);
-  if (given.cost) return say((await costLines(releases, manifest)).join("\n"), 0);
-  return say(JSON.stringify(manifest, null, 2), 0);
+  if (given.cost) return say((await costLines(releases, manifest)).join("\n"));
+  return say(JSON.stringify(manifest, null, 2));
 }
 
 /** What a manifest and its content cost on the air, for a device that takes every coding. */
@@ -5932,33 +7014,34 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
   const accepted = new Set<Encoding>(["dcz", "zstd", "gzip"]);
   const lines: string[] = [];
   let total = 0;
-  const add = async (name: string, content: Uint8Array, old?: { key: string; content: Blob }) => {
-    const bytes = new Uint8Array(content);
-    const form = await encoder.smallest(accepted, sha256(bytes), new Blob([bytes]), old);
-    total += form.content.size;
-    const coded = form.encoding === "identity" ? "" : `, ${form.encoding} of ${bytes.byteLength}`;
-    lines.push(`${String(form.content.size).padStart(10)} ${name}${coded}`);
+  const add = async (name: string, content: Source, old?: IndexedFile) => {
+    const coded = await encoder.smallest(accepted, content, old && sourceOf(old));
+    const size = coded?.content.size ?? content.size;
+    total += size;
+    const how = coded ? `, ${coded.encoding} of ${content.size}` : "";
+    lines.push(`${String(size).padStart(10)} ${name}${how}`);
   };
-  const readOld = async (file: IndexedFile | undefined) => {
-    if (!file || file.size > MAX_CODED) return undefined;
-    return { key: file.sha256, content: Bun.file(file.file) };
+  const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
+    return { key, size, read: async () => Bun.file(file) };
   };
   const firmware = manifest?.firmware;
   const has = manifest ? releases.find(manifest.previous_version ?? "") : undefined;
   const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
-  await add("manifest.json", utf8(JSON.stringify(manifest)));
+  const json = new Blob([JSON.stringify(manifest)]);
+  await add("manifest.json", { key: "", size: json.size, read: async () => json });
   for (const { dst_path } of [...(manifest?.new ?? []), ...(manifest?.update ?? [])]) {
     const path = dst_path.slice(1);
-    const { file, sha256: key } = releases.find(manifest!.version)!.files.get(path)!;
+    const file = releases.find(manifest!.version)!.files.get(path)!;
+    const { sha256: key } = file;
     // What the device has, under whatever name, or gets anyway, costs nothing.
     if (here.has(key)) continue;
     here.add(key);
-    await add(path, await Bun.file(file).bytes(), await readOld(has?.files.get(path)));
+    await add(path, sourceOf(file), has?.files.get(path));
   }
   if (firmware) {
-    const { file } = releases.firmware.at(-1)!;
+    const image = releases.firmware.at(-1)!;
     const old = releases.firmware.find(({ version }) => version.compare(has?.version ?? "") === 0);
-    await add(basename(file), await Bun.file(file).bytes(), await readOld(old));
+    await add(basename(image.file), sourceOf(image), old);
   }
   const messages = Math.ceil(total / LORA_BYTES);
   lines.push(
@@ -5970,7 +7053,7 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
 /** What one LoRa downlink carries, at a middling data rate. */
 const LORA_BYTES = 200;
 
-function runKeygen(given: Given): number {
+async function runKeygen(given: Given): Promise<number> {
   const { out } = given;
   if (out === undefined) throw new OTAError("keygen needs --out NAME", 2);
   const { key, pub } = makeKeys();
@@ -5980,16 +7063,15 @@ function runKeygen(given: Given): number {
   }
   fs.writeFileSync(`${out}.key`, key, { mode: 0o600, flag: "wx" });
   fs.writeFileSync(`${out}.pub`, pub, { flag: "wx" });
-  return say(`wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)`, 0);
+  await say(`wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)`);
+  return 0;
 }
 
 // ── client, rollback and status ──
 
 async function runClient(given: Given): Promise<number> {
-  const { ver, server = "http://127.0.0.1:8000", every } = given;
-  if (ver !== undefined && !isReleaseName(ver)) {
-    throw new OTAError(`--ver expects a release name (${RELEASE_NAME_RULE}), found ${ver}`, 2);
-  }
+  const { server = "http://127.0.0.1:8000", every } = given;
+  const ver = releaseOption(given, "ver");
   const pause = every === undefined ? undefined : parseDuration(every);
   const { check: command } = given;
   const checkTimeout = numberOption(given, "check-timeout") ?? 60;
@@ -6016,39 +7098,75 @@ async function runClient(given: Given): Promise<number> {
   const once = async () => {
     const outcome = await device.update().finally(watcher.end);
     if (outcome.traffic) tell(trafficLine(outcome.traffic));
-    return say(outcomeLine(outcome), exitCode(outcome));
+    // That the device was updated is so, whether or not somebody hears of it.
+    await say(outcomeLine(outcome));
+    return exitCode(outcome);
   };
   if (pause === undefined) return once();
+  await poll(once, { pause, signal, failed: (error) => tell(`ota.ts: ${errorText(error)}`) });
+  return 0;
+}
 
+/** The longest that failures make a device wait, in seconds, unless it was to wait longer anyway. */
+const MAX_BACKOFF = 3600;
+
+/** How `poll` goes about it. */
+export interface Polling {
+  /** Seconds from one run to the next, more or less a tenth: never all devices at once. */
+  pause: number;
+  /** Ends it. */
+  signal: AbortSignal;
+  /** Told of each failure. */
+  failed: (error: unknown) => void;
+  /** Waits some seconds, and rejects when the signal aborts. */
+  sleep?: (seconds: number, signal: AbortSignal) => Promise<unknown>;
+}
+
+/**
+ * Runs a task again and again until the signal aborts. After a failure it waits twice as long, after
+ * the next four times; and not above an hour, except where the pause itself is longer.
+ *
+ * @throws what time does not mend: wrong usage, and bugs
+ */
+export async function poll(
+  task: () => Promise<unknown>,
+  { pause, signal, failed, sleep: wait = sleep }: Polling,
+): Promise<void> {
   for (let failures = 0; ;) {
     try {
-      await once();
+      await task();
       failures = 0;
     } catch (error) {
-      if (signal.aborted) return 0;
-      if (error instanceof OTAError && error.exitCode === 2) throw error;
-      tell(`ota.ts: ${errorText(error)}`);
+      if (signal.aborted) return;
+      if (isBug(error) || (error instanceof OTAError && error.exitCode === 2)) throw error;
+      failed(error);
       failures++;
     }
-    // Twice as long after each failure, to sixteen times; and never all devices at once.
-    const wait = pause * 2 ** Math.min(failures, 4) * (0.9 + 0.2 * Math.random());
-    const stopped = await sleep(wait, signal).catch(() => true);
-    if (stopped) return 0;
+    const longer = Math.min(pause * 2 ** Math.min(failures, 2), Math.max(pause, MAX_BACKOFF));
+    // What is at most so long is spread downwards only.
+    const spread = longer > pause ? 0.8 : 0.9;
+    try {
+      await wait(longer * (spread + 0.2 * Math.random()), signal);
+    } catch (error) {
+      if (signal.aborted) return;
+      throw error;
+    }
   }
 }
 
 async function runRollback(given: Given): Promise<number> {
   const watcher = progressWatcher();
   const options = { restart: given.restart, report: watcher.report };
-  return say(outcomeLine(await rollBack(given.root ?? "device", given.force, options)), 0);
+  await say(outcomeLine(await rollBack(given.root ?? "device", given.force, options)));
+  return 0;
 }
 
 async function runStatus(given: Given): Promise<number> {
   const root = given.root ?? "device";
   const examine = given["status --check"];
   const found = await status(root, { report: progressWatcher().report, examine });
-  const code = found.differs && found.differs.length > 0 ? 1 : 0;
-  if (given.json) return say(JSON.stringify(found, null, 2), code);
+  const differing = found.differs && found.differs.length > 0;
+  if (given.json) return (await say(JSON.stringify(found, null, 2))) || (differing ? 1 : 0);
   const differs = found.differs?.map((one) => `${one.path} (${one.found})`);
   const lines = Object.entries({ ...found, ...(differs && { differs }) }).map(([name, value]) => {
     const list = Array.isArray(value) ? value.join(", ") || "none" : value;
@@ -6056,7 +7174,7 @@ async function runStatus(given: Given): Promise<number> {
       name === "firmware" && value ? `${found.firmware!.version} (${found.firmware!.file})` : list;
     return `${`${name}:`.padEnd(18)}${firmware ?? "none"}`;
   });
-  return say(lines.join("\n"), code);
+  return (await say(lines.join("\n"))) || (differing ? 1 : 0);
 }
 
 // ──── Command line ───────────────────────────────────────────────────────────────────────────────
@@ -6077,8 +7195,8 @@ const COMMANDS: Record<string, Command> = {
   serve: {
     summary: "serve a directory of releases to devices",
     options: [
-      ...(["root", "port", "host", "url", "ignore", "latest"] as const),
-      ...(["sign", "token", "tls-cert", "tls-key"] as const),
+      ...(["root", "port", "host", "url", "ignore", "latest", "only-releases"] as const),
+      ...(["sign", "token", "tls-cert", "tls-key", "trust-proxy"] as const),
     ],
     notes:
       "The root is the current directory by default. Ctrl-C ends it after running responses.\n" +
@@ -6153,23 +7271,29 @@ function help(name?: string): string {
 export async function main(args: readonly string[]): Promise<number> {
   try {
     const [name, ...rest] = args;
-    if (name === undefined) return say(help(), 2, process.stderr);
-    if (name === "--help" || name === "-h" || name === "help") return say(help(rest[0]), 0);
-    if (name === "--version") return say(`ota.ts ${TOOL_VERSION}`, 0);
+    if (name === undefined) {
+      tell(help());
+      return 2;
+    }
+    if (name === "--help" || name === "-h" || name === "help") return await say(help(rest[0]));
+    if (name === "--version") return await say(`ota.ts ${TOOL_VERSION}`);
     const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
     if (!command) {
       throw new OTAError(`no command ${name}${hint(name, Object.keys(COMMANDS))}; see --help`, 2);
     }
     const given = parseOptions(name, command.options, rest);
-    if (given.help) return say(help(name), 0);
-    if (given.version) return say(`ota.ts ${TOOL_VERSION}`, 0);
+    if (given.help) return await say(help(name));
+    if (given.version) return await say(`ota.ts ${TOOL_VERSION}`);
     return await command.run(given);
   } catch (error) {
-    // A system error (a full disk, no permission) has a code and is no bug of ours.
-    if (!(error instanceof OTAError) && errorCode(error) === undefined) throw error;
+    if (isBug(error)) throw error;
     tell(`ota.ts: ${errorText(error)}`);
     return error instanceof OTAError ? error.exitCode : 1;
   }
 }
 
-if (import.meta.main) process.exitCode = await main(process.argv.slice(2));
+if (import.meta.main) {
+  // What cannot be written is noticed where it matters; that must not end the process.
+  for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});
+  process.exitCode = await main(process.argv.slice(2));
+}

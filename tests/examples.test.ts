@@ -33,7 +33,7 @@ import { Random } from "./helpers/random.ts";
 import { readTree, TempDir } from "./helpers/temp.ts";
 import { eventually, Served, Tool } from "./helpers/tool.ts";
 
-setDefaultTimeout(20_000);
+setDefaultTimeout(600_000);
 
 const EXAMPLES = join(import.meta.dir, "../examples");
 const RELEASES = join(EXAMPLES, "smart-meter");
@@ -152,6 +152,8 @@ const BAD_WEATHER: ChannelOptions = { loss: 0.3, twice: 0.15, late: 0.3 };
 /** Seeds that differ from run to run; a test that fails has printed its own. */
 const SEEDS = Array.from({ length: 4 }, () => Math.floor(Math.random() * 2 ** 32));
 const FAST = { wait: 0.03, tries: 40 };
+/** Seconds after which what is not here is lost, where nothing is: nobody asks again before that. */
+const LONG = 30;
 
 /** A device that was brought to 1.0.0 of a release root by an SD card. */
 async function oldMeter(releases = RELEASES): Promise<TempDir> {
@@ -226,14 +228,14 @@ describe("lora-transport.ts", () => {
   test("takes the meter to the new release in a handful of messages", async () => {
     await using scratch = await oldMeter();
     await using rig = await Rig.start(RELEASES, scratch.at("device"));
-    const outcome = await rig.update({ wait: 1 });
+    const outcome = await rig.update({ wait: LONG });
     expect(outcome).toMatchObject({ result: "updated", from: "1.0.0", to: "1.0.1" });
     expect(outcome.firmware).toEqual({ from: "1.0.0", to: "1.0.1" });
     expect(filesOf(rig.root)).toEqual(deviceOn(join(RELEASES, "1.0.1"), "1.0.1"));
     // One message up for each thing that was asked for: nothing was lost.
     expect(rig.channel.up.messages).toBe(rig.server.requests.length);
     expect(rig.channel.down.messages).toBeLessThan(3 * rig.server.requests.length);
-    const { up, down } = await measure({ plain: true, wait: 1 });
+    const { up, down } = await measure({ plain: true, wait: LONG });
     expect(up.messages).toBe(rig.channel.up.messages);
     expect(down.messages).toBeGreaterThan(3 * rig.channel.down.messages);
     expect(await rig.update()).toMatchObject({ result: "up to date", to: "1.0.1" });
@@ -249,7 +251,7 @@ describe("lora-transport.ts", () => {
     });
     await using scratch = await oldMeter(releases.path);
     await using rig = await Rig.start(releases.path, scratch.at("device"));
-    await rig.update({ wait: 1 });
+    await rig.update({ wait: LONG });
     expect(filesOf(rig.root)).toEqual(deviceOn(releases.at("1.0.1"), "1.0.1"));
     expect(rig.channel.up.messages).toBe(2);
     expect(rig.channel.down.messages).toBeLessThanOrEqual(4);
@@ -266,7 +268,8 @@ describe("lora-transport.ts", () => {
     await using releases = bigRelease(60_000, seed);
     await using device = new TempDir();
     await using rig = await Rig.start(releases.path, device.path, { ...BAD_WEATHER, seed });
-    await rig.update();
+    // Long enough for a busy machine: who asks too soon asks more often.
+    await rig.update({ wait: 0.5 });
     expect(filesOf(rig.root)).toEqual(readTree(releases.at("1.0.0")));
     const { up, down } = rig.channel;
     // 311 fragments, of which 3 in 10 are lost, each time; MORE says at once what is missing.
@@ -282,12 +285,10 @@ describe("lora-transport.ts", () => {
     await using releases = bigRelease(60_000, 1);
     await using device = new TempDir();
     await using rig = await Rig.start(releases.path, device.path, channel);
-    const start = performance.now();
-    await rig.update({ wait: 1 });
-    // Nor did it wait: what is whole is known to be.
-    expect(performance.now() - start).toBeLessThan(3000);
+    await rig.update({ wait: LONG });
     expect(filesOf(rig.root)).toEqual(readTree(releases.at("1.0.0")));
-    // The manifest, and five windows of 64 fragments.
+    // The manifest, and five windows of 64 fragments. Nor did it wait for more, as it would have
+    // asked again then: what is whole is known to be.
     expect(rig.channel.up.messages).toBe(1 + 5);
     expect(rig.channel.down.messages).toBeLessThanOrEqual(4 + 312);
   });
@@ -296,7 +297,7 @@ describe("lora-transport.ts", () => {
     await using releases = bigRelease(170, 1);
     await using device = new TempDir();
     await using rig = await Rig.start(releases.path, device.path);
-    const ota = rig.device({ wait: 1 });
+    const ota = rig.device({ wait: LONG });
     await ota.connect();
     const signal = new AbortController().signal;
     const data = await ota.getData("/1.0.0/big.bin", { signal });
@@ -355,9 +356,7 @@ describe("lora-transport.ts, when the channel is bad", () => {
     await using rig = await Rig.start(RELEASES, scratch.at("device"));
     rig.channel.isDead = true;
     const before = filesOf(rig.root);
-    const start = performance.now();
     const error = await failure(rig.update({ wait: 0.02, tries: 10 }));
-    expect(performance.now() - start).toBeLessThan(5000);
     expect(error.message).toMatch(/^the gateway at 127\.0\.0\.1:\d+ is silent: asked it 10 times/);
     expect(error.message).toEndWith("is it running, and in reach?");
     expect(filesOf(rig.root)).toEqual(before);
@@ -377,14 +376,13 @@ describe("lora-transport.ts, when the channel is bad", () => {
     await using releases = bigRelease(60_000, 1);
     await using device = new TempDir();
     await using rig = await Rig.start(releases.path, device.path);
-    const ota = rig.device({ wait: 0.02, tries: 10 });
+    // A second, in which a busy machine answers, too.
+    const ota = rig.device({ wait: 0.1, tries: 10 });
     await ota.connect();
     const signal = new AbortController().signal;
     const data = await ota.getData("/1.0.0/big.bin", { signal });
     rig.channel.isDead = true;
-    const start = performance.now();
     const error = await read(data).catch((reason: unknown) => reason);
-    expect(performance.now() - start).toBeLessThan(5000);
     expect(error).toBeInstanceOf(TransferError);
     // It was there: OTA is to try again.
     expect(error).toMatchObject({ retry: true });
@@ -396,11 +394,13 @@ describe("lora-transport.ts, when the channel is bad", () => {
     await using rig = await Rig.start(releases.path, device.path);
     let isOver = false;
     const fail = (event: { kind: string; received?: number }) => {
+      // Silence, until the device has noticed.
+      if (event.kind === "note") rig.channel.isDead = false;
       if (event.kind !== "progress" || event.received! < 30_000 || isOver) return;
       rig.channel.isDead = isOver = true;
-      setTimeout(() => (rig.channel.isDead = false), 300);
     };
-    await rig.update({ wait: 0.05, tries: 4, report: fail });
+    await rig.update({ wait: 0.25, tries: 4, report: fail });
+    expect(isOver).toBe(true);
     expect(filesOf(rig.root)).toEqual(readTree(releases.at("1.0.0")));
     // On a busy machine, there may be more silence than ours.
     const { path, status, bytes } = rig.server.requests.at(-1)!;
@@ -412,10 +412,9 @@ describe("lora-transport.ts, when the channel is bad", () => {
     await using device = new TempDir();
     await using rig = await Rig.start(RELEASES, device.path);
     rig.channel.isDead = true;
-    const start = performance.now();
-    const update = rig.device({ wait: 5, signal: AbortSignal.timeout(100) }).update();
+    // What waits for the answer waits longer than a test may take.
+    const update = rig.device({ wait: 3600, signal: AbortSignal.timeout(100) }).update();
     await expect(update).rejects.toThrow();
-    expect(performance.now() - start).toBeLessThan(5000);
   });
 
   test("what the server refuses is told as the server has it", async () => {
@@ -488,15 +487,24 @@ describe("the channel", () => {
     const sizes: number[][] = [];
     for (const seed of [3, 3, 4]) {
       const got: number[] = [];
+      const last = Promise.withResolvers<void>();
       const far = await Bun.udpSocket({
         hostname: "127.0.0.1",
-        socket: { data: (_, datagram) => void got.push(datagram.length) },
+        socket: {
+          data(_, { length }) {
+            if (length === 99) last.resolve();
+            else got.push(length);
+          },
+        },
       });
       using channel = await LossyChannel.open(far.port, { loss: 0.4, seed });
       const { address, port } = channel.gateway;
       const near = await Bun.udpSocket({ hostname: "127.0.0.1" });
       for (let size = 1; size <= 40; size++) near.send(new Uint8Array(size), port, address);
-      await Bun.sleep(100);
+      await eventually("all went through", () => channel.up.messages === 40);
+      // What is sent now comes after them.
+      near.send(new Uint8Array(99), far.port, "127.0.0.1");
+      await last.promise;
       const up: Sent = { messages: 40, bytes: 820, longest: 40 };
       expect(channel.up).toEqual(up);
       near.close();

@@ -14,7 +14,7 @@ import { eventually, layTree, need, Temp, Tool, type Tree } from "./helpers/tool
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`hashing: SEED=${SEED}`);
-setDefaultTimeout(30_000);
+setDefaultTimeout(600_000);
 
 /** Files are read in pieces of this. */
 const PIECE = 256 * 1024;

@@ -3,7 +3,7 @@
  * digests. Random manifests follow the chosen ones: set SEED to repeat a run.
  */
 
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { posix, win32 } from "node:path";
 import type { Manifest } from "../ota.ts";
 import {
@@ -14,6 +14,8 @@ import {
   targetDigest,
 } from "../ota.ts";
 import { Random } from "./helpers/random.ts";
+
+setDefaultTimeout(600_000);
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`manifest: SEED=${SEED}`);

@@ -10,7 +10,7 @@ import { dirname, join } from "node:path";
 import { LIMITS, MAX_CODED, MAX_MANIFEST_BYTES, parseManifest, Releases } from "../ota.ts";
 import { asTree, layTree, ota, OTA_TS, readTree, Temp, Tool } from "./helpers/tool.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(600_000);
 
 const REPOSITORY = dirname(OTA_TS);
 const README = readFileSync(`${REPOSITORY}/README.md`, "utf8");
@@ -77,7 +77,12 @@ beforeAll(async () => {
 });
 
 /** What in README are options of other programs. */
-const FOREIGN = ["npx --yes", "bun build --compile ota.ts --outfile ota"];
+const FOREIGN = [
+  "npx --yes",
+  "bun build --compile ota.ts --outfile ota",
+  "bun run soak --minutes 60 --seed 7",
+  "--without damage,switch",
+];
 
 describe("options", () => {
   test("every one in README is in --help", () => {

@@ -3,7 +3,16 @@
  * `bun ota.ts manifest` as a process. Random trees follow the chosen ones: set SEED to repeat a run.
  */
 
-import { describe, expect, test } from "bun:test";
+import {
+  afterEach,
+  describe,
+  expect,
+  mock,
+  setDefaultTimeout,
+  setSystemTime,
+  spyOn,
+  test,
+} from "bun:test";
 import * as fs from "node:fs";
 import { dirname } from "node:path";
 import type { Manifest, ManifestQuery, ReleasesOptions } from "../ota.ts";
@@ -21,6 +30,8 @@ import { runOta } from "./helpers/cli.ts";
 import { Random } from "./helpers/random.ts";
 import type { Tree } from "./helpers/temp.ts";
 import { bytesOf, readTree, TempDir } from "./helpers/temp.ts";
+
+setDefaultTimeout(600_000);
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`releases: SEED=${SEED}`);
@@ -1101,6 +1112,268 @@ describe("--latest", () => {
   });
 });
 
+describe("what is served", () => {
+  const KEY = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIA\n-----END PRIVATE KEY-----\n";
+  const served = (releases: Releases, ...asked: string[]) =>
+    asked.filter((path) => releases.locate(`/${path}`) !== undefined);
+
+  test("of a version, what is offered; nothing that is ignored, in whatever spelling", async () => {
+    await using root = new TempDir({
+      "1.0.0/flash/main.py": "m",
+      "1.0.0/flash/OTA_VERSION.py": "",
+      "1.0.0/flash/__pycache__/a.pyc": "",
+      "1.0.0/.git/config": "",
+      "1.0.0/secret.key": "",
+      "1.0.0/.DS_Store": "",
+    });
+    const releases = await open(root, { ignore: [".git", "*.key"] });
+    const asked = ["flash/main.py", "flash/OTA_VERSION.py", "flash/__pycache__/a.pyc"];
+    asked.push(".git/config", "secret.key", ".DS_Store", "", "flash", "flash/new.py");
+    // What came since the last look is not offered yet.
+    root.write({ "1.0.0/flash/new.py": "" });
+    const all = asked.map((path) => `1.0.0/${path}`);
+    expect(served(releases, ...all)).toEqual(["1.0.0/flash/main.py"]);
+    expect(served(releases, "1.0.0/%2egit/config", "1%2E0.0/secret%2ekey")).toEqual([]);
+    expect(served(releases, "1%2E0.0/flash/main%2Epy")).toHaveLength(1);
+  });
+
+  test("not: versions and images that are held back, twins, put aside, unreadable, or new", async () => {
+    await using root = new TempDir({
+      ...versions("1.0.0", "1.00.0", "1.0.1", "1.0.0.bak", "v1.0.1.OLD", "2_x.tmp"),
+      "firmware_1.0.0.bin": "a",
+      "firmware_1.0.1.bin": "b",
+      "firmware_1.0.0.bin.bak": "c",
+      "firmware_1.0.0.old.bin": "d",
+      "firmare_x.bin": "e",
+    });
+    const releases = await open(root, { latest: "1.0.0" });
+    root.write({ ...versions("0.9"), "firmware_0.9.bin": "" });
+    const inVersions = ["0.9", "1.0.0", "1.00.0", "1.0.1", "1.0.0.bak", "v1.0.1.OLD", "2_x.tmp"];
+    const asked = inVersions.map((name) => `${name}/flash/main.py`);
+    asked.push(...fs.readdirSync(root.path).filter((name) => name.startsWith("firm")));
+    expect(served(releases, ...asked)).toEqual(["1.0.0/flash/main.py", "firmware_1.0.0.bin"]);
+  });
+
+  test("through links, too, only what is offered, and as content of its version", async () => {
+    await using root = new TempDir({
+      "1.0.0/flash/main.py": "m",
+      "1.0.0/secret.key": "",
+      "builds/7/flash/main.py": "7",
+      "builds/7/secret.key": "",
+      "builds/8/flash/main.py": "8",
+      "builds/image": "i",
+      "builds/notes": "n",
+      ".store/1/flash/main.py": "s",
+    });
+    root.link("current", "1.0.0");
+    root.link("key", "1.0.0/secret.key");
+    root.link("main.py", "1.0.0/flash/main.py");
+    root.link("1.0.1", "builds/7");
+    root.link("1.0.2", "builds/8");
+    root.link("firmware_1.0.2.bin", "builds/image");
+    root.link("0.9", ".store/1");
+    const releases = await open(root, { ignore: ["*.key"], latest: "1.0.1" });
+    const file = (path: string) => releases.find(path.split("/")[0]!)!.files.get("flash/main.py");
+    for (const [path, name] of Object.entries({
+      "current/flash/main.py": "1.0.0",
+      "main.py": "1.0.0",
+      "builds/7/flash/main.py": "1.0.1",
+      "0.9/flash/main.py": "0.9",
+    })) {
+      expect(releases.locate(`/${path}`)).toBe(file(name)!);
+    }
+    const asked = ["current/secret.key", "key", "1.0.1/secret.key", "builds/7/secret.key"];
+    asked.push("1.0.2/flash/main.py", "builds/8/flash/main.py", "firmware_1.0.2.bin");
+    asked.push("builds/image", ".store/1/flash/main.py");
+    expect(served(releases, ...asked, "builds/notes")).toEqual(["builds/notes"]);
+  });
+
+  test("of other files, none that holds a private key", async () => {
+    const preamble = "Bag Attributes\n".repeat(1000);
+    const keys: Tree = {
+      "tls.pem": `-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n${KEY}`,
+      "notes/rsa": KEY.replaceAll("PRIVATE", "RSA PRIVATE"),
+      "notes/ec.txt": `${preamble}${KEY.replaceAll("PRIVATE", "EC PRIVATE")}`,
+      "notes/id_ed25519": KEY.replaceAll("PRIVATE", "OPENSSH PRIVATE"),
+      "sealed.key": KEY.replaceAll("PRIVATE", "ENCRYPTED PRIVATE"),
+      "secring.asc": "-----BEGIN PGP PRIVATE KEY BLOCK-----\n",
+    };
+    await using root = new TempDir({
+      ...keys,
+      ...versions("1.0.0"),
+      "fleet.pub": KEY.replaceAll("PRIVATE", "PUBLIC"),
+      "notes/about.md": "a PRIVATE KEY is kept at home",
+      // A device's own: it is content like the rest.
+      "1.0.0/flash/device.pem": KEY,
+    });
+    root.link("notes/link", "../sealed.key");
+    const releases = await open(root);
+    const asked = [...Object.keys(keys), "notes/link", "fleet.pub", "notes/about.md"];
+    asked.push("1.0.0/flash/device.pem");
+    expect(served(releases, ...asked)).toEqual(asked.slice(-3));
+    // A file that becomes one, and back.
+    root.write({ "fleet.pub": KEY });
+    expect(served(releases, "fleet.pub")).toEqual([]);
+    root.write({ "fleet.pub": "public again" });
+    expect(served(releases, "fleet.pub")).toEqual(["fleet.pub"]);
+  });
+
+  test("never a key of the server, wherever it turns up", async () => {
+    await using root = new TempDir(versions("1.0.0", "1.0.1"));
+    await using home = new TempDir({ "fleet.key": "no PEM at all" });
+    fs.linkSync(home.at("fleet.key"), root.at("1.0.1/flash/key"));
+    fs.linkSync(home.at("fleet.key"), root.at("firmware_2.bin"));
+    const releases = await open(root, { secrets: [home.at("fleet.key"), home.at("missing")] });
+    expect(paths(releases)).toEqual(["flash/main.py"]);
+    expect(firmwareFiles(releases)).toEqual([]);
+    expect(ignoredReason(releases, "1.0.1/flash/key")).toBe("a key of this server");
+    expect(ignoredReason(releases, "firmware_2.bin")).toBe("a key of this server");
+    expect(served(releases, "1.0.1/flash/key", "firmware_2.bin")).toEqual([]);
+  });
+
+  test("beside versions and images: counted by directory, with what is not served left out", async () => {
+    const many = Object.fromEntries(Array.from({ length: 1002 }, (_, i) => [`many/${i}`, ""]));
+    await using root = new TempDir({
+      ...{ ...versions("1.0.0", "1.0.0.bak"), ...many },
+      ...{ "firmware_1.0.0.bin": "", ".git/config": "", ".env": "", "-/x": "" },
+      ...{ "notes/a": "", "notes/b/c": "", "notes/b/.d": "", "notes/key": KEY },
+      ...{ "plan.txt": "", "tls.pem": KEY, "keys/tls.pem": KEY, "empty/": "" },
+      "2024.pdf": "",
+    });
+    root.link("current", "1.0.0");
+    root.link("plan", "plan.txt");
+    root.link("notes/up", "..");
+    expect(await (await open(root)).beside()).toEqual([
+      { path: "2024.pdf", files: 1 },
+      { path: "many/", files: 1001 },
+      { path: "notes/", files: 3 },
+      { path: "plan", files: 1 },
+      { path: "plan.txt", files: 1 },
+    ]);
+    const releases = await open(root, { onlyReleases: true });
+    expect(await releases.beside()).toEqual([]);
+    const asked = ["plan.txt", "notes/a", "current/flash/main.py", "1.0.0/flash/main.py"];
+    expect(served(releases, ...asked, "firmware_1.0.0.bin")).toEqual([
+      ...["1.0.0/flash/main.py", "firmware_1.0.0.bin"],
+    ]);
+  });
+});
+
+describe("the clock on the wall", () => {
+  const HOUR = 3_600_000;
+  afterEach(() => {
+    setSystemTime();
+  });
+
+  for (const [what, set] of [
+    ["is behind the times of all files", -HOUR],
+    ["is right", 0],
+    ["is ahead of the times of all files", HOUR],
+  ] as const) {
+    test(`${what}: at the start all counts`, async () => {
+      await using root = new TempDir({ ...versions("1.0.0"), "firmware_1.0.0.bin": "" });
+      if (set !== 0) setSystemTime(Date.now() + set);
+      const releases = await open(root, { quiet: 0.2 });
+      expect([versionNames(releases), firmwareFiles(releases)]).toEqual([
+        ["1.0.0"],
+        ["firmware_1.0.0.bin"],
+      ]);
+    });
+  }
+
+  /** Scans until nothing is restless, as who keeps up with a root does. */
+  async function settle(releases: Releases): Promise<void> {
+    while (releases.restless.length > 0) {
+      await Bun.sleep(releases.nextLook);
+      await releases.scan();
+    }
+  }
+
+  for (const step of [-24 * HOUR, -HOUR, HOUR]) {
+    test(`is set by ${step / HOUR} h while it serves: what changes counts when it is quiet`, async () => {
+      await using root = new TempDir(versions("1.0.0"));
+      const releases = await open(root, { quiet: 0.2 });
+      setSystemTime(Date.now() + step);
+      root.write(versions("1.0.1"));
+      // Nobody can know yet whether more of it comes; by the clock it is old when that is ahead.
+      await releases.scan();
+      expect(releases.restless).toEqual(["1.0.1"]);
+      await settle(releases);
+      expect(versionNames(releases)).toEqual(["1.0.0", "1.0.1"]);
+      // In the middle of a change, back again.
+      root.write({ "1.0.1/flash/more.py": "more" });
+      await releases.scan();
+      setSystemTime();
+      await settle(releases);
+      expect(paths(releases)).toEqual(["flash/main.py", "flash/more.py"]);
+    });
+  }
+
+  test("is as it was: what nobody has touched for long counts at the first look", async () => {
+    await using root = new TempDir({ ...versions("1.0.0"), ".build/flash/main.py": "b" });
+    const releases = await open(root, { quiet: 0.2 });
+    await Bun.sleep(250);
+    root.link("1.0.1", ".build");
+    await releases.scan();
+    expect(versionNames(releases)).toEqual(["1.0.0", "1.0.1"]);
+  });
+});
+
+describe("long work lets others go first", () => {
+  afterEach(() => {
+    mock.restore();
+  });
+
+  /** Runs work while time passes only as it is asked for: a millisecond each time. */
+  async function turnsOf(work: () => Promise<unknown>): Promise<number> {
+    let now = performance.now();
+    spyOn(performance, "now").mockImplementation(() => (now += 1));
+    let turns = 0;
+    let isOver = false;
+    const count = () => {
+      turns++;
+      if (!isOver) setImmediate(count);
+    };
+    setImmediate(count);
+    await work();
+    isOver = true;
+    mock.restore();
+    return turns;
+  }
+
+  const FILES = 2000;
+  /** As many pauses as it takes for ten files at most between two of them. */
+  const ENOUGH = FILES / 10;
+  const many = (version: string, text: string): Tree =>
+    Object.fromEntries(Array.from({ length: FILES }, (_, i) => [`${version}/lib/${i}`, text]));
+
+  test("a scan that finds much, one that finds nothing new, and the warnings", async () => {
+    await using root = new TempDir({ ...many("1.0.0", "1"), "1.0.1/x": "" });
+    root.write(many("1.0.1", "2"));
+    root.write({ "firmware_1.0.1.bin": "" });
+    const opened = Promise.withResolvers<Releases>();
+    expect(await turnsOf(async () => opened.resolve(await open(root)))).toBeGreaterThan(2 * ENOUGH);
+    const releases = await opened.promise;
+    expect(releases.find("1.0.1")!.files.size).toBe(FILES + 1);
+    expect(await turnsOf(() => releases.scan())).toBeGreaterThan(2 * ENOUGH);
+    expect(await turnsOf(() => allBoardWarnings(releases))).toBeGreaterThan(ENOUGH);
+    // Content that is hashed, and sorted, and put together to a release.
+    root.write(many("1.0.2", "3"));
+    expect(await turnsOf(() => releases.scan())).toBeGreaterThan(6 * ENOUGH);
+    expect([...releases.find("1.0.2")!.files.keys()]).toEqual(
+      Array.from({ length: FILES }, (_, i) => `lib/${i}`).sort(),
+    );
+  });
+
+  test("counting what is served beside the releases", async () => {
+    await using root = new TempDir(
+      Object.fromEntries(Array.from({ length: 800 }, (_, i) => [`a/${i}`, ""])),
+    );
+    const releases = await open(root);
+    expect(await turnsOf(() => releases.beside())).toBeGreaterThan(80);
+  });
+});
+
 describe("what may surprise the owner of a root", () => {
   const warnings = async (tree: Tree): Promise<string[]> => {
     await using root = new TempDir(tree);
@@ -1192,7 +1465,7 @@ describe("what boards with Pycom's library cannot do", () => {
 
   test("all of it, for devices on each version", async () => {
     await using root = new TempDir({ "1/a": "", "2/a": "", "2/x/b": "", "3/a": "", "3/x/b": "" });
-    const lines = allBoardWarnings(await open(root));
+    const lines = await allBoardWarnings(await open(root));
     expect(lines).toHaveLength(1);
     expect(lines[0]).toStartWith("from 1: 3 adds the directory x;");
   });

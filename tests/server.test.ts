@@ -4,7 +4,7 @@
  * person starts and stops. Random requests follow the chosen ones: set SEED to repeat a run.
  */
 
-import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import * as fs from "node:fs";
 import { connect } from "node:net";
 import { fileURLToPath } from "node:url";
@@ -19,6 +19,8 @@ import { addressOf, parseResponse, rawRequest } from "./helpers/raw.ts";
 import type { Tree } from "./helpers/temp.ts";
 import { bytesOf, readTree, TempDir } from "./helpers/temp.ts";
 import { OTA_TS } from "./helpers/tool.ts";
+
+setDefaultTimeout(600_000);
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`server: SEED=${SEED}`);
@@ -1195,7 +1197,7 @@ describe.concurrent("bun ota.ts serve", () => {
       const elsewhere = (url: string) => fetch(url.replace("127.0.0.1", "127.0.0.2"));
       expect((await elsewhere(`${all.url}/1/a`)).status).toBe(200);
       expect((await fetch(`${one.url}/1/a`)).status).toBe(200);
-      expect(elsewhere(`${one.url}/1/a`)).rejects.toThrow();
+      await expect(elsewhere(`${one.url}/1/a`)).rejects.toThrow();
     },
   );
 
@@ -1275,7 +1277,7 @@ describe.concurrent("bun ota.ts serve", () => {
       expect(stderr).toMatch(/^ota\.ts: .*\n$/);
       expect(stderr).toMatch(cases[i]![1]);
     }
-  }, 15_000);
+  });
 
   test("no command, one that there is not, help and version", async () => {
     const [none, wrong, help, serveHelp, version] = await Promise.all(
@@ -1400,8 +1402,8 @@ test("1000 random requests: no 5xx, no byte from outside, and the server goes on
   const worker = async (): Promise<void> => {
     for (let request = requests.pop(); request; request = requests.pop()) {
       const shown = JSON.stringify(Buffer.from(request).toString("latin1"));
-      // Some never end: what came until then counts.
-      const { bytes } = await rawRequest(server.url, request, { timeoutMs: 250 });
+      // Some never end: what came until then counts, on a busy machine, too.
+      const { bytes } = await rawRequest(server.url, request, { timeoutMs: 3000 });
       const answer = Buffer.from(bytes).toString("latin1");
       if (answer.includes(SECRET)) wrong.push(`${shown} gives the secret away`);
       for (const [, status] of answer.matchAll(/HTTP\/1\.[01] (\d{3}) /g)) {
@@ -1420,4 +1422,4 @@ test("1000 random requests: no 5xx, no byte from outside, and the server goes on
   expect(Object.values(statuses).reduce((sum, count) => sum + count)).toBeGreaterThan(500);
   expect(text((await send(server, "/notes.txt")).body)).toBe("notes");
   expect(parseManifest((await send(server, "/manifest.json")).body)?.version).toBe("1.0.1");
-}, 20_000);
+});

@@ -4,7 +4,7 @@
  * server says what an attacker would like a device to believe.
  */
 
-import { afterAll, beforeAll, describe, expect, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createPrivateKey, createPublicKey, sign, type KeyObject } from "node:crypto";
 import { chmodSync, existsSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
 import { HttpOTA, makeKeys, OTAError, serve, signManifest, type ServeOptions } from "../ota.ts";
@@ -25,6 +25,8 @@ import {
   Tool,
   type Tree,
 } from "./helpers/tool.ts";
+
+setDefaultTimeout(600_000);
 
 const V1: Tree = { "flash/main.py": "print('one')\n" };
 const V2: Tree = { "flash/main.py": "print('two')\n", "flash/lib.py": "LIB = 2\n" };

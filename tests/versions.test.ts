@@ -16,8 +16,10 @@
  * to repeat a run.
  */
 
-import { describe, expect, test } from "bun:test";
+import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { LooseVersion } from "../ota.ts";
+
+setDefaultTimeout(600_000);
 
 const table: Record<string, [a: string, b: string, expected: number][]> = await Bun.file(
   new URL("fixtures/loose-versions.json", import.meta.url),

@@ -17,6 +17,7 @@ import { benchDevice } from "./device.ts";
 import { benchFleet } from "./fleet.ts";
 import { OTA, type Effort } from "./harness.ts";
 import { benchServer } from "./server.ts";
+import { benchSlow } from "./slow.ts";
 import { benchStart } from "./start.ts";
 
 const PARTS: Record<string, (effort: Effort) => Promise<void>> = {
@@ -25,6 +26,7 @@ const PARTS: Record<string, (effort: Effort) => Promise<void>> = {
   device: benchDevice,
   air: benchAir,
   fleet: benchFleet,
+  slow: benchSlow,
 };
 
 const given = process.argv.slice(2);

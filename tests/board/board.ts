@@ -11,7 +11,7 @@ import { FixedHeap, load } from "./heap.ts";
 import type { Link } from "./link.ts";
 
 /** How a start ended: Python ran to its end, or what took the power away. */
-export type End = "done" | "error" | "reset" | "cut";
+export type End = "done" | "error" | "reset" | "cut" | "bitten";
 
 export interface Start {
   end: End;
@@ -23,6 +23,10 @@ export interface Start {
   operations: string[];
   /** With a fixed heap: how it was used. */
   heap?: FixedHeap;
+  /** How often the manifest was read from its beginning. */
+  passes: number;
+  /** The longest time that the watchdog was not fed, in milliseconds of the board's clock. */
+  hungry: number;
 }
 
 export interface Options {
@@ -32,6 +36,11 @@ export interface Options {
   torn?: number;
   /** Bytes of heap, which then are all there is. */
   heap?: number;
+  /** This file operation, counted from 0, and with `failOn` all that follow, fail: EIO. */
+  failAt?: number;
+  failOn?: boolean;
+  /** Sees the board before each file operation, as it would be if the power went there. */
+  watch?: (before: Board) => void;
 }
 
 class PowerCut {
@@ -45,9 +54,22 @@ const CREATES = 64 | 512; // O_CREAT | O_TRUNC
 
 const standins = join(import.meta.dir, "standins");
 
-const ERRNO = { EEXIST: 20, EXDEV: 75, ENOSPC: 28 /* as a board says it */ };
+const ERRNO = { EEXIST: 20, EXDEV: 75, EIO: 5, ENOSPC: 28 /* as a board says it */ };
 
-export type Kind = "esp32" | "pycom" | "plain";
+/** An ESP32 with two firmware slots, a LoPy4 of Pycom, a Pico W. */
+export type Kind = "esp32" | "pycom" | "rp2";
+
+/**
+ * What things take on a slow board, in milliseconds: a flash that is nearly full, and Python that
+ * looks at every letter of a manifest.
+ */
+const PACE = {
+  operation: 100,
+  look: 10,
+  byteRead: 0.05,
+  byteWritten: 0.1,
+  byteOfManifest: 0.5,
+};
 
 export class Board {
   /** Path to content, below / of the board. */
@@ -60,12 +82,21 @@ export class Board {
   downlinks: Uint8Array[] = [];
   /** The power goes after that many uplinks, at the latest. */
   uplinksLeft = Infinity;
+  /** Files take time, as `PACE` has it. */
+  slow = false;
+  /** How long it takes to join the WiFi network, in milliseconds. */
+  joins = 0;
+  #clock = 0;
+  #dog = Infinity;
+  #fed = 0;
+  #hungry = 0;
+  #stopped = false;
 
   constructor(
     readonly kind: Kind,
     readonly link: Link,
   ) {
-    if (kind === "plain") return;
+    if (kind === "rp2") return;
     const [first, second] = this.slots();
     this.files.set("/hw/otadata", text(JSON.stringify({ boot: first, running: first })));
     this.files.set(`/hw/${first}`, text("\xe9 the firmware from the factory"));
@@ -99,7 +130,17 @@ export class Board {
     other.files = new Map(this.files);
     other.directories = new Set(this.directories);
     other.capacity = this.capacity;
+    other.slow = this.slow;
+    other.joins = this.joins;
     return other;
+  }
+
+  /** Lets the board's clock go on; a watchdog that was not fed in time bites. */
+  #pass(milliseconds: number): void {
+    if (this.#stopped) return;
+    this.#clock += milliseconds;
+    this.#hungry = Math.max(this.#hungry, this.#clock - this.#fed);
+    if (this.#clock - this.#fed > this.#dog) throw new PowerCut("bitten");
   }
 
   /** Everything but what belongs to the updater: the release, and what the application made. */
@@ -123,7 +164,7 @@ export class Board {
 
   /** What the bootloader does before Python starts. */
   #bootloader(): void {
-    if (this.kind === "plain") return;
+    if (this.kind === "rp2") return;
     const data = this.otadata();
     const image = (slot: string) => this.files.get(`/hw/${slot}`)!;
     const boot = data.boot!;
@@ -142,27 +183,33 @@ export class Board {
   /** Starts the board and runs `code` after `boot.py`, unless `boot` is false. */
   async start(code = "", options: Options & { boot?: boolean } = {}): Promise<Start> {
     this.#bootloader();
-    const result: Start = { end: "done", error: "", output: [], operations: [] };
+    this.#clock = this.#fed = this.#hungry = 0;
+    this.#stopped = false;
+    this.#dog = Infinity;
+    const result: Start = {
+      end: "done",
+      error: "",
+      output: [],
+      operations: [],
+      passes: 0,
+      hungry: 0,
+    };
+    // What stands in for modules in C has its code in the heap: that much is added.
+    const standins = options.heap ? await this.#standinBytes() : 0;
     const settings = {
-      heapsize: options.heap ?? 128 * 1024,
+      heapsize: options.heap ? options.heap + standins : 128 * 1024,
       stdout: (line: string) => void result.output.push(line),
       stderr: (line: string) => void result.output.push(line),
     };
     const [mp, heap] = options.heap
       ? await FixedHeap.load(settings)
       : [await load(settings), undefined];
+    if (heap) heap.fixed = standins;
     result.heap = heap;
     const { FS } = mp;
     this.#load(FS);
     this.#devices(FS, heap);
     const open = this.#driver(FS, result, options, heap);
-    const path = this.kind === "pycom" ? ["", "/flash", "/flash/lib"] : ["", ".frozen", "/lib"];
-    const setup = [
-      `import sys, os`,
-      `sys.path[:] = ${JSON.stringify(["/stand", ...path])}`,
-      `os.chdir(${JSON.stringify(this.home || "/")})`,
-      `del sys, os`,
-    ].join("\n");
     const job = [
       ...(options.boot !== false ? [`execfile("${this.home}/boot.py")`] : []),
       ...(heap ? [`open("/dev/collect", "wb").write(b"x")`] : []),
@@ -170,7 +217,7 @@ export class Board {
     ];
     FS.writeFile("/stand/job.py", job.join("\n"));
     try {
-      mp.runPython(setup);
+      mp.runPython(this.#setup(heap !== undefined));
       mp.runPython(heap ? FROZEN : `execfile("/stand/job.py")`);
     } catch (error) {
       if (error instanceof PowerCut) result.end = error.end;
@@ -179,10 +226,42 @@ export class Board {
         result.error = String(error instanceof Error ? error.message : error);
       }
     }
+    // From here on it is the test that looks at files.
+    this.#stopped = true;
     heap?.thaw();
+    result.hungry = this.#hungry;
     this.#save(FS);
     if (result.end === "cut") this.#tear(open, options.torn ?? 0);
     return result;
+  }
+
+  /** Python that comes before everything else: the modules that stand in for a board's. */
+  #setup(all: boolean): string {
+    const path = this.kind === "pycom" ? ["", "/flash", "/flash/lib"] : ["", ".frozen", "/lib"];
+    return [
+      `import sys, os`,
+      `sys.path[:] = ${JSON.stringify(["/stand", ...path])}`,
+      `os.chdir(${JSON.stringify(this.home || "/")})`,
+      `import files, hashes`,
+      // Those that are in the heap anyway must be there before it is measured.
+      ...(all ? [`import machine, network, socket, time`] : []),
+      ...(all && this.kind !== "rp2" ? [`import ${this.kind}`] : []),
+      // A stand-in does not come before a module that MicroPython has built in.
+      `sys.modules["uos"] = files`,
+      `sys.modules["uhashlib"] = hashes`,
+      `del sys, os, files, hashes`,
+    ].join("\n");
+  }
+
+  async #standinBytes(): Promise<number> {
+    const lines: string[] = [];
+    const mp = await load({ heapsize: 128 * 1024, stdout: (line) => void lines.push(line) });
+    this.#load(mp.FS);
+    const say = () => mp.runPython("import gc\nprint(gc.mem_alloc())");
+    for (const _ of [1, 2]) say();
+    mp.runPython(this.#setup(true));
+    for (const _ of [1, 2]) say();
+    return Number(lines.at(-1)) - Number(lines[1]);
   }
 
   /** Starts the board until it stays up, and runs `code` then; returns all that was printed. */
@@ -201,10 +280,10 @@ export class Board {
     for (const [path, content] of this.files) FS.writeFile(path, content);
     FS.mkdir("/stand");
     for (const [name, code] of STANDINS) {
-      if (name === "esp32.py" && this.kind !== "esp32") continue;
-      if (name === "pycom.py" && this.kind !== "pycom") continue;
-      FS.writeFile(`/stand/${name}`, code);
+      const [of, own] = name.split("/");
+      if (own === undefined || of === this.kind) FS.writeFile(`/stand/${own ?? name}`, code);
     }
+    FS.writeFile("/stand/setting.py", `JOIN_MS = ${this.joins}\n`);
   }
 
   #save(FS: FileSystem): void {
@@ -246,8 +325,24 @@ export class Board {
     const paths = new Map<Stream, string>();
     const isFlash = (path: string) => path !== "/stand" && !/^\/(dev|stand)\//.test(path);
     const step = (words: string) => {
-      if (result.operations.length === options.cutAt) throw new PowerCut("cut");
+      const nth = result.operations.length;
+      if (options.watch) {
+        this.#stopped = true;
+        const now = this.copy();
+        now.#save(FS);
+        for (const path of open) now.#tear(new Set([path]), nth);
+        options.watch(now);
+        this.#stopped = false;
+      }
+      if (nth === options.cutAt) throw new PowerCut("cut");
       result.operations.push(words);
+      pass(PACE.operation);
+      if (nth === options.failAt || (options.failOn && nth > (options.failAt ?? Infinity))) {
+        throw new FS.ErrnoError(ERRNO.EIO);
+      }
+    };
+    const pass = (milliseconds: number) => {
+      if (this.slow) this.#pass(milliseconds);
     };
     const used = () => {
       let sum = 0;
@@ -276,6 +371,7 @@ export class Board {
     FS.open = (path, flags, mode) => {
       const writes = typeof flags === "number" && (flags & WRITES) !== 0 && isFlash(path);
       if (writes && (Number(flags) & CREATES) !== 0) step(`create ${path}`);
+      if (path.endsWith("/.ota/manifest") && !writes) result.passes++;
       const stream = original.open(path, flags, mode);
       if (writes) {
         open.add(path);
@@ -287,6 +383,7 @@ export class Board {
       const path = paths.get(stream);
       if (path !== undefined) {
         step(`write ${path} ${length}`);
+        pass(length * PACE.byteWritten);
         if (
           this.capacity < Infinity &&
           !path.startsWith("/hw/") &&
@@ -308,13 +405,17 @@ export class Board {
     };
     FS.read = (stream, buffer, offset, length, position) => {
       // The manifest is read piece by piece and nothing else happens meanwhile.
-      if (stream.path?.endsWith("/.ota/manifest")) heap?.collect();
-      return original.read(stream, buffer, offset, length, position);
+      const manifest = stream.path?.endsWith("/.ota/manifest");
+      if (manifest) heap?.collect();
+      const n = original.read(stream, buffer, offset, length, position);
+      if (isFlash(stream.path ?? "")) pass(n * (manifest ? PACE.byteOfManifest : PACE.byteRead));
+      return n;
     };
     let looks = 0;
     FS.stat = (path) => {
       // Not while modules are imported: what the compiler works on is not on the stack of Python.
-      if (path.includes("/.ota/") && looks++ % 8 === 0) heap?.collect();
+      if (path.includes("/.ota/") && looks++ % 4 === 0) heap?.collect();
+      if (isFlash(path)) pass(PACE.look);
       return original.stat(path);
     };
     FS.rename = (from, to) => {
@@ -367,17 +468,50 @@ export class Board {
         throw new PowerCut(buffer[offset] === 0x72 ? "reset" : "error");
       },
     });
-    device("/dev/lora", {
+    const words = (buffer: Int8Array, offset: number, length: number) =>
+      Buffer.from(buffer.slice(offset, offset + length)).toString();
+    /** A device that says one thing each time it is opened. */
+    const answer = (say: () => Uint8Array) => {
+      let said = false;
+      return {
+        open: () => void (said = false),
+        read: (_stream: Stream, buffer: Int8Array, offset: number) => {
+          if (said) return 0;
+          said = true;
+          const bytes = say();
+          buffer.set(bytes, offset);
+          return bytes.length;
+        },
+      };
+    };
+    device("/dev/clock", {
+      write: (_stream, buffer, offset, length) => {
+        this.#pass(Number(words(buffer, offset, length)));
+        return length;
+      },
+      ...answer(() => Buffer.from(String(Math.trunc(this.#clock)))),
+    });
+    device("/dev/dog", {
+      write: (_stream, buffer, offset, length) => {
+        const order = words(buffer, offset, length);
+        if (order !== "feed") this.#dog = Number(order);
+        this.#fed = this.#clock;
+        return length;
+      },
+    });
+    device("/dev/late", {
+      write: (_stream, buffer, offset, length) => {
+        this.link.waited(Number(words(buffer, offset, length)));
+        return length;
+      },
+    });
+    device("/dev/radio", {
       write: (_stream, buffer, offset, length) => {
         this.uplinks.push(new Uint8Array(buffer.slice(offset, offset + length)));
         if (this.uplinks.length >= this.uplinksLeft) throw new PowerCut("done");
         return length;
       },
-      read: (_stream, buffer, offset) => {
-        const next = this.downlinks.shift() ?? new Uint8Array(0);
-        buffer.set(next, offset);
-        return next.length;
-      },
+      ...answer(() => this.downlinks.shift() ?? new Uint8Array(0)),
     });
     let named = false;
     let rest: Uint8Array | undefined;
@@ -385,6 +519,7 @@ export class Board {
       open: () => {
         named = false;
         rest = undefined;
+        if (this.link.deaf()) throw new FS.ErrnoError(110);
         if (!this.link.open()) throw new FS.ErrnoError(111);
       },
       close: () => this.link.close(),
@@ -397,10 +532,11 @@ export class Board {
       read: (_stream, buffer, offset, length) => {
         if (rest === undefined) {
           heap?.collect();
-          const piece = this.link.receive();
-          const size = piece?.length ?? 0xffff;
+          const late = Math.min(this.link.late(), 0xff);
+          const piece = late > 0 ? undefined : this.link.receive();
+          const size = piece?.length ?? 0xff00 + late;
           buffer.set([size >> 8, size & 0xff], offset);
-          if (size > 0 && size < 0xffff) rest = piece;
+          if (piece && size > 0) rest = piece;
           return 2;
         }
         const now = rest.slice(0, length);
@@ -430,6 +566,6 @@ except Exception as e:
 `;
 
 const STANDINS = new Map<string, string>();
-for (const name of new Bun.Glob("*.py").scanSync(standins)) {
+for (const name of new Bun.Glob("**/*.py").scanSync(standins)) {
   STANDINS.set(name, await Bun.file(join(standins, name)).text());
 }

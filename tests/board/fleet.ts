@@ -45,7 +45,7 @@ export class Root {
       mkdirSync(dirname(to), { recursive: true });
       cpSync(join(example, "1.0.0/flash", name), to);
     }
-    for (const name of ["OTA", "ota_http", "ota_manifest", "ota_slot", "ota_update"]) {
+    for (const name of ["OTA", "ota_check", "ota_http", "ota_manifest", "ota_slot", "ota_update"]) {
       const file = `lib/${name}.py`;
       cpSync(join(example, "1.0.0/flash", file), join(this.path, version, "flash", file));
     }
@@ -75,10 +75,10 @@ export class Van implements AsyncDisposable {
     readonly process: Bun.Subprocess,
   ) {}
 
-  static async open(root: string): Promise<Van> {
+  static async open(root: string, more: string[] = []): Promise<Van> {
     const tool = join(import.meta.dir, "../../ota.ts");
     const process = Bun.spawn(
-      [globalThis.process.execPath, tool, "serve", "--root", root, "--port", "0"],
+      [globalThis.process.execPath, tool, "serve", "--root", root, "--port", "0", ...more],
       {
         stdin: "ignore",
         stdout: "pipe",

@@ -80,6 +80,8 @@ export class FixedHeap {
   /** The most bytes that were taken before one, garbage and all. */
   taken = 0;
   collections = 0;
+  /** Bytes that do not count: the heap is larger by that. */
+  fixed = 0;
   #mp: MicroPython;
   #memory: WebAssembly.Memory;
   #reserve = 0;
@@ -152,8 +154,8 @@ export class FixedHeap {
     this.#mp.runPython("_memo()");
     words[depthAt!] = depth;
     this.#reserve = this.#mp._module._malloc(256);
-    this.live = Math.max(this.live, this.#memo);
-    this.taken = Math.max(this.taken, taken);
+    this.live = Math.max(this.live, this.#memo - this.fixed);
+    this.taken = Math.max(this.taken, taken - this.fixed);
     this.collections++;
   }
 }

@@ -12,6 +12,10 @@ export interface Weather {
   cutAfter?: number;
   /** After that many bytes of a response nothing comes any more. */
   silentAfter?: number;
+  /** Seconds until the next piece comes; `total` as above. */
+  late?: (total: number) => number;
+  /** That many connections are not even refused. */
+  deaf?: number;
   /** Only for requests whose first line matches; all without it. */
   only?: RegExp;
   /** Changes the bytes of a response on the way. */
@@ -29,6 +33,7 @@ export class Link {
   #data: Uint8Array;
   #inbox: Uint8Array = new Uint8Array(0);
   #total = 0;
+  #late: number | undefined;
   #head = "";
   #line = "";
 
@@ -42,16 +47,41 @@ export class Link {
   #ask(command: Command): number {
     Atomics.store(this.#state, 0, 0);
     this.#worker.postMessage(command);
-    if (Atomics.wait(this.#state, 0, 0, 20_000) === "timed-out") {
+    if (Atomics.wait(this.#state, 0, 0, 120_000) === "timed-out") {
       throw new Error(`the network does not answer: ${command.do}`);
     }
     return this.#state[1]!;
+  }
+
+  /** Does nobody answer this time? */
+  deaf(): boolean {
+    const left = this.weather.deaf ?? 0;
+    if (left > 0) this.weather.deaf = left - 1;
+    return left > 0;
+  }
+
+  #now(): Weather {
+    return !this.weather.only || this.weather.only.test(this.#line) ? this.weather : {};
+  }
+
+  /** How many seconds the next piece still needs. */
+  late(): number {
+    const { late, silentAfter = Infinity } = this.#now();
+    if (this.#total >= silentAfter) return Infinity;
+    this.#late ??= late?.(this.#total) ?? 0;
+    return this.#late;
+  }
+
+  /** The reader has waited that many seconds. */
+  waited(seconds: number): void {
+    this.#late = (this.#late ?? 0) - seconds;
   }
 
   /** Opens a connection; false if nobody listens. */
   open(): boolean {
     this.#inbox = new Uint8Array(0);
     this.#total = 0;
+    this.#late = undefined;
     this.#head = this.#line = "";
     return this.#ask({ do: "open", port: this.port }) === 0;
   }
@@ -66,12 +96,12 @@ export class Link {
     this.#head = "";
   }
 
-  /** The next piece, empty at the end of the connection; undefined when none comes. */
-  receive(): Uint8Array | undefined {
-    const weather = !this.weather.only || this.weather.only.test(this.#line) ? this.weather : {};
+  /** The next piece, empty at the end of the connection. */
+  receive(): Uint8Array {
+    const weather = this.#now();
     const cut = weather.cutAfter ?? Infinity;
     const silent = weather.silentAfter ?? Infinity;
-    if (this.#total >= silent) return undefined;
+    this.#late = undefined;
     if (this.#total >= cut) return new Uint8Array(0);
     if (this.#inbox.length === 0) {
       const size = this.#ask({ do: "receive" });

@@ -64,7 +64,7 @@ export class Between implements AsyncDisposable {
     headers.set("connection", "close");
     const lines = [...headers].map(([name, value]) => `${name}: ${value}\r\n`);
     const request = `${asked.method} ${asked.target} HTTP/1.1\r\n${lines.join("")}\r\n`;
-    const { bytes } = await rawRequest(this.server, request, { timeoutMs: 20_000 }).catch(() => {
+    const { bytes } = await rawRequest(this.server, request).catch(() => {
       return { bytes: new Uint8Array() };
     });
     // The server has gone: so do we.

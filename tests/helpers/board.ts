@@ -33,7 +33,7 @@ export interface BoardOptions {
    * pieces of 100. Without it all pieces are of 100 bytes, but for the last.
    */
   pieces?: number[];
-  /** How long the server may take to answer and close, in milliseconds (5000). */
+  /** How long the server may take to answer and close, in milliseconds (60,000). */
   timeoutMs?: number;
 }
 
@@ -48,7 +48,7 @@ export interface BoardOptions {
 export async function boardGet(
   server: URL | string,
   path: string,
-  { pieces = [], timeoutMs = 5000 }: BoardOptions = {},
+  { pieces = [], timeoutMs = 60_000 }: BoardOptions = {},
 ): Promise<BoardResponse> {
   const { host, port } = addressOf(server);
   const target = path.startsWith("/") ? path : `/${path}`;

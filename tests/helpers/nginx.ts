@@ -96,15 +96,18 @@ function program(): string {
   return Bun.which("nginx", { PATH: "/usr/sbin:/sbin" }) ?? need("nginx");
 }
 
-/** A port that nobody has just now, for a program that cannot pick one. */
+/**
+ * A port that nobody has just now, for a program that cannot pick one, and for one that goes and
+ * comes back. It is none of those that the system hands out: among thousands of connections, one
+ * would soon have it.
+ */
 export async function freePort(): Promise<number> {
-  const { promise, resolve, reject } = Promise.withResolvers<number>();
-  const server = createServer();
-  server.once("error", reject);
-  server.listen(0, "127.0.0.1", () => {
-    const address = server.address();
-    const port = typeof address === "object" && address ? address.port : 0;
-    server.close(() => resolve(port));
-  });
-  return promise;
+  for (;;) {
+    const port = 12_000 + Math.floor(Math.random() * 20_000);
+    const { promise, resolve } = Promise.withResolvers<boolean>();
+    const server = createServer();
+    server.once("error", () => resolve(false));
+    server.listen(port, "127.0.0.1", () => server.close(() => resolve(true)));
+    if (await promise) return port;
+  }
 }

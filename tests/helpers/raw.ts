@@ -17,7 +17,7 @@ export interface RawResponse {
 
 /** What `rawRequest` can be told. */
 export interface RawOptions {
-  /** How long to wait for the server to close, in milliseconds (5000). */
+  /** How long to wait for the server to close, in milliseconds (60,000). */
   timeoutMs?: number;
   /** Close our sending side after the request, as a client that has nothing more to say. */
   halfClose?: boolean;
@@ -34,7 +34,7 @@ export interface RawOptions {
 export function rawRequest(
   server: URL | string,
   data: string | Uint8Array,
-  { timeoutMs = 5000, halfClose = false }: RawOptions = {},
+  { timeoutMs = 60_000, halfClose = false }: RawOptions = {},
 ): Promise<RawResponse> {
   const { host, port } = addressOf(server);
   return new Promise((resolve, reject) => {

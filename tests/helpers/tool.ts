@@ -209,6 +209,23 @@ function shown(content: Uint8Array): string {
     : Buffer.from(content).toString("latin1");
 }
 
+/** The sizes of the files in a directory, by name, while others make and remove them. */
+export function sizesIn(directory: string): Record<string, number> {
+  const names = existing(() => readdirSync(directory)) ?? [];
+  const sizes = names.map((name) => [name, existing(() => lstatSync(join(directory, name)).size)]);
+  return Object.fromEntries(sizes.filter(([, size]) => size !== undefined));
+}
+
+/** What a look finds; `undefined` where nothing is, or is any more. */
+export function existing<T>(look: () => T): T | undefined {
+  try {
+    return look();
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === "ENOENT") return undefined;
+    throw error;
+  }
+}
+
 /** What is in `.ota` below a root: names of files and directories. */
 export function otaFiles(root: string): string[] {
   return readdirSync(join(root, ".ota")).sort();
@@ -228,6 +245,7 @@ export interface Logged {
   method: string;
   path: string;
   status: number;
+  /** NaN when the connection ended before. */
   bytes: number;
   failed: string | undefined;
 }
@@ -258,9 +276,14 @@ export class Served implements AsyncDisposable {
     return Number(this.#server.url.port);
   }
 
+  /** The names of the versions that it offers. */
+  get releases(): string[] {
+    return this.#server.releases.versions.map(({ name }) => name);
+  }
+
   get requests(): Logged[] {
     return this.lines.map((line) => {
-      const found = /^\S+ \S+ (?:device=(\S+) )?(\S+) (\S+) (\d+) (\d+) \S+ms(.*)$/.exec(line);
+      const found = /^\S+ \S+ (?:device=(\S+) )?(\S+) (\S+) (\d+) (\d+|-) \S+ms(.*)$/.exec(line);
       if (!found) throw new Error(`no line of a server's log: ${line}`);
       const [, device, method = "", path = "", status, bytes, rest = ""] = found;
       const failed = / failed=(\S+)/.exec(rest)?.[1];
@@ -316,8 +339,12 @@ export function quoted(text: string): string {
   return `'${text.replaceAll("'", `'\\''`)}'`;
 }
 
-/** Waits for something that no event tells of, looking often. */
-export async function eventually(what: string, isSo: () => boolean, seconds = 10): Promise<void> {
+/**
+ * Waits for something that no event tells of, looking often.
+ *
+ * @param seconds after which it hangs; a busy machine takes long, and that is no failure
+ */
+export async function eventually(what: string, isSo: () => boolean, seconds = 60): Promise<void> {
   const end = performance.now() + seconds * 1000;
   while (!isSo()) {
     if (performance.now() > end) throw new Error(`not within ${seconds} s: ${what}`);

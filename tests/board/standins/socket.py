@@ -1,10 +1,12 @@
-# Stands in for socket: real TCP, or LoRa, through devices of the test.
+# Stands in for socket: real TCP through a device of the test; LoRa and datagrams through its radio.
 
 import network
+import time
 
 AF_INET = 2
 AF_LORA = 5
 SOCK_STREAM = 1
+SOCK_DGRAM = 2
 SOCK_RAW = 3
 SOL_LORA = 1
 SO_DR = 2
@@ -15,7 +17,12 @@ def getaddrinfo(host, port):
 
 
 def socket(family=AF_INET, kind=SOCK_STREAM):
-    return _Lora() if family == AF_LORA else _Tcp()
+    return _Lora() if family == AF_LORA else _Udp() if kind == SOCK_DGRAM else _Tcp()
+
+
+def _late(seconds):
+    with open("/dev/late", "wb") as f:
+        f.write("%d" % seconds)
 
 
 class _Tcp:
@@ -23,6 +30,7 @@ class _Tcp:
         self.timeout = None
         self.stream = None
         self.left = 0
+        self.head = bytearray(2)
 
     def settimeout(self, seconds):
         self.timeout = seconds
@@ -30,7 +38,12 @@ class _Tcp:
     def connect(self, address):
         assert self.timeout, "a socket without a timeout can wait for ever"
         assert network.WLAN.joined, "WiFi is off"
-        self.stream = open("/dev/tcp", "r+b")
+        try:
+            self.stream = open("/dev/tcp", "r+b")
+        except OSError as e:
+            if e.args[0] == 110:  # nobody answers
+                time.sleep(self.timeout)
+            raise
         self.stream.write("%s %d\n" % address)
 
     def send(self, data):
@@ -39,13 +52,22 @@ class _Tcp:
         return n
 
     def recv(self, most):
-        # The device hands out pieces: two bytes of length, then the piece.
+        # The device hands out pieces: two bytes of length, then the piece. A piece may need some
+        # seconds, told in what would be a length; then it is asked for again.
         if self.left == 0:
-            head = self.stream.read(2)
-            self.left = head[0] << 8 | head[1]
-            if self.left == 0xFFFF:
+            # Garbage may be collected in here: nothing must be held by C alone.
+            self.stream.readinto(self.head)
+            self.left = self.head[0] << 8 | self.head[1]
+            if self.left >= 0xFF00:
+                late = self.left - 0xFF00  # 255: for ever
                 self.left = 0
-                raise OSError(110)  # ETIMEDOUT
+                if late >= self.timeout:
+                    time.sleep(self.timeout)
+                    _late(self.timeout)
+                    raise OSError(110)  # ETIMEDOUT
+                time.sleep(late)
+                _late(late)
+                return self.recv(most)
         data = self.stream.read(min(most, self.left)) if self.left else b""
         self.left -= len(data)
         return data
@@ -55,24 +77,43 @@ class _Tcp:
             self.stream.close()
 
 
-class _Lora:
-    def setsockopt(self, level, option, value):
-        pass
+class _Radio:
+    # What is sent without a connection, and what comes back.
+    blocks = True
 
     def setblocking(self, on):
-        pass
+        self.blocks = on
 
-    def settimeout(self, seconds):
+    def send(self, data):
+        with open("/dev/radio", "wb") as f:
+            f.write(data)
+
+    def recv(self, most):
+        assert not self.blocks, "a board that waits for the radio feeds no watchdog"
+        with open("/dev/radio", "rb") as f:
+            return f.read(most)
+
+
+class _Lora(_Radio):
+    def setsockopt(self, level, option, value):
         pass
 
     def send(self, data):
         assert not network.WLAN.on, "WiFi is on"
-        with open("/dev/lora", "wb") as f:
-            f.write(data)
+        _Radio.send(self, data)
+
+
+class _Udp(_Radio):
+    def sendto(self, data, address):
+        assert network.WLAN.joined, "WiFi is off"
+        assert address == ("192.168.4.2", 8001)
+        self.send(data)
 
     def recv(self, most):
-        with open("/dev/lora", "rb") as f:
-            data = f.read(most)
+        data = _Radio.recv(self, most)
         if not data:
-            raise OSError(110)
+            raise OSError(11)  # EAGAIN
         return data
+
+    def close(self):
+        pass

@@ -1,17 +1,22 @@
-# Stands in for time: nobody waits.
+# Stands in for time: nobody waits, but the board's clock goes on, and its watchdog looks at it.
 
-now = 0
+
+def _pass(milliseconds):
+    with open("/dev/clock", "wb") as f:
+        f.write("%d" % milliseconds)
 
 
 def sleep(seconds):
-    global now
-    now += int(seconds * 1000)
+    _pass(seconds * 1000)
+
+
+def sleep_ms(milliseconds):
+    _pass(milliseconds)
 
 
 def ticks_ms():
-    global now
-    now += 100
-    return now
+    with open("/dev/clock", "rb") as f:
+        return int(f.read(16))
 
 
 def ticks_diff(a, b):

@@ -1,6 +1,6 @@
-# A water meter: counts pulses, reports them over LoRa four times an hour, and
-# keeps WiFi off. The downlink 01 02 03 makes it join the service van's network
-# and fetch the newest release.
+# A water meter: counts pulses, reports them four times an hour over LoRa, or
+# over WiFi on boards without, and keeps WiFi off otherwise. The downlink 01 02 03
+# makes it join the service van's network and fetch the newest release.
 
 import time
 
@@ -10,7 +10,7 @@ import config
 from average import Average
 from meter import PulseMeter
 from OTA import WiFiOTA
-from uplink import UPDATE_COMMAND, Uplink
+from uplink import UPDATE_COMMAND, uplink
 
 
 def update(ota, meter):
@@ -29,12 +29,15 @@ def main():
     dog = machine.WDT(timeout=config.WATCHDOG_SECONDS * 1000)
     meter = PulseMeter(config.PULSE_PIN, config.COUNT_FILE)
     flow = Average(4)
-    radio = Uplink(config.LORA_REGION, config.LORA_APP_EUI, config.LORA_APP_KEY)
-    radio.alive = dog.feed
     ota = WiFiOTA(
-        config.WIFI_SSID, config.WIFI_PASSWORD, config.SERVER_IP, config.SERVER_PORT
+        config.WIFI_SSID,
+        config.WIFI_PASSWORD,
+        config.SERVER_IP,
+        config.SERVER_PORT,
+        config.TOKEN,
     )
     ota.alive = dog.feed
+    radio = uplink(config, ota)
     ota.disconnect()  # some boards start with WiFi on
     while True:
         before = meter.count
@@ -56,5 +59,5 @@ if __name__ == "__main__":
         main()
     except Exception as e:
         print("meter: stopped:", e)
-        time.sleep(10)
+        time.sleep(3)
         machine.reset()

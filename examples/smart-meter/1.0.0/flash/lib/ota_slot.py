@@ -6,6 +6,7 @@ try:
 except ImportError:
     import hashlib
 
+import ota_boot
 from ota_manifest import hexdigest
 
 BLOCK = 4096  # bytes that are written at a time
@@ -30,11 +31,13 @@ class Slot:
             if hasattr(pycom, "bootmgr"):
                 first = pycom.bootmgr()[0].lower() == "factory"
                 self.name = "ota_0" if first else "Factory"
+        self.hash = None
         self.block = bytearray(BLOCK)
         self.view = memoryview(self.block)
 
     def start(self, sort):
-        self.hash = getattr(hashlib, sort)()
+        # A slot that can be read is hashed when it is written.
+        self.hash = None if self.part else getattr(hashlib, sort)()
         self.fill = self.count = 0
         if not self.part:
             self.pycom.ota_start()
@@ -50,9 +53,10 @@ class Slot:
                 self.flush()
 
     def flush(self):
+        ota_boot.alive()
         data = self.view[: self.fill]
-        self.hash.update(data)
         if not self.part:
+            self.hash.update(data)
             self.pycom.ota_write(data)
         elif (self.count + 1) * BLOCK > self.room:
             raise ValueError("the firmware is larger than its slot")
@@ -68,16 +72,27 @@ class Slot:
         size = self.count * BLOCK + self.fill
         if self.fill:
             self.flush()
-        return self.digest(sort, size) if self.part else hexdigest(self.hash)
+        return self.digest(sort, size) if self.part else self.stop()
+
+    def stop(self):
+        # Ends what start() began: Pycom's boards have one hash at a time.
+        h = self.hash
+        self.hash = None
+        return hexdigest(h) if h else ""
 
     def digest(self, sort, size):
-        # The digest of what is in the slot, as far as a board can read that.
+        # The digest of what is in the slot; "" where that cannot be read.
+        if not self.part or size > self.room:
+            return ""
         h = getattr(hashlib, sort)()
-        if self.part and size <= self.room:
+        try:
             for n in range((size + BLOCK - 1) // BLOCK):
+                ota_boot.alive()
                 self.part.readblocks(n, self.block)
                 h.update(self.view[: min(BLOCK, size - n * BLOCK)])
-        return hexdigest(h)
+        finally:
+            text = hexdigest(h)
+        return text
 
     def switch(self, name):
         if self.part:

@@ -1,5 +1,6 @@
-# The radio: one small uplink, then the two receive windows that LoRaWAN opens
-# after it. Written for the LoRa class of Pycom's boards.
+# The radio: one small uplink, then the wait for a downlink. Pycom's LoPy4 and FiPy
+# have LoRa, and LoRaWAN opens two receive windows after each uplink. Other boards
+# send the same bytes in a datagram over WiFi, which is off but for that.
 
 import socket
 import struct
@@ -10,37 +11,87 @@ try:
 except ImportError:
     import binascii
 
-from network import LoRa
-
 HELLO = b"\x04\x05\x06"  # opens every uplink of a meter
 UPDATE_COMMAND = b"\x01\x02\x03"  # the downlink that asks for an update
+WAIT = 10  # seconds for a downlink
 
 
-class Uplink:
-    def __init__(self, region, app_eui, app_key):
-        self.lora = LoRa(mode=LoRa.LORAWAN, region=getattr(LoRa, region))
-        self.keys = (binascii.unhexlify(app_eui), binascii.unhexlify(app_key))
+def uplink(config, ota):
+    try:
+        from network import LoRa
+    except ImportError:
+        return WiFiUplink(config, ota)
+    return LoRaUplink(LoRa, config, ota)
+
+
+def reading(count, flow):
+    return HELLO + struct.pack(">IH", count, flow)
+
+
+def downlink(s, alive):
+    # What comes back, or b"". The socket does not wait: the watchdog would not.
+    for _ in range(WAIT):
+        time.sleep(1)
+        alive()
+        try:
+            data = s.recv(16)
+        except OSError:
+            continue  # nothing yet
+        if data:
+            return data
+    return b""
+
+
+class LoRaUplink:
+    def __init__(self, LoRa, config, ota):
+        region = getattr(LoRa, config.LORA_REGION)
+        self.lora = LoRa(mode=LoRa.LORAWAN, region=region)
+        self.keys = (
+            binascii.unhexlify(config.LORA_APP_EUI),
+            binascii.unhexlify(config.LORA_APP_KEY),
+        )
+        self.activation = LoRa.OTAA
+        self.ota = ota
         self.socket = None
 
-    def alive(self):
-        pass  # called while it waits, for a watchdog
-
     def join(self):
-        self.lora.join(activation=LoRa.OTAA, auth=self.keys, timeout=0)
+        self.lora.join(activation=self.activation, auth=self.keys, timeout=0)
         while not self.lora.has_joined():
             time.sleep(1)
-            self.alive()
+            self.ota.alive()
         self.socket = socket.socket(socket.AF_LORA, socket.SOCK_RAW)
         self.socket.setsockopt(socket.SOL_LORA, socket.SO_DR, 5)
+        self.socket.setblocking(False)
 
-    def send(self, count, flow):
+    def send(self, *numbers):
         """Sends one reading; returns the downlink that came back, or b""."""
         if self.socket is None:
             self.join()
-        self.socket.setblocking(True)
-        self.socket.settimeout(10)
         try:
-            self.socket.send(HELLO + struct.pack(">IH", count, flow))
-            return self.socket.recv(16)
-        except OSError:  # no downlink within the receive windows
+            self.socket.send(reading(*numbers))
+        except OSError:  # the radio may not send so soon again
             return b""
+        return downlink(self.socket, self.ota.alive)
+
+
+class WiFiUplink:
+    def __init__(self, config, ota):
+        self.address = (config.COLLECTOR_IP, config.COLLECTOR_PORT)
+        self.ota = ota
+
+    def send(self, *numbers):
+        """Sends one reading; returns the downlink that came back, or b""."""
+        try:
+            self.ota.connect()
+            s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            try:
+                s.setblocking(False)
+                s.sendto(reading(*numbers), self.address)
+                return downlink(s, self.ota.alive)
+            finally:
+                s.close()
+        except OSError as e:
+            print("meter: no uplink:", e)
+            return b""
+        finally:
+            self.ota.disconnect()

@@ -9,6 +9,10 @@
 #     ota.connect()
 #     ota.update()       # resets the board if there was something newer
 #
+# update() raises an OSError when something went wrong that may go well another
+# time (the network, the disk, the memory), and a ValueError when the server's
+# manifest is not what it should be; no other exception.
+#
 # An update is staged whole in .ota and checked there before anything changes.
 # Then ota_boot.py, which updates never replace, renames it into place in steps
 # that a reset may cut anywhere. Nothing is ever in memory whole, and what only an
@@ -22,7 +26,10 @@ WAIT = 20  # seconds for the WiFi network
 
 
 class OTA:
+    token = ""  # what `serve --token` wants
+
     # For a transport to write. What goes wrong is an OSError, and tried again.
+    # Whoever waits calls alive() meanwhile, at least every 5 seconds.
 
     def connect(self):
         raise NotImplementedError
@@ -37,7 +44,7 @@ class OTA:
     # For an application to replace.
 
     def alive(self):
-        pass  # called for every piece that arrives, for a watchdog
+        pass  # called at least every 5 seconds, for a watchdog
 
     # For an application to call.
 
@@ -46,15 +53,17 @@ class OTA:
         return ota_boot.version()
 
     def update(self):
-        # Installs what the server has that is newer, and resets the board.
-        # Returns False when there is nothing; after an error nothing has changed.
+        # Installs what the server has that is newer, and resets the board. Returns
+        # False when there is nothing. Raises OSError or ValueError, see above, and
+        # then nothing has changed, or ota_boot.failure says that it is not undone
+        # yet; the next start goes on with that.
         if ota_boot.FORMAT != 1:
             raise OSError("this OTA.py needs another ota_boot.py: install that over a cable")
         if not ota_boot.ran:
             raise OSError("boot.py must call ota_boot.boot(): what would recover this update?")
-        state = ota_boot.load()
-        if state.get("phase"):
-            raise OSError("%s is on trial: confirm() it first" % state["version"])
+        state = self.state()
+        if state.get("phase", "settle") != "settle":
+            raise OSError("%s is on trial: confirm() it first" % state.get("version"))
         import ota_update
 
         new, switch = ota_update.stage(self, state)
@@ -68,7 +77,8 @@ class OTA:
 
     def confirm(self):
         # This release works and stays. Costs little when it was said before.
-        state = ota_boot.load()
+        # Raises an OSError when that cannot be recorded.
+        state = self.state()
         if state.get("phase") != "trial":
             return
         if state.get("slot"):
@@ -80,20 +90,30 @@ class OTA:
         print("OTA: %s is confirmed" % state["version"])
 
     def rollback(self):
-        # Goes back to the release before this one, and resets the board.
-        state = ota_boot.load()
+        # Goes back to the release before this one, and resets the board. Raises an
+        # OSError when there is none, or when going back has to wait for a start.
+        state = self.state()
         if not state.get("set"):
             raise OSError("there is no release to go back to")
         ota_boot.back(state, "rollback()")
         ota_boot.reset()
 
+    def state(self):
+        ota_boot.alive = self.alive
+        state = ota_boot.load()
+        # Where the firmware of the release before does not start, an update helps.
+        if ota_boot.failure and state.get("phase") != "settle":
+            raise OSError("reset the board first: " + ota_boot.failure)
+        return state
+
 
 class WiFiOTA(OTA):
-    def __init__(self, ssid, password, ip, port):
+    def __init__(self, ssid, password, ip, port, token=""):
         self.ssid = ssid
         self.password = password
         self.ip = ip
         self.port = port
+        self.token = token
         self.wlan = None
 
     def connect(self):
@@ -111,6 +131,7 @@ class WiFiOTA(OTA):
             if not self.wlan.isconnected():
                 self.wlan.connect(self.ssid, auth=(network.WLAN.WPA2, self.password))
         for _ in range(WAIT * 10):
+            self.alive()
             if self.wlan.isconnected():
                 return
             time.sleep(0.1)
@@ -133,4 +154,4 @@ class WiFiOTA(OTA):
     def get(self, path, take):
         import ota_http
 
-        ota_http.get(self.ip, self.port, path, take)
+        ota_http.get(self.ip, self.port, path, take, self.alive)

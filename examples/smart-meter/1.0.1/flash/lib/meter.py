@@ -14,8 +14,11 @@ class PulseMeter:
         self.path = path
         self.count = self.load()
         self.last = time.ticks_ms()
-        self.pin = machine.Pin(pin, machine.Pin.IN, machine.Pin.PULL_UP)
-        self.pin.irq(self.pulse, machine.Pin.IRQ_FALLING)
+        self.pin = machine.Pin(pin, mode=machine.Pin.IN, pull=machine.Pin.PULL_UP)
+        if hasattr(self.pin, "irq"):
+            self.pin.irq(handler=self.pulse, trigger=machine.Pin.IRQ_FALLING)
+        else:  # Pycom
+            self.pin.callback(machine.Pin.IRQ_FALLING, self.pulse)
 
     def pulse(self, pin):
         now = time.ticks_ms()

@@ -17,7 +17,10 @@
 # apply    the plan is being applied           applies all of it
 # trial    applied, waits for confirm()        counts; the 4th start goes back
 # undo     the plan is being undone            undoes all of it
-# settle   undone, other firmware must start   waits for it
+# settle   undone, other firmware must start   starts that
+#
+# When boot() cannot do that (the SD card is out, the flash fails), it says so at
+# every start, and the next start tries again; until then nothing is confirmed.
 
 try:
     import uos as os
@@ -40,6 +43,13 @@ HOME = "/flash" if kind("/flash") else ""  # where /flash of a release goes
 CARD = "/sd"
 STATE = HOME + "/.ota/state"
 VERSION_FILE = HOME + "/OTA_VERSION.py"
+
+ran = False  # OTA.py updates nothing on a board whose boot.py does not call boot()
+failure = ""  # why two releases may be mixed now, for an application to ask
+
+
+def alive():
+    """Called at every step: OTA.py puts the application's own in its place."""
 
 
 def store(path, part):
@@ -65,7 +75,8 @@ def prune(path):
     """Removes the directories above path that are empty now."""
     path = parent(path)
     while path not in ("", HOME, CARD):
-        if kind(path):
+        # A release may have a file where the one before has a directory.
+        if kind(path) == 2:
             if os.listdir(path):
                 return
             os.rmdir(path)
@@ -108,6 +119,8 @@ def load():
     if state is None:
         state = _read(STATE + ".new")
         if state is None:
+            if kind(STATE):
+                print("OTA: %s cannot be read: an update may have been cut short" % STATE)
             return {}
         move(STATE + ".new", STATE)
     return state
@@ -142,6 +155,7 @@ def steps(state, what):
             if line == "end\n":
                 return
             if line[0] in what:
+                alive()
                 step = line[:-1].split("\t")
                 if not kind(parent(step[2])):
                     raise OSError(parent(step[2]) + " is not there: is the card in?")
@@ -190,6 +204,7 @@ def sweep(keep):
             path = home + "/.ota/" + part
             if kind(path):
                 for name in os.listdir(path):
+                    alive()
                     if not keep(part, name):
                         os.remove(path + "/" + name)
 
@@ -219,6 +234,8 @@ def switch(name):
     except ImportError:
         import pycom
 
+        if not hasattr(pycom, "bootmgr"):
+            raise OSError("this firmware cannot choose what starts next")
         first = name.lower() == "factory"
         pycom.bootmgr(boot_partition=pycom.FACTORY if first else pycom.OTA_0)
         return
@@ -242,13 +259,17 @@ def reset():
 
 
 def install(state, switch=switch):
-    """Carries out the update that state describes, then puts it on trial."""
+    """
+    Carries out the update that state describes, then puts it on trial. After an
+    OSError it is undone, or failure says why that failed, too.
+    """
     try:
         apply(state)
         state["phase"] = "trial"
         state["starts"] = "0"
         save(state)
         if state.get("slot"):
+            alive()
             switch(state["slot"])
     except OSError as e:
         back(state, e)
@@ -257,7 +278,9 @@ def install(state, switch=switch):
 
 def back(state, why):
     """Undoes the update: the release before it is there again, and its firmware."""
-    print("OTA: %s is taken back: %s" % (state["version"], why))
+    global failure
+    failure = "%s is not yet taken back" % state.get("version")
+    print("OTA: %s is taken back: %s" % (state.get("version"), why))
     state["phase"] = "undo"
     try:
         save(state)
@@ -265,7 +288,7 @@ def back(state, why):
         print("OTA:", e)  # a full disk: undoing needs no room
     undo(state)
     after = {
-        "failed": state["version"],
+        "failed": state.get("version"),
         "mark": state.get("mark"),
         "firmware": state.get("firmware_before"),
     }
@@ -273,58 +296,75 @@ def back(state, why):
         after["phase"] = "settle"
         after["slot"] = state["slot_before"]
     save(after)
-    sweep(lambda part, name: False)
+    failure = ""
+    try:
+        sweep(lambda part, name: False)
+    except OSError as e:
+        print("OTA:", e)  # the next update sweeps, too
     if "phase" in after:
         settle(after)
 
 
 def settle(state):
-    """Starts the firmware that belongs to the files; gives up after a few tries."""
-    tries = int(state.get("starts", "0")) + 1
-    if slot() == state["slot"] or tries > STARTS:
+    """Starts the firmware that belongs to the files, again and again."""
+    if slot() == state["slot"]:
         mark_valid()
         save({k: state[k] for k in state if k in ("failed", "mark", "firmware")})
         return
-    state["starts"] = str(tries)
+    starts = int(state.get("starts", "0")) + 1
+    state["starts"] = str(starts)
     save(state)
     switch(state["slot"])
+    if starts > STARTS:
+        # No more resets of its own: at least the application runs.
+        raise OSError("the firmware in %s does not start" % state["slot"])
     reset()
 
 
 def trial(state):
+    """Counts a start of a release that is on trial, or takes it back."""
     starts = int(state.get("starts", "0")) + 1
-    state["starts"] = str(starts)
     new = state.get("slot")
-    if new and slot() not in (None, new):
-        # Either the switch to the new firmware was cut short, or the bootloader
-        # did not stay with it.
-        if state.get("seen") or starts > 1:
-            return back(state, "its firmware did not stay")
-        save(state)
-        switch(new)
-        return reset()
-    if starts > STARTS:
-        return back(state, "not confirmed in %d starts" % STARTS)
-    state["seen"] = "yes"
-    try:
-        save(state)
-    except OSError as e:
-        back(state, e)  # it could not be counted, and so would stay for ever
+    # Either the switch to the new firmware was cut short, or the bootloader did
+    # not stay with it.
+    other = new and slot() not in (None, new)
+    if started_back(state):
+        why = "going on"
+    elif other and (state.get("seen") or starts > 1):
+        why = "its firmware did not stay"
+    elif starts > STARTS:
+        why = "not confirmed in %d starts" % STARTS
+    else:
+        state["starts"] = str(starts)
+        state["seen"] = "" if other else "yes"
+        try:
+            save(state)
+            if other:
+                switch(new)
+                reset()
+            return
+        except OSError as e:
+            why = e  # what cannot be counted would stay for ever
+    back(state, why)
 
 
-ran = False  # OTA.py updates nothing on a board whose boot.py does not call boot()
+def started_back(state):
+    """Was the update undone in part, on a disk too full to record that?"""
+    for step in steps(state, "AR"):
+        if kind(step[2] + ".n"):
+            return True
+    return False
 
 
-def boot():
-    global ran
-    ran = True
-    state = load()
+def recover(state):
     phase = state.get("phase")
     if phase == "apply":
         try:
             install(state)
         except OSError:
-            return  # undone
+            if failure:
+                raise
+            return
         if not state.get("slot"):
             return trial(state)
         reset()
@@ -334,3 +374,13 @@ def boot():
         back(state, "going on")
     elif phase == "settle":
         settle(state)
+
+
+def boot():
+    global ran, failure
+    ran = True
+    try:
+        recover(load())
+    except Exception as e:
+        failure = str(e) or repr(e)
+        print("OTA: two releases may be mixed, the next start tries again:", failure)

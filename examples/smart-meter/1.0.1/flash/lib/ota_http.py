@@ -8,6 +8,7 @@ except ImportError:
 
 PIECE = 512  # bytes that are in memory at a time
 TIMEOUT = 20  # seconds that the server may be silent
+STEP = 4  # of them at a time: a watchdog wants to be fed meanwhile
 
 
 class Head:
@@ -31,17 +32,22 @@ class Head:
             if self.status is None:
                 self.status = line
                 words = line.split(b" ")
-                if line[:7] != b"HTTP/1." or len(words) < 2:
+                if line[:7] != b"HTTP/1." or len(words) < 2 or not words[1].isdigit():
                     raise OSError("no HTTP server")
+                if words[1] == b"401":
+                    raise OSError("the server says 401: it wants a token, or another one")
                 if words[1] != b"200":
-                    raise OSError("the server says " + line[9:].decode())
+                    raise OSError("the server says " + words[1].decode())
             elif not line:
                 return at + 1
             else:
                 colon = line.find(b":")
                 name = line[:colon].lower()
                 if name == b"content-length":
-                    self.length = int(line[colon + 1 :])
+                    digits = line[colon + 1 :].strip()
+                    if not digits.isdigit() or len(digits) > 9:
+                        raise OSError("the server says no length that is one")
+                    self.length = int(digits)
                 elif name == b"transfer-encoding":
                     raise OSError("the server answers in chunks")
         self.size += len(piece)
@@ -50,12 +56,39 @@ class Head:
         return -1
 
 
-def get(ip, port, path, take):
-    # Calls take(piece) for every piece of the body.
+def silent(e):
+    # Was it a time-out? (Ports number it in their own ways, and CPython names it.)
+    return e.args and e.args[0] in (11, 110, 116, "timed out")
+
+
+def patient(alive, step):
+    # Does what may take TIMEOUT, in steps that end with a time-out each.
+    for waited in range(STEP, TIMEOUT + 1, STEP):
+        alive()
+        try:
+            return step()
+        except OSError as e:
+            if not silent(e) or waited == TIMEOUT:
+                raise
+
+
+def connected(address):
     s = socket.socket()
     try:
-        s.settimeout(TIMEOUT)
-        s.connect(socket.getaddrinfo(ip, port)[0][-1])
+        s.settimeout(STEP)
+        s.connect(address)
+        return s
+    except OSError:
+        s.close()
+        raise
+
+
+def get(ip, port, path, take, alive=lambda: None):
+    # Calls take(piece) for every piece of the body, and alive() at least every
+    # STEP seconds. Raises an OSError for all that the server or the network does.
+    address = socket.getaddrinfo(ip, port)[0][-1]
+    s = patient(alive, lambda: connected(address))
+    try:
         request = "GET %s HTTP/1.0\r\nHost: %s:%d\r\n\r\n" % (path, ip, port)
         request = request.encode()
         while request:
@@ -63,7 +96,7 @@ def get(ip, port, path, take):
         head = Head()
         left = None
         while left is None or left > 0:
-            piece = s.recv(PIECE)
+            piece = patient(alive, lambda: s.recv(PIECE))
             if not piece:
                 break
             if left is None:

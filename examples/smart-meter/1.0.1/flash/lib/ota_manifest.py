@@ -1,5 +1,8 @@
-# Reads the manifest of an update: what is in it, and that it is what it should
-# be. OTA.py uses this; nothing here changes a file.
+# Reads the manifest of an update, entry by entry, and what is in an entry.
+# ota_check.py and ota_update.py use this; nothing here changes a file.
+#
+# Pycom's boards have one hash at a time: each digest here is finished before the
+# next one begins.
 
 try:
     import ubinascii as binascii
@@ -10,39 +13,29 @@ except ImportError:
     import hashlib
     import json
 
-from ota_boot import CARD, HOME, kind, parent, store
+import ota_boot
+from ota_boot import CARD, HOME, kind, store
 
 PIECE = 512  # bytes that are in memory at a time
 LONGEST_ENTRY = 1024
 LONGEST_PATH = 160
+LONGEST_VERSION = 128
+LARGEST = 0x3FFFFFFF  # of files and images, in bytes
 
 MANIFEST = HOME + "/.ota/manifest"
+LISTS = ("delete", "new", "update")
 
 
 def release_name(text):
-    if not isinstance(text, str) or not 0 < len(text) <= 64:
+    # An optional v, a digit, then digits, letters and . + _ -
+    if not isinstance(text, str) or len(text) > LONGEST_VERSION:
         return False
+    if text[:1] in ("v", "V"):
+        text = text[1:]
     for c in text:
-        if not ("0" <= c <= "9" or "a" <= c.lower() <= "z" or c in ".+_-"):
+        if not ("0" <= c <= "9" or "a" <= c <= "z" or "A" <= c <= "Z" or c in ".+_-"):
             return False
-    return "0" <= text.lstrip("vV")[:1] <= "9" and text[1:2] not in ("v", "V")
-
-
-def order(version):
-    # The parts of a version, as a list that compares as versions do: numbers by
-    # value and before words; words of small letters apart from what is left.
-    parts = []
-    part = ""
-    last = "."
-    for c in version + ".":
-        sort = "0" if "0" <= c <= "9" else "a" if "a" <= c <= "z" else c if c == "." else "-"
-        if sort != last and part:
-            parts.append((0, int(part), "") if last == "0" else (1, 0, part))
-            part = ""
-        last = sort
-        if c != ".":
-            part += c
-    return parts
+    return "0" <= text[:1] <= "9"
 
 
 def local(path):
@@ -55,7 +48,10 @@ def local(path):
         if not name or name[-1] in ". " or name.lower() == ".ota":
             raise ValueError("manifest: path not allowed: " + path)
         for c in name:
-            if ord(c) < 32 or c in '\\:"*<>|\x7f':
+            # Of UTF-8, MicroPython takes halves of pairs and letters that are
+            # written longer than they need to be, a slash for one.
+            n = ord(c)
+            if n < 32 or c in '\\:"*<>|\x7f' or 0xD7FF < n < 0xE000 or chr(n) != c:
                 raise ValueError("manifest: path not allowed: " + path)
     if names[0] == "flash":
         names[0] = HOME
@@ -69,17 +65,6 @@ def local(path):
     return path
 
 
-def recovers(path):
-    # Is it boot.py or ota_boot.py, or what Python would import in its place?
-    names = path[len(HOME) + 1 :].lower().split("/")
-    if len(names) == 1 and names[0].split(".")[0] == "boot":
-        return True
-    for name in names:
-        if name.split(".")[0] == "ota_boot":
-            return True
-    return False
-
-
 def hexdigest(h):
     return binascii.hexlify(h.digest()).decode()
 
@@ -88,15 +73,19 @@ def digest(path, sort):
     # Of a file as it is in flash; "" without one.
     if kind(path) != 1:
         return ""
-    h = getattr(hashlib, sort)()
     piece = bytearray(PIECE)
     view = memoryview(piece)
     with open(path, "rb") as f:
-        while True:
-            n = f.readinto(piece)
-            if not n:
-                return hexdigest(h)
-            h.update(view[:n])
+        h = getattr(hashlib, sort)()
+        try:
+            n = 1
+            while n:
+                ota_boot.alive()
+                n = f.readinto(piece)
+                h.update(view[:n])
+        finally:
+            text = hexdigest(h)
+    return text
 
 
 def expected(item):
@@ -110,12 +99,6 @@ def expected(item):
                 raise ValueError("the server sends no SHA-256, and this board has no SHA-1")
             return text, sort
     raise ValueError("manifest: no hash")
-
-
-def number(text):
-    # Stands for a text in a set, where the text itself would take too much room.
-    h = hashlib.sha256(text.encode()).digest()
-    return (h[0] & 31) << 24 | h[1] << 16 | h[2] << 8 | h[3]
 
 
 def request_path(item):
@@ -134,134 +117,113 @@ def request_path(item):
     return url[at:]
 
 
-def entries():
-    # Reads a manifest from flash, one entry at a time: yields (key, value), and
-    # for a list (key, thing) for each thing in it. The manifest "null", which
-    # says that there is nothing newer, yields (None, None).
-    text = bytearray()
-    key = None
-    depth = 0  # 1: in the manifest, 2: in one of its values; -1: behind its end
-    listed = quoted = escaped = False
-    piece = bytearray(PIECE)
-    with open(MANIFEST, "rb") as f:
+def size(item):
+    # How many bytes a manifest promises, at most.
+    n = item.get("size")
+    if n is None:
+        return LARGEST
+    if type(n) is not int or not 0 <= n <= LARGEST:
+        raise ValueError("manifest: bad size")
+    return n
+
+
+class Text:
+    # JSON in flash, of which no more than an entry and a piece is in memory.
+
+    def __init__(self, f):
+        self.file = f
+        self.buffer = memoryview(bytearray(PIECE))
+        self.piece = b""
+        self.at = 0  # what is before that is done with
+
+    def more(self):
+        ota_boot.alive()
+        n = self.file.readinto(self.buffer)
+        self.piece = self.piece[self.at :] + bytes(self.buffer[:n])
+        self.at = 0
+        return n > 0
+
+    def next(self):
+        # The next byte that is no blank, as a number; -1 at the end.
         while True:
-            n = f.readinto(piece)
-            if not n:
+            while self.at < len(self.piece):
+                c = self.piece[self.at]
+                if c > 32:
+                    return c
+                self.at += 1
+            if not self.more():
+                return -1
+
+    def skip(self, c):
+        # Goes on behind c, if that is next.
+        if self.next() != c:
+            return False
+        self.at += 1
+        return True
+
+    def must(self, done):
+        if not done:
+            raise ValueError("manifest: no JSON")
+
+    def value(self):
+        # Reads a value. No beginning of an object, a list or a text is one itself:
+        # it ends at the first mark for an end that makes it whole.
+        ends = {0x7B: b"}", 0x5B: b"]", 0x22: b'"'}.get(self.next())
+        if not ends:
+            return self.word()
+        length = 1
+        while True:
+            end = self.piece.find(ends, self.at + length)
+            length = (len(self.piece) if end < 0 else end + 1) - self.at
+            if length > LONGEST_ENTRY:
+                raise ValueError("manifest: an entry is too long, or no JSON")
+            if end < 0:
+                self.must(self.more())
+                continue
+            try:
+                value = json.loads(self.piece[self.at : end + 1].decode())
+            except ValueError:
+                continue
+            self.at = end + 1
+            return value
+
+    def word(self):
+        # A number, true, false or null.
+        word = b""
+        while self.next() > 0 and len(word) < 40:
+            c = self.piece[self.at : self.at + 1]
+            if c in b",]}:":
                 break
-            for i in range(n):
-                c = piece[i]
-                keep = True
-                done = False
-                if quoted:
-                    if escaped:
-                        escaped = False
-                    elif c == 0x5C:
-                        escaped = True
-                    elif c == 0x22:
-                        quoted = False
-                elif c == 0x22:
-                    quoted = True
-                elif c <= 0x20:
-                    keep = False
-                elif c == 0x7B or c == 0x5B:  # { [
-                    depth += 1
-                    if depth == 1:
-                        if c != 0x7B or text:
-                            raise ValueError("manifest: no object")
-                        keep = False
-                    elif depth == 2 and c == 0x5B:
-                        listed = True
-                        keep = False
-                elif c == 0x7D or c == 0x5D:  # } ]
-                    depth -= 1
-                    done = depth == 0 or depth == 1 and listed
-                elif c == 0x2C:  # ,
-                    done = depth == (2 if listed else 1)
-                elif c == 0x3A and depth == 1:  # :
-                    key = json.loads(text.decode())
-                    if not isinstance(key, str):
-                        raise ValueError("manifest: a key that is no text")
-                    text = bytearray()
-                    keep = False
-                if done:
-                    if text:
-                        yield key, json.loads(text.decode())
-                        text = bytearray()
-                    if depth == 1:
-                        listed = False
-                    elif depth == 0:
-                        depth = -1
-                elif keep:
-                    if depth < 0 or len(text) > LONGEST_ENTRY:
-                        raise ValueError("manifest: an entry is too long, or no JSON")
-                    text.append(c)
-    if depth == 0 and text == b"null":
-        yield None, None
-    elif depth != -1:
-        raise ValueError("manifest: no object, or cut short")
+            word += c
+            self.at += 1
+        return json.loads(word.decode())
 
 
-def check(current):
-    # Reads the whole manifest before anything is done: raises a ValueError for
-    # what is not right in it; returns what it says, without its lists.
-    offer = {"wanted": set()}
-    paths = set()
-    mark = hashlib.sha256()
-    for key, item in entries():
-        if key == "version":
-            offer[key] = item
-        elif key == "firmware":
-            offer[key] = item
-            request_path(item)
-            mark.update(expected(item)[0].encode())
-        elif key == "delete":
-            path = local(item)
-            if recovers(path):
-                raise ValueError("%s can be deleted over a cable only" % path)
-            mark.update(path.encode())
-        elif key == "new" or key == "update":
-            request_path(item)
-            path = local(item.get("dst_path"))
-            want, sort = expected(item)
-            if not isinstance(item.get("size", 0), int):
-                raise ValueError("manifest: bad size")
-            if recovers(path) and digest(path, sort) != want:
-                raise ValueError("%s can be changed over a cable only" % path)
-            n = number(path)
-            if n in paths and listed(path, "new", "update") > 1:
-                raise ValueError("manifest: twice: " + path)
-            paths.add(n)
-            offer["wanted"].add(int(base_of(path, want, "a")[-12:-5], 16))
-            mark.update((path + want).encode())
-        elif key is None:
-            return None
-    for key, item in entries():
-        if key == "delete":
-            path = local(item)
-            if number(path) in paths and listed(path, "new", "update"):
-                raise ValueError("manifest: deleted and new: " + path)
-        elif key == "new" or key == "update":
-            path = parent(local(item["dst_path"]))
-            while path:
-                if number(path) in paths and listed(path, "new", "update"):
-                    raise ValueError("manifest: both a file and a directory: " + path)
-                path = parent(path)
-    version = offer.get("version")
-    if not release_name(version):
-        raise ValueError("manifest: no version, or a bad one")
-    if order(version) < order(current):
-        raise ValueError("manifest: %s is older than %s" % (version, current))
-    offer["mark"] = hexdigest(mark)[:16]
-    return offer
-
-
-def listed(path, *keys):
-    # How often a path is in those lists.
-    count = 0
-    for key, item in entries():
-        if key in keys and local(item if key == "delete" else item["dst_path"]) == path:
-            count += 1
-    return count
+def entries():
+    # Reads the manifest from flash: yields (key, value), and for a list (key, thing)
+    # for each thing in it; lists that nobody here knows are left out. The manifest
+    # "null", which says that there is nothing newer, yields (None, None).
+    with open(MANIFEST, "rb") as f:
+        text = Text(f)
+        if not text.skip(0x7B):  # {
+            text.must(text.value() is None)
+            yield None, None
+        else:
+            while not text.skip(0x7D):  # }
+                key = text.value()
+                text.must(isinstance(key, str) and text.skip(0x3A))  # :
+                listed = text.skip(0x5B)  # [
+                if listed != (key in LISTS) and (key in LISTS or key in ("firmware", "version")):
+                    raise ValueError("manifest: %s is not what it should be" % key)
+                if not listed:
+                    yield key, text.value()
+                while listed and not text.skip(0x5D):  # ]
+                    item = text.value()
+                    if key in LISTS:
+                        yield key, item
+                    text.must(text.skip(0x2C) or text.next() == 0x5D)  # ,
+                text.must(text.skip(0x2C) or text.next() == 0x7D)
+        text.must(text.next() < 0)
 
 
 def base_of(path, want, part):

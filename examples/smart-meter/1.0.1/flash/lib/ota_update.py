@@ -2,6 +2,7 @@
 # plan that ota_boot.py carries out. OTA.update() uses this, and loads it only then.
 
 import gc
+import sys
 import time
 
 try:
@@ -16,14 +17,13 @@ from ota_boot import CARD, HOME, VERSION_FILE, kind
 from ota_manifest import (
     MANIFEST,
     base_of,
-    check,
     digest,
     entries,
     expected,
-    listed,
     local,
     release_name,
     request_path,
+    size,
 )
 
 TRIES = 3  # for each file
@@ -49,7 +49,11 @@ def stage(ota, state):
     # from and the function that switches the firmware, or None and None.
     try:
         return prepare(ota, state)
+    except (MemoryError, RuntimeError) as e:
+        # The heap or the stack is full; another time there may be more room.
+        raise OSError("this update is too large for this board: %r" % e)
     finally:
+        gc.collect()  # closes the manifest where reading it was left off
         if kind(MANIFEST):
             os.remove(MANIFEST)
 
@@ -62,11 +66,12 @@ def prepare(ota, state):
     other = find_slot()
     ask(ota, state, current, other)
     offer = check(current)
+    gc.collect()
     if not offer:
         print("OTA: nothing newer than", current)
         return None, None
-    version = offer["version"]
-    if version == state.get("failed") and offer["mark"] == state.get("mark"):
+    version, firmware, mark, wanted = offer
+    if version == state.get("failed") and mark == state.get("mark"):
         print("OTA: %s failed here before" % version)
         return None, None
     print("OTA: %s -> %s" % (current, version))
@@ -74,11 +79,10 @@ def prepare(ota, state):
         "phase": "apply",
         "set": "b" if state.get("set") == "a" else "a",
         "version": version,
-        "mark": offer["mark"],
+        "mark": mark,
         "firmware": state.get("firmware"),
         "firmware_before": state.get("firmware"),
     }
-    wanted = offer["wanted"]
     ota_boot.sweep(
         # What is staged stays, for an update that was cut short is tried again.
         lambda part, name: (
@@ -86,7 +90,6 @@ def prepare(ota, state):
         )
     )
     changes = write_plan(ota, new)
-    firmware = offer.get("firmware")
     if firmware and other:
         get_firmware(ota, state, new, firmware, other)
         return new, other.switch
@@ -96,6 +99,16 @@ def prepare(ota, state):
         print("OTA: everything is as in", version)
         return None, None
     return new, None
+
+
+def check(current):
+    # Its code is gone from memory when it is done.
+    import ota_check
+
+    try:
+        return ota_check.check(current)
+    finally:
+        sys.modules.pop("ota_check", None)
 
 
 def find_slot():
@@ -114,9 +127,10 @@ def ask(ota, state, current, other):
         ("current_ver", current or None),
         ("firmware_ver", state.get("firmware", "") if other else None),
         ("failed", state.get("failed")),
+        ("token", ota.token or None),
     ):
         if value is not None:
-            query += "&%s=%s" % (key, value.replace("+", "%2B"))
+            query += "&%s=%s" % (key, quoted(value))
     try:
         import machine
 
@@ -125,6 +139,15 @@ def ask(ota, state, current, other):
         pass
     ota_boot.makedirs(MANIFEST)
     fetch(ota, query, MANIFEST, LONGEST_MANIFEST)
+
+
+def quoted(text):
+    # As a value in a query.
+    quoted = ""
+    for c in text.encode():
+        plain = c < 128 and (chr(c).isdigit() or chr(c).isalpha() or chr(c) in "-._~")
+        quoted += chr(c) if plain else "%%%02X" % c
+    return quoted
 
 
 def write_plan(ota, new):
@@ -142,9 +165,6 @@ def write_plan(ota, new):
                     f.write("D\t%s\t%s\n" % (path, base))
                     count += 1
             elif key == "new" or key == "update":
-                in_the_way(local(item["dst_path"]))
-        for key, item in entries():
-            if key == "new" or key == "update":
                 path = local(item["dst_path"])
                 want, sort = expected(item)
                 if path != VERSION_FILE and digest(path, sort) != want:
@@ -162,27 +182,6 @@ def write_plan(ota, new):
     return count
 
 
-def in_the_way(path):
-    # A file where path needs a directory, or the other way round, must be one
-    # that this update deletes.
-    at = path.find("/", 1)
-    while at > 0:
-        if kind(path[:at]) == 1 and not listed(path[:at], "delete"):
-            raise ValueError("%s needs a directory at %s, a file" % (path, path[:at]))
-        at = path.find("/", at + 1)
-    if kind(path) == 2:
-        for name in os.listdir(path) or (".",):
-            deleted(path + "/" + name)
-
-
-def deleted(path):
-    if kind(path) == 2 and path[-2:] != "/.":
-        for name in os.listdir(path) or (".",):
-            deleted(path + "/" + name)
-    elif not listed(path, "delete"):
-        raise ValueError("%s is in the way of this update" % path)
-
-
 def get_file(ota, item, path, base):
     want, sort = expected(item)
     if digest(base + ".n", sort) == want:
@@ -191,8 +190,7 @@ def get_file(ota, item, path, base):
     if HOME and path.startswith(CARD) and not kind(CARD):
         raise OSError("no card at " + CARD)
     ota_boot.makedirs(base)
-    most = item.get("size", 0x3FFFFFFF)
-    fetch(ota, request_path(item), base + ".p", most, want, sort)
+    fetch(ota, request_path(item), base + ".p", size(item), want, sort)
     ota_boot.move(base + ".p", base + ".n")
 
 
@@ -213,26 +211,30 @@ def fetch(ota, path, to, most, want=None, sort=None):
 
 def again(n, path, e):
     # Waits before the next try, or gives up; a full disk stays full.
-    if e.args[0] == 28 or n + 1 == TRIES:
-        print("OTA: %s: %s" % (path, "the disk is full" if e.args[0] == 28 else e))
+    full = e.args and e.args[0] == 28
+    path = path.split("?")[0]  # a token is nobody's business
+    if full or n + 1 == TRIES:
+        print("OTA: %s: %s" % (path, "the disk is full" if full else e))
         raise e
     print("OTA: %s: %s, trying again" % (path, e))
-    time.sleep(1 << n)
+    for _ in range(1 << n):
+        ota_boot.alive()
+        time.sleep(1)
 
 
 def get_firmware(ota, state, new, item, other):
     want, sort = expected(item)
     path = request_path(item)
-    name = path[path.rfind("_") + 1 : -4]
+    name = path.split("?")[0]
+    name = name[name.rfind("_") + 1 : -4]
     new["firmware"] = item.get("version") or (name if release_name(name) else "")
     new["slot"] = other.name
     new["slot_before"] = ota_boot.slot()
-    size = item.get("size")
-    if size and other.digest(sort, size) == want:
+    if "size" in item and other.digest(sort, size(item)) == want:
         return  # written by an update that was cut short
     if state.get("slot"):
         # The other slot holds what rollback() would start: that ends here.
-        for key in ("set", "slot", "slot_before"):
+        for key in ("set", "slot", "slot_before", "phase", "starts"):
             state.pop(key, None)
         ota_boot.save(state)
     print("OTA: getting firmware", new["firmware"])
@@ -240,9 +242,11 @@ def get_firmware(ota, state, new, item, other):
         try:
             gc.collect()
             other.start(sort)
-            ota.get(path, limited(ota, other.write, size or 0x3FFFFFFF))
+            ota.get(path, limited(ota, other.write, size(item)))
             if other.finish(sort) != want:
                 raise OSError("its hash is wrong")
             return
         except OSError as e:
             again(n, path, e)
+        finally:
+            other.stop()
