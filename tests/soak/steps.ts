@@ -14,6 +14,11 @@ const anyDevice = ({ random, devices }: World): Device => random.pick(devices);
 /** What a run of `client` does now, undisturbed. */
 function expect(world: World, device: Device, retry = false): model.Expected {
   device.model = world.known(device);
+  return undisturbed(world, device, retry);
+}
+
+/** The same, where what the device knows has been told. */
+function undisturbed(world: World, device: Device, retry = false): model.Expected {
   return model.afterUpdate(device.model, world.offered, { ...device, ...world, retry });
 }
 
@@ -263,10 +268,11 @@ export const KINDS: Record<string, Kind> = {
       }
       world.errors.splice(0);
       await changed(world);
+      const second = undisturbed(world, device);
       await recover(
         world,
         device,
-        [first, expect(world, device)].flatMap(({ next }) => next ?? []),
+        [first.next, second.next].filter((next) => next !== undefined),
       );
     },
   ],
