@@ -3983,10 +3983,17 @@ export interface Installed {
 /** A release that was tried and taken back. */
 export interface FailedRelease {
   version: string;
-  /** `targetDigest` of the update that installed it. */
+  /** `targetDigest` of its files. */
   digest: string;
+  /** The key of the firmware image that came with it. */
+  image?: string;
   /** The firmware's version, where firmware was all that was new. */
   firmware?: string;
+}
+
+/** Whether two failures are of the same files with the same firmware. */
+function isSameFailure(a: FailedRelease, b: Pick<FailedRelease, "digest" | "image">): boolean {
+  return a.digest === b.digest && a.image === b.image;
 }
 
 /** How a failed release is called: `1.0.1`, `firmware 1.0.1`. */
@@ -4417,6 +4424,8 @@ export interface Change {
   installed: Installed;
   /** `targetDigest` of where this comes from. */
   digest: string;
+  /** The key of a firmware image that is newer than what runs. */
+  image?: string;
   /** Path below the root → staged key. */
   put: ReadonlyMap<string, string>;
   /** Paths below the root. */
@@ -4690,15 +4699,21 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   const place = repair.back.place.filter(([, path]) => {
     return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
   });
-  const both = (name: "rmdir" | "mkdir") => [...new Set([...back[name], ...repair.back[name]])];
+  // Of the directories that the repair removed, what is placed needs some, and others are in its way.
+  const needed = new Set(place.flatMap(([, path]) => ancestors(path)));
+  const made = repair.back.mkdir.filter((path) => needed.has(path));
+  const mkdir = [...new Set([...back.mkdir, ...made])].sort();
+  const modes = { ...repair.back.modes, ...back.modes };
   return {
     ...way,
+    // What fails when it is taken back is what is there now.
+    failed: { ...way.failed, digest: repair.failed.digest },
     back: {
       unlink: [...back.unlink, ...unlink],
-      rmdir: both("rmdir").sort().reverse(),
-      mkdir: both("mkdir").sort(),
+      rmdir: [...new Set([...back.rmdir, ...repair.back.rmdir])].sort().reverse(),
+      mkdir,
       place: [...back.place, ...place],
-      modes: { ...back.modes, ...repair.back.modes },
+      modes: Object.fromEntries(Object.entries(modes).filter(([path]) => mkdir.includes(path))),
     },
     restored: { ...repair.restored, ...restored },
     placed: { ...placed, ...repair.placed },
@@ -4848,6 +4863,7 @@ export class Journal extends DeviceTree implements Disposable {
     const { version } = change.installed;
     const isFirmware = change.firmware && version === before.installed?.version && !change.repair;
     const failed: FailedRelease = { version, digest: change.digest };
+    if (change.image !== undefined) failed.image = change.image;
     if (isFirmware) failed.firmware = change.firmware!.version;
     const transaction: Transaction = {
       format: FORMAT,
@@ -4995,7 +5011,7 @@ export class Journal extends DeviceTree implements Disposable {
   }
 
   #withFailure(failure: FailedRelease): FailedRelease[] {
-    const others = this.state.failed.filter(({ digest }) => digest !== failure.digest);
+    const others = this.state.failed.filter((other) => !isSameFailure(other, failure));
     return [...others, failure].slice(-FAILED_KEPT);
   }
 
@@ -5477,8 +5493,8 @@ function releaseAfter(
 }
 
 /**
- * The digest of the release and the firmware that a manifest brings, by which a release that failed
- * is known again: the same from whatever the device has, and whether or not the list is full.
+ * The digest of the files that a manifest leads to, by which a release that failed is known again:
+ * the same from whatever the device has, and whether or not the list is full.
  */
 export function targetDigest(
   manifest: Manifest,
@@ -5486,9 +5502,13 @@ export function targetDigest(
   full: boolean,
 ): string {
   const { after, executable } = releaseAfter(manifest, recorded, full);
-  const { firmware, version } = manifest;
-  const lists = [[...after].sort(), [...executable].sort()];
-  return sha256(JSON.stringify([version, ...lists, firmware?.sha256 ?? firmware?.hash]));
+  return sha256(JSON.stringify([manifest.version, [...after].sort(), [...executable].sort()]));
+}
+
+/** The key of the image that a manifest brings, unless it is the one that runs, made right. */
+function newImage({ firmware }: Manifest, active: ActiveFirmware | null): string | undefined {
+  if (!firmware || firmware.version === active?.version) return undefined;
+  return firmware.sha256 ?? firmware.hash;
 }
 
 /**
@@ -6214,6 +6234,8 @@ interface Staged {
   has: Examined;
   /** `targetDigest` of it. */
   digest: string;
+  /** `newImage` of it. */
+  image: string | undefined;
 }
 
 /**
@@ -6301,7 +6323,8 @@ export abstract class OTA {
       }
       const full = manifest.full ?? repair;
       const digest = targetDigest(manifest, has.installed, full);
-      const failed = journal.state.failed.find((release) => release.digest === digest);
+      const image = newImage(manifest, journal.firmware);
+      const failed = journal.state.failed.find((one) => isSameFailure(one, { digest, image }));
       if (failed && !retry) {
         const { firmware: to } = failed;
         const firmware = to && { from: journal.firmware?.version ?? "0", to };
@@ -6312,7 +6335,7 @@ export abstract class OTA {
       try {
         await fetcher.fetchAll(plan, jobs);
         traffic.received = receiver.received;
-        return { plan, manifest, has, digest };
+        return { plan, manifest, has, digest, image };
       } catch (error) {
         // What does not fit must not stay in the way.
         if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.dropStaged();
@@ -6402,7 +6425,7 @@ export abstract class OTA {
   async #commit(
     journal: Journal,
     trial: Trial,
-    { plan, manifest, has, digest }: Staged,
+    { plan, manifest, has, digest, image }: Staged,
     current: string,
   ): Promise<Outcome> {
     const { check, restart } = this.options;
@@ -6431,13 +6454,13 @@ export abstract class OTA {
     if (firmware) {
       outcome.firmware = { from: journal.firmware?.version ?? "0", to: firmware.version };
     }
-    const isNewFirmware = firmware && firmware.version !== journal.firmware?.version;
-    const repair = isSame && !isNewFirmware && journal.damaged.length === 0;
+    const repair = isSame && image === undefined && journal.damaged.length === 0;
     if (repair) outcome.result = "repaired";
     const from =
       before ?? (current ? { version: current, previous_version: null, files: {} } : undefined);
     await journal.commit({
-      ...{ from, installed, digest, put, remove, displace, firmware, check, restart, repair },
+      ...{ from, installed, digest, image, put, remove, displace, firmware },
+      ...{ check, restart, repair },
     });
     const good = await trial.start(check);
     return good ? outcome : { ...outcome, result: "rolled back" };
