@@ -4693,8 +4693,12 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   const { back, placed, restored } = way;
   const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
   const old = way.before.installed?.files ?? {};
-  // Where the update left a file alone, the repair keeps it for the release before, or puts it right.
-  const isOurs = (path: string) => !covered.has(path) && repair.placed[path] !== old[path];
+  const isFirmware = (path: string) => path.startsWith(`${OTA_DIR}/ota`);
+  // What the update left alone, files or firmware, was put right for the release before as well.
+  const isOurs = (path: string) => {
+    if (covered.has(path) || repair.placed[path] === (old[path] ?? "")) return false;
+    return !isFirmware(path) || covered.has(`${OTA_DIR}/otadata`);
+  };
   const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));
   const place = repair.back.place.filter(([, path]) => {
     return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
