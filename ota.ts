@@ -4695,8 +4695,11 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   const old = way.before.installed?.files ?? {};
   const isFirmware = (path: string) => path.startsWith(`${OTA_DIR}/ota`);
   // What the update left alone, files or firmware, was put right for the release before as well.
+  const ran = new Set(way.before.installed?.executable);
+  const runs = new Set(repair.to.executable);
   const isOurs = (path: string) => {
-    if (covered.has(path) || repair.placed[path] === (old[path] ?? "")) return false;
+    const isRight = repair.placed[path] === old[path] && runs.has(path) === ran.has(path);
+    if (covered.has(path) || (path in old && isRight)) return false;
     return !isFirmware(path) || covered.has(`${OTA_DIR}/otadata`);
   };
   const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));

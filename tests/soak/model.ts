@@ -146,8 +146,8 @@ export function afterUpdate(
   const next: Model = {
     ...{ version, release: target?.tree ?? old.release, tree, firmware, failed, isRecorded: true },
     ...{ offer: isRepair ? old.offer : offer, isUnclear: isRepair && old.isUnclear },
-    // A repair is no release. Content that changed under its version may count as either.
-    backs: isRepair ? old.backs : isSameVersion && !isNewImage ? [old, ...old.backs] : before,
+    // A repair is no release, and neither is content that changed under its version.
+    backs: isSameVersion && !isNewImage ? old.backs : before,
     mayRefuse: isRepair ? old.mayRefuse : isSameVersion || !isChange,
   };
   if (isGood) {
