@@ -4399,18 +4399,19 @@ export function adopt(
   const adopted: Installed = {
     ...{ version, previous_version: null, ...recorded },
     files: { ...recorded?.files },
-    executable: [...(recorded?.executable ?? [])],
     stamps: { ...recorded?.stamps },
   };
+  const runs = new Set(recorded?.executable);
   for (const { dst_path, executable } of list.new) {
     const path = dst_path.slice(1);
     const stat = files.stat(path);
     if (stat?.kind !== "file") continue;
     adopted.files[path] = files.digest(path, "sha256");
     adopted.stamps![path] = stat.stamp;
-    if (executable && isExecutable(stat)) adopted.executable!.push(path);
+    // Where it is not so here, that is a difference, to be put right.
+    if (executable) runs.add(path);
   }
-  return adopted;
+  return { ...adopted, executable: [...runs] };
 }
 
 // ──── Tree ───────────────────────────────────────────────────────────────────────────────────────

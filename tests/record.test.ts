@@ -457,4 +457,13 @@ describe("executable files", () => {
     expect(await field.update({ ver: "1.0.1" })).toBe("up to date 1.0.1");
     expect(field.state.installed?.executable).toEqual(["selftest.sh"]);
   });
+
+  test("that are not so at first contact become so", async () => {
+    await using field = layField();
+    field.write(below("device", script));
+    field.release("1.0.2", { ...V2, ...script });
+    fs.chmodSync(field.at("releases/1.0.2/selftest.sh"), 0o755);
+    expect(await field.update({ ver: "1.0.1" })).toBe("updated 1.0.2");
+    expect(field.mode("selftest.sh")).toBe(0o755);
+  });
 });

@@ -22,6 +22,8 @@ export interface Model {
   mayRefuse: boolean;
   /** Nobody can say what a rollback does: an old `.ota` was put back. */
   isUnclear: boolean;
+  /** Content changed under the version since it was installed. */
+  isMixed: boolean;
   /** Names what was installed last, and so what `rollback` remembers as failed. */
   offer: string;
   /** What was offered and failed. */
@@ -81,7 +83,7 @@ function laid(release: Tree, old: Model): [string, File][] {
 export function adopted(list: Tree | undefined, tree: Tree): Tree {
   const found = [...(list ?? [])].flatMap(([path, { executable }]): [string, File][] => {
     const file = tree.get(path);
-    return file ? [[path, { ...file, executable: executable && file.executable }]] : [];
+    return file ? [[path, { ...file, executable }]] : [];
   });
   return new Map(found);
 }
@@ -132,6 +134,9 @@ export function afterUpdate(
     .join();
   const content = isSameVersion && isSameContent ? "-" : Bun.hash(files);
   const offer = `${version} ${content} ${isNewImage ? image.version : "-"}`;
+  // What a rollback then remembers: the firmware that came with it is still part of that.
+  const isChanged = isSameVersion && !isNewImage;
+  const kept = isChanged ? `${version} ${content} ${old.offer.split(" ")[2] ?? "-"}` : offer;
   const stay = { endings: [old], mayFail: blocking.length > 0, isGood: true, offer };
   if (isSameVersion && isSameContent && !isChange) {
     return { ...stay, results: ["up to date"], endings: [old, { ...old, isRecorded: true }] };
@@ -145,7 +150,8 @@ export function afterUpdate(
   const failed = new Set([...old.failed].filter((one) => !isNewer(version!, one.split(" ")[0]!)));
   const next: Model = {
     ...{ version, release: target?.tree ?? old.release, tree, firmware, failed, isRecorded: true },
-    ...{ offer: isRepair ? old.offer : offer, isUnclear: isRepair && old.isUnclear },
+    ...{ offer: isRepair ? old.offer : kept, isUnclear: isRepair && old.isUnclear },
+    isMixed: isRepair ? old.isMixed : isSameVersion && !isNewImage,
     // A repair is no release, and neither is content that changed under its version.
     backs: isSameVersion && !isNewImage ? old.backs : before,
     mayRefuse: isRepair ? old.mayRefuse : isSameVersion || !isChange,
@@ -172,6 +178,13 @@ export function afterFailure(old: Model, offer: string): Model[] {
 /** What it is on may be put right, even where it is not the newest. */
 function repaired(old: Model): Pick<Model, "tree" | "isRecorded"> {
   return { tree: new Map([...old.tree, ...laid(old.release, old)]), isRecorded: true };
+}
+
+/** Whether nobody can say what a rollback does to each file. */
+export function isRollbackUnclear({ isUnclear, isMixed, release, tree }: Model): boolean {
+  // Which of the files that others changed since are from before, and which were put right?
+  const isChanged = () => [...release].some(([path, file]) => !isSame(file, tree.get(path)));
+  return isUnclear || (isMixed && isChanged());
 }
 
 /** What `rollback` makes of a device: the releases' files as they were, the others as they are. */

@@ -85,7 +85,7 @@ function someOperation({ random }: World): number {
 /** Goes back by hand. */
 async function goBack(world: World, device: Device, run: Parameters<World["rollBack"]>[1]) {
   const now = device.model;
-  if (now.isUnclear) return;
+  if (model.isRollbackUnclear(now)) return;
   const changed = model.changedSince(now);
   const backs = model.afterRollback(now);
   const ended = await world.rollBack(device, run);
@@ -328,7 +328,7 @@ export const KINDS: Record<string, Kind> = {
     3,
     async (world) => {
       const device = anyDevice(world);
-      if (device.model.isUnclear) return;
+      if (model.isRollbackUnclear(device.model)) return;
       const backs = model.afterRollback(device.model);
       await world.rollBack(device, { trouble: { kind: "kill", at: someOperation(world) } });
       await recover(world, device, backs);

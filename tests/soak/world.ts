@@ -78,7 +78,13 @@ export class Device {
         offer: "",
         isRecorded: false,
       },
-      ...{ backs: [], mayRefuse: true, isUnclear: false, failed: new Set<string>() },
+      ...{
+        backs: [],
+        mayRefuse: true,
+        isUnclear: false,
+        isMixed: false,
+        failed: new Set<string>(),
+      },
     };
   }
 }
