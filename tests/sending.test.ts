@@ -30,7 +30,7 @@ afterEach(() => {
 class Client {
   readonly socket: Socket;
   readonly received: Uint8Array[] = [];
-  /** Resolves when the beginning has come. */
+  /** Resolves when the header has come. */
   readonly begun: Promise<void>;
   #isReading = false;
 
@@ -42,7 +42,8 @@ class Client {
     this.begun = new Promise((done) => {
       this.socket.on("data", (piece: Uint8Array) => {
         this.received.push(piece);
-        if (!this.#isReading) this.socket.pause();
+        if (this.#isReading || !Buffer.concat(this.received).includes("\r\n\r\n")) return;
+        this.socket.pause();
         done();
       });
     });
