@@ -2884,6 +2884,118 @@ async function readFile(file: string, size: number): Promise<Uint8Array> {
   }
 }
 
+// ──── Content ───────────────────────────────────────────────────────────────────────────────────
+// The content of files, in the form that the asker wants: coded, from memory, or from disk.
+
+/** Content up to this is read whole, checked and kept before it is sent; larger goes from disk. */
+const MAX_KEPT = 4 * 1024 * 1024;
+/** The most that is kept of content, in bytes. */
+const CONTENT_BUDGET = 32 * 1024 * 1024;
+
+/** Answers with the content of files. */
+class Contents {
+  /** By SHA-256. */
+  readonly #kept = new Cache<Representation>(CONTENT_BUDGET);
+  readonly #reading = new Map<string, Promise<Representation | undefined>>();
+
+  /** @param mismatch is called when content on disk is other than indexed */
+  constructor(
+    private readonly releases: Releases,
+    private readonly encoder: Encoder,
+    private readonly outbox: Outbox,
+    private readonly mismatch: () => void,
+  ) {}
+
+  /** A file, in the smallest form that the asker accepts. */
+  answer(request: Request, path: string, file: ServedFile): Answer | Promise<Answer> {
+    const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
+    if (accepted.size === 0 || file.sha256 === undefined || !isCoded(file.size)) {
+      return this.#plain(request, file);
+    }
+    const named = accepted.has("dcz")
+      ? availableDictionary(request.headers.get("available-dictionary"))
+      : undefined;
+    const old = named === undefined ? undefined : this.releases.predecessor(path, named);
+    const sources = [file, old].map((found) => found && this.#source(found, found.sha256!));
+    return this.encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
+      if (!coded || !this.outbox.hasRoomFor(coded.content)) return this.#plain(request, file);
+      const { encoding, content, tag } = coded;
+      return select(request, file, { encoding, etag: `"${tag}-${encoding}"`, content });
+    });
+  }
+
+  /** A file as it is: from memory, or from disk. */
+  #plain(request: Request, file: ServedFile): Answer | Promise<Answer> {
+    const { sha256: key, size } = file;
+    if (key === undefined || size > MAX_KEPT) return this.#fromDisk(request, file);
+    const kept = this.#kept.get(key);
+    if (kept) {
+      const hasRoom = size <= SMALL_BODY || this.outbox.hasRoomFor(kept.content);
+      return hasRoom ? select(request, file, kept) : this.#fromDisk(request, file);
+    }
+    if (!this.#reading.has(key) && !this.outbox.hasRoom(size)) {
+      return this.#fromDisk(request, file);
+    }
+    return this.#read(file, key).then((whole) => {
+      return whole ? select(request, file, whole) : this.#changing();
+    });
+  }
+
+  /** A file that is as it was when it was hashed. */
+  #fromDisk(request: Request, file: ServedFile): Answer {
+    const fd = openFound(file);
+    if (fd === undefined) return this.#changing();
+    // By a name, since of a part of a descriptor Bun gives the length of the whole. A slice even of
+    // the whole: Bun would answer Range by itself, and does not know If-Range.
+    const content = Bun.file(`/dev/fd/${fd}`).slice(0, file.size);
+    const form: Representation = { encoding: "identity", etag: file.etag, content, fd };
+    const answer = select(request, file, form);
+    if (request.method === "HEAD" || !answer.form) fs.closeSync(fd);
+    // Else Bun adds one with the file's name.
+    if (answer.form) answer.headers["Content-Disposition"] = "inline";
+    return answer;
+  }
+
+  #source(file: ServedFile, key: string): Source {
+    const read = async () => (this.#kept.get(key) ?? (await this.#read(file, key)))?.content;
+    return { key, size: file.size, read };
+  }
+
+  /** The answer while content on disk is other than indexed. */
+  #changing(): Answer {
+    this.mismatch();
+    return plain(503, "changing just now", { "Retry-After": "2" });
+  }
+
+  /** Reads content whole, once however many ask; `undefined` when it is not what was indexed. */
+  #read({ file, size, etag }: ServedFile, key: string): Promise<Representation | undefined> {
+    const running = this.#reading.get(key);
+    if (running) return running;
+    this.outbox.reading += size;
+    // No more of it than tells that it has grown.
+    const reading = readFile(file, size + 1)
+      .then((bytes) => {
+        if (bytes.byteLength !== size || sha256(bytes) !== key) return undefined;
+        const content = intoBlob(bytes);
+        const whole: Representation = { encoding: "identity", etag, content };
+        if (size <= MAX_KEPT) this.#kept.set(key, whole, content.size);
+        return whole;
+      })
+      .catch(() => undefined)
+      .finally(() => {
+        this.outbox.reading -= size;
+        this.#reading.delete(key);
+      });
+    this.#reading.set(key, reading);
+    return reading;
+  }
+}
+
+/** The answer to who asks for much while others are slow to take what they asked for. */
+function busy(): Answer {
+  return plain(503, "too much is on its way just now", { "Retry-After": "5" });
+}
+
 // ──── Listening ─────────────────────────────────────────────────────────────────────────────────
 // Who stands at the door: the certificate, and the proxies whose word counts.
 
@@ -2951,7 +3063,8 @@ class Proxies {
 
   /** @param address without `::ffff:` before one of IPv4 */
   trusts(address: string): boolean {
-    return this.#trusted.check(address, isIP(address) === 6 ? "ipv6" : "ipv4");
+    const family = isIP(address);
+    return family !== 0 && this.#trusted.check(address, family === 6 ? "ipv6" : "ipv4");
   }
 
   /** Who asked, by the word of those trusted: of a chain, the last one that is not one of them. */
@@ -2978,8 +3091,8 @@ function forwardedScheme(headers: Headers): "http" | "https" | undefined {
   return scheme === "http" || scheme === "https" ? scheme : undefined;
 }
 
-// ──── Server ────────────────────────────────────────────────────────────────────────────────────
-// HTTP in, bytes out. It decides nothing that `Releases` can decide.
+// ──── Service ───────────────────────────────────────────────────────────────────────────────────
+// A request in, an answer out. It decides nothing that `Releases` can decide.
 
 /** What `serve` needs; every field has the default of the command line. */
 export interface ServeOptions extends ReleasesOptions {
@@ -3009,14 +3122,6 @@ export interface ServeOptions extends ReleasesOptions {
   warn?: (line: string) => void;
 }
 
-/** A server that is listening. */
-export interface OTAServer extends AsyncDisposable {
-  readonly url: URL;
-  readonly releases: Releases;
-  /** Ends when running responses have ended. */
-  stop(): Promise<void>;
-}
-
 /** What a server accepts of a request. Bun itself refuses headers of more than 16 KiB with 431. */
 export const LIMITS = {
   /** Characters of the path and the query. */
@@ -3030,87 +3135,6 @@ export const LIMITS = {
 };
 
 const METHODS = "GET, HEAD";
-/** Content up to this is read whole, checked and kept before it is sent; larger goes from disk. */
-const MAX_KEPT = 4 * 1024 * 1024;
-/** The most that is kept of content, in bytes. */
-const CONTENT_BUDGET = 32 * 1024 * 1024;
-
-/**
- * Serves a release root, and keeps up with it.
- *
- * @throws {OTAError} exit code 1 when the address cannot be listened on, 2 when the root or an
- *   option is wrong
- */
-export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
-  const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
-  const secrets = [options.sign, tls?.key].filter((file) => file !== undefined);
-  const releases = await Releases.open(root, { ...options, secrets });
-  const service = new Service(releases, options);
-  for (const secret of secrets) {
-    if (!fs.existsSync(secret)) continue;
-    if (isInside(fs.realpathSync(secret), releases.root)) {
-      throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
-    }
-  }
-  const certificate = tls && readServerCertificate(tls);
-  let server: Bun.Server<undefined>;
-  try {
-    server = listen(service, host, port, certificate);
-  } catch (error) {
-    if (errorCode(error) === "EADDRINUSE") {
-      const what = `port ${port} on ${host} is in use`;
-      throw new OTAError(`${what}; stop what uses it, or choose another with --port`);
-    }
-    const hint = tls ? "--host, --port, --tls-cert and --tls-key" : "--host and --port";
-    throw new OTAError(`cannot listen on ${host}:${port}: ${errorText(error)}; see ${hint}`);
-  }
-  const { url } = server;
-  const changed = () => {
-    service.noteAltered(releases.altered);
-    options.changed?.(releases);
-  };
-  const watch = new RootWatch(releases, { changed, warn: options.warn });
-  service.onMismatch = watch.soon;
-  /** Servers that listen no more, but may still send. */
-  const former = new Set<Bun.Server<undefined>>();
-  const renew = (renewed: Certificate) => {
-    // Bun cannot exchange a certificate: another server takes the port.
-    const old = server;
-    former.add(old);
-    void old.stop().then(() => former.delete(old));
-    server = listen(service, host, Number(url.port), renewed);
-    options.warn?.(`the certificate in ${tls!.cert} is new, and in use`);
-  };
-  const complain = (error: unknown) => {
-    options.warn?.(`the certificate stays the one before: ${errorText(error)}`);
-  };
-  const renewal = tls && watchCertificate(tls, renew, complain);
-  const stop = async (force = false) => {
-    watch[Symbol.dispose]();
-    renewal?.[Symbol.dispose]();
-    await Promise.all([server, ...former].map((one) => one.stop(force)));
-    service.close();
-  };
-  return { url, releases, stop, [Symbol.asyncDispose]: () => stop(true) };
-}
-
-function listen(
-  service: Service,
-  hostname: string,
-  port: number,
-  certificate: Certificate | undefined,
-): Bun.Server<undefined> {
-  return Bun.serve({
-    port,
-    hostname,
-    development: false,
-    // Bun's default would share a port that is in use.
-    reusePort: false,
-    idleTimeout: LIMITS.idle,
-    ...(certificate && { tls: certificate }),
-    fetch: (request, server) => service.respond(request, server),
-  });
-}
 
 /** A base for URLs: absolute http(s), no query, and no slash at the end. */
 function baseURL(given: string): string {
@@ -3133,11 +3157,8 @@ class Service {
   readonly #scheme: string;
   readonly #key: KeyObject | undefined;
   readonly #metrics = new Metrics();
-  /** By SHA-256. */
-  readonly #contents = new Cache<Representation>(CONTENT_BUDGET);
-  readonly #reading = new Map<string, Promise<Representation | undefined>>();
-  readonly #encoder: Encoder;
   readonly #outbox = new Outbox();
+  readonly #contents: Contents;
   readonly #proxies: Proxies;
   /** Whether it was said that a proxy is not trusted. */
   #hasHinted = false;
@@ -3155,7 +3176,8 @@ class Service {
     this.#prefix = `${this.#base ? new URL(this.#base).pathname.replace(/\/$/, "") : ""}/`;
     this.#scheme = options.tls ? "https" : "http";
     this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
-    this.#encoder = new Encoder(new Allowance(options.coding ?? CODING.seconds));
+    const encoder = new Encoder(new Allowance(options.coding ?? CODING.seconds));
+    this.#contents = new Contents(releases, encoder, this.#outbox, () => this.onMismatch());
     this.#proxies = new Proxies(options.trustProxy ?? []);
     // Who watches for the first one has to know that there was none.
     this.noteAltered([]);
@@ -3260,7 +3282,7 @@ class Service {
     }
     const found = this.releases.locate(path);
     if (!found) return plain(404, "not found");
-    return this.#file(request, path, found);
+    return this.#contents.answer(request, path, found);
   }
 
   #manifest({ headers }: Request, query: ManifestQuery, peer: string): Answer | Promise<Answer> {
@@ -3323,7 +3345,9 @@ class Service {
     encoding: "gzip" | "zstd" | undefined,
     level: number | undefined,
   ): Answer | Promise<Answer> {
-    if (bytes.byteLength > SMALL_BODY && !this.#outbox.hasRoom(bytes.byteLength)) return busy();
+    const size = bytes.byteLength;
+    // Those that are shared are kept, and few.
+    if (!isShared && size > SMALL_BODY && !this.#outbox.hasRoom(size)) return busy();
     const plain = content("application/json", new Blob([bytes]));
     plain.headers["Cache-Control"] = "no-store";
     if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
@@ -3351,95 +3375,6 @@ class Service {
     const isEmpty = versions.length + firmware.length === 0;
     return isEmpty ? plain(503, "the root has no version") : plain(200, "ok");
   }
-
-  /** A file, in the smallest form that the asker accepts. */
-  #file(request: Request, path: string, file: ServedFile): Answer | Promise<Answer> {
-    const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
-    if (accepted.size === 0 || file.sha256 === undefined || !isCoded(file.size)) {
-      return this.#plain(request, file);
-    }
-    const named = accepted.has("dcz")
-      ? availableDictionary(request.headers.get("available-dictionary"))
-      : undefined;
-    const old = named === undefined ? undefined : this.releases.predecessor(path, named);
-    const sources = [file, old].map((found) => found && this.#source(found, found.sha256!));
-    return this.#encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
-      if (!coded || !this.#outbox.hasRoomFor(coded.content)) return this.#plain(request, file);
-      const { encoding, content, tag } = coded;
-      return select(request, file, { encoding, etag: `"${tag}-${encoding}"`, content });
-    });
-  }
-
-  /** A file as it is: from memory, or from disk. */
-  #plain(request: Request, file: ServedFile): Answer | Promise<Answer> {
-    const { sha256: key, size } = file;
-    if (key === undefined || size > MAX_KEPT) return this.#fromDisk(request, file);
-    const kept = this.#contents.get(key);
-    if (kept) {
-      const hasRoom = size <= SMALL_BODY || this.#outbox.hasRoomFor(kept.content);
-      return hasRoom ? select(request, file, kept) : this.#fromDisk(request, file);
-    }
-    if (!this.#reading.has(key) && !this.#outbox.hasRoom(size)) {
-      return this.#fromDisk(request, file);
-    }
-    return this.#read(file, key).then((whole) => {
-      return whole ? select(request, file, whole) : this.#changing();
-    });
-  }
-
-  /** A file that is as it was when it was hashed. */
-  #fromDisk(request: Request, file: ServedFile): Answer {
-    const fd = openFound(file);
-    if (fd === undefined) return this.#changing();
-    // By a name, since of a part of a descriptor Bun gives the length of the whole. A slice even of
-    // the whole: Bun would answer Range by itself, and does not know If-Range.
-    const content = Bun.file(`/dev/fd/${fd}`).slice(0, file.size);
-    const form: Representation = { encoding: "identity", etag: file.etag, content, fd };
-    const answer = select(request, file, form);
-    if (request.method === "HEAD" || !answer.form) fs.closeSync(fd);
-    // Else Bun adds one with the file's name.
-    if (answer.form) answer.headers["Content-Disposition"] = "inline";
-    return answer;
-  }
-
-  #source(file: ServedFile, key: string): Source {
-    const read = async () => (this.#contents.get(key) ?? (await this.#read(file, key)))?.content;
-    return { key, size: file.size, read };
-  }
-
-  /** The answer while content on disk is other than indexed. */
-  #changing(): Answer {
-    this.onMismatch();
-    return plain(503, "changing just now", { "Retry-After": "2" });
-  }
-
-  /** Reads content whole, once however many ask; `undefined` when it is not what was indexed. */
-  #read({ file, size, etag }: ServedFile, key: string): Promise<Representation | undefined> {
-    const running = this.#reading.get(key);
-    if (running) return running;
-    this.#outbox.reading += size;
-    // No more of it than tells that it has grown.
-    const reading = readFile(file, size + 1)
-      .then((bytes) => {
-        if (bytes.byteLength !== size || sha256(bytes) !== key) return undefined;
-        const content = intoBlob(bytes);
-        const whole: Representation = { encoding: "identity", etag, content };
-        if (size <= MAX_KEPT) this.#contents.set(key, whole, content.size);
-        return whole;
-      })
-      .catch(() => undefined)
-      .finally(() => {
-        this.#outbox.reading -= size;
-        this.#reading.delete(key);
-      });
-    this.#reading.set(key, reading);
-    return reading;
-  }
-}
-
-/** The answer to who asks for much while others are slow to take what they asked for. */
-function busy(): Answer {
-  return plain(503, "too much is on its way just now", { "Retry-After": "5" });
 }
 
 /** The token of a request, `""` for none. */
@@ -3460,6 +3395,101 @@ function isReal({ file, size }: ServedFile): boolean {
   } catch {
     return false;
   }
+}
+
+// ──── Server ────────────────────────────────────────────────────────────────────────────────────
+// A root, a service and a port, kept together from the start to the end.
+
+/** A server that is listening. */
+export interface OTAServer extends AsyncDisposable {
+  readonly url: URL;
+  readonly releases: Releases;
+  /** Ends when running responses have ended. */
+  stop(): Promise<void>;
+}
+
+/**
+ * Serves a release root, and keeps up with it.
+ *
+ * @throws {OTAError} exit code 1 when the address cannot be listened on, 2 when the root or an
+ *   option is wrong
+ */
+export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
+  const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
+  const secrets = [options.sign, tls?.key].filter((file) => file !== undefined);
+  const releases = await Releases.open(root, { ...options, secrets });
+  const service = new Service(releases, options);
+  for (const secret of secrets) {
+    if (!fs.existsSync(secret)) continue;
+    if (isInside(fs.realpathSync(secret), releases.root)) {
+      throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
+    }
+  }
+  let certificate = tls && readServerCertificate(tls);
+  let server: Bun.Server<undefined>;
+  try {
+    server = listen(service, host, port, certificate);
+  } catch (error) {
+    if (errorCode(error) === "EADDRINUSE") {
+      const what = `port ${port} on ${host} is in use`;
+      throw new OTAError(`${what}; stop what uses it, or choose another with --port`);
+    }
+    const hint = tls ? "--host, --port, --tls-cert and --tls-key" : "--host and --port";
+    throw new OTAError(`cannot listen on ${host}:${port}: ${errorText(error)}; see ${hint}`);
+  }
+  const { url } = server;
+  const changed = () => {
+    service.noteAltered(releases.altered);
+    options.changed?.(releases);
+  };
+  const watch = new RootWatch(releases, { changed, warn: options.warn });
+  service.onMismatch = watch.soon;
+  /** Servers that listen no more, but may still send. */
+  const former = new Set<Bun.Server<undefined>>();
+  const renew = (renewed: Certificate) => {
+    // Bun cannot exchange a certificate: another server takes the port.
+    const old = server;
+    former.add(old);
+    void old.stop().then(() => former.delete(old));
+    const takeOver = (one: Certificate | undefined) => listen(service, host, Number(url.port), one);
+    try {
+      server = takeOver(renewed);
+    } catch (error) {
+      server = takeOver(certificate);
+      throw error;
+    }
+    certificate = renewed;
+    options.warn?.(`the certificate in ${tls!.cert} is new, and in use`);
+  };
+  const complain = (error: unknown) => {
+    options.warn?.(`the certificate stays the one before: ${errorText(error)}`);
+  };
+  const renewal = tls && watchCertificate(tls, renew, complain);
+  const stop = async (force = false) => {
+    watch[Symbol.dispose]();
+    renewal?.[Symbol.dispose]();
+    await Promise.all([server, ...former].map((one) => one.stop(force)));
+    service.close();
+  };
+  return { url, releases, stop, [Symbol.asyncDispose]: () => stop(true) };
+}
+
+function listen(
+  service: Service,
+  hostname: string,
+  port: number,
+  certificate: Certificate | undefined,
+): Bun.Server<undefined> {
+  return Bun.serve({
+    port,
+    hostname,
+    development: false,
+    // Bun's default would share a port that is in use.
+    reusePort: false,
+    idleTimeout: LIMITS.idle,
+    ...(certificate && { tls: certificate }),
+    fetch: (request, server) => service.respond(request, server),
+  });
 }
 
 // ──── Disk ──────────────────────────────────────────────────────────────────────────────────────
