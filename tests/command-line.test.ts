@@ -29,10 +29,10 @@ const COMMANDS: Record<string, string[]> = {
   ],
   client: [
     ...["ver", "root", "server", "from", "id", "every", "jobs", "timeout", "check"],
-    ...["check-timeout", "restart", "repair", "retry", "verify", "token", "ca"],
+    ...["check-timeout", "restart", "check-files", "repair", "retry", "verify", "token", "ca"],
   ],
   rollback: ["root", "restart", "force"],
-  status: ["root", "json"],
+  status: ["root", "json", "check"],
   manifest: ["ver", "root", "url", "ignore", "latest", "cost"],
   keygen: ["out"],
 };
@@ -156,9 +156,20 @@ describe.concurrent("what is not understood", () => {
   });
 
   test("a value that is missing, for every option that needs one", async () => {
-    const flags = new Set(["repair", "retry", "force", "json", "cost"]);
+    const flags = new Set([
+      "repair",
+      "retry",
+      "force",
+      "json",
+      "cost",
+      "only-releases",
+      "check-files",
+    ]);
+    const isFlag = (command: string, name: string) =>
+      flags.has(name) || (command === "status" && name === "check");
     const all = Object.entries(COMMANDS).flatMap(([command, options]) => {
-      return options.filter((name) => !flags.has(name)).map((name) => [command, name] as const);
+      const named = options.filter((name) => !isFlag(command, name));
+      return named.map((name) => [command, name] as const);
     });
     await Promise.all(
       all.map(async ([command, name]) => {

@@ -595,10 +595,11 @@ describe.concurrent("client --verify", () => {
   test("a diff for what the device does not have is refused: somebody took its base away", async () => {
     using place = new Place();
     await using server = await place.serve({ sign: place.at("ours.key") });
+    let behind = server.url;
     let isHonest = true;
     await using double = await Double.start(async (asked, connection) => {
       const target = isHonest ? asked.target : asked.target.replace(/&base=[0-9a-f]+/, "");
-      const response = await fetch(server.url + target);
+      const response = await fetch(behind + target);
       const signature = response.headers.get("x-ota-signature") ?? "";
       send(connection, await response.text(), { headers: { "X-OTA-Signature": signature } });
     });
@@ -607,6 +608,8 @@ describe.concurrent("client --verify", () => {
     expect((await place.client(double.url, verify)).last).toBe("updated 1.0.0 -> 1.0.1");
     // What 1.0.2 has in common with 1.0.1 is not in a diff.
     layTree(`${place.releases}/1.0.2`, { ...V2, "flash/added.py": "added\n" });
+    await using newer = await place.serve({ sign: place.at("ours.key") });
+    behind = newer.url;
     const [path] = Object.keys(V2);
     layTree(place.device, { [path!]: "scribbled" });
     const before = readTree(place.device);
