@@ -400,6 +400,9 @@ export const KINDS: Record<string, Kind> = {
         Object.assign(Object.create(device), { model: forgotten }) as Device,
       );
       if (!fs.existsSync(record) || !after.isGood || after.mayFail) return;
+      // Nor does it repair from what is older: the record stays damaged.
+      const { newest } = world.offered;
+      if (!newest || model.isNewer(forgotten.version ?? "0", newest.version)) return;
       fs.truncateSync(record, fs.statSync(record).size >> 1);
       const { result } = await world.update(device);
       if (result) throw new checks.Broken("bad record", device, "a refusal", result);
