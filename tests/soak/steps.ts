@@ -408,6 +408,8 @@ export const KINDS: Record<string, Kind> = {
       if (result) throw new checks.Broken("bad record", device, "a refusal", result);
       device.model = forgotten;
       await poll(world, device, { repair: true });
+      // Back is where nothing was recorded.
+      device.model = { ...device.model, isUnclear: true };
     },
   ],
   "new-device": [2, async (world) => exchange(world, world.random.below(world.devices.length))],
