@@ -219,7 +219,7 @@ async function explore(world: World, most: number): Promise<Report> {
 }
 
 /** Starts of one scenario: `BOARD_STARTS=Infinity` looks at every state. */
-const MOST = Number(process.env.BOARD_STARTS ?? 90);
+const MOST = Number(process.env.BOARD_STARTS ?? 60);
 
 const next = random(SEED);
 const scenarios: [string, Scenario][] = [

@@ -7,7 +7,8 @@ import { soak } from "./soak/soak.ts";
 const STEPS = 300;
 
 test("releases, kills, faults, damage, rollbacks: every promise is kept", async () => {
-  const seed = Number(process.env.SEED ?? Math.floor(Math.random() * 1_000_000));
+  // The same one each time: `bun run soak` goes on to others.
+  const seed = Number(process.env.SEED ?? 1);
   console.log(`soak: SEED=${seed}`);
   const done = await soak({ seed, steps: STEPS });
   expect(Object.values(done).reduce((sum, count) => sum + count, 0)).toBe(STEPS);
