@@ -6413,29 +6413,36 @@ export abstract class OTA {
     const isOther = claimed !== undefined && claimed !== installed?.version;
     const unknown = !installed?.stamps ? current : isOther ? claimed : "";
     const list = unknown === "" ? null : await this.#askForList(asker, journal, unknown);
-    if (list) has = examine(journal, adopt(journal, current, list, installed));
+    if (list) {
+      has = examine(journal, adopt(journal, current, list, installed));
+      this.#tellDifferences(list, has);
+    }
     const isBetter = list !== null || has.isNewer;
     if (isBetter && journal.damaged.length === 0) await journal.remember(has.installed!);
     return has;
   }
 
-  /** All files of a release, if the server has it; what of them is not here is told. */
+  /** All files of a release, if the server has it and says what they are by SHA-256. */
   async #askForList(asker: Asker, journal: Journal, version: string): Promise<Manifest | null> {
     const query = { list: version, hash: "sha256", devid: await this.#id(journal) };
     const list = await asker.ask(query);
     // A server that knows no `list` answers with its newest release.
-    if (!list || new LooseVersion(list.version).compare(version) !== 0) {
+    const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
+    if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
       this.#note(`the server does not have ${version}: what it consists of is not known`);
       return null;
     }
-    const other = listedFiles(list).filter(({ path, key }) => !journal.hasContent(path, key));
-    if (other.length > 0) {
-      const some = other.slice(0, 3).map(({ path }) => path);
-      const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
-      const count = `${other.length} of the ${list.new.length} files of ${version}`;
-      this.#note(`${count} are missing here or have other content: ${paths}`);
-    }
     return list;
+  }
+
+  /** Says what of a release is not here as that release has it. */
+  #tellDifferences(list: Manifest, { files }: Examined): void {
+    const other = listedFiles(list).filter(({ path, sha256 }) => files.get(path) !== sha256);
+    if (other.length === 0) return;
+    const some = other.slice(0, 3).map(({ path }) => path);
+    const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
+    const count = `${other.length} of the ${list.new.length} files of ${list.version}`;
+    this.#note(`${count} are missing here or have other content: ${paths}`);
   }
 
   async #query(journal: Journal, current: string, has: Examined): Promise<ManifestQuery> {
