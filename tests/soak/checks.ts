@@ -142,6 +142,7 @@ function checkDisplaced(device: Device, old: Model, { notes }: Ended): void {
 
 /** The next poll costs nothing, and says what the server says. */
 export async function checkPoll(world: World, device: Device): Promise<void> {
+  device.model = world.known(device);
   const expected = afterUpdate(device.model, world.offered, { ...device, ...world, retry: false });
   if (!["up to date", "not tried"].includes(expected.results[0]!)) return;
   const ended = await world.update(device);
