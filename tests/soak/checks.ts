@@ -32,10 +32,11 @@ function shown(expected: Tree, found: Tree): string {
 }
 
 /** Says in what a device is not as a model, if in anything. */
-function unlike({ tree, version, firmware }: Seen, model: Model): string | undefined {
+function unlike({ tree, version, firmware, isRecorded }: Seen, model: Model): string | undefined {
   const shownImage = (image: Image | null) => image && `${image.version} ${image.hash.slice(0, 8)}`;
   if (differences(tree, model.tree).length > 0) return shown(model.tree, tree);
-  if (model.isRecorded && version !== model.version) return `status says ${version}`;
+  const isKnown = isRecorded || model.isRecorded;
+  if (isKnown && version !== model.version) return `status says ${version}`;
   const [found, expected] = [shownImage(firmware), shownImage(model.firmware)];
   return found === expected ? undefined : `firmware ${found}, expected ${expected}`;
 }
@@ -142,6 +143,7 @@ function checkDisplaced(device: Device, old: Model, { notes }: Ended): void {
 
 /** The next poll costs nothing, and says what the server says. */
 export async function checkPoll(world: World, device: Device): Promise<void> {
+  device.model = world.known(device);
   const expected = afterUpdate(device.model, world.offered, { ...device, ...world, retry: false });
   if (!["up to date", "not tried"].includes(expected.results[0]!)) return;
   const ended = await world.update(device);

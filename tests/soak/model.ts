@@ -193,10 +193,9 @@ export function afterRollback(now: Model): Model[] {
     const others = own(now).filter(([path]) => !back.release.has(path));
     const isTheirs = (path: string) => now.release.has(path) || back.release.has(path);
     const tree = new Map([...others, ...[...back.tree].filter(([path]) => isTheirs(path))]);
-    // What both have, the update left alone: nothing of it was kept.
-    for (const [path, file] of back.release) {
-      const isInBoth = isSame(file, now.release.get(path)) && isSame(file, back.tree.get(path));
-      if (!isInBoth) continue;
+    // What was as the release has it, the update left alone: nothing of it was kept.
+    for (const [path, file] of laid(now.release, back)) {
+      if (!isSame(file, back.tree.get(path))) continue;
       if (now.tree.has(path)) tree.set(path, now.tree.get(path)!);
       else tree.delete(path);
     }

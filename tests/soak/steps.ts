@@ -98,7 +98,8 @@ async function goBack(world: World, device: Device, run: Parameters<World["rollB
   const mayRefuse = backs.length === 0 || now.mayRefuse || (changed.length > 0 && !run?.force);
   const isRefused = ended.result === undefined;
   if (isRefused ? !mayRefuse : backs.length === 0) {
-    const expected = `${backs[0]?.version ?? "a refusal"} after rollback (changed: ${changed})`;
+    const back = backs[0] ? (backs[0].version ?? "nothing") : "a refusal";
+    const expected = `${back} after rollback (changed: ${changed})`;
     throw new checks.Broken("way back", device, expected, ended.result ?? String(ended.error));
   }
   const seen = await world.see(device);
