@@ -22,6 +22,8 @@ export interface Model {
   mayRefuse: boolean;
   /** Nobody can say what a rollback does: an old `.ota` was put back. */
   isUnclear: boolean;
+  /** Every path that the updater has had a hand in since it was on `backs`. */
+  since: ReadonlySet<string>;
   /** Content changed under the version since it was installed. */
   isMixed: boolean;
   /** Names what was installed last, and so what `rollback` remembers as failed. */
@@ -133,7 +135,7 @@ export function afterUpdate(
     .sort()
     .join();
   const content = isSameVersion && isSameContent ? "-" : Bun.hash(files);
-  const offer = `${version} ${content} ${isNewImage ? image.version : "-"}`;
+  const offer = `${version} ${content} ${isNewImage ? image.hash : "-"}`;
   // What a rollback then remembers: the firmware that came with it is still part of that.
   const isChanged = isSameVersion && !isNewImage;
   const kept = isChanged ? `${version} ${content} ${old.offer.split(" ")[2] ?? "-"}` : offer;
@@ -148,12 +150,16 @@ export function afterUpdate(
   const isGood = !check || passes(tree, without);
   // What is older than what it is on is never offered again.
   const failed = new Set([...old.failed].filter((one) => !isNewer(version!, one.split(" ")[0]!)));
+  const paths = [...old.release.keys(), ...(target?.tree.keys() ?? [])];
+  const since = new Set(isChanged ? [...old.since, ...paths] : paths);
   const next: Model = {
     ...{ version, release: target?.tree ?? old.release, tree, firmware, failed, isRecorded: true },
-    ...{ offer: isRepair ? old.offer : kept, isUnclear: isRepair && old.isUnclear },
-    isMixed: isRepair ? old.isMixed : isSameVersion && !isNewImage,
+    ...{ offer: isRepair ? old.offer : kept, since },
+    // What was damaged and is then not of the release any more cannot be had again.
+    isUnclear: isRepair ? old.isUnclear : isChanged && damaged(old).length > 0,
+    isMixed: isRepair ? old.isMixed : isChanged,
     // A repair is no release, and neither is content that changed under its version.
-    backs: isSameVersion && !isNewImage ? old.backs : before,
+    backs: isChanged ? old.backs : before,
     mayRefuse: isRepair ? old.mayRefuse : isSameVersion || !isChange,
   };
   if (isGood) {
@@ -190,8 +196,9 @@ export function isRollbackUnclear({ isUnclear, isMixed, release, tree }: Model):
 /** What `rollback` makes of a device: the releases' files as they were, the others as they are. */
 export function afterRollback(now: Model): Model[] {
   return now.backs.flatMap((back) => {
-    const others = own(now).filter(([path]) => !back.release.has(path));
-    const isTheirs = (path: string) => now.release.has(path) || back.release.has(path);
+    const isTheirs = (path: string) => now.since.has(path) || back.release.has(path);
+    // Where nothing was, what the application has made since stays.
+    const others = own(now).filter(([path]) => !isTheirs(path) || !back.tree.has(path));
     const tree = new Map([...others, ...[...back.tree].filter(([path]) => isTheirs(path))]);
     // What was as the release has it, the update left alone: nothing of it was kept.
     for (const [path, file] of laid(now.release, back)) {
@@ -210,6 +217,6 @@ export function afterRollback(now: Model): Model[] {
 /** Files of either release that the application has changed since the update. */
 export function changedSince(now: Model): string[] {
   const releases = [now.release, ...now.backs.map(({ release }) => release)];
-  const paths = new Set(releases.flatMap((release) => [...release.keys()]));
+  const paths = new Set([...now.since, ...releases.flatMap((release) => [...release.keys()])]);
   return [...paths].filter((path) => !isAs(now.tree.get(path), now.release.get(path)));
 }

@@ -84,6 +84,7 @@ export class Device {
         isUnclear: false,
         isMixed: false,
         failed: new Set<string>(),
+        since: new Set<string>(),
       },
     };
   }
