@@ -4006,6 +4006,8 @@ export interface Installed {
    * stays the same. Without stamps the record may lack files, and is completed (see `adopt`).
    */
   stamps?: Record<string, string>;
+  /** Another version that `flash/OTA_VERSION.py` named, and whose files were looked for. */
+  alsoNamed?: string;
   /** The same of the active firmware image. */
   image?: { sha256: string; stamp: string };
 }
@@ -4723,11 +4725,13 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   if (!way) return null;
   const { back, placed, restored } = way;
   const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
-  const old = way.before.installed?.files ?? {};
+  // What was recorded of the release that is repaired, and of the one before it.
+  const { files: old = {}, executable } = repair.before.installed ?? {};
+  const older = way.before.installed?.files ?? {};
   const isFirmware = (path: string) => path.startsWith(`${OTA_DIR}/ota`);
-  // What the update left alone, files or firmware, was put right for the release before as well.
-  const ran = new Set(way.before.installed?.executable);
+  const ran = new Set(executable);
   const runs = new Set(repair.to.executable);
+  // What the update left alone, files or firmware, was put right for the release before as well.
   const isOurs = (path: string) => {
     const isRight = repair.placed[path] === old[path] && runs.has(path) === ran.has(path);
     if (covered.has(path) || (path in old && isRight)) return false;
@@ -4735,7 +4739,9 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   };
   const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));
   const place = repair.back.place.filter(([, path]) => {
-    return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
+    if (!isOurs(path) || !(path in old)) return isOurs(path);
+    const isSame = !(path in older) || older[path] === old[path];
+    return isSame && repair.restored?.[path] === old[path];
   });
   // Of the directories that the repair removed, what is placed needs some, and others are in its way.
   const needed = new Set(place.flatMap(([, path]) => ancestors(path)));
@@ -4987,6 +4993,7 @@ export class Journal extends DeviceTree implements Disposable {
     const { back, placed } = this.#wayBack;
     const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
     return atRisk.filter((path) => {
+      if (path.startsWith(`${OTA_DIR}/`)) return false;
       return this.stat(path)?.kind === "file" && this.digest(path, "sha256") !== placed[path];
     });
   }
@@ -6408,13 +6415,15 @@ export abstract class OTA {
     const { repair, checkFiles = repair } = this.options;
     const { installed } = journal.state;
     let has = examine(journal, installed, checkFiles);
-    // Where something differs, an old `.ota` may have been put back: that release's files count, too.
-    const claimed = has.differences.length > 0 ? versionFromFile(this.root) : undefined;
-    const isOther = claimed !== undefined && claimed !== installed?.version;
-    const unknown = !installed?.stamps ? current : isOther ? claimed : "";
+    // An old `.ota` may have been put back: files of the release that was installed count, too.
+    const named = versionFromFile(this.root);
+    const isOther =
+      named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
+    const unknown = !installed?.stamps ? current : isOther ? named : "";
     const list = unknown === "" ? null : await this.#askForList(asker, journal, unknown);
     if (list) {
-      has = examine(journal, adopt(journal, current, list, installed));
+      const adopted = adopt(journal, current, list, installed);
+      has = examine(journal, isOther ? { ...adopted, alsoNamed: named } : adopted);
       this.#tellDifferences(list, has);
     }
     const isBetter = list !== null || has.isNewer;

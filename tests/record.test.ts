@@ -229,6 +229,20 @@ describe("files that others changed, deleted or damaged", () => {
   });
 });
 
+test("an old .ota that was put back where nothing recorded differs: no file is left over", async () => {
+  await using field = new Field({ "flash/a": "a" }, { "1.0.0": { "flash/a": "a" } });
+  await field.update();
+  await using copy = new TempDir();
+  fs.cpSync(field.at("device/.ota"), copy.at("ota"), { recursive: true });
+  field.release("1.0.1", { "flash/a": "a", "flash/b": "b" });
+  expect(await field.update()).toBe("updated 1.0.1");
+  fs.rmSync(field.at("device/.ota"), { recursive: true });
+  fs.cpSync(copy.at("ota"), field.at("device/.ota"), { recursive: true });
+  field.release("1.0.2", { "flash/a": "a2" });
+  expect(await field.update()).toBe("updated 1.0.2");
+  await field.expectOn("1.0.2", { "flash/a": "a2" });
+});
+
 describe("content that changed under a version", () => {
   test("is delivered, deletions too, and takes nothing of the way back", async () => {
     await using field = new Field(V1);
@@ -291,6 +305,30 @@ describe("the way back", () => {
     // And it is known as failed, whichever list brings it.
     field.write({ "device/flash/same.py": "scribbled" });
     expect(await field.update()).toBe("not tried 1.0.1");
+  });
+
+  test("is free after a repair of a damaged firmware slot", async () => {
+    await using field = new Field(V1);
+    field.write({ "releases/firmware_1.0.1.bin": "image one" });
+    await field.update();
+    field.write({ "device/.ota/ota_0.bin": "damaged" });
+    expect(await field.update()).toBe("repaired 1.0.1 firmware 1.0.1");
+    expect(await rollBack(field.device)).toMatchObject({ from: "1.0.0", to: "1.0.1" });
+    await field.expectOn("1.0.0", V1);
+  });
+
+  test("brings nothing of a version that changed into the release before", async () => {
+    await using field = new Field(V1);
+    await field.update();
+    // What the application deleted, a later 1.0.2 lacks at first, and then has.
+    field.remove("device/flash/same.py");
+    const { "flash/same.py": _, ...rest } = V2;
+    field.release("1.0.2", rest);
+    expect(await field.update()).toBe("updated 1.0.2");
+    field.release("1.0.2", { "flash/same.py": "of a changed 1.0.2\n" });
+    expect(await field.update()).toBe("repaired 1.0.2");
+    await rollBack(field.device);
+    expect(field.tree).toEqual(sorted(rest));
   });
 
   test("is none where there was none before the repair", async () => {
