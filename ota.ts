@@ -4166,7 +4166,7 @@ class Records {
   done: Transaction | undefined;
   readonly #directory: string;
   /** Whether rollback.json is of a way back that came to its end. */
-  #isOver = false;
+  isOver = false;
 
   /** @param root the device's root, absolute */
   constructor(
@@ -4203,7 +4203,7 @@ class Records {
       if (this.state.trial) this.commit = rollback;
       else this.done = rollback;
     } else if (rollback) {
-      this.#isOver = true;
+      this.isOver = true;
     } else if (!this.commit && this.done && isCommitOf010(this.done, this.state)) {
       this.#move("journal", "commit");
       this.commit = this.done;
@@ -4288,7 +4288,7 @@ class Records {
 
   /** Removes transactions that came to their end: no record names them. */
   dropEnded(): void {
-    if (this.#isOver) this.#remove("rollback");
+    if (this.isOver) this.#remove("rollback");
     const name = this.commit?.before.journal ?? this.state.journal;
     if (!this.done || this.done.id === name) return;
     this.#remove("journal");
@@ -5070,7 +5070,7 @@ export class Journal extends DeviceTree implements Disposable {
     const { repairs = [] } = commit ?? done ?? {};
     if (!this.damaged.every((path) => repairs.includes(path))) return;
     // What was cut off may not have made durable what we found.
-    if (commit || done) await this.#records.sync();
+    if (commit || done || this.#records.isOver) await this.#records.sync();
     this.#records.dropEnded();
     const way = this.#records.goingBack;
     const isCut = commit !== undefined && commit.id !== state.journal;
