@@ -4725,9 +4725,8 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   if (!way) return null;
   const { back, placed, restored } = way;
   const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
-  // What was recorded of the release that is repaired, and of the one before it.
+  // Of a file that the update left alone, what is recorded is what was there before it, too.
   const { files: old = {}, executable } = repair.before.installed ?? {};
-  const older = way.before.installed?.files ?? {};
   const isFirmware = (path: string) => path.startsWith(`${OTA_DIR}/ota`);
   const ran = new Set(executable);
   const runs = new Set(repair.to.executable);
@@ -4739,9 +4738,7 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   };
   const unlink = repair.back.unlink.filter((path) => isOurs(path) && !(path in old));
   const place = repair.back.place.filter(([, path]) => {
-    if (!isOurs(path) || !(path in old)) return isOurs(path);
-    const isSame = !(path in older) || older[path] === old[path];
-    return isSame && repair.restored?.[path] === old[path];
+    return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
   });
   // Of the directories that the repair removed, what is placed needs some, and others are in its way.
   const needed = new Set(place.flatMap(([, path]) => ancestors(path)));
