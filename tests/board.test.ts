@@ -20,6 +20,10 @@ import { binaries } from "./board/make-firmware.ts";
 setDefaultTimeout(600_000);
 
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];
+/** Set OTA_ALL for a reset at every operation; else each run takes others of them. */
+const PHASE = Date.now() % 1000;
+const isTried = (at: number, oneOf: number) =>
+  process.env.OTA_ALL !== undefined || (at + PHASE) % oneOf === 0;
 const UPDATE_COMMAND = new Uint8Array([1, 2, 3]);
 /** What the application made, and no update may touch. */
 const OWN = { "/sd/pulses.cnt": "4711" };
@@ -111,14 +115,14 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
     const seen = { old: 0, new: 0 };
     let resets = 0;
     for (let at = 0; at < operations.length; at++) {
-      // While it stages, the boards do the same; one of them is cut everywhere.
-      if (kind !== "esp32" && at < commit - 4 && at % 4 > 0) continue;
+      // While it stages there is less to go wrong.
+      if (!isTried(at, at < commit - 4 ? 8 : 3)) continue;
       const where = `${kind}, reset before operation ${at}: ${operations[at]}`;
       const board = start.copy();
       const cut = await board.start(UPDATE, { cutAt: at, torn: at });
       expect(cut.end, where).toBe("cut");
       resets++;
-      const after = at % 7 === 0 ? board.copy() : undefined;
+      const after = resets % 5 === 0 ? board.copy() : undefined;
       await board.settle();
       const tree = JSON.stringify(board.tree());
       const now = tree === trees.new ? "new" : "old";
@@ -137,8 +141,8 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
       expect(JSON.stringify(after.tree()), where).toBe(trees.new);
     }
     console.log(`  ${kind}: ${resets} resets, ${seen.old} times old, ${seen.new} times new`);
-    expect(seen.old).toBeGreaterThan(10);
-    expect(seen.new).toBeGreaterThan(10);
+    expect(seen.old).toBeGreaterThan(3);
+    expect(seen.new).toBeGreaterThan(3);
   });
 
   test("a reset at every file operation of going back", async () => {
@@ -150,6 +154,7 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
     const { operations } = await start.copy().start(ROLLBACK);
     expect(operations.length).toBeGreaterThan(20);
     for (let at = 0; at < operations.length; at++) {
+      if (!isTried(at, 3)) continue;
       const where = `${kind}, reset before operation ${at}: ${operations[at]}`;
       const board = start.copy();
       expect((await board.start(ROLLBACK, { cutAt: at, torn: at })).end, where).toBe("cut");
@@ -170,7 +175,7 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
     const { operations } = await start.copy().start(UPDATE);
     const commit = operations.findIndex((words) => words.endsWith("/.ota/state")) + 1;
     let resets = 0;
-    for (let round = 0; round < 12; round++) {
+    for (let round = 0; round < 6; round++) {
       const board = start.copy();
       const at = commit + next(operations.length - commit);
       await board.start(UPDATE, { cutAt: at, torn: next(4) });
@@ -183,7 +188,7 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
       await board.settle();
       expect(trees, where).toContain(JSON.stringify(board.tree()));
     }
-    expect(resets).toBeGreaterThan(3);
+    expect(resets).toBeGreaterThan(2);
   });
 });
 
@@ -509,6 +514,7 @@ describe("files and directories", () => {
       expect(whole.directories.has(`${whole.home}/lib/nest`)).toBe(false);
       const commit = operations.findIndex((words) => words.endsWith("/.ota/state"));
       for (let at = commit; at < operations.length; at++) {
+        if (!isTried(at, 3)) continue;
         const board = start.copy();
         expect((await board.start(UPDATE, { cutAt: at, torn: at })).end).toBe("cut");
         await board.settle();

@@ -5,7 +5,7 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync } from "node:fs";
-import { releaseDigest } from "../ota.ts";
+import { releaseDigest, status } from "../ota.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import { freePort } from "./helpers/nginx.ts";
 import {
@@ -67,9 +67,7 @@ class Fleet extends Temp {
   }
 
   async status(): Promise<unknown> {
-    const { code, stdout, stderr } = await ota(["status", "--root", this.root, "--json"]);
-    if (code !== 0) throw new Error(stderr);
-    return JSON.parse(stdout);
+    return status(this.root);
   }
 }
 

@@ -5,7 +5,7 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { appendFileSync, readFileSync, renameSync, symlinkSync, writeFileSync } from "node:fs";
-import { DirectoryOTA, OTAError, type OTAEvent, type OTAOptions } from "../ota.ts";
+import { DirectoryOTA, OTAError, status, type OTAEvent, type OTAOptions } from "../ota.ts";
 import { noise, program } from "./helpers/content.ts";
 import {
   asTree,
@@ -71,9 +71,7 @@ class Van extends Temp {
   }
 
   async status(): Promise<Record<string, unknown>> {
-    const { code, stdout, stderr } = await ota(["status", "--root", this.root, "--json"]);
-    if (code !== 0) throw new Error(stderr);
-    return JSON.parse(stdout);
+    return { ...(await status(this.root)) };
   }
 }
 

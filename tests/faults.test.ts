@@ -18,6 +18,7 @@ import {
   truncateSync,
   writeFileSync,
 } from "node:fs";
+import { status } from "../ota.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import { Random } from "./helpers/random.ts";
 import {
@@ -106,13 +107,12 @@ class Device extends Temp {
 
   /** What status says; the firmware that it names has the right content. */
   async status(): Promise<{ version: string; firmware: { version: string } | null }> {
-    const { code, stdout, stderr } = await ota(["status", "--root", this.root, "--json"]);
-    if (code !== 0) throw new Error(`status: ${stderr}`);
-    const found = JSON.parse(stdout);
-    const image = readFileSync(`${this.root}/${found.firmware.file}`);
-    expect(found.firmware.version).toBe(found.version);
-    expect(image.equals(found.version === "1.0.0" ? IMAGE_1 : IMAGE_2)).toBe(true);
-    return found;
+    const { version, firmware, ...more } = await status(this.root);
+    if (version === null || firmware === null) throw new Error("it has no record");
+    const image = readFileSync(`${this.root}/${firmware.file}`);
+    expect(firmware.version).toBe(version);
+    expect(image.equals(version === "1.0.0" ? IMAGE_1 : IMAGE_2)).toBe(true);
+    return { ...more, version, firmware };
   }
 
   /** Whether the device is whole, as status (which recovers it) says. */
@@ -170,10 +170,7 @@ const random = new Random(SEED);
 
 /** Some of many, in their order. */
 function some<T>(items: readonly T[], count: number): T[] {
-  if (process.env.OTA_ALL) return [...items];
-  const left = new Set(items.keys());
-  while (left.size > count) left.delete(random.pick([...left]));
-  return [...left].map((i) => items[i]!);
+  return process.env.OTA_ALL ? [...items] : random.some(items, count);
 }
 
 /** Says where in a sweep something went wrong. */
@@ -196,11 +193,11 @@ describe.concurrent("killed", () => {
       const count = made.filter((line) => line.includes(` ${call}(`)).length;
       expect(count).toBeGreaterThan(1);
       const all = Array.from({ length: count }, (_, i) => [call, i + 1] as const);
-      return some(all, 6);
+      return some(all, 2);
     });
     // These are made by other threads, of which each counts its own.
     const syncs = Array.from({ length: 20 }, (_, i) => ["fsync", i + 1] as const);
-    points.push(...some(syncs, 5));
+    points.push(...some(syncs, 1));
     const ends = { "1.0.0": 0, "1.0.1": 0 };
     let missed = 0;
     await forEach(points, ([call, n]) =>
@@ -232,7 +229,7 @@ describe.concurrent("killed", () => {
       await device.client(["--check", "false"]);
     }
     const usual = performance.now() - started;
-    const delays = Array.from({ length: 6 }, () => random.next() * usual * 1.3);
+    const delays = Array.from({ length: 3 }, () => random.next() * usual * 1.3);
     await forEach(delays, (delay) =>
       at(`${delay.toFixed(1)} ms`, async () => {
         using device = new Device();
@@ -286,7 +283,7 @@ describe.concurrent("system calls that fail", () => {
     test(`${call}: ${error}`, async () => {
       let failures = 0;
       const all = Array.from({ length: most }, (_, i) => i + 1);
-      const points = [1, ...some(all.slice(1), 3)];
+      const points = [1, ...some(all.slice(1), 1)];
       await forEach(points, (n) =>
         at(`${call} ${n}`, async () => {
           using device = new Device();
@@ -414,7 +411,7 @@ describe.concurrent("no space", () => {
     // So many that the journal and the record need several pages.
     const many = Array.from({ length: 80 }, (_, i) => [`sd/many/${i}`, `${i}`] as const);
     let failures = 0;
-    for (const pages of [0, 1, 9, 40]) {
+    for (const pages of [0, ...some([1, 9, 40], 1)]) {
       using temp = new Temp();
       using mount = new Mount(temp.at("mount"), "size=2m");
       using device = new Device(temp.at("mount/device"));
@@ -602,21 +599,21 @@ describe.concurrent("records of the updater", () => {
   };
   for (const name of ["state.json", "journal.json"]) {
     for (const [kind, damage] of Object.entries(damages)) {
+      // Both are read alike: of the journal two kinds are enough.
+      if (name === "journal.json" && kind.length > 7) continue;
       test(`that are damaged (${name}, ${kind}) are set aside, and nothing is done before --repair`, async () => {
         using device = new Device();
         const path = `${device.root}/.ota/${name}`;
         const damaged = damage(readFileSync(path, "utf8"));
         writeFileSync(path, damaged);
         let aside: string[] = [];
-        for (let time = 0; time < 2; time++) {
-          for (const command of [device.args(), ["status", "--root", device.root]]) {
-            const { code, stdout, stderr } = await ota(command);
-            expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
-            expect(stderr).toContain("--repair");
-            aside = otaFiles(device.root).filter((file) => file.startsWith(`${name}.`));
-            expect(aside).toHaveLength(1);
-            expect(stderr).toContain(aside[0]!);
-          }
+        for (const command of [device.args(), ["status", "--root", device.root]]) {
+          const { code, stdout, stderr } = await ota(command);
+          expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+          expect(stderr).toContain("--repair");
+          aside = otaFiles(device.root).filter((file) => file.startsWith(`${name}.`));
+          expect(aside).toHaveLength(1);
+          expect(stderr).toContain(aside[0]!);
         }
         expect(readFileSync(`${device.root}/.ota/${aside[0]}`, "utf8")).toBe(damaged);
         device.expectOn1();
@@ -631,7 +628,7 @@ describe.concurrent("records of the updater", () => {
         expect(last).toContain("1.0.0");
         device.expectOn1();
         expect(otaFiles(device.root).filter((file) => file.includes("corrupt"))).toEqual([]);
-        await device.expectNextSucceeds();
+        await device.expectReachesNew();
       });
     }
   }

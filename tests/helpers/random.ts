@@ -26,6 +26,13 @@ export class Random {
     return item;
   }
 
+  /** Some of many, in their order. */
+  some<T>(items: readonly T[], count: number): T[] {
+    const left = new Set(items.keys());
+    while (left.size > count) left.delete(this.pick([...left]));
+    return [...left].map((i) => items[i]!);
+  }
+
   chance(probability: number): boolean {
     return this.next() < probability;
   }
