@@ -1660,7 +1660,7 @@ const IDLE = { watched: 60_000, unwatched: 1000 };
  * How many times as long as a look took this thread there is none. With what it makes others do,
  * who read directories and collect garbage, it costs less than 2 % of a core.
  */
-const REST = 120;
+const REST = 180;
 
 /** What somebody wants to know who keeps up with a root. */
 export interface WatchEvents {
@@ -2763,6 +2763,8 @@ class Outbox {
   #fresh: Shipment[] = [];
   /** Not through at once. */
   #slow: Shipment[] = [];
+  /** Neither fresh nor slow any more; how they ended is not known yet. */
+  readonly #over: Shipment[] = [];
   #timer: Timer | undefined;
   /** How many each content goes to. */
   readonly #held = new Map<Blob, number>();
@@ -2820,12 +2822,18 @@ class Outbox {
     );
   }
 
-  /** Bun knows the address of a request until it is done with it. */
+  /** Bun knows the address of a request until it is done with it, or the client has gone. */
   #isThrough(shipment: Shipment): boolean {
-    const { request, server } = shipment;
-    if (server.requestIP(request) !== null) return false;
-    this.#end(shipment, !request.signal.aborted);
+    if (shipment.server.requestIP(shipment.request) !== null) return false;
+    // Which of the two it is, the request's signal tells only after the next turn of the event loop.
+    if (this.#over.push(shipment) === 1) setImmediate(() => setImmediate(() => this.#finish()));
     return true;
+  }
+
+  #finish(): void {
+    for (const shipment of this.#over.splice(0)) {
+      this.#end(shipment, !shipment.request.signal.aborted);
+    }
   }
 
   #end({ held, fd, ended }: Shipment, isWhole: boolean): void {
@@ -2840,6 +2848,7 @@ class Outbox {
     const all = [...this.#fresh, ...this.#slow];
     this.#fresh = this.#slow = [];
     for (const shipment of all) if (!this.#isThrough(shipment)) this.#end(shipment, false);
+    this.#finish();
   }
 }
 
