@@ -8,7 +8,7 @@ import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "
 import { type Kind } from "./board/board.ts";
 import { CONFIRM, example, random, Root, ROLLBACK, runs, UPDATE, Van } from "./board/fleet.ts";
 
-setDefaultTimeout(240_000);
+setDefaultTimeout(600_000);
 
 const SEED = 20250612;
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];

@@ -13,7 +13,7 @@ import { Board, type Kind, type Start } from "./board/board.ts";
 import { example, random, Root, runs, UPDATE, Van } from "./board/fleet.ts";
 import { join } from "node:path";
 
-setDefaultTimeout(240_000);
+setDefaultTimeout(600_000);
 
 const SEED = 20250611;
 

@@ -13,7 +13,7 @@ import { addressOf, parseResponse, rawRequest, type ParsedResponse } from "./hel
 import { certify } from "./helpers/pki.ts";
 import { eventually, layTree, need, Served, sha256, Temp, Tool } from "./helpers/tool.ts";
 
-setDefaultTimeout(30_000);
+setDefaultTimeout(600_000);
 
 const MEBIBYTE = 2 ** 20;
 /** More than the buffers of both ends hold. */

@@ -34,7 +34,7 @@ export interface RawOptions {
 export function rawRequest(
   server: URL | string,
   data: string | Uint8Array,
-  { timeoutMs = 60_000, halfClose = false }: RawOptions = {},
+  { timeoutMs = 300_000, halfClose = false }: RawOptions = {},
 ): Promise<RawResponse> {
   const { host, port } = addressOf(server);
   return new Promise((resolve, reject) => {

@@ -344,7 +344,7 @@ export function quoted(text: string): string {
  *
  * @param seconds after which it hangs; a busy machine takes long, and that is no failure
  */
-export async function eventually(what: string, isSo: () => boolean, seconds = 60): Promise<void> {
+export async function eventually(what: string, isSo: () => boolean, seconds = 300): Promise<void> {
   const end = performance.now() + seconds * 1000;
   while (!isSo()) {
     if (performance.now() > end) throw new Error(`not within ${seconds} s: ${what}`);
