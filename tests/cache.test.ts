@@ -106,6 +106,10 @@ test.concurrent(
       expect(sha256(await Bun.file(`${root}/.ota/ota_0.bin`).bytes())).toBe(sha256(IMAGE));
     }
 
+    // Large content is logged when all of it has gone.
+    const isLogged = (path: string) => server.requests.some((request) => request.path === path);
+    const large = ["/1.0.1/sd/tones.bin", "/firmware_1.0.1.bin"];
+    await eventually("it is logged", () => large.every(isLogged));
     const manifests = server.requests.filter(({ path }) => path === "/manifest.json");
     // What 1.0.0 consists of, and what is new.
     expect(manifests.length).toBe(2 * DEVICES);

@@ -540,8 +540,9 @@ describe("a device that was killed while it fetched", () => {
     server.lines.length = 0;
     await expectSuccess(device, server);
     expect(readTree(device.root)).toEqual(AFTER);
-    const content = server.requests.filter(({ path }) => path !== MANIFEST);
-    expect(content.map(({ path, status, bytes }) => [path, status, bytes])).toEqual([
+    const logged = () => server.requests.filter(({ path }) => path !== MANIFEST);
+    await eventually("it is logged", () => logged().length > 0);
+    expect(logged().map(({ path, status, bytes }) => [path, status, bytes])).toEqual([
       ["/1.0.1/flash/main.py", 206, 100_000],
     ]);
   });
