@@ -480,6 +480,8 @@ describe("a deployed board", () => {
     expect(board.version).toBe("1.0.1");
     expect([...board.files].sort()).toEqual(files.toSorted());
     expect(board.firmware).toEqual(IMAGE_2);
+    const images = () => server.sent.filter((path) => path.startsWith("/firmware_"));
+    await eventually("both images are logged", () => images().length >= 2);
     const codings = server.lines.map((line) => / coding=(\S+)/.exec(line)?.[1]);
     // The client's first, and then none.
     expect(codings.slice(0, 4).filter(Boolean).length).toBeGreaterThan(0);
