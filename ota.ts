@@ -11,11 +11,28 @@
  * and goes back when the new release is bad. The wire format is the one of Pycom's OTA tutorial,
  * so boards with Pycom's MicroPython library are served as they are.
  *
- * The file is read from top to bottom; each section uses only what stands above it. Importing it
- * has no side effects.
+ * The file is read from top to bottom, in the parts and sections of the contents below; each section
+ * uses only what stands above it. Importing it has no side effects.
  *
  * @module
  */
+
+// Contents
+//
+// I    Common: the words that both ends speak.
+//      Basics · Versions · Manifest · Trust
+// II   Release root: from a directory to what a device needs.
+//      Look · Hashing · Settling · Index · Lookup · Watch · Memory · Releases · Advice
+// III  Server: from that to bytes on a socket.
+//      Encodings · Answers · Metrics · Sending · Content · Listening · Service · Server
+// IV   Device disk: files changed as one transaction.
+//      Disk · Device files · State · Records · Examination · Tree · Repairs · Journal
+// V    Update: the workflow of a device.
+//      Trial · Status · Plan · Transfer · Fetch · Asking · Device
+// VI   Transports: bytes from somewhere, and nothing else.
+//      Transports
+// VII  Command line: the way in.
+//      Options · Report · Commands · Command line
 
 import { Database } from "bun:sqlite";
 import {
@@ -36,6 +53,10 @@ import * as zlib from "node:zlib";
 
 /** The version of this tool, as `--version` prints it. */
 export const TOOL_VERSION = "0.1.0";
+
+// ════ I Common ═══════════════════════════════════════════════════════════════════════════════════
+// What server and device share: versions and their order, the manifest, and signatures. What a
+// manifest says is checked here, before anything uses it.
 
 // ──── Basics ────────────────────────────────────────────────────────────────────────────────────
 // Errors that a person is told, and a few lines that several sections need. Anything thrown that is
@@ -735,6 +756,11 @@ function readPem(file: string): string {
 function isSameSecret(a: string, b: string): boolean {
   return timingSafeEqual(Buffer.from(sha256(a)), Buffer.from(sha256(b)));
 }
+
+// ════ II Release root ════════════════════════════════════════════════════════════════════════════
+// From a directory of releases to "what does this device need". A scan looks at every name in the
+// root, waits until what is being copied has settled, hashes it, and puts a new index in place of the
+// one before. `Releases` decides by the index alone: that reads no directory and hashes no file.
 
 // ──── Look ───────────────────────────────────────────────────────────────────────────────────────
 // Looking at a release root without reading content: what is there, what counts for nothing and why,
@@ -2172,6 +2198,11 @@ function stepWarnings(from: Release, to: Release, deletesAndFlashes: boolean): s
   return found;
 }
 
+// ════ III Server ═════════════════════════════════════════════════════════════════════════════════
+// A request is answered from what parts I and II know. The work that takes time (hashing, coding) is
+// done once, beside the requests, and kept within bounds; a client can neither make the server hold
+// more memory than those bounds, nor keep its cores busy.
+
 // ──── Encodings ─────────────────────────────────────────────────────────────────────────────────
 // How content is made smaller for the air, one place for both ends. `dcz` is RFC 9842, Compression
 // Dictionary Transport: a zstd frame made with the file that the device has as its dictionary, so
@@ -3500,6 +3531,11 @@ function listen(
     fetch: (request, server) => service.respond(request, server),
   });
 }
+
+// ════ IV Device disk ═════════════════════════════════════════════════════════════════════════════
+// The files of a device, and what it remembers of them below `.ota`. `Journal` changes them as one
+// transaction: after a crash at any point they are the old release or the new one. Nothing here knows
+// of a network or a manifest.
 
 // ──── Disk ──────────────────────────────────────────────────────────────────────────────────────
 // What a device asks of its file system: few operations, each with one effect. Nothing is durable
@@ -5140,6 +5176,12 @@ async function makeDirectories(disk: Disk, path: string): Promise<void> {
   await disk.sync(above);
 }
 
+// ════ V Update ═══════════════════════════════════════════════════════════════════════════════════
+// How a device gets to another release: ask for a manifest (Asking), work out the change and check
+// that it can be made (Plan), stage all content and verify it (Transfer, Fetch), commit it (part IV),
+// and let its check decide whether it stays (Trial). Up to the commit nothing but `.ota` is touched,
+// and a failure at any point leaves the device as it was. `OTA` (Device) is these steps in order.
+
 // ──── Trial ─────────────────────────────────────────────────────────────────────────────────────
 // What decides whether a release stays. A release with a check is on trial until its check ends
 // well; a check that fails, hangs, or was started three times without an end (a release that kills
@@ -6540,6 +6582,10 @@ function isEmptyRoot(root: string): boolean {
   return fs.readdirSync(root).every((name) => name === OTA_DIR);
 }
 
+// ════ VI Transports ══════════════════════════════════════════════════════════════════════════════
+// The ways that bytes take to a device: HTTP, and a directory. Another one is a class in a file of
+// its own: see `examples/lora-transport.ts`.
+
 // ──── Transports ────────────────────────────────────────────────────────────────────────────────
 // How a device gets its bytes. A transport moves them and knows nothing else.
 
@@ -6715,6 +6761,10 @@ function encodingOf(header: string | null): Encoding {
   if (["identity", "gzip", "zstd", "dcz"].includes(name)) return name as Encoding;
   throw new TransferError(`content came coded as ${name}, which nobody asked for`, true);
 }
+
+// ════ VII Command line ═══════════════════════════════════════════════════════════════════════════
+// Options, output and commands. Each command is a few lines over what the parts above export, so
+// whatever it does can be done from a program as well.
 
 // ──── Options ────────────────────────────────────────────────────────────────────────────────────
 // Every option of the command line, in one table; parsing, help and hints come from it.

@@ -1,0 +1,50 @@
+/** How ota.ts is laid out: its contents name its parts and sections, in their order. */
+
+import { expect, test } from "bun:test";
+import { OTA_TS } from "./helpers/tool.ts";
+
+const source = await Bun.file(OTA_TS).text();
+
+/** A part: its number and name, and the names of its sections. */
+interface Part {
+  name: string;
+  sections: string[];
+}
+
+/** As the contents at the top list them. */
+function listed(): Part[] {
+  const [, contents] = /^\/\/ Contents\n\/\/\n((?:\/\/.*\n)+)/m.exec(source) ?? [];
+  const parts: Part[] = [];
+  for (const line of contents!.trimEnd().split("\n")) {
+    const [, number, name] = /^\/\/ ([IVX]+) +(\S.*?): \S.*\.$/.exec(line) ?? [];
+    if (number) parts.push({ name: `${number} ${name}`, sections: [] });
+    else
+      parts.at(-1)!.sections.push(
+        ...line
+          .slice(2)
+          .split("·")
+          .map((text) => text.trim()),
+      );
+  }
+  return parts;
+}
+
+/** As its banners have them; each of these is followed by a comment. */
+function built(): Part[] {
+  const parts: Part[] = [];
+  for (const [, rule, name] of source.matchAll(/^\/\/ (═{4}|─{4}) (.+?) [═─]{4,}\n\/\/ \S/gm)) {
+    if (rule!.startsWith("═")) parts.push({ name: name!, sections: [] });
+    else parts.at(-1)!.sections.push(name!);
+  }
+  return parts;
+}
+
+test("the contents are those of the file", () => {
+  expect(listed()).toEqual(built());
+  expect(built().length).toBeGreaterThan(5);
+});
+
+test("every part and every section opens with a comment", () => {
+  const banners = source.match(/^\/\/ [═─]{4} .*$/gm) ?? [];
+  expect(built().flatMap(({ name, sections }) => [name, ...sections])).toHaveLength(banners.length);
+});
