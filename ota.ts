@@ -86,11 +86,11 @@ function errorCode(error: unknown): string | undefined {
     : undefined;
 }
 
-/** Whether an error is a bug of this file: nothing that a person can mend, and not the system's. */
+/** Whether an error is a bug in this file: neither an `OTAError` nor a system error. */
 function isBug(error: unknown): boolean {
   if (error instanceof OTAError) return false;
   const code = errorCode(error);
-  // The runtime's own functions, called as they cannot be, say so with a code, too.
+  // Node's argument errors have a code, too, but are bugs of the caller.
   return code === undefined || (error instanceof TypeError && code.startsWith("ERR_"));
 }
 
@@ -124,7 +124,7 @@ function algorithmOf(hash: string): "sha1" | "sha256" {
   return hash.length === 64 ? "sha256" : "sha1";
 }
 
-/** An http(s) address, or `undefined` when the text is none. */
+/** Parses an http(s) URL; `undefined` for anything else. */
 function parseHttpURL(text: string): URL | undefined {
   const url = URL.parse(text);
   return url && /^https?:$/.test(url.protocol) ? url : undefined;
@@ -135,7 +135,7 @@ function hasControls(text: string): boolean {
   return /[\u0000-\u001f\u007f-\u009f]/.test(text);
 }
 
-/** Reads JSON; `undefined` when it is none. */
+/** Parses JSON; `undefined` when the text is not valid JSON. */
 function parseJSON(text: string): unknown {
   try {
     return JSON.parse(text);
@@ -148,28 +148,28 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** Milliseconds of CPU that this thread has taken so far. */
+/** CPU time of this thread so far, in milliseconds. */
 function cpuTime(): number {
   const { user, system } = process.threadCpuUsage();
   return (user + system) / 1000;
 }
 
-/** Milliseconds for which work may let requests wait. */
+/** The longest that work may block the event loop, in milliseconds. */
 const TURN = 8;
 
-/** Long work in this thread, in pieces; requests are answered in between. */
+/** Splits long work on the event loop into slices, so that requests are answered in between. */
 class Pace {
   #since = performance.now();
   #cpu = cpuTime();
-  /** Milliseconds of CPU that the work has taken so far, without the pauses. */
+  /** CPU time of the work so far, without the pauses, in milliseconds. */
   busy = 0;
 
-  /** Whether others have waited for long enough. */
+  /** Whether the current slice has used up its time. */
   get isDue(): boolean {
     return performance.now() - this.#since > TURN;
   }
 
-  /** Lets others go first: all who wait now, or until something has come. */
+  /** Yields to the event loop, or until a promise has settled. */
   async pause<T = void>(until: Promise<T> = new Promise(setImmediate)): Promise<T> {
     this.busy += cpuTime() - this.#cpu;
     try {
@@ -180,7 +180,7 @@ class Pace {
     }
   }
 
-  /** Does something with each item. */
+  /** Calls `work` with each item, yielding in between. */
   async each<T>(items: Iterable<T>, work: (item: T) => void): Promise<void> {
     for (const item of items) {
       work(item);
@@ -188,7 +188,7 @@ class Pace {
     }
   }
 
-  /** The same items, sorted. */
+  /** Merge sort that yields to the event loop; returns a new array. */
   async sort<T>(items: readonly T[], compare: (a: T, b: T) => number): Promise<T[]> {
     if (this.isDue) await this.pause();
     if (items.length <= 1000) return [...items].sort(compare);
@@ -297,7 +297,7 @@ export function isReleaseName(name: string): boolean {
   return name.length <= 128 && /^[vV]?[0-9][0-9A-Za-z.+_-]*$/.test(name) && !PUT_ASIDE.test(name);
 }
 
-/** The ending of what a person or a program keeps beside the real thing. */
+/** File endings of backups and temporary files. */
 const PUT_ASIDE = /\.(bak|old|orig|tmp|part|swp)$/i;
 
 /**
@@ -401,7 +401,7 @@ export const MAX_MANIFEST_BYTES = 64 * 1024 * 1024;
  */
 export function pathProblem(path: string): string | undefined {
   if (path === "") return "is empty";
-  // On disk every half would have the same name.
+  // Lone surrogates would all become U+FFFD on disk.
   if (!path.isWellFormed()) return "has half a surrogate pair";
   if (hasControls(path)) return "has a control character";
   if (path.includes("\\")) return "has a backslash";
@@ -659,7 +659,7 @@ export function signManifest(body: string | Uint8Array, reqid: string, key: KeyO
   return sign(null, signedBytes(body, reqid), key).toString("base64");
 }
 
-/** Whether one of the keys made a signature. */
+/** Whether a signature was made by one of the keys. */
 export function isSignedBy(
   keys: readonly KeyObject[],
   signature: string,
@@ -705,7 +705,7 @@ export function readCertificates(file: string): { pem: string; first: X509Certif
     const [first] = blocks.map((block) => new X509Certificate(block));
     if (first) return { pem, first };
   } catch {
-    // OpenSSL's own words would help nobody.
+    // OpenSSL's messages do not name the cause.
   }
   const found = blocks.length === 0 ? "none" : "a damaged one";
   throw new OTAError(`cannot use ${file}: expected a certificate in PEM, found ${found}`, 2);
@@ -752,7 +752,7 @@ function readPem(file: string): string {
   }
 }
 
-/** Compares secrets without telling by the time it takes how much of them was right. */
+/** Constant-time comparison of secrets. */
 function isSameSecret(a: string, b: string): boolean {
   return timingSafeEqual(Buffer.from(sha256(a)), Buffer.from(sha256(b)));
 }
@@ -774,13 +774,13 @@ export interface ReleasesOptions {
   latest?: string;
   /** Seconds without a change before something counts; 1. 0: the root is known to be complete. */
   quiet?: number;
-  /** Whether other files below the root are left alone: nothing is served but what is offered. */
+  /** Serve offered releases only, and no other file below the root. */
   onlyReleases?: boolean;
   /** Files that are never offered, wherever they turn up: the keys of a server. */
   secrets?: readonly string[];
 }
 
-/** What below the root counts for nothing, and why. */
+/** An entry below the root that is ignored, and why. */
 export interface Ignored {
   /** Below the root. */
   path: string;
@@ -877,7 +877,7 @@ class Looker {
       if (!isMissing(error)) {
         return { ...look, files: [], stamp: name, problem: `unreadable: ${errorText(error)}` };
       }
-      // Something went away while we looked: a look that is never the same twice.
+      // Something vanished during the look: its stamp must differ from every other one.
       hash = Bun.hash.wyhash(`${performance.now()}`);
       look.changed = Infinity;
     }
@@ -1683,8 +1683,8 @@ const GLANCE = 500;
 /** The fewest milliseconds between two looks that nobody asked for. */
 const IDLE = { watched: 60_000, unwatched: 1000 };
 /**
- * How many times as long as a look took this thread there is none. With what it makes others do,
- * who read directories and collect garbage, it costs less than 2 % of a core.
+ * The pause after a look, as a multiple of its CPU time on this thread. Reading directories and
+ * garbage collection on other threads included, looks then cost less than 2 % of a core.
  */
 const REST = 180;
 
@@ -1734,11 +1734,11 @@ export class RootWatch implements Disposable {
     } catch (error) {
       this.#goBlind(error);
     }
-    // What changed since the last scan, nobody told.
+    // Changes since the last scan were not reported: scan once more.
     this.#plan(GATHER);
   }
 
-  /** Goes on without being told, at least not of everything. */
+  /** Falls back to polling: not every directory could be watched. */
   #goBlind(error: unknown): void {
     if (this.#blindness !== undefined || this.#isClosed) return;
     this.#blindness = error;
@@ -1775,7 +1775,7 @@ export class RootWatch implements Disposable {
     this.#due = Infinity;
     if (this.#isLooking) return this.#plan(GATHER);
     this.#isLooking = true;
-    // When the root is away, it is looked for again.
+    // A root that is missing now may come back.
     const different = await this.index.scan().catch(() => false);
     this.#isLooking = false;
     if (this.#isClosed) return;
@@ -1794,8 +1794,8 @@ export class RootWatch implements Disposable {
 }
 
 // ──── Memory ────────────────────────────────────────────────────────────────────────────────────
-// What a server keeps for the next who asks, within bounds, and how it gives back the rest. Content
-// lies outside of the JavaScript heap, in blobs and buffers, where Bun frees little unless told.
+// Bounded caches, and how their memory is freed. Content lies outside of the JavaScript heap, in blobs
+// and buffers, which Bun's garbage collector does not see unless told.
 
 /** What an entry of a cache costs beside its value, in bytes. */
 const ENTRY_COST = 512;
@@ -1822,7 +1822,7 @@ class Cache<T> {
     for (const [oldest, entry] of this.#kept) {
       if (this.#cost + cost <= this.budget) break;
       this.#kept.delete(oldest);
-      // A second chance: it is as good as new.
+      // Second chance (CLOCK): it was used since it was last considered.
       if (entry.used) {
         this.#kept.set(oldest, { ...entry, used: false });
       } else {
@@ -1835,9 +1835,9 @@ class Cache<T> {
   }
 }
 
-/** The most garbage outside of the JavaScript heap that may lie, in bytes. */
+/** Bytes of garbage outside of the JavaScript heap that start a full collection. */
 const MAX_GARBAGE = 16 * 1024 * 1024;
-/** The fewest milliseconds from one full collection to the next: each stops everything. */
+/** The least time between two full collections, in milliseconds: each stops the event loop. */
 const COLLECT_PAUSE = 1000;
 let garbage = 0;
 let collected = -Infinity;
@@ -1901,7 +1901,7 @@ function digestIn(text: string | undefined): string | undefined {
 /** A manifest as JSON in UTF-8. */
 interface ManifestText {
   bytes: Uint8Array<ArrayBuffer>;
-  /** Whether it is kept: whoever asks the same gets this very object. */
+  /** Whether it is cached: the same request then gets the same object. */
   isShared: boolean;
 }
 
@@ -1996,17 +1996,17 @@ export class Releases extends ServedRoot {
     const echoed =
       `"previous_version":${JSON.stringify(previous)},` +
       (query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`);
-    // Within a string of JSON a quote has a backslash before it: this is found nowhere else.
+    // Inside a JSON string a quote is escaped, so this text occurs nowhere else.
     const mark = '"URL":"';
     const link = (text: string) => text.split(mark).join(mark + JSON.stringify(base).slice(1, -1));
     const bytes = utf8(first + link(head) + echoed + link(tail));
     const made = { bytes, isShared };
-    // Twice: those who serve it keep it in the form of an answer, too.
+    // Counted twice: the server keeps the response made from it, too.
     if (isShared) this.#whole.set(wholeKey, made, 2 * bytes.byteLength);
     return made;
   }
 
-  /** The two parts, with URLs that have only a path: any device may ask by any name. */
+  /** The two parts, with paths for URLs: the host depends on the request. */
   #stringify(decision: Decision, extras: boolean, suffix: string): [string, string] {
     const { head, tail } = this.#compose(decision, extras, "", suffix);
     return [`${JSON.stringify(head).slice(1, -1)},`, JSON.stringify(tail).slice(1)];
@@ -2075,7 +2075,7 @@ export class Releases extends ServedRoot {
     });
     const files = [...(target?.files ?? [])];
     const old = has?.files;
-    // Boards know no such bit: they would fetch the file for nothing.
+    // Boards have no executable bit: a change of it alone would make them fetch the file for nothing.
     const differ = (a: IndexedFile, b: IndexedFile) =>
       a.sha256 !== b.sha256 || (extras && a.executable !== b.executable);
     return {
@@ -2118,7 +2118,7 @@ export class Releases extends ServedRoot {
 }
 
 // ──── Advice ─────────────────────────────────────────────────────────────────────────────────────
-// What the owner of a release root should know before devices do: one line each, and no errors.
+// Lint: what may surprise the owner of a release root, one line each. Warnings, not errors.
 
 /** What may surprise the owner of a root, whatever device asks: one line each. */
 export function rootWarnings(releases: Releases): string[] {
@@ -2334,8 +2334,8 @@ interface Coded {
 }
 
 /**
- * The level that tells whether level 19 would find anything: where nothing is to be found, as in
- * pictures and archives, in a thirtieth of the time. Levels below 4 miss what is in machine code.
+ * Probe level: if 9 does not shrink content (images, archives), 19 will not, at 30 times the cost.
+ * Levels below 4 find nothing in machine code.
  */
 const TRIAL = 9;
 /** Content shorter than this is coded without a trial. */
@@ -2351,7 +2351,7 @@ const MAX_WAITING = 32 * 1024 * 1024;
 /** Seconds a minute that may go into coding, and how many minutes of it are saved up. */
 const CODING = { seconds: 15, saved: 4 };
 
-/** Time that may be spent: so much a minute, and what is left over of a few minutes. */
+/** A token bucket of CPU time: so many seconds a minute, of which a few minutes are saved up. */
 class Allowance {
   #left: number;
   #at = performance.now();
@@ -2378,12 +2378,12 @@ class Allowance {
 /** Coded content, made once whoever asks and however many ask at once. */
 class Encoder {
   readonly #done = new Cache<Coded>(CODED_BUDGET);
-  /** What was found not to be worth it. */
+  /** Content that coding does not shrink. */
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
   readonly #running = new Map<string, Promise<Coded | undefined>>();
   #waiting = 0;
   #coding = 0;
-  /** Who waits for his turn. */
+  /** Tasks that wait for a free slot. */
   readonly #queue: (() => void)[] = [];
 
   /** @param allowance when it is spent, only what is kept is given out */
@@ -2471,7 +2471,7 @@ class Encoder {
     if (!isCoded(content.size)) return undefined;
     const useOld = old && accepted.has("dcz") && old.size > 0 && old.size <= MAX_CODED;
     const delta = useOld && (await this.encode("dcz", content, old));
-    // By itself content would not be smaller where so much of it was found in the old.
+    // Where the delta is this small, coding the whole content would hardly be smaller.
     if (delta && delta.content.size <= content.size / 2) return delta;
     const encoding = wholeEncoding(accepted);
     const whole = encoding && (await this.encode(encoding, content));
@@ -2771,53 +2771,53 @@ class Metrics {
 // and a file stays open. Only files that are as they were found are opened, and no pipes: who opens
 // one waits for somebody at its other end.
 
-/** A body up to this is in the buffers of the system, or in nobody's way, once it is answered. */
+/** Bodies up to this size fit into socket buffers, and are not tracked. */
 const SMALL_BODY = 64 * 1024;
 /** Bytes of content in memory that may be on their way; what else is asked for comes from disk. */
 const MAX_SENDING = 32 * 1024 * 1024;
 
-/** The answer to one request, on its way. */
+/** One large response body that is being sent. */
 interface Shipment {
   request: Request;
   server: Bun.Server<undefined>;
-  /** What lies in memory until the end. */
+  /** The content in memory, until it has been sent. */
   held: Blob;
   /** The open file that it comes from instead. */
   fd: number | undefined;
-  /** Is told at the end; as far as the system is concerned, which still has what it was given. */
+  /** Called at the end: when the system has taken all of it, or the connection has closed. */
   ended: (isWhole: boolean) => void;
 }
 
-/** What is on its way. */
+/** Large response bodies that are being sent. */
 class Outbox {
-  /** Not looked at yet. */
+  /** Added since the last look. */
   #fresh: Shipment[] = [];
-  /** Not through at once. */
+  /** Still being sent at the last look. */
   #slow: Shipment[] = [];
-  /** Neither fresh nor slow any more; how they ended is not known yet. */
+  /** Ended; whether whole or aborted is known after the next turn of the event loop. */
   readonly #over: Shipment[] = [];
   #timer: Timer | undefined;
-  /** How many each content goes to. */
+  /** Content in memory → how many responses are sending it. */
   readonly #held = new Map<Blob, number>();
   #bytes = 0;
-  /** Bytes of content that is being read, to be sent then. */
+  /** Bytes of content that is being read in order to be sent. */
   reading = 0;
 
-  /** Whether a content in memory may be sent to one more. */
+  /** Whether content in memory may be sent in one more response. */
   hasRoomFor(content: Blob): boolean {
     return this.#held.has(content) || this.hasRoom(content.size);
   }
 
-  /** The same of so many bytes of another. */
+  /** Whether so many more bytes may be in memory. */
   hasRoom(size: number): boolean {
     const taken = this.#bytes + this.reading;
     return taken === 0 || taken + size <= MAX_SENDING;
   }
 
-  /** Is to be told of every large body, before Bun is given it. */
+  /** Tracks a large body; to be called before the response is returned to Bun. */
   add(shipment: Shipment): void {
     const { request, held, fd } = shipment;
-    // A signal that nobody had seen before tells nothing afterwards.
+    // In Bun, a signal that is first read after the abort is not aborted.
     void request.signal;
     if (fd === undefined) this.#count(held, 1);
     if (this.#fresh.push(shipment) === 1) setImmediate(() => this.#look());
@@ -2831,7 +2831,7 @@ class Outbox {
     if (Math.min(before, after) === 0) this.#bytes += change * content.size;
   }
 
-  /** Most bodies are through at once. */
+  /** Most bodies have been sent by the first look. */
   #look(): void {
     const fresh = this.#fresh;
     this.#fresh = [];
@@ -2840,7 +2840,7 @@ class Outbox {
     this.#lookAgain();
   }
 
-  /** The more there are, the less often. */
+  /** Polls the slow ones; the more there are, the less often. */
   #lookAgain(): void {
     if (this.#slow.length === 0) return;
     this.#timer ??= setTimeout(
@@ -2890,7 +2890,7 @@ function openFile(file: string): number {
     if (!stat.isFile()) throw new Error(`${file} is no file`);
   };
   isFile(fs.lstatSync(file));
-  // Something else may have come since: a pipe would wait for a writer, a link lead elsewhere.
+  // It may have been replaced since: opening a pipe would block, a link could lead elsewhere.
   const fd = fs.openSync(file, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
   try {
     isFile(fs.fstatSync(fd));
@@ -2991,7 +2991,7 @@ class Contents {
     const form: Representation = { encoding: "identity", etag: file.etag, content, fd };
     const answer = select(request, file, form);
     if (request.method === "HEAD" || !answer.form) fs.closeSync(fd);
-    // Else Bun adds one with the file's name.
+    // Without it, Bun adds one with the file's name.
     if (answer.form) answer.headers["Content-Disposition"] = "inline";
     return answer;
   }
@@ -3031,13 +3031,13 @@ class Contents {
   }
 }
 
-/** The answer to who asks for much while others are slow to take what they asked for. */
+/** 503 for a large request while slow clients hold all memory for sending. */
 function busy(): Answer {
   return plain(503, "too much is on its way just now", { "Retry-After": "5" });
 }
 
 // ──── Listening ─────────────────────────────────────────────────────────────────────────────────
-// Who stands at the door: the certificate, and the proxies whose word counts.
+// Certificates that are renewed, and the proxies whose headers are trusted.
 
 /** Milliseconds between two looks at the files of a certificate. */
 const CERTIFICATE_POLL = 2000;
@@ -3070,7 +3070,7 @@ function watchCertificate(
       renewed(readServerCertificate(files));
       known = seen;
     } catch (error) {
-      // One of the two may still be on its way.
+      // Certificate and key are replaced one after the other.
       if (complained === seen) failed(error);
       if (complained === seen) known = seen;
       complained = seen;
@@ -3107,7 +3107,7 @@ class Proxies {
     return family !== 0 && this.#trusted.check(address, family === 6 ? "ipv6" : "ipv4");
   }
 
-  /** Who asked, by the word of those trusted: of a chain, the last one that is not one of them. */
+  /** The client's address: the last one in the chain that is not a trusted proxy. */
   client(headers: Headers, peer: string): string {
     const chain = (headers.get("x-forwarded-for") ?? "").split(",").map((item) => item.trim());
     let client = peer;
@@ -3125,7 +3125,7 @@ function plainAddress(address: string): string {
   return address.startsWith("::") ? address.replace(/^::ffff:(?=\d+\.)/i, "") : address;
 }
 
-/** What a proxy says that it was asked by; the last one, when there are several. */
+/** The last value of a header that proxies append to. */
 function forwardedScheme(headers: Headers): "http" | "https" | undefined {
   const scheme = headers.get("x-forwarded-proto")?.split(",").at(-1)?.trim().toLowerCase();
   return scheme === "http" || scheme === "https" ? scheme : undefined;
@@ -3202,7 +3202,7 @@ class Service {
   readonly #proxies: Proxies;
   /** Whether it was said that a proxy is not trusted. */
   #hasHinted = false;
-  /** Answers with the manifests that releases keep, and as long as they keep them. */
+  /** Responses made of cached manifests; each lives as long as its manifest. */
   readonly #manifests = new WeakMap<
     ManifestText,
     { [encoding in Encoding]?: Answer | Promise<Answer> }
@@ -3219,7 +3219,7 @@ class Service {
     const encoder = new Encoder(new Allowance(options.coding ?? CODING.seconds));
     this.#contents = new Contents(releases, encoder, this.#outbox, () => this.onMismatch());
     this.#proxies = new Proxies(options.trustProxy ?? []);
-    // Who watches for the first one has to know that there was none.
+    // A counter must exist at 0 before its first event, so that an alert can see the step.
     this.noteAltered([]);
   }
 
@@ -3391,7 +3391,7 @@ class Service {
     const plain = content("application/json", new Blob([bytes]));
     plain.headers["Cache-Control"] = "no-store";
     if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
-    // Both are garbage once they are sent.
+    // Both become garbage when the response has been sent.
     if (!isShared) discard(2 * plain.size);
     if (!encoding || plain.size < MIN_CODED) return plain;
     return encodeWhole(encoding, bytes, level)
@@ -3484,7 +3484,7 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
   };
   const watch = new RootWatch(releases, { changed, warn: options.warn });
   service.onMismatch = watch.soon;
-  /** Servers that listen no more, but may still send. */
+  /** Servers that no longer listen, but may still be sending. */
   const former = new Set<Bun.Server<undefined>>();
   const renew = (renewed: Certificate) => {
     // Bun cannot exchange a certificate: another server takes the port.
@@ -3568,7 +3568,7 @@ export interface Disk {
   write(path: string, data: Uint8Array): void;
   /** Adds to the end of the file, which is made when it is not there. */
   append(path: string, data: Uint8Array): void;
-  /** Another name for a file's content; throws when the file system has no such thing. */
+  /** Makes a hard link; throws where the file system has none. */
   link(from: string, to: string): void;
   /** Another file with the same content and mode. */
   copy(from: string, to: string): void;
@@ -3703,12 +3703,12 @@ function ifThere(remove: () => void): void {
   }
 }
 
-/** Tidies up. What fails here harms nothing, and is tried again when the root is next opened. */
+/** Runs a cleanup. A failure is ignored: the cleanup runs again when the root is next opened. */
 function tidy(clean: () => void): void {
   try {
     clean();
   } catch {
-    // See above.
+    // It runs again.
   }
 }
 
@@ -3726,7 +3726,7 @@ async function replaceText(disk: Disk, path: string, text: string): Promise<void
   disk.rename(`${path}.new`, path);
 }
 
-/** Feeds a file's content, in pieces, to a hasher or the like. */
+/** Reads a file in pieces. */
 function readPieces(disk: Disk, path: string, take: (piece: Uint8Array) => void): void {
   const length = 256 * 1024;
   for (let offset = 0, piece; ; offset += piece.length) {
@@ -3835,7 +3835,7 @@ export class DeviceFiles {
     }
   }
 
-  /** The bytes that it takes to keep the old content of files. */
+  /** Bytes needed to back up files. */
   backupBytes(paths: readonly string[]): number {
     const probe = `${STAGED}/probe`;
     const remove = (name: string) => ifThere(() => this.disk.unlink(this.at(name)));
@@ -3924,7 +3924,7 @@ export class DeviceFiles {
 
   /** Begins to receive content from its first byte; without a tag it will not be resumed. */
   startPart(key: string, etag?: string, encoding: Encoding = "identity"): void {
-    // How an earlier part was sent goes first: it says nothing of this one.
+    // Removed first: the tag of an earlier partial download does not belong to this one.
     const sentAs = `${this.#part(key)}.sent`;
     ifThere(() => this.disk.unlink(sentAs));
     this.disk.write(this.#part(key), new Uint8Array());
@@ -5730,7 +5730,7 @@ function checkSpace(files: DeviceFiles, plan: Plan): void {
   }
   const once = new Set<string>();
   for (const key of plan.put.values()) {
-    // One content in two places is kept twice.
+    // The same content in two places is stored twice.
     if (once.has(key)) needed += sizes.get(key) ?? 0;
     once.add(key);
   }
@@ -5884,7 +5884,7 @@ class Receiver {
       signal.addEventListener("abort", stop, { once: true });
       promise
         .then(done, (error) => {
-          // A line breaks with errors of any kind, and `fetch` with TypeErrors that have a code.
+          // Broken connections give system errors, and `fetch` TypeErrors with a code.
           const isMistake = error instanceof TypeError && errorCode(error) === undefined;
           const isOurs = error instanceof OTAError || signal.aborted || isMistake;
           fail(isOurs ? error : new TransferError(`${name}: ${errorText(error)}`, true));
@@ -5905,7 +5905,7 @@ class Receiver {
       } catch (error) {
         anySignal(signal, this.#signal).throwIfAborted();
         if (!(error instanceof TransferError) || !error.retry) throw error;
-        // The same wrong content twice is no accident of the way here, whatever was before.
+        // The same wrong content twice is not a transmission error.
         if (error instanceof ContentError && (++wrong === 2 || tries === TRIES)) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
@@ -5998,7 +5998,7 @@ class Attempt {
     };
   }
 
-  /** Takes what is here, where that is all of it; says whether. */
+  /** Whether an earlier try has received all of it already; then that is staged. */
   takeAll(): boolean {
     const { key, size } = this.item;
     if (size === 0) this.files.startPart(key);
@@ -6007,7 +6007,7 @@ class Attempt {
     return true;
   }
 
-  /** Goes on from what an earlier try left. */
+  /** Resumes what an earlier try left. */
   #keep(): void {
     this.#count(this.#part.size);
     this.files.readPart(this.item.key, (piece) => this.#hasher.update(piece));
@@ -6028,7 +6028,7 @@ class Attempt {
     const continues = data.offset > 0 && data.offset === this.want.offset;
     if (continues && data.encoding === this.#encoding) this.#keep();
     else if (data.offset === 0) {
-      // Of little content, what tells how to go on would cost more than to start anew.
+      // For small content, a sidecar file for resuming costs more than starting again.
       const etag = this.#limit < MIN_RESUMED ? undefined : data.etag;
       this.files.startPart(key, etag, data.encoding);
     } else {
@@ -6092,7 +6092,7 @@ class Attempt {
       this.files.startPart(key);
       this.files.appendPart(key, content);
     } catch (error) {
-      // A full disk is no fault of the coding.
+      // A full disk is not a decoding error.
       if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
       this.files.dropPart(key);
       const what = `${path} does not decode from ${this.#encoding}`;
@@ -6268,7 +6268,7 @@ function checkSigned(manifest: Manifest, query: ManifestQuery): void {
   if (previous_version !== from) {
     refuse(`it is for a device on ${previous_version}, and this one is on ${from}`);
   }
-  // Else it could be for what the server believes, and the result a mix that nobody released.
+  // Otherwise the diff may start from other files than ours, and give a mix that was never released.
   const hasLists = manifest.delete.length + manifest.new.length + manifest.update.length > 0;
   if (hasLists && query.base && !manifest.full && manifest.base !== query.base) {
     refuse(
@@ -6430,7 +6430,7 @@ export abstract class OTA {
         traffic.received = receiver.received;
         return { plan, manifest, has, digest, image };
       } catch (error) {
-        // What does not fit must not stay in the way.
+        // On a full disk, what was staged must not block the next try.
         if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.dropStaged();
         // The release may have changed since the manifest was made.
         if (!isFirst || !(error instanceof TransferError)) throw error;
@@ -6661,7 +6661,7 @@ export class HttpOTA extends OTA {
   /** Follows redirects, a few, and none to elsewhere. */
   async #get(url: URL, want: Want): Promise<Response> {
     const headers: Record<string, string> = {
-      // Else Bun would ask for every coding that it knows.
+      // Otherwise Bun offers every coding that it knows.
       "Accept-Encoding": want.accept?.join(", ") ?? "identity",
       "User-Agent": `ota.ts/${TOOL_VERSION}`,
     };
@@ -6954,13 +6954,13 @@ async function say(text: string): Promise<0 | 1> {
   const error = await new Promise<Error | null | undefined>((done) => {
     process.stdout.write(`${text}\n`, done);
   });
-  // A reader that has seen enough, as `head`, has all it wants.
+  // The reader closed the pipe on purpose, as `head` does.
   if (!error || errorCode(error) === "EPIPE") return 0;
   tell(`ota.ts: cannot write to stdout: ${error.message}`);
   return 1;
 }
 
-/** Says something to people. (`console.error` would make it red on a terminal.) */
+/** Prints a line on stderr. (`console.error` would colour it red on a terminal.) */
 function tell(text: string): void {
   process.stderr.write(`${text}\n`);
 }
@@ -7036,7 +7036,7 @@ function progressBar(received: number, total: number, milliseconds: number): str
 
 async function runServe(given: Given): Promise<number> {
   const out = Bun.stdout.writer();
-  // Bun's writer calls the system once a request: lines are gathered, for the interval below.
+  // Bun's writer makes a system call for each line: lines are buffered for the interval below.
   let lines = "";
   const flush = async () => {
     const text = lines;
@@ -7045,7 +7045,7 @@ async function runServe(given: Given): Promise<number> {
       await out.write(text);
       await out.flush();
     } catch {
-      // A log that cannot be written, as on a full disk, is no reason to serve no more.
+      // A log that cannot be written, as on a full disk, must not end the server.
     }
   };
   const log = (line: string) => {
@@ -7079,7 +7079,7 @@ async function runServe(given: Given): Promise<number> {
   await warn(server.releases);
   await flush();
   await stopped;
-  // A second Ctrl-C does not wait.
+  // A second Ctrl-C exits at once.
   for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => process.exit(0));
   await server.stop();
   clearInterval(flushing);
@@ -7092,7 +7092,7 @@ async function warn(releases: Releases): Promise<void> {
   for (const line of lines) tell(`warning: ${line}`);
 }
 
-/** The token, of which the environment is no secret to other users, unlike a command line. */
+/** The token. Other users can read a command line, but not the environment. */
 function tokenOption(given: Given): string | undefined {
   return given.token ?? (process.env.OTA_TOKEN || undefined);
 }
@@ -7168,7 +7168,7 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
     const path = dst_path.slice(1);
     const file = releases.find(manifest!.version)!.files.get(path)!;
     const { sha256: key } = file;
-    // What the device has, under whatever name, or gets anyway, costs nothing.
+    // Content that the device has under any path, or fetches anyway, costs nothing.
     if (here.has(key)) continue;
     here.add(key);
     await add(path, sourceOf(file), has?.files.get(path));
@@ -7233,7 +7233,7 @@ async function runClient(given: Given): Promise<number> {
   const once = async () => {
     const outcome = await device.update().finally(watcher.end);
     if (outcome.traffic) tell(trafficLine(outcome.traffic));
-    // That the device was updated is so, whether or not somebody hears of it.
+    // The update stands, whether or not its result could be printed.
     await say(outcomeLine(outcome));
     return exitCode(outcome);
   };
@@ -7278,7 +7278,7 @@ export async function poll(
       failures++;
     }
     const longer = Math.min(pause * 2 ** Math.min(failures, 2), Math.max(pause, MAX_BACKOFF));
-    // What is at most so long is spread downwards only.
+    // Capped intervals are spread downwards only.
     const spread = longer > pause ? 0.8 : 0.9;
     try {
       await wait(longer * (spread + 0.2 * Math.random()), signal);
@@ -7428,7 +7428,7 @@ export async function main(args: readonly string[]): Promise<number> {
 }
 
 if (import.meta.main) {
-  // What cannot be written is noticed where it matters; that must not end the process.
+  // Write errors are handled where they matter; an unhandled one would end the process.
   for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});
   process.exitCode = await main(process.argv.slice(2));
 }
