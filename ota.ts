@@ -978,10 +978,10 @@ export interface FileHashes {
 /** A file's hashes, or why there are none: a system error, in a form that goes between threads. */
 type Hashed = FileHashes | { code: string | undefined; message: string };
 
-/** How many bytes are read at once. */
+/** Read size, in bytes. */
 const PIECE = 256 * 1024;
 
-/** Hashes a file. Workers get the text of this: it uses nothing from around it. */
+/** Hashes a file. Workers are given its source text, so it must not use anything outside itself. */
 function hashFile(
   file: string,
   piece: Uint8Array,
@@ -995,7 +995,7 @@ function hashFile(
   const sha1 = new Bun.CryptoHasher("sha1");
   const sha256 = new Bun.CryptoHasher("sha256");
   try {
-    // Not to wait, should it have become a pipe since it was looked at.
+    // O_NONBLOCK: it may have become a pipe since the look, and opening one would block.
     const fd = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK);
     try {
       let size = 0;
@@ -1014,7 +1014,7 @@ function hashFile(
   }
 }
 
-/** What a worker runs: it is sent lists of files, and answers each with what it found. */
+/** The worker's script: it receives lists of files and posts their hashes. */
 const HASH_WORKER = `
 import * as fs from "node:fs";
 const hashFile = ${hashFile};
@@ -1022,10 +1022,10 @@ const piece = new Uint8Array(${PIECE});
 onmessage = ({ data }) => postMessage(data.map((file) => hashFile(file, piece, fs)));
 `;
 
-/** Fewer bytes than this are hashed by who asks: a worker would take as long to start. */
+/** Fewer bytes than this are hashed on the calling thread: a worker takes as long to start. */
 const MIN_WORK = 2 * 1024 * 1024;
 const MAX_WORKERS = Math.min(4, navigator.hardwareConcurrency);
-/** The most files that a worker is sent at once. */
+/** Files in one message to a worker, at most. */
 const BATCH = 64;
 
 /** Hashes files, in workers where they are large or many. */
@@ -1050,7 +1050,7 @@ class Hasher {
         const first = next;
         const some = files.slice(first, (next += batch));
         const found = await hash(some).catch(() => {
-          // A worker that fails, fails again: it takes longer without.
+          // A failed worker is not replaced: the calling thread hashes what is left.
           hash = (some) => this.#hashHere(some);
           return hash(some);
         });
@@ -1061,7 +1061,7 @@ class Hasher {
     return hashed;
   }
 
-  /** Hashes files in this thread, and lets requests be answered in between. */
+  /** Hashes files on the calling thread, in slices. */
   async #hashHere(files: readonly string[]): Promise<Hashed[]> {
     const piece = new Uint8Array(files.length > 0 ? PIECE : 0);
     const hashed: Hashed[] = [];
@@ -1084,7 +1084,7 @@ class Hasher {
     return promise.finally(() => worker.removeEventListener("close", reject));
   }
 
-  /** Ends the workers, until there is much to do again. */
+  /** Ends the workers; they are started again when needed. */
   rest(): void {
     for (const worker of this.#workers) worker.terminate();
     this.#workers = [];
@@ -1102,7 +1102,7 @@ class Hasher {
 export interface IndexedFile extends FileHashes {
   /** Absolute, links resolved. */
   file: string;
-  /** Of the look that it was hashed after: what tells whether it still is that one. */
+  /** `stampOf` the file when it was hashed. */
   stamp: string;
   /** Strong, quoted. */
   etag: string;
@@ -1110,21 +1110,21 @@ export interface IndexedFile extends FileHashes {
   executable: boolean;
 }
 
-/** What counts of a name below the root, and what of it does not. */
+/** The current item of one name below the root, and what is ignored of it. */
 interface Settled<T> {
   item?: T | undefined;
   ignored: Ignored[];
 }
 
-/** Finds out what counts, by name below a root; remembers what counted last. */
+/** Decides, for each name below a root, when a change has settled; keeps the last settled item. */
 class Settler<T> {
-  /** What counts, with the stamp of the look that it was made of. */
+  /** Settled items, with the stamp of the look that they were made from. */
   #known = new Map<string, { stamp: string; item: T }>();
-  /** What is changing: since when it has looked as it does now. */
+  /** Names that are changing, with the time of the last change seen. */
   #restless = new Map<string, { stamp: string; since: number }>();
-  /** What was hashed last, by path. */
+  /** The files hashed last, by name and path. */
   #hashed = new Map<string, ReadonlyMap<string, IndexedFile>>();
-  /** By how much the clock on the wall is ahead of the one that nobody sets, and its last step. */
+  /** The wall clock's offset from the monotonic clock, and when it was last stepped. */
   #clock = { ahead: Date.now() - performance.now(), stepped: -Infinity };
   readonly #hasher = new Hasher();
 
@@ -1134,7 +1134,7 @@ class Settler<T> {
     private readonly pace: Pace,
   ) {}
 
-  /** The names of what is changing, and so does not count yet, or not as it is now. */
+  /** The names that are changing: not offered yet, or offered as they were before. */
   get restless(): string[] {
     return [...this.#restless.keys()];
   }
@@ -1145,7 +1145,7 @@ class Settler<T> {
     return Math.max(20, Math.min(...since) + this.quiet - performance.now() + 5);
   }
 
-  /** Begins a scan: notices whether the clock on the wall was set since the last one. */
+  /** Begins a scan: notices whether the wall clock was stepped since the last one. */
   begin(): void {
     const now = performance.now();
     const ahead = Date.now() - now;
@@ -1160,13 +1160,13 @@ class Settler<T> {
     }
   }
 
-  /** Ends the threads that hash. */
+  /** Ends the hashing workers. */
   rest(): void {
     this.#hasher.rest();
   }
 
   /**
-   * What counts of a version or an image: made new once it is quiet, until then the last good one.
+   * The current item for a version or an image: a new one once it is quiet, until then the last one.
    *
    * @param lookAgain at it
    * @param make it of its files, which are sorted by path
@@ -1206,10 +1206,10 @@ class Settler<T> {
   }
 
   /**
-   * Whether something that has looked the same since then counts. What nobody has touched for long
-   * counts at once, unless the clock that says so was set just now: then it is watched first.
+   * Whether something unchanged since then has settled. What has old time stamps has settled at once,
+   * unless the wall clock was stepped just now: then it has to stay unchanged for a while first.
    *
-   * @param changed when its files say that they changed, by a clock that may be set at any time
+   * @param changed the newest time stamp of its files, by the wall clock
    */
   #isQuiet(since: number, changed: number): boolean {
     const now = performance.now();
@@ -1292,14 +1292,14 @@ interface Found {
   versions: Release[];
   firmware: FirmwareImage[];
   ignored: Ignored[];
-  /** Where everything with the name of a version or an image really is → that name. */
+  /** Real path of everything with the name of a version or an image → that name. */
   places: Map<string, string>;
 }
 
-/** Makes what counts of its files. */
+/** Makes an item of its files. */
 type Make = (files: Map<string, IndexedFile>) => Release | FirmwareImage | Promise<Release>;
 
-/** The directory that a path leads to now, and what tells it from another one at that place. */
+/** The real path of a directory now, and an identity that differs from any other directory's. */
 function leadsTo(path: string): { root: string; id: string } {
   const root = fs.realpathSync(path);
   const { dev, ino } = fs.statSync(root);
@@ -1327,9 +1327,9 @@ export class ReleaseIndex {
   };
   /** Names of what the last scan found to be other than it was offered before. */
   altered: readonly string[] = [];
-  /** How long the last scan took, in seconds. */
+  /** Duration of the last scan, in seconds. */
   scanSeconds = 0;
-  /** What looking cost this thread then, in milliseconds of CPU. */
+  /** CPU time of the last scan's look on this thread, in milliseconds. */
   lookTime = 0;
 
   protected looker: Looker;
@@ -1339,9 +1339,9 @@ export class ReleaseIndex {
   readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
   readonly #settler: Settler<Release | FirmwareImage>;
-  /** What was scanned last. */
+  /** The root that was scanned last. */
   #place: { root: string; id: string };
-  /** What every version and image was when it was last offered, by kind and version. */
+  /** The digest of every version and image when it was last offered, by kind and version. */
   #offered = new Map<string, string>();
   #scanning: Promise<boolean> = Promise.resolve(false);
 
@@ -1367,7 +1367,7 @@ export class ReleaseIndex {
     return this.#place.root;
   }
 
-  /** What tells that directory from any other. */
+  /** Its identity. */
   get place(): string {
     return this.#place.id;
   }
@@ -1408,7 +1408,7 @@ export class ReleaseIndex {
    * @throws when the root cannot be read; then everything stays as it was
    */
   scan(): Promise<boolean> {
-    // One after the other: one that is under way may have missed what this one is asked for.
+    // Scans are serialized: one under way may have passed the change that this one is for.
     const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#settler.rest());
     this.#scanning = scan.catch(() => false);
     return scan;
@@ -1434,11 +1434,11 @@ export class ReleaseIndex {
       a.version.compare(b.version);
     const versions = found.versions.sort(byVersion);
     const firmware = found.firmware.sort(byVersion);
-    // What does not change stays the same object.
+    // Unchanged items stay the same objects.
     const before = [...this.versions, ...this.firmware];
     const after = [...versions, ...firmware];
     const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
-    // From here on without a pause: nobody sees a half of it.
+    // No pause from here on: the index is replaced as a whole.
     [this.#place, this.looker, this.places] = [place, looker, found.places];
     [this.versions, this.firmware, this.ignored] = [versions, firmware, found.ignored];
     this.altered = different ? this.#alter() : [];
@@ -1502,7 +1502,7 @@ export class ReleaseIndex {
     return { name, version: new LooseVersion(name), files, directories, contents, digest };
   }
 
-  /** Notes what is offered now, and says what of it was something else when it was last offered. */
+  /** Records the digests on offer; returns the names whose content differs from when last offered. */
   #alter(): string[] {
     const altered: string[] = [];
     const note = (key: string, content: string, name: string) => {
@@ -1657,7 +1657,7 @@ const MAX_KEYS_KNOWN = 4096;
 /** Whether a file holds a private key in PEM; one that cannot be read is treated so. */
 function holdsPrivateKey(file: string): boolean {
   try {
-    // Not to wait, should it be a pipe by now.
+    // O_NONBLOCK: it may be a pipe by now.
     const fd = fs.openSync(file, fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
     try {
       // Certificates may stand before it.
@@ -1676,11 +1676,11 @@ function holdsPrivateKey(file: string): boolean {
 // Keeping up with a root. The system tells of changes in the directories that it watches for us.
 // It does not tell that the root's path leads elsewhere, nor of what it has no watches left for.
 
-/** Milliseconds from the first change to a look: a copy of many files is one change. */
+/** Milliseconds from the first event to a scan: copying many files causes one scan. */
 const GATHER = 200;
-/** Milliseconds between two glances at where the root's path leads. */
+/** Milliseconds between two checks of where the root's path leads. */
 const GLANCE = 500;
-/** The fewest milliseconds between two looks that nobody asked for. */
+/** The least milliseconds between two scans without an event. */
 const IDLE = { watched: 60_000, unwatched: 1000 };
 /**
  * The pause after a look, as a multiple of its CPU time on this thread. Reading directories and
@@ -4301,13 +4301,13 @@ class Records {
 
   /** Writes a transaction. It is durable after `sync`. */
   async begin(transaction: Transaction): Promise<void> {
-    // So that a state that was lost is told from one that was never written.
+    // Distinguishes a lost state from one that was never written.
     if (!this.disk.stat(`${this.#directory}/state.json`)) await this.write(this.state);
     await replaceText(this.disk, `${this.#directory}/commit.json`, JSON.stringify(transaction));
     this.commit = transaction;
   }
 
-  /** What was committed stands. Not durable at once: the next `open` does it again. */
+  /** Marks the commit as done. Not durable at once: the next `open` would do it again. */
   settle(): void {
     if (!this.commit) return;
     this.#move("commit", "journal");
@@ -4315,7 +4315,7 @@ class Records {
     this.commit = undefined;
   }
 
-  /** Marks, durably, that the change under way or the one that stands is taken back. */
+  /** Marks durably that the commit under way, or the installed release, is being rolled back. */
   async turnBack(why: "undo" | "rollback"): Promise<void> {
     const stage = this.commit ? "commit" : "journal";
     // A rename, since a full disk has no room for more.
@@ -4323,7 +4323,7 @@ class Records {
     await this.sync();
   }
 
-  /** Ends a way back, durably. */
+  /** Marks durably that a rollback is complete. */
   async endTurningBack(why: "undo" | "rollback"): Promise<void> {
     this.#remove(why);
     await this.sync();
@@ -4485,7 +4485,7 @@ export function adopt(
     if (stat?.kind !== "file") continue;
     adopted.files[path] = files.digest(path, "sha256");
     adopted.stamps![path] = stat.stamp;
-    // Where it is not so here, that is a difference, to be put right.
+    // A file without the bit here differs from the release, and is repaired.
     if (executable) runs.add(path);
   }
   return { ...adopted, executable: [...runs] };
@@ -4508,15 +4508,15 @@ export interface Change {
   put: ReadonlyMap<string, string>;
   /** Paths below the root. */
   remove: readonly string[];
-  /** Those of `put` where a file of the application is, which is kept. */
+  /** Those of `put` where the application has a file: it is moved aside and kept. */
   displace?: readonly string[];
   /** Goes to the inactive slot, which becomes the active one. */
   firmware?: { key: string; version: string };
   /** Puts the release on trial. */
   check?: Check;
-  /** Is owed a run whenever the tree has changed. */
+  /** Must be run whenever the tree has changed. */
   restart?: string;
-  /** It puts right the release that is installed: the way back stays the one before that. */
+  /** Repairs the installed release: the way back still leads to the release before it. */
   repair?: boolean;
 }
 
@@ -4535,7 +4535,7 @@ function backupPath(id: string): string {
 
 /** The files of one device, for changing. */
 class DeviceTree extends DeviceFiles {
-  /** What had to make way, for whoever tells it: not part of a release, and nobody's to delete. */
+  /** Files and directories that were moved aside: not part of any release, never deleted. */
   displaced: [path: string, now: string][] = [];
 
   /**
@@ -4596,9 +4596,9 @@ class DeviceTree extends DeviceFiles {
     if (!this.linkOrCopy(path, backup)) unsynced.push(backup);
     back.place.push([backup, path]);
     const isKnown = before?.stamps?.[path] === this.stat(path)!.stamp;
-    // An inactive slot can be large, and nothing runs it.
+    // Not copied: an inactive slot can be large, and nothing runs it.
     if (/^\.ota\/ota_\d/.test(path)) return;
-    // What cannot be read can be kept all the same, under a second name.
+    // A file that cannot be read can still be hard-linked.
     tidy(() => (restored[path] = isKnown ? before!.files[path]! : this.digest(path, "sha256")));
   }
 
@@ -4630,7 +4630,7 @@ class DeviceTree extends DeviceFiles {
     const [runs, ran] = [new Set(to.executable), new Set(before?.executable)];
     const used = new Set<string>();
     for (const [path, key] of put) {
-      // One content in two places is two files, so that a change to one leaves the other alone.
+      // The same content in two places becomes two files: changing one must not change the other.
       const isAgain = used.has(key);
       const source = isAgain ? `${STAGED}/${key}.${forward.place.length}` : `${STAGED}/${key}`;
       if (isAgain) {
@@ -4646,7 +4646,7 @@ class DeviceTree extends DeviceFiles {
       if (file) this.#backUp(path, prepared, before, unsynced);
       else back.unlink.push(path);
       let mode = file?.mode ?? 0o644;
-      // Who may read it may run it; what runs by its owner's own wish stays so.
+      // Execute permission for everyone who may read it; a bit that the owner set stays.
       if (runs.has(path)) mode |= (mode & 0o444) >> 2;
       else if (ran.has(path)) mode &= ~0o111;
       this.disk.chmod(this.at(source), mode, file?.owner);
@@ -4686,7 +4686,7 @@ class DeviceTree extends DeviceFiles {
     for (const path of rmdir) this.#rmdir(path);
     for (const path of mkdir) this.#mkdir(path);
     for (const [from, to] of place) this.#move(from, to);
-    // Last, since nothing can be placed in a directory that is read-only.
+    // Modes last: nothing can be placed in a read-only directory.
     for (const [path, { mode, owner }] of Object.entries(modes)) {
       this.disk.chmod(this.at(path), mode, owner);
     }
@@ -4724,7 +4724,7 @@ class DeviceTree extends DeviceFiles {
       this.disk.rename(this.at(from), this.at(to));
     } catch (error) {
       if (!this.stat(from)) return; // It was moved before; see `findLost`.
-      // The application was faster: it removed the directory, or made one of the file's name.
+      // The application removed the directory meanwhile, or made one with the file's name.
       for (const above of ancestors(to).reverse()) this.#mkdir(above);
       if (this.stat(to)?.kind !== "directory") {
         if (!isMissing(error)) throw error;
@@ -4733,7 +4733,7 @@ class DeviceTree extends DeviceFiles {
     }
   }
 
-  /** Moves aside what stands in the way of a release and belongs to none. */
+  /** Moves aside what is in the way of a release and belongs to none. */
   #displace(path: string): void {
     const now = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
     this.disk.rename(this.at(path), this.at(now));
@@ -4770,12 +4770,12 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   if (!way) return null;
   const { back, placed, restored } = way;
   const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
-  // Of a file that the update left alone, what is recorded is what was there before it, too.
+  // For files that the update left alone, the record also says what the release before had.
   const { files: old = {}, executable } = repair.before.installed ?? {};
   const isFirmware = (path: string) => path.startsWith(`${OTA_DIR}/ota`);
   const ran = new Set(executable);
   const runs = new Set(repair.to.executable);
-  // What the update left alone, files or firmware, was put right for the release before as well.
+  // Repairing files or firmware that the update left alone repairs the release before as well.
   const isOurs = (path: string) => {
     const isRight = repair.placed[path] === old[path] && runs.has(path) === ran.has(path);
     if (covered.has(path) || (path in old && isRight)) return false;
@@ -4792,7 +4792,7 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   const modes = { ...repair.back.modes, ...back.modes };
   return {
     ...way,
-    // What fails when it is taken back is what is there now.
+    // When it is rolled back, the release that failed is the one there now.
     failed: { ...way.failed, digest: repair.failed.digest },
     back: {
       unlink: [...back.unlink, ...unlink],
@@ -5013,7 +5013,7 @@ export class Journal extends DeviceTree implements Disposable {
     await this.#records.write({ ...this.state, trial: { starts } });
   }
 
-  /** Ends a trial well. Failures of this release and of older ones are history. */
+  /** Confirms the release on trial. Failures of it and of older releases are forgotten. */
   async confirm(): Promise<void> {
     await this.#endTrial(this.#failuresAfter(this.state.installed));
   }
@@ -5024,7 +5024,7 @@ export class Journal extends DeviceTree implements Disposable {
     this.#clean();
   }
 
-  /** Notes that the owed restart command was run. */
+  /** Records that the pending restart command was run. */
   async restarted(): Promise<void> {
     if (this.state.restart !== null) await this.#records.write({ ...this.state, restart: null });
   }
@@ -5051,7 +5051,7 @@ export class Journal extends DeviceTree implements Disposable {
     if (!way) throw new OTAError(`${this.root} has no previous release to go back to`);
     const lost = this.findLost(way.back, way.restored);
     if (lost.length === 0) return this.#goBack("rollback");
-    // A bad release that cannot be taken back must not keep the next one away.
+    // A bad release that cannot be rolled back must not block the next one.
     if (this.state.trial) await this.#endTrial(this.#withFailure(way.failed));
     const release = way.before.installed?.version ?? "0";
     throw new OTAError(
@@ -5136,7 +5136,7 @@ export class Journal extends DeviceTree implements Disposable {
     this.damaged = this.#records.damaged;
   }
 
-  /** There is a good record again: what was set aside is of no more use. */
+  /** Deletes the damaged records that were set aside, once there is a good one again. */
   #setRight(): void {
     for (const path of this.damaged) tidy(() => this.disk.unlink(this.at(path)));
     this.damaged = [];
@@ -5187,7 +5187,7 @@ async function makeDirectories(disk: Disk, path: string): Promise<void> {
 // well; a check that fails, hangs, or was started three times without an end (a release that kills
 // the device is such a one) takes the device back.
 
-/** What happens during an update, for whoever watches. */
+/** Progress events of an update. */
 export type OTAEvent =
   | { kind: "note"; text: string }
   /** Bytes of the content of this update that are here, of how many; NaN when not known. */
@@ -5214,14 +5214,14 @@ export interface TrialOptions {
   check?: Check;
   /** A command for `sh -c`, run whenever the tree has changed. */
   restart?: string;
-  /** Told what happens. */
+  /** Called with each event. */
   report?: (event: OTAEvent) => void;
-  /** Ends what runs. */
+  /** Ends running commands. */
   signal?: AbortSignal;
 }
 
 const MAX_STARTS = 3;
-/** Seconds after which a restart command is left to itself. */
+/** Seconds after which a restart command is no longer waited for. */
 const RESTART_TIMEOUT = 60;
 
 /** The trials of one device. */
@@ -5492,7 +5492,7 @@ function endGroup(pid: number): void {
   }
 }
 
-/** Milliseconds that a timer can wait; with more it would not wait at all. Some 24 days. */
+/** The longest timeout in milliseconds (2^31 - 1, 24 days): with more, a timer fires at once. */
 const MAX_TIMER = 2 ** 31 - 1;
 
 /** Resolves after some seconds; rejects with the reason of the first signal that aborts. */
@@ -5579,7 +5579,7 @@ function releaseAfter(
   for (const { path, key, sha256, executable: runs } of entries) {
     after.set(path, key);
     if (runs) executable.add(path);
-    // Who does not send SHA-256 does not tell modes either.
+    // A server that sends no SHA-256 sends no modes either.
     else if (sha256 !== undefined) executable.delete(path);
   }
   return { after, executable };
@@ -5681,7 +5681,7 @@ function planDownloads(
   for (const [path, sha256] of Object.entries(old)) note(path, sha256);
   for (const [path, key] of plan.after) if (!plan.put.has(path)) note(path, key);
   if (wanted.size > 0) {
-    // What a device without a record has is to be found out.
+    // A device without a record has to hash what is there.
     const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in old));
     for (const path of changing.filter((path) => files.stat(path)?.kind === "file")) {
       note(path, files.digest(path, "sha256"));
