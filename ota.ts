@@ -1794,8 +1794,8 @@ export class RootWatch implements Disposable {
 }
 
 // ──── Memory ────────────────────────────────────────────────────────────────────────────────────
-// Bounded caches, and how their memory is freed. Content lies outside of the JavaScript heap, in blobs
-// and buffers, which Bun's garbage collector does not see unless told.
+// Bounded caches, and how their memory is freed. Content lies outside of the JavaScript heap, in
+// blobs and buffers, which Bun's garbage collector does not see unless told.
 
 /** What an entry of a cache costs beside its value, in bytes. */
 const ENTRY_COST = 512;
