@@ -321,7 +321,7 @@ for call in (OTA().confirm, OTA().update, OTA().rollback):
       let said = 0;
       for (const failOn of [false, true]) {
         const { operations } = await middle.copy().start();
-        for (let failAt = 0; failAt < operations.length; failAt += process.env.OTA_ALL ? 1 : 5) {
+        for (let failAt = 0; failAt < operations.length; failAt += kind === "rp2" ? 1 : 3) {
           const board = middle.copy();
           const where = `${operations[failAt]} fails${failOn ? " and all that follow" : ""}`;
           const { end, output } = await board.start("", { failAt, failOn });

@@ -374,7 +374,11 @@ describe.concurrent("what cannot be printed", () => {
       await using _ = await prepare(temp);
       for (const args of [
         ["--help"],
+        ["client", "--help"],
+        ["--version"],
         ["manifest", "--root", "releases"],
+        ["manifest", "--root", "releases", "--cost"],
+        ["status", "--root", "device"],
         ["status", "--root", "device", "--json"],
       ]) {
         const { code, stdout, stderr } = await run(args, 1, temp);

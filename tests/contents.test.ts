@@ -18,13 +18,7 @@ function listed(): Part[] {
   for (const line of contents!.trimEnd().split("\n")) {
     const [, number, name] = /^\/\/ ([IVX]+) +(\S.*?): \S.*\.$/.exec(line) ?? [];
     if (number) parts.push({ name: `${number} ${name}`, sections: [] });
-    else
-      parts.at(-1)!.sections.push(
-        ...line
-          .slice(2)
-          .split("·")
-          .map((text) => text.trim()),
-      );
+    else parts.at(-1)!.sections.push(...line.replace(/^\/\/ +/, "").split(" · "));
   }
   return parts;
 }

@@ -5,7 +5,7 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync } from "node:fs";
-import { releaseDigest, status } from "../ota.ts";
+import { releaseDigest, status, type Status } from "../ota.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import { freePort } from "./helpers/nginx.ts";
 import {
@@ -66,7 +66,7 @@ class Fleet extends Temp {
     return ota(["client", "--root", this.root, "--server", server.url, ...args], options);
   }
 
-  async status(): Promise<unknown> {
+  status(): Promise<Status> {
     return status(this.root);
   }
 }

@@ -5,7 +5,14 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { appendFileSync, readFileSync, renameSync, symlinkSync, writeFileSync } from "node:fs";
-import { DirectoryOTA, OTAError, status, type OTAEvent, type OTAOptions } from "../ota.ts";
+import {
+  DirectoryOTA,
+  OTAError,
+  status,
+  type OTAEvent,
+  type OTAOptions,
+  type Status,
+} from "../ota.ts";
 import { noise, program } from "./helpers/content.ts";
 import {
   asTree,
@@ -70,8 +77,8 @@ class Van extends Temp {
     return new DirectoryOTA(this.stick, { root: this.root, ...options }).update();
   }
 
-  async status(): Promise<Record<string, unknown>> {
-    return { ...(await status(this.root)) };
+  status(): Promise<Status> {
+    return status(this.root);
   }
 }
 

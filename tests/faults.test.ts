@@ -599,21 +599,21 @@ describe.concurrent("records of the updater", () => {
   };
   for (const name of ["state.json", "journal.json"]) {
     for (const [kind, damage] of Object.entries(damages)) {
-      // Both are read alike: of the journal two kinds are enough.
-      if (name === "journal.json" && kind.length > 7) continue;
       test(`that are damaged (${name}, ${kind}) are set aside, and nothing is done before --repair`, async () => {
         using device = new Device();
         const path = `${device.root}/.ota/${name}`;
         const damaged = damage(readFileSync(path, "utf8"));
         writeFileSync(path, damaged);
         let aside: string[] = [];
-        for (const command of [device.args(), ["status", "--root", device.root]]) {
-          const { code, stdout, stderr } = await ota(command);
-          expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
-          expect(stderr).toContain("--repair");
-          aside = otaFiles(device.root).filter((file) => file.startsWith(`${name}.`));
-          expect(aside).toHaveLength(1);
-          expect(stderr).toContain(aside[0]!);
+        for (let time = 0; time < 2; time++) {
+          for (const command of [device.args(), ["status", "--root", device.root]]) {
+            const { code, stdout, stderr } = await ota(command);
+            expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
+            expect(stderr).toContain("--repair");
+            aside = otaFiles(device.root).filter((file) => file.startsWith(`${name}.`));
+            expect(aside).toHaveLength(1);
+            expect(stderr).toContain(aside[0]!);
+          }
         }
         expect(readFileSync(`${device.root}/.ota/${aside[0]}`, "utf8")).toBe(damaged);
         device.expectOn1();

@@ -29,6 +29,10 @@ const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 /** Set OTA_ALL for every way a crash can end, at every operation; else each run tries others. */
 const THOROUGH = Bun.env.OTA_ALL !== undefined;
 const TREES = THOROUGH ? 100 : 15;
+/** The chances of what is tried in part (see `Effort`); of faults, that each is. */
+const EFFORT = THOROUGH
+  ? { again: 0.015, on: 0.08, faults: 0.1 }
+  : { again: 0.01, on: 0.05, faults: 0.03 };
 /** Milliseconds; each test takes far less on a machine that has nothing else to do. */
 const TIMEOUT = 600_000;
 const counts = { crashes: 0, recoveries: 0, faults: 0, trees: 0 };
@@ -705,8 +709,8 @@ async function survive(
 ): Promise<void> {
   const worlds = allowed.map((i) => stage.worlds[i]!);
   const { closely } = stage.scenario;
-  const ways = Array.from({ length: closely ?? 1 }, () => HOWS).flat();
-  if (!closely && !THOROUGH) ways.splice(0, ways.length, ...random.some(HOWS, 2));
+  const tried = closely || THOROUGH ? HOWS : random.some(HOWS, 2);
+  const ways = Array.from({ length: closely ?? 1 }, () => tried).flat();
   for (const how of ways) {
     counts.crashes++;
     const left = aftermath(disk, how, random);
@@ -1159,21 +1163,12 @@ for (const links of [true, false]) {
   const kind = `${links ? "with" : "without"} hard links`;
   describe(`crash at every operation, ${kind}`, () => {
     for (const scenario of scenarios) {
-      test(
-        scenario.name,
-        () =>
-          tryCrashes(
-            scenario,
-            links,
-            THOROUGH ? { again: 0.015, on: 0.08 } : { again: 0.01, on: 0.05 },
-          ),
-        TIMEOUT,
-      );
+      test(scenario.name, () => tryCrashes(scenario, links, EFFORT), TIMEOUT);
     }
   });
   describe(`an operation fails, ${kind}`, () => {
     for (const scenario of scenarios) {
-      test(scenario.name, () => tryFaults(scenario, links, THOROUGH ? 0.1 : 0.03), TIMEOUT);
+      test(scenario.name, () => tryFaults(scenario, links, EFFORT.faults), TIMEOUT);
     }
     for (const scenario of scenarios.slice(0, 4)) {
       test(`full disk: ${scenario.name}`, () => tryCapacities(scenario, links), TIMEOUT);
@@ -1297,6 +1292,7 @@ test(
         await goOn(disk, stage, outcome, !fault.lasting, where);
       }
     }
+    expect(counts.trees).toBeGreaterThan(10);
   },
   TIMEOUT,
 );

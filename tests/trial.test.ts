@@ -5,7 +5,7 @@
 
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { cpSync, existsSync, readFileSync, rmSync } from "node:fs";
-import { status } from "../ota.ts";
+import { status, type Status } from "../ota.ts";
 import { Double, manifestOf, send } from "./helpers/double.ts";
 import {
   asTree,
@@ -91,8 +91,8 @@ class Device extends Temp {
     return ota(all, { env: { LOG: this.log }, ...options });
   }
 
-  async status(): Promise<Record<string, unknown>> {
-    return { ...(await status(this.root)) };
+  status(): Promise<Status> {
+    return status(this.root);
   }
 
   /** The lines that commands wrote, which are forgotten. */
