@@ -205,10 +205,6 @@ class Pace {
   }
 }
 
-// ──── Versions ──────────────────────────────────────────────────────────────────────────────────
-// How releases are ordered. The order must be total: whatever text a device sends as its version,
-// comparing it gives an answer, and never an exception.
-
 /**
  * Compares two strings by Unicode code point, which is also the order of their UTF-8 bytes. (`<`
  * compares UTF-16 units, and so puts U+1F600 before U+FFFD.)
@@ -229,6 +225,62 @@ export function compareCodePoints(a: string, b: string): number {
 function liftSurrogate(unit: number): number {
   return unit < 0xd800 ? unit : unit < 0xe000 ? unit + 0x2000 : unit - 0x800;
 }
+
+/** Entries in one part of a `SortedMap`. */
+const PART_ENTRIES = 4096;
+
+/**
+ * A map filled in the order of its keys, by code point. It is made of small maps: a single one of
+ * 100,000 entries stops the event loop for 30 ms when it grows.
+ */
+export class SortedMap<V> {
+  readonly #parts: { first: string; map: Map<string, V> }[] = [];
+  #size = 0;
+
+  get size(): number {
+    return this.#size;
+  }
+
+  /** Adds an entry. @param key after all before it */
+  append(key: string, value: V): void {
+    let last = this.#parts.at(-1);
+    if (!last || last.map.size >= PART_ENTRIES) {
+      this.#parts.push((last = { first: key, map: new Map() }));
+    }
+    last.map.set(key, value);
+    this.#size++;
+  }
+
+  get(key: string): V | undefined {
+    let [low, high] = [0, this.#parts.length];
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (compareCodePoints(this.#parts[middle]!.first, key) <= 0) low = middle;
+      else high = middle;
+    }
+    return this.#parts[low]?.map.get(key);
+  }
+
+  has(key: string): boolean {
+    return this.get(key) !== undefined;
+  }
+
+  *keys(): Generator<string> {
+    for (const { map } of this.#parts) yield* map.keys();
+  }
+
+  *values(): Generator<V> {
+    for (const { map } of this.#parts) yield* map.values();
+  }
+
+  *[Symbol.iterator](): Generator<[string, V]> {
+    for (const { map } of this.#parts) yield* map;
+  }
+}
+
+// ──── Versions ──────────────────────────────────────────────────────────────────────────────────
+// How releases are ordered. The order must be total: whatever text a device sends as its version,
+// comparing it gives an answer, and never an exception.
 
 /**
  * A version number in the loose scheme of Python's `distutils.version.LooseVersion`: runs of
@@ -1123,7 +1175,7 @@ class Settler<T> {
   /** Names that are changing, with the time of the last change seen. */
   #restless = new Map<string, { stamp: string; since: number }>();
   /** The files hashed last, by name and path. */
-  #hashed = new Map<string, ReadonlyMap<string, IndexedFile>>();
+  #hashed = new Map<string, SortedMap<IndexedFile>>();
   /** The wall clock's offset from the monotonic clock, and when it was last stepped. */
   #clock = { ahead: Date.now() - performance.now(), stepped: -Infinity };
   readonly #hasher = new Hasher();
@@ -1174,7 +1226,7 @@ class Settler<T> {
   async settle(
     name: string,
     lookAgain: () => Promise<Look>,
-    make: (files: Map<string, IndexedFile>) => T | Promise<T>,
+    make: (files: SortedMap<IndexedFile>) => T | Promise<T>,
   ): Promise<Settled<T>> {
     const look = await lookAgain();
     const { ignored } = look;
@@ -1221,7 +1273,7 @@ class Settler<T> {
   async #hash(
     name: string,
     found: readonly Seen[],
-  ): Promise<Map<string, IndexedFile> | string | undefined> {
+  ): Promise<SortedMap<IndexedFile> | string | undefined> {
     const { pace } = this;
     const old = this.#hashed.get(name);
     const unchanged = ({ path, file, stamp }: Seen): IndexedFile | undefined => {
@@ -1237,18 +1289,18 @@ class Settler<T> {
       bytes += seen.size;
     });
     const hashed = await pace.pause(this.#hasher.hash(stale, bytes));
-    const files = new Map<string, IndexedFile>();
+    const files = new SortedMap<IndexedFile>();
     const failed: Extract<Hashed, { message: string }>[] = [];
     let next = 0;
     await pace.each(sorted, (seen) => {
       const { path, file, executable, stamp } = seen;
       const before = unchanged(seen);
       const hashes = before ?? hashed[next++]!;
-      if (before) files.set(path, before);
+      if (before) files.append(path, before);
       else if ("message" in hashes) failed.push(hashes);
       else {
         const etag = `"${hashes.sha256.slice(0, 32)}"`;
-        files.set(path, { ...hashes, file, etag, executable, stamp });
+        files.append(path, { ...hashes, file, etag, executable, stamp });
       }
     });
     this.#hashed.set(name, files);
@@ -1267,12 +1319,10 @@ export interface Release {
   /** The directory's name: `1.0.1`. */
   name: string;
   version: LooseVersion;
-  /** Path on the device, without a leading slash → content. Sorted by path. */
-  files: ReadonlyMap<string, IndexedFile>;
+  /** Path on the device, without a leading slash → content. */
+  files: SortedMap<IndexedFile>;
   /** The directories that these are in, without a leading slash. */
   directories: ReadonlySet<string>;
-  /** The files by SHA-256. */
-  contents: ReadonlyMap<string, IndexedFile>;
   /** `releaseDigest` of the files. */
   digest: string;
 }
@@ -1297,7 +1347,7 @@ interface Found {
 }
 
 /** Makes an item of its files. */
-type Make = (files: Map<string, IndexedFile>) => Release | FirmwareImage | Promise<Release>;
+type Make = (files: SortedMap<IndexedFile>) => Release | FirmwareImage | Promise<Release>;
 
 /** The real path of a directory now, and an identity that differs from any other directory's. */
 function leadsTo(path: string): { root: string; id: string } {
@@ -1315,16 +1365,6 @@ export class ReleaseIndex {
   /** In the order of their versions, oldest first. */
   firmware: readonly FirmwareImage[] = [];
   ignored: readonly Ignored[] = [];
-  /** What versions and firmware consist of, by SHA-256. */
-  readonly contents = {
-    get: (sha256: string): IndexedFile | undefined => {
-      for (const { contents } of this.versions) {
-        const file = contents.get(sha256);
-        if (file) return file;
-      }
-      return this.firmware.find((image) => image.sha256 === sha256);
-    },
-  };
   /** Names of what the last scan found to be other than it was offered before. */
   altered: readonly string[] = [];
   /** Duration of the last scan, in seconds. */
@@ -1486,12 +1526,10 @@ export class ReleaseIndex {
     }
   }
 
-  async #make(name: string, files: Map<string, IndexedFile>): Promise<Release> {
+  async #make(name: string, files: SortedMap<IndexedFile>): Promise<Release> {
     const directories = new Set<string>();
-    const contents = new Map<string, IndexedFile>();
     const hasher = new Bun.CryptoHasher("sha256");
     await this.#pace.each(files, ([path, file]) => {
-      contents.set(file.sha256, file);
       hasher.update(releaseLine(path, file.sha256));
       for (const directory of ancestors(path)) {
         if (directories.has(directory)) break;
@@ -1499,7 +1537,7 @@ export class ReleaseIndex {
       }
     });
     const digest = hasher.digest("hex");
-    return { name, version: new LooseVersion(name), files, directories, contents, digest };
+    return { name, version: new LooseVersion(name), files, directories, digest };
   }
 
   /** Records the digests on offer; returns the names whose content differs from when last offered. */
@@ -2108,7 +2146,6 @@ export class Releases extends ServedRoot {
    * @param sha256 of what the device has
    */
   predecessor(pathname: string, sha256: string): IndexedFile | undefined {
-    if (!this.contents.get(sha256)) return undefined;
     const path = percentDecode(pathname.slice(1));
     const below = path.indexOf("/") + 1;
     const others =
