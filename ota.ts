@@ -22,13 +22,13 @@
 // I    Common: the words that both ends speak.
 //      Basics · Versions · Manifest · Trust
 // II   Release root: from a directory to what a device needs.
-//      Look · Hashing · Settling · Index · Lookup · Watch · Memory · Releases · Advice
+//      Snapshot · Hashing · Settling · Index · Lookup · Watch · Cache · Releases · Lint
 // III  Server: from that to bytes on a socket.
-//      Encodings · Answers · Metrics · Sending · Content · Listening · Service · Server
+//      Encodings · Answers · Metrics · Sending · Content · Certificates and proxies · Service · Server
 // IV   Device disk: files changed as one transaction.
 //      Disk · Device files · State · Records · Examination · Tree · Repairs · Journal
 // V    Update: the workflow of a device.
-//      Trial · Status · Plan · Transfer · Fetch · Asking · Device
+//      Health check · Status · Plan · Transfer · Fetch · Manifest client · Device
 // VI   Transports: bytes from somewhere, and nothing else.
 //      Transports
 // VII  Command line: the way in.
@@ -814,9 +814,9 @@ function isSameSecret(a: string, b: string): boolean {
 // root, waits until what is being copied has settled, hashes it, and puts a new index in place of the
 // one before. `Releases` decides by the index alone: that reads no directory and hashes no file.
 
-// ──── Look ───────────────────────────────────────────────────────────────────────────────────────
+// ──── Snapshot ──────────────────────────────────────────────────────────────────────────────────
 // Looking at a release root without reading content: what is there, what counts for nothing and why,
-// and whether it is as it was at the last look.
+// and whether it is as it was in the last snapshot.
 
 /** How to read a release root. */
 export interface ReleasesOptions {
@@ -839,9 +839,9 @@ export interface Ignored {
   reason: string;
 }
 
-/** What a look at a version or an image found, nothing read yet. */
-interface Look {
-  files: Seen[];
+/** The files of a version or an image as `stat` saw them; no content is read. */
+interface Snapshot {
+  files: SnapshotFile[];
   ignored: Ignored[];
   /** The same as long as nothing changes. */
   stamp: string;
@@ -852,7 +852,7 @@ interface Look {
 }
 
 /** A file that was looked at. */
-interface Seen {
+interface SnapshotFile {
   /** On the device. */
   path: string;
   /** Absolute, links resolved. */
@@ -865,7 +865,7 @@ interface Seen {
 const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
 
 /** Looks at one root. */
-class Looker {
+class Scanner {
   readonly #secrets: readonly fs.Stats[];
 
   /**
@@ -883,13 +883,13 @@ class Looker {
   }
 
   /** Looks at a version: a directory, links resolved. Takes its time; who looks again, knows. */
-  async version(name: string, directory: string): Promise<Look> {
-    const look: Look = { files: [], ignored: [], stamp: "", changed: 0 };
+  async version(name: string, directory: string): Promise<Snapshot> {
+    const snapshot: Snapshot = { files: [], ignored: [], stamp: "", changed: 0 };
     let hash = 0n;
     const note = (path: string, real: string, stat: fs.Stats) => {
       const stamp = stampOf(stat);
       hash = Bun.hash.wyhash(`${path}\0${real}\0${stamp}`, hash);
-      look.changed = Math.max(look.changed, stat.ctimeMs);
+      snapshot.changed = Math.max(snapshot.changed, stat.ctimeMs);
       return stamp;
     };
     const visit = async (
@@ -904,7 +904,7 @@ class Looker {
       for (const item of await this.pace.pause(reading)) {
         if (this.pace.isDue) await this.pace.pause();
         const path = prefix + item.name;
-        const skip = (reason: string) => look.ignored.push({ path: `${name}/${path}`, reason });
+        const skip = (reason: string) => snapshot.ignored.push({ path: `${name}/${path}`, reason });
         const reason = this.#noContent(item.name, path);
         if (reason) {
           skip(reason);
@@ -916,7 +916,9 @@ class Looker {
           if (typeof found === "string") skip(found);
           else if (this.#isSecret(found.stat)) skip("a key of this server");
           else if (found.stat.isFile()) {
-            look.files.push(seen(path, found.real, found.stat, note(path, found.real, found.stat)));
+            snapshot.files.push(
+              snapshotFile(path, found.real, found.stat, note(path, found.real, found.stat)),
+            );
           } else if ([...above, real].includes(found.real)) skip("a link to a directory above it");
           else if (linked) skip("a link to a directory, below another such link");
           else await visit(found.real, `${path}/`, [...above, real], true);
@@ -927,14 +929,14 @@ class Looker {
       await visit(directory, "", []);
     } catch (error) {
       if (!isMissing(error)) {
-        return { ...look, files: [], stamp: name, problem: `unreadable: ${errorText(error)}` };
+        return { ...snapshot, files: [], stamp: name, problem: `unreadable: ${errorText(error)}` };
       }
-      // Something vanished during the look: its stamp must differ from every other one.
+      // Something vanished meanwhile: its stamp must differ from every other one.
       hash = Bun.hash.wyhash(`${performance.now()}`);
-      look.changed = Infinity;
+      snapshot.changed = Infinity;
     }
-    look.stamp = `${name} ${hash}`;
-    return look;
+    snapshot.stamp = `${name} ${hash}`;
+    return snapshot;
   }
 
   #noContent(name: string, path: string): string | undefined {
@@ -973,14 +975,14 @@ class Looker {
   }
 
   /** Looks at a firmware image: a file, links resolved. */
-  async image(name: string, file: string): Promise<Look> {
+  async image(name: string, file: string): Promise<Snapshot> {
     try {
       const stat = fs.statSync(file);
       if (this.#isSecret(stat)) {
         return { files: [], ignored: [], stamp: "", changed: 0, problem: "a key of this server" };
       }
       const stamp = stampOf(stat);
-      const files = [seen(name, file, stat, stamp)];
+      const files = [snapshotFile(name, file, stat, stamp)];
       return { files, ignored: [], stamp: `${name} ${file} ${stamp}`, changed: stat.ctimeMs };
     } catch {
       return { files: [], ignored: [], stamp: `${name} ${performance.now()}`, changed: Infinity };
@@ -988,7 +990,7 @@ class Looker {
   }
 }
 
-function seen(path: string, file: string, stat: fs.Stats, stamp: string): Seen {
+function snapshotFile(path: string, file: string, stat: fs.Stats, stamp: string): SnapshotFile {
   const executable = (stat.mode & fs.constants.S_IXUSR) !== 0;
   return { path, file, size: stat.size, executable, stamp };
 }
@@ -1047,7 +1049,7 @@ function hashFile(
   const sha1 = new Bun.CryptoHasher("sha1");
   const sha256 = new Bun.CryptoHasher("sha256");
   try {
-    // O_NONBLOCK: it may have become a pipe since the look, and opening one would block.
+    // O_NONBLOCK: it may have become a pipe since the snapshot, and opening one would block.
     const fd = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK);
     try {
       let size = 0;
@@ -1170,10 +1172,10 @@ interface Settled<T> {
 
 /** Decides, for each name below a root, when a change has settled; keeps the last settled item. */
 class Settler<T> {
-  /** Settled items, with the stamp of the look that they were made from. */
+  /** Settled items, with the stamp of the snapshot that they were made from. */
   #known = new Map<string, { stamp: string; item: T }>();
   /** Names that are changing, with the time of the last change seen. */
-  #restless = new Map<string, { stamp: string; since: number }>();
+  #unsettled = new Map<string, { stamp: string; since: number }>();
   /** The files hashed last, by name and path. */
   #hashed = new Map<string, SortedMap<IndexedFile>>();
   /** The wall clock's offset from the monotonic clock, and when it was last stepped. */
@@ -1187,13 +1189,13 @@ class Settler<T> {
   ) {}
 
   /** The names that are changing: not offered yet, or offered as they were before. */
-  get restless(): string[] {
-    return [...this.#restless.keys()];
+  get unsettled(): string[] {
+    return [...this.#unsettled.keys()];
   }
 
-  /** Milliseconds until something restless may have become quiet. */
+  /** Milliseconds until something unsettled may have become quiet. */
   get nextLook(): number {
-    const since = [...this.#restless.values()].map((restless) => restless.since);
+    const since = [...this.#unsettled.values()].map((unsettled) => unsettled.since);
     return Math.max(20, Math.min(...since) + this.quiet - performance.now() + 5);
   }
 
@@ -1207,7 +1209,7 @@ class Settler<T> {
 
   /** Ends a scan: forgets all other names. */
   end(names: ReadonlySet<string>): void {
-    for (const known of [this.#known, this.#restless, this.#hashed]) {
+    for (const known of [this.#known, this.#unsettled, this.#hashed]) {
       for (const name of known.keys()) if (!names.has(name)) known.delete(name);
     }
   }
@@ -1220,40 +1222,40 @@ class Settler<T> {
   /**
    * The current item for a version or an image: a new one once it is quiet, until then the last one.
    *
-   * @param lookAgain at it
+   * @param takeSnapshot at it
    * @param make it of its files, which are sorted by path
    */
   async settle(
     name: string,
-    lookAgain: () => Promise<Look>,
+    takeSnapshot: () => Promise<Snapshot>,
     make: (files: SortedMap<IndexedFile>) => T | Promise<T>,
   ): Promise<Settled<T>> {
-    const look = await lookAgain();
-    const { ignored } = look;
+    const snapshot = await takeSnapshot();
+    const { ignored } = snapshot;
     const giveUp = (reason: string): Settled<T> => {
       this.#known.delete(name);
-      this.#restless.delete(name);
+      this.#unsettled.delete(name);
       return { ignored: [...ignored, { path: name, reason }] };
     };
-    if (look.problem) return giveUp(look.problem);
+    if (snapshot.problem) return giveUp(snapshot.problem);
     const known = this.#known.get(name);
-    if (known?.stamp === look.stamp) {
-      this.#restless.delete(name);
+    if (known?.stamp === snapshot.stamp) {
+      this.#unsettled.delete(name);
       return { item: known.item, ignored };
     }
-    const restless = this.#restless.get(name);
-    const since = restless?.stamp === look.stamp ? restless.since : performance.now();
-    if (this.#isQuiet(since, look.changed)) {
-      const files = await this.#hash(name, look.files);
+    const unsettled = this.#unsettled.get(name);
+    const since = unsettled?.stamp === snapshot.stamp ? unsettled.since : performance.now();
+    if (this.#isQuiet(since, snapshot.changed)) {
+      const files = await this.#hash(name, snapshot.files);
       if (typeof files === "string") return giveUp(files);
-      if (files && (await lookAgain()).stamp === look.stamp) {
+      if (files && (await takeSnapshot()).stamp === snapshot.stamp) {
         const item = await make(files);
-        this.#known.set(name, { stamp: look.stamp, item });
-        this.#restless.delete(name);
+        this.#known.set(name, { stamp: snapshot.stamp, item });
+        this.#unsettled.delete(name);
         return { item, ignored };
       }
     }
-    this.#restless.set(name, { stamp: look.stamp, since });
+    this.#unsettled.set(name, { stamp: snapshot.stamp, since });
     return { item: known?.item, ignored };
   }
 
@@ -1272,11 +1274,11 @@ class Settler<T> {
   /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
   async #hash(
     name: string,
-    found: readonly Seen[],
+    found: readonly SnapshotFile[],
   ): Promise<SortedMap<IndexedFile> | string | undefined> {
     const { pace } = this;
     const old = this.#hashed.get(name);
-    const unchanged = ({ path, file, stamp }: Seen): IndexedFile | undefined => {
+    const unchanged = ({ path, file, stamp }: SnapshotFile): IndexedFile | undefined => {
       const before = old?.get(path);
       return before?.stamp === stamp && before.file === file ? before : undefined;
     };
@@ -1338,7 +1340,7 @@ export interface FirmwareImage extends IndexedFile {
 
 /** What a scan has found so far. */
 interface Found {
-  looker: Looker;
+  scanner: Scanner;
   versions: Release[];
   firmware: FirmwareImage[];
   ignored: Ignored[];
@@ -1369,10 +1371,10 @@ export class ReleaseIndex {
   altered: readonly string[] = [];
   /** Duration of the last scan, in seconds. */
   scanSeconds = 0;
-  /** CPU time of the last scan's look on this thread, in milliseconds. */
-  lookTime = 0;
+  /** CPU time of the last scan on this thread, in milliseconds. */
+  scanTime = 0;
 
-  protected looker: Looker;
+  protected scanner: Scanner;
   /** As `Found.places`. */
   protected places: ReadonlyMap<string, string> = new Map();
   readonly #pace = new Pace();
@@ -1395,11 +1397,11 @@ export class ReleaseIndex {
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
     this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#pace);
     this.#place = leadsTo(path);
-    this.looker = this.#lookerAt(this.#place.root);
+    this.scanner = this.#scannerAt(this.#place.root);
   }
 
-  #lookerAt(root: string): Looker {
-    return new Looker(root, this.#ignore, this.options.secrets ?? [], this.#pace);
+  #scannerAt(root: string): Scanner {
+    return new Scanner(root, this.#ignore, this.options.secrets ?? [], this.#pace);
   }
 
   /** The directory that was scanned last: absolute, links resolved. */
@@ -1422,11 +1424,11 @@ export class ReleaseIndex {
   }
 
   /** What is changing, and so does not count yet, or not as it is now. */
-  get restless(): string[] {
-    return this.#settler.restless;
+  get unsettled(): string[] {
+    return this.#settler.unsettled;
   }
 
-  /** Milliseconds until something restless may have become quiet. */
+  /** Milliseconds until something unsettled may have become quiet. */
   get nextLook(): number {
     return this.#settler.nextLook;
   }
@@ -1435,7 +1437,7 @@ export class ReleaseIndex {
   protected async begin(): Promise<void> {
     await this.scan();
     const patience = performance.now() + 2000 * (this.options.quiet ?? 1);
-    while (this.restless.length > 0 && performance.now() < patience) {
+    while (this.unsettled.length > 0 && performance.now() < patience) {
       await Bun.sleep(this.nextLook);
       await this.scan();
     }
@@ -1462,9 +1464,9 @@ export class ReleaseIndex {
     const [started, busy] = [performance.now(), this.#pace.busy];
     this.#settler.begin();
     const place = leadsTo(this.path);
-    const looker = this.#lookerAt(place.root);
+    const scanner = this.#scannerAt(place.root);
     const names = await this.#pace.pause(fs.promises.readdir(place.root));
-    const found: Found = { looker, versions: [], firmware: [], ignored: [], places: new Map() };
+    const found: Found = { scanner, versions: [], firmware: [], ignored: [], places: new Map() };
     for (const name of names.sort(compareCodePoints)) {
       if (this.#pace.isDue) await this.#pace.pause();
       await this.#consider(name, found);
@@ -1479,28 +1481,28 @@ export class ReleaseIndex {
     const after = [...versions, ...firmware];
     const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
     // No pause from here on: the index is replaced as a whole.
-    [this.#place, this.looker, this.places] = [place, looker, found.places];
+    [this.#place, this.scanner, this.places] = [place, scanner, found.places];
     [this.versions, this.firmware, this.ignored] = [versions, firmware, found.ignored];
     this.altered = different ? this.#alter() : [];
     if (different) this.renewed();
     this.scanSeconds = (performance.now() - started) / 1000;
     await this.#pace.pause();
-    this.lookTime = this.#pace.busy - busy;
+    this.scanTime = this.#pace.busy - busy;
     return different;
   }
 
   /** Looks at one entry of the root. */
   async #consider(name: string, found: Found): Promise<void> {
     const skip = (reason: string) => void found.ignored.push({ path: name, reason });
-    const { looker, versions, firmware } = found;
-    const entry = looker.resolve(name);
+    const { scanner, versions, firmware } = found;
+    const entry = scanner.resolve(name);
     if (typeof entry === "string") return skip(entry);
     const isDirectory = entry.stat.isDirectory();
     if (isOfReleases(isDirectory ? `${name}/` : name) && !found.places.has(entry.real)) {
       found.places.set(entry.real, name);
     }
-    const settle = async (look: () => Promise<Look>, make: Make): Promise<void> => {
-      const { item, ignored } = await this.#settler.settle(name, look, make);
+    const settle = async (snapshot: () => Promise<Snapshot>, make: Make): Promise<void> => {
+      const { item, ignored } = await this.#settler.settle(name, snapshot, make);
       found.ignored.push(...ignored);
       if (item && "path" in item) firmware.push(item);
       else if (item) versions.push(item);
@@ -1508,14 +1510,14 @@ export class ReleaseIndex {
     if (isDirectory) {
       if (!isReleaseName(name)) return skip(`no version: a name is ${RELEASE_NAME_RULE}`);
       if (!this.#counts(name, versions, skip)) return;
-      const look = () => looker.version(name, entry.real);
-      await settle(look, (files) => this.#make(name, files));
+      const snapshot = () => scanner.version(name, entry.real);
+      await settle(snapshot, (files) => this.#make(name, files));
     } else {
       const version = firmwareVersion(name);
       if (version === undefined) return skip("neither a version nor a firmware_VERSION.bin");
       if (!this.#counts(version, firmware, skip)) return;
-      const look = () => looker.image(name, entry.real);
-      await settle(look, (files) => {
+      const snapshot = () => scanner.image(name, entry.real);
+      await settle(snapshot, (files) => {
         return {
           ...files.get(name)!,
           name: version,
@@ -1631,10 +1633,10 @@ class ServedRoot extends ReleaseIndex {
     // `/-/` is the server's own.
     if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
     if (this.options.onlyReleases || isOfReleases(path)) return undefined;
-    const found = this.looker.resolve(path);
+    const found = this.scanner.resolve(path);
     if (typeof found === "string" || !found.stat.isFile()) return undefined;
     // Nor through a link to a dot entry, or out of the root and in again.
-    const real = relative(this.looker.root, found.real);
+    const real = relative(this.scanner.root, found.real);
     if (real.startsWith(".")) return undefined;
     // Through a link, or where a version is one: what is of a version is served only as such.
     for (const at of [found.real, ...ancestors(found.real)]) {
@@ -1759,7 +1761,7 @@ export class RootWatch implements Disposable {
   }
 
   /** Asks for a scan, for instance because content was found to be other than indexed. */
-  readonly soon = (): void => this.#plan(GATHER + 2 * this.index.lookTime);
+  readonly soon = (): void => this.#plan(GATHER + 2 * this.index.scanTime);
 
   /** Has the system tell of changes where the root is now. */
   #listen(): void {
@@ -1798,7 +1800,7 @@ export class RootWatch implements Disposable {
 
   get #idle(): number {
     const least = this.#blindness === undefined ? IDLE.watched : IDLE.unwatched;
-    return Math.max(least, REST * this.index.lookTime);
+    return Math.max(least, REST * this.index.scanTime);
   }
 
   #plan(milliseconds: number): void {
@@ -1820,7 +1822,7 @@ export class RootWatch implements Disposable {
     if (different) this.events.changed();
     this.#tell();
     if (this.index.place !== this.#watched) this.#listen();
-    this.#plan(this.index.restless.length > 0 ? this.index.nextLook : this.#idle);
+    this.#plan(this.index.unsettled.length > 0 ? this.index.nextLook : this.#idle);
   }
 
   [Symbol.dispose](): void {
@@ -1831,7 +1833,7 @@ export class RootWatch implements Disposable {
   }
 }
 
-// ──── Memory ────────────────────────────────────────────────────────────────────────────────────
+// ──── Cache ─────────────────────────────────────────────────────────────────────────────────────
 // Bounded caches, and how their memory is freed. Content lies outside of the JavaScript heap, in
 // blobs and buffers, which Bun's garbage collector does not see unless told.
 
@@ -2154,7 +2156,7 @@ export class Releases extends ServedRoot {
   }
 }
 
-// ──── Advice ─────────────────────────────────────────────────────────────────────────────────────
+// ──── Lint ──────────────────────────────────────────────────────────────────────────────────────
 // Lint: what may surprise the owner of a release root, one line each. Warnings, not errors.
 
 /** What may surprise the owner of a root, whatever device asks: one line each. */
@@ -2389,7 +2391,7 @@ const MAX_WAITING = 32 * 1024 * 1024;
 const CODING = { seconds: 15, saved: 4 };
 
 /** A token bucket of CPU time: so many seconds a minute, of which a few minutes are saved up. */
-class Allowance {
+class TokenBucket {
   #left: number;
   #at = performance.now();
   readonly #most: number;
@@ -2423,8 +2425,8 @@ class Encoder {
   /** Tasks that wait for a free slot. */
   readonly #queue: (() => void)[] = [];
 
-  /** @param allowance when it is spent, only what is kept is given out */
-  constructor(private readonly allowance?: Allowance) {}
+  /** @param budget when it is spent, only what is kept is given out */
+  constructor(private readonly budget?: TokenBucket) {}
 
   /**
    * Codes content by itself, or as what is different from a dictionary.
@@ -2442,7 +2444,7 @@ class Encoder {
     if (this.#useless.get(name)) return undefined;
     const running = this.#running.get(name);
     const needs = content.size + (dictionary?.size ?? 0);
-    if (running || this.#waiting + needs > MAX_WAITING || this.allowance?.isSpent) return running;
+    if (running || this.#waiting + needs > MAX_WAITING || this.budget?.isSpent) return running;
     this.#waiting += needs;
     const made = this.#inTurn(() => this.#make(encoding, content, dictionary))
       .then((coded) => {
@@ -2478,7 +2480,7 @@ class Encoder {
     content: Source,
     dictionary?: Source,
   ): Promise<Coded | null | undefined> {
-    if (this.allowance?.isSpent) return undefined;
+    if (this.budget?.isSpent) return undefined;
     const bytes = await (await content.read())?.bytes();
     const old = await (await dictionary?.read())?.bytes();
     const started = performance.now();
@@ -2489,7 +2491,7 @@ class Encoder {
       const tag = Bun.hash(coded).toString(16).padStart(16, "0");
       return { encoding, content: intoBlob(coded), tag };
     } finally {
-      this.allowance?.spend(performance.now() - started);
+      this.budget?.spend(performance.now() - started);
       for (const used of [bytes, old]) if (used) release(used);
     }
   }
@@ -2497,7 +2499,7 @@ class Encoder {
   /**
    * The smallest form of content that is accepted: a delta, or a coding.
    *
-   * @param old what the asker has
+   * @param old what the manifests has
    * @returns `undefined` for plain
    */
   async smallest(
@@ -2874,17 +2876,17 @@ class Outbox {
     this.#fresh = [];
     const slow = fresh.filter((shipment) => !this.#isThrough(shipment));
     for (const shipment of slow) this.#slow.push(shipment);
-    this.#lookAgain();
+    this.#takeSnapshot();
   }
 
   /** Polls the slow ones; the more there are, the less often. */
-  #lookAgain(): void {
+  #takeSnapshot(): void {
     if (this.#slow.length === 0) return;
     this.#timer ??= setTimeout(
       () => {
         this.#timer = undefined;
         this.#slow = this.#slow.filter((shipment) => !this.#isThrough(shipment));
-        this.#lookAgain();
+        this.#takeSnapshot();
       },
       Math.min(1000, 20 + this.#slow.length / 5),
     );
@@ -2962,7 +2964,7 @@ async function readFile(file: string, size: number): Promise<Uint8Array> {
 }
 
 // ──── Content ───────────────────────────────────────────────────────────────────────────────────
-// The content of files, in the form that the asker wants: coded, from memory, or from disk.
+// The content of files, in the form that the manifests wants: coded, from memory, or from disk.
 
 /** Content up to this is read whole, checked and kept before it is sent; larger goes from disk. */
 const MAX_KEPT = 4 * 1024 * 1024;
@@ -2983,7 +2985,7 @@ class Contents {
     private readonly mismatch: () => void,
   ) {}
 
-  /** A file, in the smallest form that the asker accepts. */
+  /** A file, in the smallest form that the manifests accepts. */
   answer(request: Request, path: string, file: ServedFile): Answer | Promise<Answer> {
     const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
     if (accepted.size === 0 || file.sha256 === undefined || !isCoded(file.size)) {
@@ -3073,7 +3075,7 @@ function busy(): Answer {
   return plain(503, "too much is on its way just now", { "Retry-After": "5" });
 }
 
-// ──── Listening ─────────────────────────────────────────────────────────────────────────────────
+// ──── Certificates and proxies ───────────────────────────────────────────────────────────────────
 // Certificates that are renewed, and the proxies whose headers are trusted.
 
 /** Milliseconds between two looks at the files of a certificate. */
@@ -3253,7 +3255,7 @@ class Service {
     this.#prefix = `${this.#base ? new URL(this.#base).pathname.replace(/\/$/, "") : ""}/`;
     this.#scheme = options.tls ? "https" : "http";
     this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
-    const encoder = new Encoder(new Allowance(options.coding ?? CODING.seconds));
+    const encoder = new Encoder(new TokenBucket(options.coding ?? CODING.seconds));
     this.#contents = new Contents(releases, encoder, this.#outbox, () => this.onMismatch());
     this.#proxies = new Proxies(options.trustProxy ?? []);
     // A counter must exist at 0 before its first event, so that an alert can see the step.
@@ -3394,7 +3396,7 @@ class Service {
     return (answers[encoding ?? "identity"] ??= this.#manifestAnswer(text, "", encoding, level));
   }
 
-  /** What URLs begin with, for who asks by this name; an error for the asker. */
+  /** What URLs begin with, for who asks by this name; an error for the manifests. */
   #askedBase(headers: Headers, peer: string): string | Error {
     const said = forwardedScheme(headers);
     const isTrusted = said !== undefined && this.#proxies.trusts(peer);
@@ -4616,9 +4618,9 @@ class DeviceTree extends DeviceFiles {
       const directory = this.stat(path);
       if (directory) back.modes![path] = { mode: directory.mode, owner: directory.owner };
     }
-    await inParallel(unsynced, (path) => this.disk.sync(this.at(path)));
+    await pool(unsynced, (path) => this.disk.sync(this.at(path)));
     const directories = [STAGED, backupPath(id), OTA_DIR];
-    await inParallel(directories, (path) => this.disk.sync(this.at(path)));
+    await pool(directories, (path) => this.disk.sync(this.at(path)));
     return prepared;
   }
 
@@ -4729,7 +4731,7 @@ class DeviceTree extends DeviceFiles {
     }
     const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
     const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
-    await inParallel(directories, async (path) => {
+    await pool(directories, async (path) => {
       if (this.stat(path)?.kind === "directory") await this.disk.sync(this.at(path));
     });
   }
@@ -4779,7 +4781,7 @@ class DeviceTree extends DeviceFiles {
 }
 
 /** Runs a task for every item, a few at a time. */
-async function inParallel<T>(items: Iterable<T>, task: (item: T) => Promise<void>): Promise<void> {
+async function pool<T>(items: Iterable<T>, task: (item: T) => Promise<void>): Promise<void> {
   const queue = [...items].values();
   const worker = async () => {
     for (const item of queue) await task(item);
@@ -5214,12 +5216,12 @@ async function makeDirectories(disk: Disk, path: string): Promise<void> {
 }
 
 // ════ V Update ═══════════════════════════════════════════════════════════════════════════════════
-// How a device gets to another release: ask for a manifest (Asking), work out the change and check
+// How a device gets to another release: ask for a manifest (Manifest client), work out the change and check
 // that it can be made (Plan), stage all content and verify it (Transfer, Fetch), commit it (part IV),
-// and let its check decide whether it stays (Trial). Up to the commit nothing but `.ota` is touched,
+// and let its check decide whether it stays (Health check). Up to the commit nothing but `.ota` is touched,
 // and a failure at any point leaves the device as it was. `OTA` (Device) is these steps in order.
 
-// ──── Trial ─────────────────────────────────────────────────────────────────────────────────────
+// ──── Health check ───────────────────────────────────────────────────────────────────────────────
 // What decides whether a release stays. A release with a check is on trial until its check ends
 // well; a check that fails, hangs, or was started three times without an end (a release that kills
 // the device is such a one) takes the device back.
@@ -5246,7 +5248,7 @@ export interface Outcome {
 }
 
 /** How releases are tried. */
-export interface TrialOptions {
+export interface HealthCheckOptions {
   /** Decides whether a new release is good; without one, every release is. */
   check?: Check;
   /** A command for `sh -c`, run whenever the tree has changed. */
@@ -5262,10 +5264,10 @@ const MAX_STARTS = 3;
 const RESTART_TIMEOUT = 60;
 
 /** The trials of one device. */
-class Trial {
+class HealthCheck {
   constructor(
     private readonly journal: Journal,
-    private readonly options: TrialOptions,
+    private readonly options: HealthCheckOptions,
   ) {
     this.#reportDisplaced();
   }
@@ -5434,12 +5436,12 @@ class Trial {
 export async function rollBack(
   root: string,
   force = false,
-  options: TrialOptions = {},
+  options: HealthCheckOptions = {},
 ): Promise<Outcome> {
   const at = realRoot(root);
   if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
   using journal = await Journal.open(at);
-  return new Trial(journal, options).rollBack(force);
+  return new HealthCheck(journal, options).rollBack(force);
 }
 
 // ──── Status ─────────────────────────────────────────────────────────────────────────────────────
@@ -5463,7 +5465,7 @@ export interface Status {
 }
 
 /** What `status` is to do. */
-export interface StatusOptions extends TrialOptions {
+export interface StatusOptions extends HealthCheckOptions {
   /** Hashes every file, and tells which are other than recorded. */
   examine?: boolean;
 }
@@ -5493,7 +5495,7 @@ export async function status(root: string, options: StatusOptions = {}): Promise
   }
   using open = journal;
   open.refuseDamage();
-  await new Trial(open, options).settle();
+  await new HealthCheck(open, options).settle();
   return describe(open.state);
 }
 
@@ -5568,7 +5570,7 @@ interface Download {
   path: string;
   size: number | undefined;
   /** Files on the device that may have the same content. */
-  twins: readonly string[];
+  localCopies: readonly string[];
   /** A file on the device that it is to replace: the dictionary for a delta. */
   old?: string;
 }
@@ -5709,7 +5711,7 @@ function planDownloads(
   for (const { path, key, URL: url, size } of entries) {
     if (!plan.put.has(path) || wanted.has(key)) continue;
     const replaced = files.stat(path)?.kind === "file" ? path : undefined;
-    wanted.set(key, { key, url, path, size, twins: [], ...(replaced && { old: replaced }) });
+    wanted.set(key, { key, url, path, size, localCopies: [], ...(replaced && { old: replaced }) });
   }
   const paths = new Map<string, string[]>();
   const note = (path: string, sha256: string) => {
@@ -5724,7 +5726,7 @@ function planDownloads(
       note(path, files.digest(path, "sha256"));
     }
   }
-  for (const item of wanted.values()) item.twins = paths.get(item.key) ?? [];
+  for (const item of wanted.values()) item.localCopies = paths.get(item.key) ?? [];
   plan.downloads = [...wanted.values()];
 }
 
@@ -5734,7 +5736,7 @@ function planFirmware(files: DeviceFiles, plan: Plan, { firmware }: Manifest): v
   const { URL: url, size } = firmware;
   const active = files.firmware && slotPath(files.firmware.slot);
   plan.firmware = { key, version: firmware.version! };
-  const image = { key, url, path: basename(url), size, twins: [] };
+  const image = { key, url, path: basename(url), size, localCopies: [] };
   const known = plan.downloads.filter((item) => item.key !== key);
   plan.downloads = [...known, active ? { ...image, old: active } : image];
 }
@@ -5787,7 +5789,7 @@ function checkSpace(files: DeviceFiles, plan: Plan): void {
 // in time and in size, and tried again where that can help.
 
 /** What to get, beside the path. */
-export interface Want {
+export interface TransferRequest {
   /** Begin at this byte, if the content still has the tag `etag`; else at 0. */
   offset?: number;
   etag?: string;
@@ -5799,7 +5801,7 @@ export interface Want {
 }
 
 /** What a transport got. */
-export interface Data {
+export interface TransferResponse {
   body: ReadableStream<Uint8Array>;
   /** Where in the content, as it is coded, the body begins: what was wanted, or 0. */
   offset: number;
@@ -5857,7 +5859,7 @@ class Receiver {
    *   what is told of every try that failed
    */
   constructor(
-    private readonly getData: (path: string, want: Want) => Promise<Data>,
+    private readonly getData: (path: string, want: TransferRequest) => Promise<TransferResponse>,
     options: {
       timeout: number;
       slowest: { rate: number; seconds: number } | undefined;
@@ -5878,9 +5880,9 @@ class Receiver {
    */
   async receive(
     path: string,
-    want: Omit<Want, "signal"> & { signal?: AbortSignal },
-    begin: (data: Data) => (piece: Uint8Array) => void,
-  ): Promise<Data> {
+    want: Omit<TransferRequest, "signal"> & { signal?: AbortSignal },
+    begin: (data: TransferResponse) => (piece: Uint8Array) => void,
+  ): Promise<TransferResponse> {
     const stalled = new AbortController();
     const signal = anySignal(stalled.signal, want.signal, this.#signal);
     const [name] = path.split("?", 1) as [string];
@@ -5998,7 +6000,7 @@ const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
 class Attempt {
   /** Bytes of it, those of earlier tries included. */
   received = 0;
-  readonly want: Omit<Want, "signal">;
+  readonly want: Omit<TransferRequest, "signal">;
   readonly #hasher: Bun.CryptoHasher;
   /** The most bytes that it may have. */
   readonly #limit: number;
@@ -6056,7 +6058,7 @@ class Attempt {
    * @returns what takes its bytes
    * @throws {TransferError} when it is not what was wanted
    */
-  begin(data: Data): (piece: Uint8Array) => void {
+  begin(data: TransferResponse): (piece: Uint8Array) => void {
     const { key, path, size } = this.item;
     if (data.encoding === "identity" && size !== undefined && (data.total ?? size) < size) {
       this.files.dropPart(key);
@@ -6211,9 +6213,9 @@ class Fetcher {
   }
 
   /** Whether content is staged already, or can be from another file of the device. */
-  async #isHere({ key, twins }: Download): Promise<boolean> {
+  async #isHere({ key, localCopies }: Download): Promise<boolean> {
     if (this.files.isStaged(key)) return true;
-    for (const twin of twins) if (await this.files.stageCopy(key, twin)) return true;
+    for (const twin of localCopies) if (await this.files.stageCopy(key, twin)) return true;
     return false;
   }
 
@@ -6237,11 +6239,11 @@ class Fetcher {
   }
 }
 
-// ──── Asking ─────────────────────────────────────────────────────────────────────────────────────
+// ──── Manifest client ────────────────────────────────────────────────────────────────────────────
 // Getting a manifest: whole, signed by whom it should be, and an answer to what was asked.
 
 /** Asks for manifests. */
-class Asker {
+class ManifestClient {
   /** @param keys one of which must have signed every answer; absent: nobody must */
   constructor(
     private readonly receiver: Receiver,
@@ -6334,7 +6336,7 @@ function checkNewer(
 // `OTA` with `connect` and `getData`, and gets everything else from here.
 
 /** What an update is told to do; every field but `root` has the default of the command line. */
-export interface OTAOptions extends TrialOptions {
+export interface OTAOptions extends HealthCheckOptions {
   /** The directory that is the device's file system. */
   root: string;
   /** The release it is on, for as long as it has no record of its own. */
@@ -6407,7 +6409,7 @@ export abstract class OTA {
    *
    * @throws {TransferError} when there is no content; the body of what is returned may fail, too
    */
-  abstract getData(path: string, want: Want): Promise<Data>;
+  abstract getData(path: string, want: TransferRequest): Promise<TransferResponse>;
 
   /**
    * Brings the device to the newest release.
@@ -6416,7 +6418,7 @@ export abstract class OTA {
    */
   async update(): Promise<Outcome> {
     using journal = await Journal.open(this.root);
-    const trial = new Trial(journal, this.options);
+    const trial = new HealthCheck(journal, this.options);
     if (!this.options.repair) journal.refuseDamage();
     const bad = await trial.resume();
     if (bad) return bad;
@@ -6437,16 +6439,16 @@ export abstract class OTA {
   /** Asks, and gets everything here that the answer needs. */
   async #stage(journal: Journal, current: string, traffic: Traffic): Promise<Staged | Outcome> {
     const { jobs = 4, timeout = 30, slowest, repair = false, retry, signal, verify } = this.options;
-    const get = (path: string, want: Want) => this.getData(path, want);
+    const get = (path: string, want: TransferRequest) => this.getData(path, want);
     const note = (text: string) => this.#note(text);
     const receiver = new Receiver(get, { timeout, slowest, signal, note });
     const fetcher = new Fetcher(journal, receiver, traffic, (event) => this.#report(event));
-    const asker = new Asker(receiver, verify);
+    const manifests = new ManifestClient(receiver, verify);
     const from = current || "0";
-    const has = await this.#look(journal, asker, current);
+    const has = await this.#look(journal, manifests, current);
     for (let isFirst = true; ; isFirst = false) {
       const query = await this.#query(journal, current, has);
-      const manifest = await asker.ask(query, current || undefined);
+      const manifest = await manifests.ask(query, current || undefined);
       if (!manifest) {
         if (journal.damaged.length === 0) return { result: "up to date", from, to: from };
         throw new OTAError("the server has no release to repair from: the record stays damaged");
@@ -6496,7 +6498,7 @@ export abstract class OTA {
   }
 
   /** What the device really has. A record that is not whole is made so, with the server's help. */
-  async #look(journal: Journal, asker: Asker, current: string): Promise<Examined> {
+  async #look(journal: Journal, manifests: ManifestClient, current: string): Promise<Examined> {
     const { repair, checkFiles = repair } = this.options;
     const { installed } = journal.state;
     let has = examine(journal, installed, checkFiles);
@@ -6505,7 +6507,7 @@ export abstract class OTA {
     const isOther =
       named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
     const unknown = !installed?.stamps ? current : isOther ? named : "";
-    const list = unknown === "" ? null : await this.#askForList(asker, journal, unknown);
+    const list = unknown === "" ? null : await this.#askForList(manifests, journal, unknown);
     if (list) {
       const adopted = adopt(journal, current, list, installed);
       has = examine(journal, isOther ? { ...adopted, alsoNamed: named } : adopted);
@@ -6517,9 +6519,13 @@ export abstract class OTA {
   }
 
   /** All files of a release, if the server has it and says what they are by SHA-256. */
-  async #askForList(asker: Asker, journal: Journal, version: string): Promise<Manifest | null> {
+  async #askForList(
+    manifests: ManifestClient,
+    journal: Journal,
+    version: string,
+  ): Promise<Manifest | null> {
     const query = { list: version, hash: "sha256", devid: await this.#id(journal) };
-    const list = await asker.ask(query);
+    const list = await manifests.ask(query);
     // A server that knows no `list` answers with its newest release.
     const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
     if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
@@ -6563,7 +6569,7 @@ export abstract class OTA {
 
   async #commit(
     journal: Journal,
-    trial: Trial,
+    trial: HealthCheck,
     { plan, manifest, has, digest, image }: Staged,
     current: string,
   ): Promise<Outcome> {
@@ -6660,7 +6666,7 @@ export class HttpOTA extends OTA {
   /** There is nothing to get ready: connections are made as they are needed. */
   override async connect(): Promise<void> {}
 
-  override async getData(path: string, want: Want): Promise<Data> {
+  override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
     // A path is looked for below the server's address, as with `--url http://cdn/fleet`.
     const base = this.#server.href.replace(/\/+$/, "");
     const response = await this.#get(new URL(path.startsWith("/") ? base + path : path), want);
@@ -6696,7 +6702,7 @@ export class HttpOTA extends OTA {
   }
 
   /** Follows redirects, a few, and none to elsewhere. */
-  async #get(url: URL, want: Want): Promise<Response> {
+  async #get(url: URL, want: TransferRequest): Promise<Response> {
     const headers: Record<string, string> = {
       // Otherwise Bun offers every coding that it knows.
       "Accept-Encoding": want.accept?.join(", ") ?? "identity",
@@ -6766,7 +6772,10 @@ export class DirectoryOTA extends OTA {
     }
   }
 
-  override async getData(path: string, { offset = 0, etag }: Want): Promise<Data> {
+  override async getData(
+    path: string,
+    { offset = 0, etag }: TransferRequest,
+  ): Promise<TransferResponse> {
     const { pathname, search, origin } = new URL(path, "http://localhost");
     const headers = new Headers();
     if (pathname === "/manifest.json") {
@@ -7160,7 +7169,7 @@ async function* describeServer({ url, releases }: OTAServer, given: Given): Asyn
   });
   const others = beside.length > shown ? `, and ${beside.length - shown} more` : "";
   if (beside.length > 0) yield `also served: ${beside.slice(0, shown).join(", ")}${others}`;
-  for (const name of releases.restless) yield `changing ${name}: counts once quiet for a second`;
+  for (const name of releases.unsettled) yield `changing ${name}: counts once quiet for a second`;
   const oldest = releases.versions[0]?.name ?? releases.firmware[0]?.name ?? "1.0.0";
   yield `try      curl '${address}/manifest.json?current_ver=${oldest}'`;
 }

@@ -1,4 +1,4 @@
-import { type Data, OTA, TransferError, type Want } from "../ota.ts";
+import { type TransferResponse, OTA, TransferError, type TransferRequest } from "../ota.ts";
 
 /** A device that fetches with curl, for networks that only curl gets through. */
 export class CurlOTA extends OTA {
@@ -6,7 +6,7 @@ export class CurlOTA extends OTA {
 
   override async connect(): Promise<void> {}
 
-  override async getData(path: string, { signal }: Want): Promise<Data> {
+  override async getData(path: string, { signal }: TransferRequest): Promise<TransferResponse> {
     const url = new URL(path, this.server).href;
     const curl = Bun.spawn(["curl", "--fail", "--silent", url], { signal, stdout: "pipe" });
     const content = await new Response(curl.stdout).blob();

@@ -21,7 +21,7 @@ import { join } from "node:path";
 import { parseArgs } from "node:util";
 import * as zlib from "node:zlib";
 import {
-  type Data,
+  type TransferResponse,
   DirectoryOTA,
   type Encoding,
   HttpOTA,
@@ -32,7 +32,7 @@ import {
   serve,
   SIGNATURE_HEADER,
   TransferError,
-  type Want,
+  type TransferRequest,
 } from "../ota.ts";
 
 // ──── Protocol ──────────────────────────────────────────────────────────────────────────────────
@@ -117,8 +117,8 @@ function bitsOf(here: Iterable<number>, first: number): Uint8Array {
 
 // ── What requests and replies say ──
 
-/** What is asked for: `Want` without its signal, and the path. */
-type Request = Omit<Want, "signal"> & { path: string };
+/** What is asked for: `TransferRequest` without its signal, and the path. */
+type Request = Omit<TransferRequest, "signal"> & { path: string };
 
 /** What most requests are made of, as a dictionary for deflate: both ends must have the same. */
 const COMMON = Buffer.from(
@@ -149,7 +149,7 @@ function unpackRequest(bytes: Uint8Array): Request {
 }
 
 /** A line `coding offset total etag signature`, `-` for none, in front of the body. */
-function packReply(data: Omit<Data, "body">, body: Uint8Array): Uint8Array {
+function packReply(data: Omit<TransferResponse, "body">, body: Uint8Array): Uint8Array {
   const { encoding, offset, total = offset + body.byteLength, etag = "-", headers } = data;
   const head = (tag: string) => {
     return `${encoding} ${offset} ${total} ${tag} ${headers.get(SIGNATURE_HEADER) ?? "-"}\n`;
@@ -169,7 +169,7 @@ function packFailure(error: unknown): Uint8Array {
 }
 
 /** @throws {TransferError} the gateway's, or that this is no head */
-function unpackHead(line: string): Omit<Data, "body"> {
+function unpackHead(line: string): Omit<TransferResponse, "body"> {
   const failure = /^! ([01]) ([0-9.]+) (.*)$/.exec(line);
   if (failure) throw new TransferError(failure[3]!, failure[1] === "1", Number(failure[2]));
   const fields = /^(identity|gzip|zstd|dcz) (\d+) (\d+) (\S+) (\S+)$/.exec(line);
@@ -362,7 +362,10 @@ export class LoraOTA extends OTA {
     }
   }
 
-  override async getData(url: string, { signal, ...want }: Want): Promise<Data> {
+  override async getData(
+    url: string,
+    { signal, ...want }: TransferRequest,
+  ): Promise<TransferResponse> {
     const { pathname, search } = new URL(url, "http://gateway");
     const path = pathname + search;
     const request = packRequest(this.#plain ? { path } : { path, ...want });

@@ -20,7 +20,7 @@ import {
   unpackUplink,
 } from "../examples/lora-meter.ts";
 import {
-  type Data,
+  type TransferResponse,
   DirectoryOTA,
   HttpOTA,
   makeKeys,
@@ -215,7 +215,7 @@ async function failure(promise: Promise<unknown>): Promise<OTAError> {
   throw new Error(`expected it to fail with a message for people, found ${String(error)}`);
 }
 
-async function read(data: Data): Promise<Uint8Array> {
+async function read(data: TransferResponse): Promise<Uint8Array> {
   return new Uint8Array(await new Response(data.body).arrayBuffer());
 }
 

@@ -14,10 +14,10 @@ import {
   parseManifest,
   Releases,
   releaseDigest,
-  type Data,
+  type TransferResponse,
   type Manifest,
   type ManifestQuery,
-  type Want,
+  type TransferRequest,
 } from "../ota.ts";
 import { Double, manifestOf, send, sendContent } from "./helpers/double.ts";
 import { Random } from "./helpers/random.ts";
@@ -1072,7 +1072,7 @@ describe.concurrent("a device that gets other content than its manifest says", (
   class Unlucky extends HttpOTA {
     edit: (() => void) | undefined;
 
-    override async getData(path: string, want: Want): Promise<Data> {
+    override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
       if (!path.startsWith("/manifest.json")) {
         this.edit?.();
         this.edit = undefined;
@@ -1124,7 +1124,7 @@ describe.concurrent("a device that gets other content than its manifest says", (
     class Cut extends HttpOTA {
       readonly power = new AbortController();
 
-      override async getData(path: string, want: Want): Promise<Data> {
+      override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
         const data = await super.getData(path, want);
         if (!path.includes("main.py")) return data;
         expect(data.encoding).not.toBe("identity");

@@ -1281,9 +1281,9 @@ describe("the clock on the wall", () => {
     });
   }
 
-  /** Scans until nothing is restless, as who keeps up with a root does. */
+  /** Scans until nothing is unsettled, as who keeps up with a root does. */
   async function settle(releases: Releases): Promise<void> {
-    while (releases.restless.length > 0) {
+    while (releases.unsettled.length > 0) {
       await Bun.sleep(releases.nextLook);
       await releases.scan();
     }
@@ -1297,7 +1297,7 @@ describe("the clock on the wall", () => {
       root.write(versions("1.0.1"));
       // Nobody can know yet whether more of it comes; by the clock it is old when that is ahead.
       await releases.scan();
-      expect(releases.restless).toEqual(["1.0.1"]);
+      expect(releases.unsettled).toEqual(["1.0.1"]);
       await settle(releases);
       expect(versionNames(releases)).toEqual(["1.0.0", "1.0.1"]);
       // In the middle of a change, back again.

@@ -7,7 +7,7 @@ import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import type { Socket } from "node:net";
 import { gzipSync } from "node:zlib";
-import { OTA, TransferError, type Data, type Want } from "../ota.ts";
+import { OTA, TransferError, type TransferResponse, type TransferRequest } from "../ota.ts";
 import {
   Double,
   head,
@@ -637,7 +637,7 @@ class MapOTA extends OTA {
     this.connected++;
   }
 
-  override async getData(path: string, { offset = 0 }: Want): Promise<Data> {
+  override async getData(path: string, { offset = 0 }: TransferRequest): Promise<TransferResponse> {
     const { pathname, searchParams } = new URL(path, "map://");
     const headers = new Headers();
     if (searchParams.has("list")) {
@@ -653,7 +653,7 @@ class MapOTA extends OTA {
 
 /** One that knows how to fail. */
 class ShakyOTA extends MapOTA {
-  override async getData(path: string, want: Want): Promise<Data> {
+  override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
     const data = await super.getData(path, want);
     if (this.asked.length % 2 === 1 || path.includes("list=")) return data;
     if (this.asked.length % 4 === 0) throw new TransferError("the line is bad", true);
@@ -673,7 +673,7 @@ class ShakyOTA extends MapOTA {
 
 /** One whose content comes a byte at a time. */
 class DrippingOTA extends MapOTA {
-  override async getData(path: string, want: Want): Promise<Data> {
+  override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
     const data = await super.getData(path, want);
     if (path.startsWith(MANIFEST)) return data;
     const bytes = [...(await new Response(data.body).bytes())];

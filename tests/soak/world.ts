@@ -11,7 +11,7 @@ import {
   VERSION_FILE,
   type HttpOptions,
   type OTAServer,
-  type Want,
+  type TransferRequest,
 } from "../../ota.ts";
 import { Random } from "../helpers/random.ts";
 import { TempDir } from "../helpers/temp.ts";
@@ -195,7 +195,7 @@ export class World implements AsyncDisposable {
     for (const { releases } of this.servers) {
       for (let tries = 0; tries < 50; tries++) {
         await releases.scan();
-        if (releases.restless.length === 0) break;
+        if (releases.unsettled.length === 0) break;
         await Bun.sleep(2);
       }
     }
@@ -236,7 +236,7 @@ export class World implements AsyncDisposable {
       ? new DirectoryOTA(this.root, options)
       : new HttpOTA(run.url ?? this.url(device.way), options);
     const get = client.getData.bind(client);
-    client.getData = (path: string, want: Want) => {
+    client.getData = (path: string, want: TransferRequest) => {
       ended.asked.push(path);
       if (!path.startsWith("/manifest.json")) {
         run.onContent?.();
