@@ -20,11 +20,13 @@
 // Contents
 //
 // I    Common: the words that both ends speak.
-//      Basics · Versions · Manifest · Trust
+//      Basics · Versions · Paths · Manifest · Queries · Trust · Codings
 // II   Release root: from a directory to what a device needs.
-//      Snapshot · Hashing · Settling · Index · Lookup · Watch · Cache · Releases · Lint
+//      Snapshot · Hashing · Settling · Index · Scan · Other files · Cache · Decide · Compose
+//      Releases · Watch · Lint
 // III  Server: from that to bytes on a socket.
-//      Encodings · Answers · Metrics · Sending · Content · Certificates and proxies · Service · Server
+//      Encoding · Answers · Contacts · Sending · Content · Certificates and proxies · Requests
+//      Manifest answers · Service · Server
 // IV   Device disk: files changed as one transaction.
 //      Disk · Device files · State · Records · Examination · Tree · Repairs · Journal
 // V    Update: the workflow of a device.
@@ -361,6 +363,74 @@ export function firmwareVersion(name: string): string | undefined {
   return version !== undefined && isReleaseName(version) ? version : undefined;
 }
 
+// ──── Paths ───────────────────────────────────────────────────────────────────────────────────────
+// Paths on a device come from the network, and must not lead out of its root. In URLs and queries they
+// are percent-encoded.
+
+/** The file in which a device keeps its version for its own code. No release contains it. */
+export const VERSION_FILE = "flash/OTA_VERSION.py";
+/** Where the updater keeps what is its own, below the device's root. */
+export const OTA_DIR = ".ota";
+/** A path with more parts than this is refused. */
+const MAX_PARTS = 32;
+/** Characters that HFS+ ignores in names. */
+const INVISIBLE = /[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]/g;
+/**
+ * Says what is wrong with a path below a device's root, or `undefined` when nothing is. A good
+ * path is relative and normal, stays below the root on every file system, and does not enter
+ * `.ota` in any spelling.
+ */
+export function pathProblem(path: string): string | undefined {
+  if (path === "") return "is empty";
+  // Lone surrogates would all become U+FFFD on disk.
+  if (!path.isWellFormed()) return "has half a surrogate pair";
+  if (hasControls(path)) return "has a control character";
+  if (path.includes("\\")) return "has a backslash";
+  if (Buffer.byteLength(path) > 1024) return "is longer than 1024 bytes";
+  const parts = path.split("/");
+  for (const part of parts) {
+    if (part === "") return "has an empty part";
+    if (part === "." || part === "..") return `has a part "${part}"`;
+    if (Buffer.byteLength(part) > 255) return "has a part longer than 255 bytes";
+  }
+  if (parts.length > MAX_PARTS) return `has more than ${MAX_PARTS} parts`;
+  // FAT and macOS know no case; FAT drops trailing dots and spaces, and has short names (OTA~1);
+  // macOS drops what has no width.
+  const top = parts[0]!
+    .toLowerCase()
+    .replace(INVISIBLE, "")
+    .replace(/[. ]+$/, "");
+  if (top === OTA_DIR || /^ota~\d/.test(top)) return `enters ${OTA_DIR}`;
+  return undefined;
+}
+
+/** The paths above `path`, nearest first: `a/b/c` has `a/b` and `a`. */
+export function ancestors(path: string): string[] {
+  const found = [];
+  for (let at = path.lastIndexOf("/"); at > 0; at = path.lastIndexOf("/", at - 1)) {
+    found.push(path.slice(0, at));
+  }
+  return found;
+}
+
+/**
+ * Decodes `%xx` and leaves what cannot be decoded as it is. A `+` stays a `+`, unlike in
+ * `URLSearchParams`: release names have them, and boards do not encode.
+ */
+function percentDecode(text: string): string {
+  if (!text.includes("%")) return text;
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
+/** A path for a URL: every part percent-encoded, the slashes kept. */
+function encodePath(path: string): string {
+  return path.split("/").map(encodeURIComponent).join("/");
+}
+
 // ──── Manifest ──────────────────────────────────────────────────────────────────────────────────
 // The wire format, and the only place where foreign JSON becomes ours. What `parseManifest` lets
 // through cannot name a path outside the device's root, nor the updater's own files.
@@ -410,79 +480,8 @@ export interface Manifest {
   version: string;
 }
 
-/** What a device asks for, as query parameters of `GET /manifest.json`. */
-export interface ManifestQuery {
-  /** The release the device is on; absent or empty: it has nothing. */
-  current_ver?: string;
-  /** The firmware it runs; empty: none that it knows of; absent: an old board that never says. */
-  firmware_ver?: string;
-  /** `releaseDigest` of what it really has. */
-  base?: string;
-  /** SHA-256 of the firmware image that it really has. */
-  firmware_sha256?: string;
-  /** Asks for all files of this version, whatever the device is on: nothing is an update then. */
-  list?: string;
-  /** `sha256` asks for the fields `sha256`, `size` and `firmware.version`. */
-  hash?: string;
-  /** Echoed as `request_id`. */
-  reqid?: string;
-  /** The device's name. */
-  devid?: string;
-  /** Its WiFi address, by which older boards name themselves. */
-  wmac?: string;
-  /** A release that it took back. */
-  failed?: string;
-  token?: string;
-}
-
-/** The file in which a device keeps its version for its own code. No release contains it. */
-export const VERSION_FILE = "flash/OTA_VERSION.py";
-/** Where the updater keeps what is its own, below the device's root. */
-export const OTA_DIR = ".ota";
-/** A path with more parts than this is refused. */
-const MAX_PARTS = 32;
-/** Characters that HFS+ ignores in names. */
-const INVISIBLE = /[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]/g;
 /** A manifest larger than this is refused. */
 export const MAX_MANIFEST_BYTES = 64 * 1024 * 1024;
-
-/**
- * Says what is wrong with a path below a device's root, or `undefined` when nothing is. A good
- * path is relative and normal, stays below the root on every file system, and does not enter
- * `.ota` in any spelling.
- */
-export function pathProblem(path: string): string | undefined {
-  if (path === "") return "is empty";
-  // Lone surrogates would all become U+FFFD on disk.
-  if (!path.isWellFormed()) return "has half a surrogate pair";
-  if (hasControls(path)) return "has a control character";
-  if (path.includes("\\")) return "has a backslash";
-  if (Buffer.byteLength(path) > 1024) return "is longer than 1024 bytes";
-  const parts = path.split("/");
-  for (const part of parts) {
-    if (part === "") return "has an empty part";
-    if (part === "." || part === "..") return `has a part "${part}"`;
-    if (Buffer.byteLength(part) > 255) return "has a part longer than 255 bytes";
-  }
-  if (parts.length > MAX_PARTS) return `has more than ${MAX_PARTS} parts`;
-  // FAT and macOS know no case; FAT drops trailing dots and spaces, and has short names (OTA~1);
-  // macOS drops what has no width.
-  const top = parts[0]!
-    .toLowerCase()
-    .replace(INVISIBLE, "")
-    .replace(/[. ]+$/, "");
-  if (top === OTA_DIR || /^ota~\d/.test(top)) return `enters ${OTA_DIR}`;
-  return undefined;
-}
-
-/** The paths above `path`, nearest first: `a/b/c` has `a/b` and `a`. */
-export function ancestors(path: string): string[] {
-  const found = [];
-  for (let at = path.lastIndexOf("/"); at > 0; at = path.lastIndexOf("/", at - 1)) {
-    found.push(path.slice(0, at));
-  }
-  return found;
-}
 
 /**
  * Reads a manifest from a server, ours or the one of Pycom's OTA tutorial (which sends no sizes,
@@ -643,17 +642,32 @@ export function releaseDigest(files: Iterable<readonly [path: string, sha256: st
 
 const releaseLine = (path: string, sha256: string) => `${path}\0${sha256}\n`;
 
-/**
- * Decodes `%xx` and leaves what cannot be decoded as it is. A `+` stays a `+`, unlike in
- * `URLSearchParams`: release names have them, and boards do not encode.
- */
-function percentDecode(text: string): string {
-  if (!text.includes("%")) return text;
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text;
-  }
+// ──── Queries ─────────────────────────────────────────────────────────────────────────────────────
+// What a device says of itself when it asks for a manifest.
+
+/** What a device asks for, as query parameters of `GET /manifest.json`. */
+export interface ManifestQuery {
+  /** The release the device is on; absent or empty: it has nothing. */
+  current_ver?: string;
+  /** The firmware it runs; empty: none that it knows of; absent: an old board that never says. */
+  firmware_ver?: string;
+  /** `releaseDigest` of what it really has. */
+  base?: string;
+  /** SHA-256 of the firmware image that it really has. */
+  firmware_sha256?: string;
+  /** Asks for all files of this version, whatever the device is on: nothing is an update then. */
+  list?: string;
+  /** `sha256` asks for the fields `sha256`, `size` and `firmware.version`. */
+  hash?: string;
+  /** Echoed as `request_id`. */
+  reqid?: string;
+  /** The device's name. */
+  devid?: string;
+  /** Its WiFi address, by which older boards name themselves. */
+  wmac?: string;
+  /** A release that it took back. */
+  failed?: string;
+  token?: string;
 }
 
 /**
@@ -674,11 +688,6 @@ const PARAMETERS: ReadonlySet<keyof ManifestQuery> = new Set([
   ...(["current_ver", "firmware_ver", "base", "firmware_sha256", "list", "hash"] as const),
   ...(["reqid", "devid", "wmac", "failed", "token"] as const),
 ]);
-
-/** A path for a URL: every part percent-encoded, the slashes kept. */
-function encodePath(path: string): string {
-  return path.split("/").map(encodeURIComponent).join("/");
-}
 
 // ──── Trust ─────────────────────────────────────────────────────────────────────────────────────
 // Who made a manifest. A signature binds its bytes to the request that asked for them, so that
@@ -807,6 +816,138 @@ function readPem(file: string): string {
 /** Constant-time comparison of secrets. */
 function isSameSecret(a: string, b: string): boolean {
   return timingSafeEqual(Buffer.from(sha256(a)), Buffer.from(sha256(b)));
+}
+
+// ──── Codings ─────────────────────────────────────────────────────────────────────────────────────
+// How content is made smaller for the air. Whoever adds a coding adds it to the table `CODINGS`, and
+// nowhere else. `dcz` is RFC 9842, Compression Dictionary Transport: a zstd frame made with the file
+// that the device has as its dictionary, so that only what changed is sent. We depart from the RFC in
+// two ways: plain http will do, and a device may name any content that the server knows, without
+// `Use-As-Dictionary`.
+
+/** A content coding (RFC 9110, 8.4.1). */
+interface Codec {
+  /** Whether both ends need the same older content. */
+  needsDictionary: boolean;
+  /**
+   * Encodes off the event loop.
+   *
+   * @param level of the coder; absent: the smallest result that is worth its time
+   */
+  encode(content: Uint8Array, level?: number, dictionary?: Uint8Array): Promise<Uint8Array>;
+  /**
+   * Decodes.
+   *
+   * @param limit the most bytes that may come of it
+   * @throws when the bytes are not so coded, were made with another dictionary, or are too many
+   */
+  decode(bytes: Uint8Array, limit: number, dictionary?: Uint8Array): Uint8Array;
+}
+
+/**
+ * Content and dictionaries larger than this are not coded: both ends hold them in memory, several
+ * at a time, and a window of this size is what RFC 9842 lets every decoder have.
+ */
+export const MAX_CODED = 8 * 1024 * 1024;
+
+/** The fixed part of a dcz header (RFC 9842, section 5); the dictionary's SHA-256 follows. */
+const DCZ_MAGIC = Buffer.from("5e2a4d1820000000", "hex");
+
+/** Above this size zstd's level 19 takes seconds, and 12 a fraction of one. */
+const MAX_BEST = 2 * 1024 * 1024;
+/** Level 22 would be smaller than 19 by less than a hundredth. */
+const bestLevel = (size: number) => (size <= MAX_BEST ? 19 : 12);
+
+const gzipAsync = promisify(zlib.gzip);
+const zstdAsync = promisify(zlib.zstdCompress);
+
+const dczHeader = (dictionary: Uint8Array) =>
+  Buffer.concat([DCZ_MAGIC, Buffer.from(sha256(dictionary), "hex")]);
+
+/** The best first; of those without a dictionary, too. */
+const CODINGS = {
+  dcz: {
+    needsDictionary: true,
+    async encode(content, level = bestLevel(content.byteLength), dictionary = new Uint8Array()) {
+      // The window holds all of the dictionary and the content, and no more.
+      const window = Math.ceil(Math.log2(content.byteLength + dictionary.byteLength + 1));
+      const params = {
+        [zlib.constants.ZSTD_c_compressionLevel]: level,
+        [zlib.constants.ZSTD_c_windowLog]: Math.min(23, Math.max(10, window)),
+      };
+      const frame = await zstdAsync(content, { params, dictionary: Buffer.from(dictionary) });
+      return Buffer.concat([dczHeader(dictionary), frame]);
+    },
+    decode(bytes, limit, dictionary = new Uint8Array()) {
+      const header = dczHeader(dictionary);
+      if (!header.equals(bytes.subarray(0, header.length))) throw new Error("another dictionary");
+      const options = { maxOutputLength: limit, dictionary: Buffer.from(dictionary) };
+      return zlib.zstdDecompressSync(bytes.subarray(header.length), options);
+    },
+  },
+  zstd: {
+    needsDictionary: false,
+    encode: (content, level = bestLevel(content.byteLength)) =>
+      Bun.zstdCompress(content, { level }),
+    decode: (bytes, limit) => zlib.zstdDecompressSync(bytes, { maxOutputLength: limit }),
+  },
+  gzip: {
+    needsDictionary: false,
+    encode: (content, level = 9) => gzipAsync(content, { level }),
+    decode: (bytes, limit) => zlib.gunzipSync(bytes, { maxOutputLength: limit }),
+  },
+} satisfies Record<string, Codec>;
+
+/** The name of a coding. */
+export type Coding = keyof typeof CODINGS;
+/** How the bytes of a body are coded; `identity`: not at all. */
+export type Encoding = Coding | "identity";
+
+/** Whether a name in `Accept-Encoding` or `Content-Encoding` is that of a coding. */
+function isCoding(name: string): name is Coding {
+  return Object.hasOwn(CODINGS, name);
+}
+
+/** The codings that a device can decode, the best first. */
+function codings(hasDictionary: boolean): Coding[] {
+  const names = Object.keys(CODINGS) as Coding[];
+  return names.filter((name) => hasDictionary || !CODINGS[name].needsDictionary);
+}
+
+/** Decodes content; see `Codec.decode`. */
+function decodeContent(
+  encoding: Encoding,
+  bytes: Uint8Array,
+  limit: number,
+  dictionary?: Uint8Array,
+): Uint8Array {
+  if (encoding === "identity") return bytes;
+  return (CODINGS[encoding] as Codec).decode(bytes, Math.max(1, limit), dictionary);
+}
+
+const NO_CODINGS: ReadonlySet<Coding> = new Set();
+
+/** What an `Accept-Encoding` accepts of what we have (RFC 9110, 12.5.3; `q=0` means no). */
+export function acceptedCodings(header: string | null): ReadonlySet<Coding> {
+  if (header === null) return NO_CODINGS;
+  const accepted = new Set<Coding>();
+  for (const item of header.toLowerCase().split(",")) {
+    const [name = "", ...parameters] = item.split(";").map((part) => part.trim());
+    if (parameters.some((parameter) => /^q=0(\.0*)?$/.test(parameter))) continue;
+    if (isCoding(name)) accepted.add(name);
+  }
+  return accepted;
+}
+
+/** The best of the accepted codings that need no dictionary. */
+function bestWithoutDictionary(accepted: ReadonlySet<Coding>): Coding | undefined {
+  return accepted.size === 0 ? undefined : codings(false).find((name) => accepted.has(name));
+}
+
+/** The SHA-256, lowercase hex, in an `Available-Dictionary: :base64:`; `undefined` for none. */
+export function availableDictionary(header: string | null): string | undefined {
+  const base64 = /^:([A-Za-z0-9+/]{43}=):$/.exec(header?.trim() ?? "")?.[1];
+  return base64 === undefined ? undefined : Buffer.from(base64, "base64").toString("hex");
 }
 
 // ════ II Release root ════════════════════════════════════════════════════════════════════════════
@@ -1313,8 +1454,8 @@ class Settler<T> {
 }
 
 // ──── Index ─────────────────────────────────────────────────────────────────────────────────────
-// What one release root on disk holds. A scan takes its time and then puts all that it found in place
-// at once: whoever asks meanwhile is answered from one state of the root.
+// What a release root holds: all that is offered, found by name, by version or by path. An index
+// never changes; a scan makes a new one.
 
 /** One version: a directory below the root, the whole file system of a device. */
 export interface Release {
@@ -1327,6 +1468,8 @@ export interface Release {
   directories: ReadonlySet<string>;
   /** `releaseDigest` of the files. */
   digest: string;
+  /** No other release of this process has it, nor had it. */
+  id: number;
 }
 
 /** One firmware image: a file `firmware_VERSION.bin` below the root. */
@@ -1338,89 +1481,93 @@ export interface FirmwareImage extends IndexedFile {
   path: string;
 }
 
-/** What a scan has found so far. */
-interface Found {
-  scanner: Scanner;
-  versions: Release[];
-  firmware: FirmwareImage[];
-  ignored: Ignored[];
-  /** Real path of everything with the name of a version or an image → that name. */
-  places: Map<string, string>;
+/** The directory that the path of a root leads to. */
+interface Place {
+  /** Absolute, links resolved. */
+  root: string;
+  /** Differs from any other directory's. */
+  id: string;
 }
 
-/** Makes an item of its files. */
-type Make = (files: SortedMap<IndexedFile>) => Release | FirmwareImage | Promise<Release>;
-
-/** The real path of a directory now, and an identity that differs from any other directory's. */
-function leadsTo(path: string): { root: string; id: string } {
+/** Where a path leads now. */
+function leadsTo(path: string): Place {
   const root = fs.realpathSync(path);
   const { dev, ino } = fs.statSync(root);
   return { root, id: `${root} ${dev} ${ino}` };
 }
 
-/** A release root, as it was when it was last scanned. */
-export class ReleaseIndex {
-  /** The path of the root as it was given, absolute; where it leads may change. */
-  readonly path: string;
+/** What a scan of a root found. */
+class Index {
   /** In the order of their versions, oldest first. */
-  versions: readonly Release[] = [];
+  readonly versions: Release[] = [];
   /** In the order of their versions, oldest first. */
-  firmware: readonly FirmwareImage[] = [];
-  ignored: readonly Ignored[] = [];
-  /** Names of what the last scan found to be other than it was offered before. */
-  altered: readonly string[] = [];
-  /** Duration of the last scan, in seconds. */
-  scanSeconds = 0;
-  /** CPU time of the last scan on this thread, in milliseconds. */
-  scanTime = 0;
+  readonly firmware: FirmwareImage[] = [];
+  readonly ignored: Ignored[] = [];
+  /** Real path of everything with the name of a version or an image → that name. */
+  readonly places = new Map<string, string>();
+  readonly #byName = new Map<string, Release>();
+  readonly #byVersion = new Map<string, Release>();
+  readonly #images = new Map<string, FirmwareImage>();
 
-  protected scanner: Scanner;
-  /** As `Found.places`. */
-  protected places: ReadonlyMap<string, string> = new Map();
+  constructor(
+    readonly place: Place,
+    readonly scanner: Scanner,
+  ) {}
+
+  add(item: Release | FirmwareImage): void {
+    if ("path" in item) {
+      this.firmware.push(item);
+      this.#images.set(item.path, item);
+    } else {
+      this.versions.push(item);
+      this.#byName.set(item.name, item);
+      this.#byVersion.set(item.version.key, item);
+    }
+  }
+
+  /** To be called when all has been added. */
+  sort(): void {
+    for (const items of [this.versions, this.firmware]) {
+      items.sort((a, b) => a.version.compare(b.version));
+    }
+  }
+
+  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
+  find(name: string): Release | undefined {
+    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
+  }
+
+  /** The file of a version, or the image, at a path below the root. */
+  at(path: string): IndexedFile | undefined {
+    const slash = path.indexOf("/");
+    if (slash < 0) return this.#images.get(path);
+    return this.#byName.get(path.slice(0, slash))?.files.get(path.slice(slash + 1));
+  }
+}
+
+// ──── Scan ──────────────────────────────────────────────────────────────────────────────────────
+// Making an index of a root. It takes its time; whoever asks meanwhile is answered from the index
+// before.
+
+/** Makes an item of its files. */
+type Make = (files: SortedMap<IndexedFile>) => Release | FirmwareImage | Promise<Release>;
+
+let releasesMade = 0;
+
+/** Scans one root again and again; what did not change is not read again. */
+class RootScanner {
   readonly #pace = new Pace();
   readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
   readonly #settler: Settler<Release | FirmwareImage>;
-  /** The root that was scanned last. */
-  #place: { root: string; id: string };
-  /** The digest of every version and image when it was last offered, by kind and version. */
-  #offered = new Map<string, string>();
-  #scanning: Promise<boolean> = Promise.resolve(false);
 
-  /** Nothing is read before `begin`. */
   constructor(
-    path: string,
-    protected readonly options: ReleasesOptions,
+    private readonly path: string,
+    private readonly options: ReleasesOptions,
   ) {
-    this.path = resolve(path);
     this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
     this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#pace);
-    this.#place = leadsTo(path);
-    this.scanner = this.#scannerAt(this.#place.root);
-  }
-
-  #scannerAt(root: string): Scanner {
-    return new Scanner(root, this.#ignore, this.options.secrets ?? [], this.#pace);
-  }
-
-  /** The directory that was scanned last: absolute, links resolved. */
-  get root(): string {
-    return this.#place.root;
-  }
-
-  /** Its identity. */
-  get place(): string {
-    return this.#place.id;
-  }
-
-  /** Whether the root's path leads to another directory now than at the last scan, or to none. */
-  get isElsewhere(): boolean {
-    try {
-      return leadsTo(this.path).id !== this.#place.id;
-    } catch {
-      return true;
-    }
   }
 
   /** What is changing, and so does not count yet, or not as it is now. */
@@ -1433,102 +1580,69 @@ export class ReleaseIndex {
     return this.#settler.nextLook;
   }
 
-  /** Reads a root for the first time, and waits a little for what is changing just now. */
-  protected async begin(): Promise<void> {
-    await this.scan();
-    const patience = performance.now() + 2000 * (this.options.quiet ?? 1);
-    while (this.unsettled.length > 0 && performance.now() < patience) {
-      await Bun.sleep(this.nextLook);
-      await this.scan();
-    }
+  /** An index of nothing, before the first scan. */
+  empty(): Index {
+    const place = leadsTo(this.path);
+    const scanner = new Scanner(place.root, this.#ignore, this.options.secrets ?? [], this.#pace);
+    return new Index(place, scanner);
   }
 
   /**
-   * Reads the root again; what did not change is not hashed again.
+   * Reads the root.
    *
-   * @returns whether anything is different now
-   * @throws when the root cannot be read; then everything stays as it was
+   * @returns the index, and the CPU time that it took on this thread, in milliseconds
+   * @throws when the root cannot be read
    */
-  scan(): Promise<boolean> {
-    // Scans are serialized: one under way may have passed the change that this one is for.
-    const scan = this.#scanning.then(() => this.#scan()).finally(() => this.#settler.rest());
-    this.#scanning = scan.catch(() => false);
-    return scan;
-  }
-
-  /** Called when what is offered has changed, before anything else can happen. */
-  protected renewed(): void {}
-
-  async #scan(): Promise<boolean> {
-    await this.#pace.pause();
-    const [started, busy] = [performance.now(), this.#pace.busy];
-    this.#settler.begin();
-    const place = leadsTo(this.path);
-    const scanner = this.#scannerAt(place.root);
-    const names = await this.#pace.pause(fs.promises.readdir(place.root));
-    const found: Found = { scanner, versions: [], firmware: [], ignored: [], places: new Map() };
-    for (const name of names.sort(compareCodePoints)) {
-      if (this.#pace.isDue) await this.#pace.pause();
-      await this.#consider(name, found);
+  async scan(): Promise<{ index: Index; milliseconds: number }> {
+    try {
+      await this.#pace.pause();
+      const busy = this.#pace.busy;
+      this.#settler.begin();
+      const index = this.empty();
+      const names = await this.#pace.pause(fs.promises.readdir(index.place.root));
+      for (const name of names.sort(compareCodePoints)) {
+        if (this.#pace.isDue) await this.#pace.pause();
+        await this.#consider(name, index);
+      }
+      this.#settler.end(new Set(names));
+      index.sort();
+      await this.#pace.pause();
+      return { index, milliseconds: this.#pace.busy - busy };
+    } finally {
+      this.#settler.rest();
     }
-    this.#settler.end(new Set(names));
-    const byVersion = (a: Release | FirmwareImage, b: Release | FirmwareImage) =>
-      a.version.compare(b.version);
-    const versions = found.versions.sort(byVersion);
-    const firmware = found.firmware.sort(byVersion);
-    // Unchanged items stay the same objects.
-    const before = [...this.versions, ...this.firmware];
-    const after = [...versions, ...firmware];
-    const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
-    // No pause from here on: the index is replaced as a whole.
-    [this.#place, this.scanner, this.places] = [place, scanner, found.places];
-    [this.versions, this.firmware, this.ignored] = [versions, firmware, found.ignored];
-    this.altered = different ? this.#alter() : [];
-    if (different) this.renewed();
-    this.scanSeconds = (performance.now() - started) / 1000;
-    await this.#pace.pause();
-    this.scanTime = this.#pace.busy - busy;
-    return different;
   }
 
-  /** Looks at one entry of the root. */
-  async #consider(name: string, found: Found): Promise<void> {
-    const skip = (reason: string) => void found.ignored.push({ path: name, reason });
-    const { scanner, versions, firmware } = found;
+  /** Adds one entry of the root to an index. */
+  async #consider(name: string, index: Index): Promise<void> {
+    const skip = (reason: string) => void index.ignored.push({ path: name, reason });
+    const { scanner, versions, firmware, places } = index;
     const entry = scanner.resolve(name);
     if (typeof entry === "string") return skip(entry);
     const isDirectory = entry.stat.isDirectory();
-    if (isOfReleases(isDirectory ? `${name}/` : name) && !found.places.has(entry.real)) {
-      found.places.set(entry.real, name);
+    if (isOfReleases(isDirectory ? `${name}/` : name) && !places.has(entry.real)) {
+      places.set(entry.real, name);
     }
     const settle = async (snapshot: () => Promise<Snapshot>, make: Make): Promise<void> => {
       const { item, ignored } = await this.#settler.settle(name, snapshot, make);
-      found.ignored.push(...ignored);
-      if (item && "path" in item) firmware.push(item);
-      else if (item) versions.push(item);
+      index.ignored.push(...ignored);
+      if (item) index.add(item);
     };
     if (isDirectory) {
       if (!isReleaseName(name)) return skip(`no version: a name is ${RELEASE_NAME_RULE}`);
       if (!this.#counts(name, versions, skip)) return;
       const snapshot = () => scanner.version(name, entry.real);
-      await settle(snapshot, (files) => this.#make(name, files));
-    } else {
-      const version = firmwareVersion(name);
-      if (version === undefined) return skip("neither a version nor a firmware_VERSION.bin");
-      if (!this.#counts(version, firmware, skip)) return;
-      const snapshot = () => scanner.image(name, entry.real);
-      await settle(snapshot, (files) => {
-        return {
-          ...files.get(name)!,
-          name: version,
-          version: new LooseVersion(version),
-          path: name,
-        };
-      });
+      return settle(snapshot, (files) => this.#makeRelease(name, files));
     }
+    const text = firmwareVersion(name);
+    if (text === undefined) return skip("neither a version nor a firmware_VERSION.bin");
+    if (!this.#counts(text, firmware, skip)) return;
+    const snapshot = () => scanner.image(name, entry.real);
+    const version = new LooseVersion(text);
+    await settle(snapshot, (files) => ({ ...files.get(name)!, name: text, version, path: name }));
   }
 
-  async #make(name: string, files: SortedMap<IndexedFile>): Promise<Release> {
+  async #makeRelease(name: string, files: SortedMap<IndexedFile>): Promise<Release> {
     const directories = new Set<string>();
     const hasher = new Bun.CryptoHasher("sha256");
     await this.#pace.each(files, ([path, file]) => {
@@ -1538,20 +1652,8 @@ export class ReleaseIndex {
         directories.add(directory);
       }
     });
-    const digest = hasher.digest("hex");
-    return { name, version: new LooseVersion(name), files, directories, digest };
-  }
-
-  /** Records the digests on offer; returns the names whose content differs from when last offered. */
-  #alter(): string[] {
-    const altered: string[] = [];
-    const note = (key: string, content: string, name: string) => {
-      if ((this.#offered.get(key) ?? content) !== content) altered.push(name);
-      this.#offered.set(key, content);
-    };
-    for (const { version, digest, name } of this.versions) note(version.key, digest, name);
-    for (const image of this.firmware) note(`f${image.version.key}`, image.sha256, image.path);
-    return altered;
+    const [version, digest] = [new LooseVersion(name), hasher.digest("hex")];
+    return { name, version, files, directories, digest, id: ++releasesMade };
   }
 
   /** Whether a version counts beside those found before it, by code point, under the same root. */
@@ -1569,11 +1671,11 @@ export class ReleaseIndex {
   }
 }
 
-// ──── Lookup ─────────────────────────────────────────────────────────────────────────────────────
-// From a name or a path to what is there. Of versions and images only what is offered is served;
-// whatever else lies below the root is served as in Pycom's tutorial, unless it must stay secret.
+// ──── Other files ───────────────────────────────────────────────────────────────────────────────
+// Whatever else lies below the root is served as in Pycom's tutorial, unless it must stay secret. Of
+// versions and images only what is offered is served, whatever path or link leads there.
 
-/** A file below the root, found for a request. */
+/** A file below the root that may be served. */
 export interface ServedFile {
   /** Absolute, links resolved. */
   file: string;
@@ -1586,62 +1688,33 @@ export interface ServedFile {
   etag: string;
 }
 
-/** A release root in which things are found by their names. */
-class ServedRoot extends ReleaseIndex {
-  #byName = new Map<string, Release>();
-  #byVersion = new Map<string, Release>();
-  #images = new Map<string, FirmwareImage>();
-  /** By path, which files of the root hold a private key, each as long as its stamp stays. */
+/** How many files in a directory beside the releases are counted. */
+const MAX_COUNTED = 1000;
+/** Of how many files beside the releases it is remembered whether they hold a key. */
+const MAX_KEYS_KNOWN = 4096;
+
+/** The files of a root beside its versions and images. */
+class OtherFiles {
+  /** By path, which of them hold a private key, each as long as its stamp stays. */
   readonly #keys = new Map<string, { stamp: string; isKey: boolean }>();
 
-  protected override renewed(): void {
-    this.#byName = new Map(this.versions.map((release) => [release.name, release]));
-    this.#byVersion = new Map(this.versions.map((release) => [release.version.key, release]));
-    this.#images = new Map(this.firmware.map((image) => [image.path, image]));
-  }
+  /** @param isServed whether there are any */
+  constructor(private readonly isServed: boolean) {}
 
-  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
-  find(name: string): Release | undefined {
-    return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
-  }
-
-  /**
-   * Finds the file for the path of a request.
-   *
-   * @param pathname percent-encoded, with its leading slash
-   * @returns `undefined` for whatever is not served: of versions and images what is not offered;
-   *   directories, dot entries at the top level, links that leave the root, private keys
-   */
-  locate(pathname: string): ServedFile | undefined {
-    let path: string;
-    try {
-      path = pathname.includes("%") ? decodeURIComponent(pathname.slice(1)) : pathname.slice(1);
-    } catch {
-      return undefined;
-    }
-    return this.#offeredAt(path) ?? this.#besideAt(path);
-  }
-
-  #offeredAt(path: string): IndexedFile | undefined {
-    const slash = path.indexOf("/");
-    if (slash < 0) return this.#images.get(path);
-    return this.#byName.get(path.slice(0, slash))?.files.get(path.slice(slash + 1));
-  }
-
-  /** A file that lies below the root beside versions and images. */
-  #besideAt(path: string): ServedFile | undefined {
+  /** The file at a path below the root; `undefined` when it is not served. */
+  at(path: string, index: Index): ServedFile | undefined {
     // `/-/` is the server's own.
     if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
-    if (this.options.onlyReleases || isOfReleases(path)) return undefined;
-    const found = this.scanner.resolve(path);
+    if (!this.isServed || isOfReleases(path)) return undefined;
+    const found = index.scanner.resolve(path);
     if (typeof found === "string" || !found.stat.isFile()) return undefined;
     // Nor through a link to a dot entry, or out of the root and in again.
-    const real = relative(this.scanner.root, found.real);
+    const real = relative(index.place.root, found.real);
     if (real.startsWith(".")) return undefined;
     // Through a link, or where a version is one: what is of a version is served only as such.
     for (const at of [found.real, ...ancestors(found.real)]) {
-      const name = this.places.get(at);
-      if (name !== undefined) return this.#offeredAt(name + found.real.slice(at.length));
+      const name = index.places.get(at);
+      if (name !== undefined) return index.at(name + found.real.slice(at.length));
     }
     const stamp = stampOf(found.stat);
     if (isOfReleases(real) || this.#isKey(found.real, stamp)) return undefined;
@@ -1663,36 +1736,33 @@ class ServedRoot extends ReleaseIndex {
    * What is served beside versions and images: files in the root, and directories (with a slash at
    * the end) with the number of files in them, which is counted to a thousand.
    */
-  async beside(): Promise<{ path: string; files: number }[]> {
+  async list(index: Index): Promise<{ path: string; files: number }[]> {
     const pace = new Pace();
-    const found: { path: string; files: number }[] = [];
+    const { root } = index.place;
+    const read = (directory: string) =>
+      pace.pause(fs.promises.readdir(`${root}/${directory}`, { withFileTypes: true }));
     const count = async (directory: string, files: number): Promise<number> => {
-      const reading = fs.promises.readdir(`${this.root}/${directory}`, { withFileTypes: true });
-      for (const item of await pace.pause(reading).catch(() => [])) {
+      for (const item of await read(directory).catch(() => [])) {
         if (files > MAX_COUNTED) break;
         if (pace.isDue) await pace.pause();
         const path = directory + item.name;
         if (item.isDirectory()) files = await count(`${path}/`, files);
-        else if (this.#besideAt(path)) files++;
+        else if (this.at(path, index)) files++;
       }
       return files;
     };
-    if (this.options.onlyReleases) return found;
-    const items = await pace.pause(fs.promises.readdir(this.root, { withFileTypes: true }));
+    const found: { path: string; files: number }[] = [];
+    if (!this.isServed) return found;
+    const items = await read("");
     for (const item of items.sort((a, b) => compareCodePoints(a.name, b.name))) {
       const path = item.isDirectory() ? `${item.name}/` : item.name;
       if (path === "-/" || path.startsWith(".") || isOfReleases(path)) continue;
-      const files = item.isDirectory() ? await count(path, 0) : this.#besideAt(path) ? 1 : 0;
+      const files = item.isDirectory() ? await count(path, 0) : this.at(path, index) ? 1 : 0;
       if (files > 0) found.push({ path, files });
     }
     return found;
   }
 }
-
-/** How many files in a directory beside the releases are counted. */
-const MAX_COUNTED = 1000;
-/** Of how many files beside the releases it is remembered whether they hold a key. */
-const MAX_KEYS_KNOWN = 4096;
 
 /** Whether a file holds a private key in PEM; one that cannot be read is treated so. */
 function holdsPrivateKey(file: string): boolean {
@@ -1709,127 +1779,6 @@ function holdsPrivateKey(file: string): boolean {
     }
   } catch {
     return true;
-  }
-}
-
-// ──── Watch ─────────────────────────────────────────────────────────────────────────────────────
-// Keeping up with a root. The system tells of changes in the directories that it watches for us.
-// It does not tell that the root's path leads elsewhere, nor of what it has no watches left for.
-
-/** Milliseconds from the first event to a scan: copying many files causes one scan. */
-const GATHER = 200;
-/** Milliseconds between two checks of where the root's path leads. */
-const GLANCE = 500;
-/** The least milliseconds between two scans without an event. */
-const IDLE = { watched: 60_000, unwatched: 1000 };
-/**
- * The pause after a look, as a multiple of its CPU time on this thread. Reading directories and
- * garbage collection on other threads included, looks then cost less than 2 % of a core.
- */
-const REST = 180;
-
-/** What somebody wants to know who keeps up with a root. */
-export interface WatchEvents {
-  /** Called after a scan that found something different. */
-  changed: () => void;
-  /** Called with one line when not every change will be noticed soon. */
-  warn?: ((line: string) => void) | undefined;
-}
-
-/** Scans a root whenever files change, until it is disposed of. */
-export class RootWatch implements Disposable {
-  #timer: Timer | undefined;
-  #due = Infinity;
-  #watcher: fs.FSWatcher | undefined;
-  /** The directory that is watched. */
-  #watched = "";
-  /** Why not all of it is watched. */
-  #blindness: unknown;
-  #isTold = false;
-  #isLooking = false;
-  #isClosed = false;
-  readonly #glancing: Timer;
-
-  constructor(
-    private readonly index: ReleaseIndex,
-    private readonly events: WatchEvents,
-  ) {
-    this.#listen();
-    this.#glancing = setInterval(() => {
-      if (!this.#isLooking && index.isElsewhere) this.#plan(0);
-    }, GLANCE);
-  }
-
-  /** Asks for a scan, for instance because content was found to be other than indexed. */
-  readonly soon = (): void => this.#plan(GATHER + 2 * this.index.scanTime);
-
-  /** Has the system tell of changes where the root is now. */
-  #listen(): void {
-    this.#watcher?.close();
-    this.#watched = this.index.place;
-    this.#blindness = undefined;
-    try {
-      this.#watcher = fs.watch(this.index.root, { recursive: true }, this.soon);
-      this.#watcher.on("error", (error) => this.#goBlind(error));
-    } catch (error) {
-      this.#goBlind(error);
-    }
-    // Changes since the last scan were not reported: scan once more.
-    this.#plan(GATHER);
-  }
-
-  /** Falls back to polling: not every directory could be watched. */
-  #goBlind(error: unknown): void {
-    if (this.#blindness !== undefined || this.#isClosed) return;
-    this.#blindness = error;
-    this.#isTold = false;
-    this.#plan(GATHER);
-  }
-
-  /** Says what that means, once it is known what a look costs. */
-  #tell(): void {
-    if (this.#blindness === undefined || this.#isTold) return;
-    this.#isTold = true;
-    const isFull = errorCode(this.#blindness) === "ENOSPC";
-    this.events.warn?.(
-      `changes may show late: the root is looked at every ${Math.ceil(this.#idle / 1000)} s, as ` +
-        `not all of it can be watched (${errorText(this.#blindness)})` +
-        (isFull ? "; raise fs.inotify.max_user_watches" : ""),
-    );
-  }
-
-  get #idle(): number {
-    const least = this.#blindness === undefined ? IDLE.watched : IDLE.unwatched;
-    return Math.max(least, REST * this.index.scanTime);
-  }
-
-  #plan(milliseconds: number): void {
-    const at = performance.now() + milliseconds;
-    if (this.#isClosed || at >= this.#due) return;
-    clearTimeout(this.#timer);
-    this.#due = at;
-    this.#timer = setTimeout(() => void this.#look(), milliseconds);
-  }
-
-  async #look(): Promise<void> {
-    this.#due = Infinity;
-    if (this.#isLooking) return this.#plan(GATHER);
-    this.#isLooking = true;
-    // A root that is missing now may come back.
-    const different = await this.index.scan().catch(() => false);
-    this.#isLooking = false;
-    if (this.#isClosed) return;
-    if (different) this.events.changed();
-    this.#tell();
-    if (this.index.place !== this.#watched) this.#listen();
-    this.#plan(this.index.unsettled.length > 0 ? this.index.nextLook : this.#idle);
-  }
-
-  [Symbol.dispose](): void {
-    this.#isClosed = true;
-    clearTimeout(this.#timer);
-    clearInterval(this.#glancing);
-    this.#watcher?.close();
   }
 }
 
@@ -1875,6 +1824,24 @@ class Cache<T> {
   }
 }
 
+/** Runs a task once for all who ask for it while it runs. */
+class SingleFlight<T> {
+  readonly #running = new Map<string, Promise<T>>();
+
+  has(key: string): boolean {
+    return this.#running.has(key);
+  }
+
+  /** @param task must not throw before its first `await` */
+  run(key: string, task: () => Promise<T>): Promise<T> {
+    let running = this.#running.get(key);
+    if (running) return running;
+    running = task().finally(() => this.#running.delete(key));
+    this.#running.set(key, running);
+    return running;
+  }
+}
+
 /** Bytes of garbage outside of the JavaScript heap that start a full collection. */
 const MAX_GARBAGE = 16 * 1024 * 1024;
 /** The least time between two full collections, in milliseconds: each stops the event loop. */
@@ -1912,11 +1879,11 @@ function intoBlob(bytes: Uint8Array): Blob {
   return blob;
 }
 
-// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
-// What a device needs to reach the newest release. Everything that decides what a device gets is
-// here; the server only carries it.
+// ──── Decide ────────────────────────────────────────────────────────────────────────────────────
+// What a device gets, by the rules of the wire: files and firmware are decided apart, each is the
+// highest that is higher than what the device has, and nothing is ever a downgrade.
 
-/** What an answer to a device is made of. */
+/** What a device gets. */
 interface Decision {
   /** The release that it gets; absent: firmware alone. */
   target: Release | undefined;
@@ -1938,18 +1905,175 @@ function digestIn(text: string | undefined): string | undefined {
   return text !== undefined && /^[0-9a-f]{64}$/i.test(text) ? text.toLowerCase() : undefined;
 }
 
-/** A manifest as JSON in UTF-8. */
-interface ManifestText {
-  bytes: Uint8Array<ArrayBuffer>;
-  /** Whether it is cached: the same request then gets the same object. */
-  isShared: boolean;
+/** The last item that is not above a ceiling; see `decide`. */
+function highest<T extends { version: LooseVersion }>(
+  items: readonly T[],
+  ceiling: string | undefined,
+): T | undefined {
+  if (ceiling === undefined) return items.at(-1);
+  return items.findLast(({ version }) => version.compare(ceiling) <= 0);
+}
+
+/**
+ * Decides what a device gets.
+ *
+ * @param query what the device said of itself; any text is allowed in any parameter
+ * @param ceiling the highest version and firmware that it may have; absent: all that is offered
+ * @returns `null` when there is nothing for it
+ */
+function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision | null {
+  if (query.list !== undefined) {
+    // All of a version, for a device that has to learn what it consists of.
+    const target = index.find(query.list);
+    if (!target) return null;
+    const nothing = { has: undefined, full: false, image: undefined, base: undefined };
+    return { target, ...nothing, version: target.name, previous: target.name };
+  }
+  const current = query.current_ver ?? "";
+  const { versions, firmware } = index;
+  const known = index.find(current);
+  const device = known?.version ?? new LooseVersion(current);
+  const base = digestIn(query.base);
+  const full = base !== undefined && base !== known?.digest;
+  const newest = highest(versions, ceiling);
+  const isBehind = newest && newest.version.compare(device) > 0;
+  // On the newest, too, a device may have something else than what that is now.
+  const target = isBehind || (full && newest && newest === known) ? newest : undefined;
+  const image = imageFor(query, device, highest(firmware, ceiling));
+  const previous = current || "0";
+  const bound = query.reqid !== undefined && !full ? base : undefined;
+  if (target) {
+    const has = full ? undefined : known;
+    return { target, has, full, image, version: target.name, previous, base: bound };
+  }
+  // A device that does not say which firmware it runs would flash the same image for ever, or
+  // skip the files of that version: it gets firmware alone only where there are no files.
+  const mayFlash = query.firmware_ver !== undefined || versions.length === 0;
+  if (!image || !mayFlash) return null;
+  const version = query.firmware_ver === undefined ? image.name : previous;
+  return { target, has: undefined, full: false, image, version, previous, base: bound };
+}
+
+/** The highest image, when it is higher than what runs, or other than what runs by its name. */
+function imageFor(
+  query: ManifestQuery,
+  device: LooseVersion,
+  image: FirmwareImage | undefined,
+): FirmwareImage | undefined {
+  const order = image?.version.compare(query.firmware_ver ?? device) ?? 0;
+  const runs = query.firmware_ver === undefined ? undefined : digestIn(query.firmware_sha256);
+  const isOther = order === 0 && runs !== undefined && runs !== image?.sha256;
+  return order > 0 || isOther ? image : undefined;
+}
+
+// ──── Compose ─────────────────────────────────────────────────────────────────────────────────────
+// A decision as a manifest. What does not depend on the single device is composed once.
+
+/** What a manifest says beside what it echoes. */
+interface ManifestForm {
+  /** Whether with SHA-256, sizes and modes. */
+  extras: boolean;
+  /** What URLs begin with: `http://HOST`, without a slash at the end. */
+  base: string;
+  /** What URLs end with: `?token=…`. */
+  suffix: string;
+}
+
+/** The fields of a manifest before and after those that echo the request. */
+function composeManifest(
+  { target, has, full, image, version }: Decision,
+  { extras, base, suffix }: ManifestForm,
+) {
+  const link = (path: string) => `${base}/${encodePath(path)}${suffix}`;
+  const hashes = (file: FileHashes) => ({
+    hash: file.sha1,
+    ...(extras && { sha256: file.sha256, size: file.size }),
+  });
+  const entry = ([path, file]: readonly [string, IndexedFile]): ManifestEntry => ({
+    URL: link(`${target!.name}/${path}`),
+    dst_path: `/${path}`,
+    ...(extras && file.executable && { executable: true as const }),
+    ...hashes(file),
+  });
+  const files = [...(target?.files ?? [])];
+  const old = has?.files;
+  // Boards have no executable bit: a change of it alone would make them fetch the file for nothing.
+  const differ = (a: IndexedFile, b: IndexedFile) =>
+    a.sha256 !== b.sha256 || (extras && a.executable !== b.executable);
+  const firmware = image && {
+    URL: link(image.path),
+    ...hashes(image),
+    ...(extras && { version: image.name }),
+  };
+  return {
+    head: {
+      delete: [...(old?.keys() ?? [])].filter((path) => !target!.files.has(path)),
+      ...(firmware && { firmware }),
+      ...(full && { full: true as const }),
+      new: files.filter(([path]) => !old?.has(path)).map(entry),
+    },
+    tail: {
+      update: files
+        .filter(([path, file]) => old?.has(path) && differ(old.get(path)!, file))
+        .map(entry),
+      version,
+    },
+  };
+}
+
+/** The most that is kept of manifests, in bytes. */
+const MANIFEST_BUDGET = 32 * 1024 * 1024;
+
+/** A manifest as JSON, in two parts around what it echoes of the request. */
+interface ComposedManifest {
+  head: string;
+  tail: string;
 }
 
 /** The manifest of a device that has the newest. */
-const NOTHING_NEWER: ManifestText = { bytes: utf8("null"), isShared: true };
+const NOTHING_NEWER: ComposedManifest = { head: "", tail: "null" };
 
-/** The most that is kept of manifests, in bytes, whole and in parts. */
-const MANIFEST_BUDGET = 16 * 1024 * 1024;
+/** Composes manifests, each once. */
+class Composer {
+  readonly #composed = new Cache<ComposedManifest>(MANIFEST_BUDGET);
+
+  /** @returns the same object as long as it is kept */
+  compose(decision: Decision | null, form: ManifestForm): ComposedManifest {
+    if (!decision) return NOTHING_NEWER;
+    const { has, target, image, full, version } = decision;
+    const { extras, base, suffix } = form;
+    // A release or an image that changes has another id or hash.
+    const what = `${has?.id}\n${target?.id}\n${image?.path} ${image?.sha256}\n${full}\n${version}`;
+    const key = `${what}\n${extras}\n${base}\n${suffix}`;
+    const known = this.#composed.get(key);
+    if (known) return known;
+    const { head, tail } = composeManifest(decision, form);
+    const made: ComposedManifest = {
+      head: `${JSON.stringify(head).slice(1, -1)},`,
+      tail: JSON.stringify(tail).slice(1),
+    };
+    // Counted with the answers that a server makes of it: plain, and smaller ones.
+    this.#composed.set(key, made, 3 * (made.head.length + made.tail.length));
+    return made;
+  }
+}
+
+/** The JSON of a manifest, with what it echoes of the request. */
+function fillIn(
+  { head, tail }: ComposedManifest,
+  decision: Decision | null,
+  reqid: string | undefined,
+): string {
+  if (!decision) return tail;
+  const { base, previous } = decision;
+  const first = base ? `{"base":"${base}",` : "{";
+  const id = reqid === undefined ? "" : `"request_id":${JSON.stringify(reqid)},`;
+  return `${first}${head}"previous_version":${JSON.stringify(previous)},${id}${tail}`;
+}
+
+// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
+// A release root, as whoever serves it or reads from it sees it: its newest index, and what comes of
+// that.
 
 /**
  * A release root.
@@ -1958,14 +2082,33 @@ const MANIFEST_BUDGET = 16 * 1024 * 1024;
  * const releases = await Releases.open("examples/smart-meter");
  * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
  */
-export class Releases extends ServedRoot {
-  /** The two parts of a manifest around what is echoed, by what they depend on. */
-  #manifests = new Cache<[head: string, tail: string]>(MANIFEST_BUDGET);
-  /** Whole manifests, of those that many devices get. */
-  #whole = new Cache<ManifestText>(MANIFEST_BUDGET);
+export class Releases {
+  /** The path of the root as it was given, absolute; where it leads may change. */
+  readonly path: string;
+  /** Names of what the last scan found to be other than it was offered before. */
+  altered: readonly string[] = [];
+  /** Duration of the last scan, in seconds. */
+  scanSeconds = 0;
+  /** CPU time of the last scan on this thread, in milliseconds. */
+  scanTime = 0;
+
+  readonly #scanner: RootScanner;
+  readonly #others: OtherFiles;
+  readonly #composer = new Composer();
+  #index: Index;
+  /** The digest of every version and image when it was last offered, by kind and version. */
+  #offered = new Map<string, string>();
+  #scanning: Promise<boolean> = Promise.resolve(false);
+
+  private constructor(path: string, options: ReleasesOptions) {
+    this.path = resolve(path);
+    this.#scanner = new RootScanner(this.path, options);
+    this.#others = new OtherFiles(options.onlyReleases !== true);
+    this.#index = this.#scanner.empty();
+  }
 
   /**
-   * Reads a release root.
+   * Reads a release root, and waits a little for what is changing just now.
    *
    * @param root the directory that holds the versions
    * @throws {OTAError} when the root is missing, no directory, or cannot be read
@@ -1974,7 +2117,12 @@ export class Releases extends ServedRoot {
     try {
       fs.readdirSync(root);
       const releases = new Releases(root, options);
-      await releases.begin();
+      await releases.scan();
+      const patience = performance.now() + 2000 * (options.quiet ?? 1);
+      while (releases.unsettled.length > 0 && performance.now() < patience) {
+        await Bun.sleep(releases.nextLook);
+        await releases.scan();
+      }
       return releases;
     } catch (error) {
       const found = { ENOENT: "does not exist", ENOTDIR: "is no directory" };
@@ -1983,161 +2131,113 @@ export class Releases extends ServedRoot {
     }
   }
 
-  protected override renewed(): void {
-    super.renewed();
-    this.#manifests = new Cache(MANIFEST_BUDGET);
-    this.#whole = new Cache(MANIFEST_BUDGET);
+  /** The directory that was scanned last: absolute, links resolved. */
+  get root(): string {
+    return this.#index.place.root;
+  }
+
+  /** Its identity. */
+  get place(): string {
+    return this.#index.place.id;
+  }
+
+  /** Whether the root's path leads to another directory now than at the last scan, or to none. */
+  get isElsewhere(): boolean {
+    try {
+      return leadsTo(this.path).id !== this.place;
+    } catch {
+      return true;
+    }
+  }
+
+  /** In the order of their versions, oldest first. */
+  get versions(): readonly Release[] {
+    return this.#index.versions;
+  }
+
+  /** In the order of their versions, oldest first. */
+  get firmware(): readonly FirmwareImage[] {
+    return this.#index.firmware;
+  }
+
+  get ignored(): readonly Ignored[] {
+    return this.#index.ignored;
+  }
+
+  /** What is changing, and so does not count yet, or not as it is now. */
+  get unsettled(): string[] {
+    return this.#scanner.unsettled;
+  }
+
+  /** Milliseconds until something unsettled may have become quiet. */
+  get nextLook(): number {
+    return this.#scanner.nextLook;
   }
 
   /**
-   * What a device needs, by the rules of the wire: files and firmware are decided apart, each is
-   * the highest that is higher than what the device has, and nothing is ever a downgrade.
+   * Reads the root again; what did not change is not hashed again.
    *
-   * @param query what the device said of itself; any text is allowed in any parameter
-   * @param base what URLs begin with: `http://HOST`, without a slash at the end
-   * @param suffix what URLs end with: `?token=…`
-   * @returns the manifest, or `null` when there is nothing newer
+   * @returns whether anything is different now
+   * @throws when the root cannot be read; then everything stays as it was
    */
-  manifestFor(query: ManifestQuery, base: string, suffix = ""): Manifest | null {
-    const decision = this.#decide(query);
-    if (!decision) return null;
-    const { head, tail } = this.#compose(decision, query.hash === "sha256", base, suffix);
-    return {
-      ...(decision.base && { base: decision.base }),
-      ...head,
-      previous_version: decision.previous,
-      ...(query.reqid !== undefined && { request_id: query.reqid }),
-      ...tail,
+  scan(): Promise<boolean> {
+    // Scans are serialized: one under way may have passed the change that this one is for.
+    const scan = this.#scanning.then(() => this.#scan());
+    this.#scanning = scan.catch(() => false);
+    return scan;
+  }
+
+  async #scan(): Promise<boolean> {
+    const started = performance.now();
+    const { index, milliseconds } = await this.#scanner.scan();
+    // Unchanged items stay the same objects.
+    const before = [...this.versions, ...this.firmware];
+    const after = [...index.versions, ...index.firmware];
+    const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
+    this.#index = index;
+    this.altered = different ? this.#alter() : [];
+    this.scanSeconds = (performance.now() - started) / 1000;
+    this.scanTime = milliseconds;
+    return different;
+  }
+
+  /** Records the digests on offer; returns the names whose content differs from when last offered. */
+  #alter(): string[] {
+    const altered: string[] = [];
+    const note = (key: string, content: string, name: string) => {
+      if ((this.#offered.get(key) ?? content) !== content) altered.push(name);
+      this.#offered.set(key, content);
     };
+    for (const { version, digest, name } of this.versions) note(version.key, digest, name);
+    for (const image of this.firmware) note(`f${image.version.key}`, image.sha256, image.path);
+    return altered;
   }
 
-  /** `manifestFor` as compact JSON. */
-  manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
-    return new TextDecoder().decode(this.manifestText(query, base, suffix).bytes);
+  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
+  find(name: string): Release | undefined {
+    return this.#index.find(name);
   }
 
-  /** The same in UTF-8. What does not depend on the single device is made once. */
-  manifestText(query: ManifestQuery, base: string, suffix = ""): ManifestText {
-    const decision = this.#decide(query);
-    if (!decision) return NOTHING_NEWER;
-    const { target, has, full, image, version, previous, base: bound } = decision;
-    const extras = query.hash === "sha256";
-    const key = `${has?.name}\n${version}\n${image?.name}\n${full}\n${extras}\n${suffix}`;
-    const wholeKey = `${key}\n${previous}\n${base}`;
-    // Most devices name their version as the directory is named, or have none.
-    const isCommon = query.list !== undefined || previous === (has?.name ?? "0");
-    const isShared = query.reqid === undefined && isCommon;
-    const whole = isShared ? this.#whole.get(wholeKey) : undefined;
-    if (whole) return whole;
-    const known = target && this.#manifests.get(key);
-    const [head, tail] = known ?? this.#stringify(decision, extras, suffix);
-    if (target && !known) this.#manifests.set(key, [head, tail], 2 * (head.length + tail.length));
-    const first = bound ? `{"base":"${bound}",` : "{";
-    const echoed =
-      `"previous_version":${JSON.stringify(previous)},` +
-      (query.reqid === undefined ? "" : `"request_id":${JSON.stringify(query.reqid)},`);
-    // Inside a JSON string a quote is escaped, so this text occurs nowhere else.
-    const mark = '"URL":"';
-    const link = (text: string) => text.split(mark).join(mark + JSON.stringify(base).slice(1, -1));
-    const bytes = utf8(first + link(head) + echoed + link(tail));
-    const made = { bytes, isShared };
-    // Counted twice: the server keeps the response made from it, too.
-    if (isShared) this.#whole.set(wholeKey, made, 2 * bytes.byteLength);
-    return made;
-  }
-
-  /** The two parts, with paths for URLs: the host depends on the request. */
-  #stringify(decision: Decision, extras: boolean, suffix: string): [string, string] {
-    const { head, tail } = this.#compose(decision, extras, "", suffix);
-    return [`${JSON.stringify(head).slice(1, -1)},`, JSON.stringify(tail).slice(1)];
-  }
-
-  #decide(query: ManifestQuery): Decision | null {
-    if (query.list !== undefined) return this.#listOf(query.list);
-    const current = query.current_ver ?? "";
-    const known = this.find(current);
-    const device = known?.version ?? new LooseVersion(current);
-    const base = digestIn(query.base);
-    const full = base !== undefined && base !== known?.digest;
-    const newest = this.versions.at(-1);
-    const isBehind = newest && newest.version.compare(device) > 0;
-    // On the newest, too, a device may have something else than what that is now.
-    const target = isBehind || (full && newest && newest === known) ? newest : undefined;
-    const image = this.#imageFor(query, device);
-    const previous = current || "0";
-    const bound = query.reqid !== undefined && !full ? base : undefined;
-    if (target) {
-      const has = full ? undefined : known;
-      return { target, has, full, image, version: target.name, previous, base: bound };
+  /**
+   * Finds the file for the path of a request.
+   *
+   * @param pathname percent-encoded, with its leading slash
+   * @returns `undefined` for whatever is not served: of versions and images what is not offered;
+   *   directories, dot entries at the top level, links that leave the root, private keys
+   */
+  locate(pathname: string): ServedFile | undefined {
+    let path = pathname.slice(1);
+    try {
+      if (path.includes("%")) path = decodeURIComponent(path);
+    } catch {
+      return undefined;
     }
-    // A device that does not say which firmware it runs would flash the same image for ever, or
-    // skip the files of that version: it gets firmware alone only where there are no files.
-    const mayFlash = query.firmware_ver !== undefined || this.versions.length === 0;
-    if (!image || !mayFlash) return null;
-    const version = query.firmware_ver === undefined ? image.name : previous;
-    return { target, has: undefined, full: false, image, version, previous, base: bound };
+    return this.#index.at(path) ?? this.#others.at(path, this.#index);
   }
 
-  /** The highest image, when it is higher than what runs, or other than what runs by its name. */
-  #imageFor(query: ManifestQuery, device: LooseVersion): FirmwareImage | undefined {
-    const highest = this.firmware.at(-1);
-    const order = highest?.version.compare(query.firmware_ver ?? device) ?? 0;
-    const runs = query.firmware_ver === undefined ? undefined : digestIn(query.firmware_sha256);
-    const isOther = order === 0 && runs !== undefined && runs !== highest?.sha256;
-    return order > 0 || isOther ? highest : undefined;
-  }
-
-  /** All of a version, for a device that has to learn what it consists of. */
-  #listOf(name: string): Decision | null {
-    const target = this.find(name);
-    if (!target) return null;
-    const nothing = { has: undefined, full: false, image: undefined, base: undefined };
-    return { target, ...nothing, version: target.name, previous: target.name };
-  }
-
-  /** The fields of a manifest before and after those that echo the request. */
-  #compose(
-    { target, has, full, image, version }: Decision,
-    extras: boolean,
-    base: string,
-    suffix: string,
-  ) {
-    const link = (path: string) => `${base}/${encodePath(path)}${suffix}`;
-    const hashes = (file: FileHashes) => ({
-      hash: file.sha1,
-      ...(extras && { sha256: file.sha256, size: file.size }),
-    });
-    const entry = ([path, file]: readonly [string, IndexedFile]): ManifestEntry => ({
-      URL: link(`${target!.name}/${path}`),
-      dst_path: `/${path}`,
-      ...(extras && file.executable && { executable: true as const }),
-      ...hashes(file),
-    });
-    const files = [...(target?.files ?? [])];
-    const old = has?.files;
-    // Boards have no executable bit: a change of it alone would make them fetch the file for nothing.
-    const differ = (a: IndexedFile, b: IndexedFile) =>
-      a.sha256 !== b.sha256 || (extras && a.executable !== b.executable);
-    return {
-      head: {
-        delete: [...(old?.keys() ?? [])].filter((path) => !target!.files.has(path)),
-        ...(image && {
-          firmware: {
-            URL: link(image.path),
-            ...hashes(image),
-            ...(extras && { version: image.name }),
-          },
-        }),
-        ...(full && { full: true as const }),
-        new: files.filter(([path]) => !old?.has(path)).map(entry),
-      },
-      tail: {
-        update: files
-          .filter(([path, file]) => old?.has(path) && differ(old.get(path)!, file))
-          .map(entry),
-        version,
-      },
-    };
+  /** See `OtherFiles.list`. */
+  beside(): Promise<{ path: string; files: number }[]> {
+    return this.#others.list(this.#index);
   }
 
   /**
@@ -2153,6 +2253,166 @@ export class Releases extends ServedRoot {
     const others =
       below === 0 ? this.firmware : this.versions.map(({ files }) => files.get(path.slice(below)));
     return others.find((file) => file?.sha256 === sha256);
+  }
+
+  /** See the function of that name. */
+  decide(query: ManifestQuery, ceiling?: string): Decision | null {
+    return decide(this.#index, query, ceiling);
+  }
+
+  /** See `Composer`. */
+  compose(decision: Decision | null, form: ManifestForm): ComposedManifest {
+    return this.#composer.compose(decision, form);
+  }
+
+  /**
+   * What a device needs to reach the newest release.
+   *
+   * @param query what the device said of itself; any text is allowed in any parameter
+   * @param base what URLs begin with: `http://HOST`, without a slash at the end
+   * @param suffix what URLs end with: `?token=…`
+   * @returns the manifest, or `null` when there is nothing newer
+   */
+  manifestFor(query: ManifestQuery, base: string, suffix = ""): Manifest | null {
+    const decision = this.decide(query);
+    if (!decision) return null;
+    const form = { extras: query.hash === "sha256", base, suffix };
+    const { head, tail } = composeManifest(decision, form);
+    return {
+      ...(decision.base && { base: decision.base }),
+      ...head,
+      previous_version: decision.previous,
+      ...(query.reqid !== undefined && { request_id: query.reqid }),
+      ...tail,
+    };
+  }
+
+  /** `manifestFor` as compact JSON. */
+  manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
+    const decision = this.decide(query);
+    const form = { extras: query.hash === "sha256", base, suffix };
+    return fillIn(this.compose(decision, form), decision, query.reqid);
+  }
+}
+
+// ──── Watch ─────────────────────────────────────────────────────────────────────────────────────
+// Keeping up with a root. The system tells of changes in the directories that it watches for us.
+// It does not tell that the root's path leads elsewhere, nor of what it has no watches left for.
+
+/** Milliseconds from the first event to a scan: copying many files causes one scan. */
+const GATHER = 200;
+/** Milliseconds between two checks of where the root's path leads. */
+const GLANCE = 500;
+/** The least milliseconds between two scans without an event. */
+const IDLE = { watched: 60_000, unwatched: 1000 };
+/**
+ * The pause after a look, as a multiple of its CPU time on this thread. Reading directories and
+ * garbage collection on other threads included, looks then cost less than 2 % of a core.
+ */
+const REST = 240;
+
+/** What somebody wants to know who keeps up with a root. */
+export interface WatchEvents {
+  /** Called after a scan that found something different. */
+  changed: () => void;
+  /** Called with one line when not every change will be noticed soon. */
+  warn?: ((line: string) => void) | undefined;
+}
+
+/** Scans a root whenever files change, until it is disposed of. */
+export class RootWatch implements Disposable {
+  #timer: Timer | undefined;
+  #due = Infinity;
+  #watcher: fs.FSWatcher | undefined;
+  /** The directory that is watched. */
+  #watched = "";
+  /** Why not all of it is watched. */
+  #blindness: unknown;
+  #isTold = false;
+  #isLooking = false;
+  #isClosed = false;
+  readonly #glancing: Timer;
+
+  constructor(
+    private readonly releases: Releases,
+    private readonly events: WatchEvents,
+  ) {
+    this.#listen();
+    this.#glancing = setInterval(() => {
+      if (!this.#isLooking && releases.isElsewhere) this.#plan(0);
+    }, GLANCE);
+  }
+
+  /** Asks for a scan, for instance because content was found to be other than indexed. */
+  readonly soon = (): void => this.#plan(GATHER + 2 * this.releases.scanTime);
+
+  /** Has the system tell of changes where the root is now. */
+  #listen(): void {
+    this.#watcher?.close();
+    this.#watched = this.releases.place;
+    this.#blindness = undefined;
+    try {
+      this.#watcher = fs.watch(this.releases.root, { recursive: true }, this.soon);
+      this.#watcher.on("error", (error) => this.#goBlind(error));
+    } catch (error) {
+      this.#goBlind(error);
+    }
+    // Changes since the last scan were not reported: scan once more.
+    this.#plan(GATHER);
+  }
+
+  /** Falls back to polling: not every directory could be watched. */
+  #goBlind(error: unknown): void {
+    if (this.#blindness !== undefined || this.#isClosed) return;
+    this.#blindness = error;
+    this.#isTold = false;
+    this.#plan(GATHER);
+  }
+
+  /** Says what that means, once it is known what a look costs. */
+  #tell(): void {
+    if (this.#blindness === undefined || this.#isTold) return;
+    this.#isTold = true;
+    const isFull = errorCode(this.#blindness) === "ENOSPC";
+    this.events.warn?.(
+      `changes may show late: the root is looked at every ${Math.ceil(this.#idle / 1000)} s, as ` +
+        `not all of it can be watched (${errorText(this.#blindness)})` +
+        (isFull ? "; raise fs.inotify.max_user_watches" : ""),
+    );
+  }
+
+  get #idle(): number {
+    const least = this.#blindness === undefined ? IDLE.watched : IDLE.unwatched;
+    return Math.max(least, REST * this.releases.scanTime);
+  }
+
+  #plan(milliseconds: number): void {
+    const at = performance.now() + milliseconds;
+    if (this.#isClosed || at >= this.#due) return;
+    clearTimeout(this.#timer);
+    this.#due = at;
+    this.#timer = setTimeout(() => void this.#look(), milliseconds);
+  }
+
+  async #look(): Promise<void> {
+    this.#due = Infinity;
+    if (this.#isLooking) return this.#plan(GATHER);
+    this.#isLooking = true;
+    // A root that is missing now may come back.
+    const different = await this.releases.scan().catch(() => false);
+    this.#isLooking = false;
+    if (this.#isClosed) return;
+    if (different) this.events.changed();
+    this.#tell();
+    if (this.releases.place !== this.#watched) this.#listen();
+    this.#plan(this.releases.unsettled.length > 0 ? this.releases.nextLook : this.#idle);
+  }
+
+  [Symbol.dispose](): void {
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+    clearInterval(this.#glancing);
+    this.#watcher?.close();
   }
 }
 
@@ -2242,35 +2502,9 @@ function stepWarnings(from: Release, to: Release, deletesAndFlashes: boolean): s
 // done once, beside the requests, and kept within bounds; a client can neither make the server hold
 // more memory than those bounds, nor keep its cores busy.
 
-// ──── Encodings ─────────────────────────────────────────────────────────────────────────────────
-// How content is made smaller for the air, one place for both ends. `dcz` is RFC 9842, Compression
-// Dictionary Transport: a zstd frame made with the file that the device has as its dictionary, so
-// that only what changed is sent. We depart from the RFC in two ways: plain http will do, and a
-// device may name any content that the server knows, without `Use-As-Dictionary`.
-
-/** How the bytes of a body are coded. */
-export type Encoding = "identity" | "gzip" | "zstd" | "dcz";
-
-/**
- * Content and dictionaries larger than this are not coded: both ends hold them in memory, several
- * at a time, and a window of this size is what RFC 9842 lets every decoder have.
- */
-export const MAX_CODED = 8 * 1024 * 1024;
-
-/** The fixed part of a dcz header (RFC 9842, section 5); the dictionary's SHA-256 follows. */
-const DCZ_MAGIC = Buffer.from("5e2a4d1820000000", "hex");
-const DCZ_HEADER = DCZ_MAGIC.length + 32;
-
-const { ZSTD_c_compressionLevel, ZSTD_c_windowLog } = zlib.constants;
-const gzipAsync = promisify(zlib.gzip);
-const zstdAsync = promisify(zlib.zstdCompress);
-
-/**
- * Level 19 finds within a hundredth what 22 finds; above this size it takes seconds, and 12 a
- * fraction of one.
- */
-const MAX_BEST = 2 * 1024 * 1024;
-const bestLevel = (size: number) => (size <= MAX_BEST ? 19 : 12);
+// ──── Encoding ────────────────────────────────────────────────────────────────────────────────────
+// Content as it is coded for the air: made once whoever asks, beside the requests, within a budget of
+// CPU time and memory.
 
 /**
  * The level for what is sent once, and for long manifests: of JSON that is mostly hashes it leaves
@@ -2279,81 +2513,6 @@ const bestLevel = (size: number) => (size <= MAX_BEST ? 19 : 12);
 const FAST = 1;
 /** Manifests longer than this are coded fast, since whoever asks chooses how many there are. */
 const LONG_MANIFEST = 16 * 1024;
-
-/** Codes content by itself, off the event loop. */
-function encodeWhole(
-  encoding: "gzip" | "zstd",
-  content: Uint8Array,
-  level?: number,
-): Promise<Uint8Array> {
-  if (encoding === "gzip") return gzipAsync(content, { level: level ?? 9 });
-  return Bun.zstdCompress(content, { level: level ?? bestLevel(content.byteLength) });
-}
-
-/** Codes what is different from a dictionary, off the event loop. */
-async function encodeDelta(content: Uint8Array, dictionary: Uint8Array): Promise<Uint8Array> {
-  // The window holds all of the dictionary and the content, and no more.
-  const window = Math.ceil(Math.log2(content.byteLength + dictionary.byteLength + 1));
-  const params = {
-    [ZSTD_c_compressionLevel]: bestLevel(content.byteLength),
-    [ZSTD_c_windowLog]: Math.min(23, Math.max(10, window)),
-  };
-  const frame = await zstdAsync(content, { params, dictionary: Buffer.from(dictionary) });
-  return Buffer.concat([DCZ_MAGIC, Buffer.from(sha256(dictionary), "hex"), frame]);
-}
-
-/**
- * Decodes content.
- *
- * @param limit the most bytes it may have: nothing expands for ever
- * @param dictionary the one that was offered
- * @throws when the bytes are not so coded, were made with another dictionary, or are too many
- */
-function decodeContent(
-  encoding: Encoding,
-  bytes: Uint8Array,
-  limit: number,
-  dictionary?: Uint8Array,
-): Uint8Array {
-  const maxOutputLength = Math.max(1, limit);
-  if (encoding === "gzip") return zlib.gunzipSync(bytes, { maxOutputLength });
-  if (encoding === "zstd") return zlib.zstdDecompressSync(bytes, { maxOutputLength });
-  if (encoding === "dcz") {
-    const header = Buffer.from(bytes.subarray(0, DCZ_HEADER));
-    const hash = Buffer.from(sha256(dictionary ?? new Uint8Array()), "hex");
-    if (!header.equals(Buffer.concat([DCZ_MAGIC, hash]))) throw new Error("another dictionary");
-    const options = { maxOutputLength, dictionary: Buffer.from(dictionary!) };
-    return zlib.zstdDecompressSync(bytes.subarray(DCZ_HEADER), options);
-  }
-  return bytes;
-}
-
-const NO_ENCODINGS: ReadonlySet<Encoding> = new Set();
-
-/** What an `Accept-Encoding` accepts of what we have (RFC 9110, 12.5.3; `q=0` means no). */
-export function acceptedEncodings(header: string | null): ReadonlySet<Encoding> {
-  if (header === null) return NO_ENCODINGS;
-  const accepted = new Set<Encoding>();
-  for (const item of header.toLowerCase().split(",")) {
-    const [name, ...parameters] = item.split(";").map((part) => part.trim());
-    if (parameters.some((parameter) => /^q=0(\.0*)?$/.test(parameter))) continue;
-    if (name === "gzip" || name === "zstd" || name === "dcz") accepted.add(name);
-  }
-  return accepted;
-}
-
-/** The better of the accepted codings that need no dictionary. */
-function wholeEncoding(accepted: ReadonlySet<Encoding>): "zstd" | "gzip" | undefined {
-  return accepted.has("zstd") ? "zstd" : accepted.has("gzip") ? "gzip" : undefined;
-}
-
-/** The SHA-256, lowercase hex, in an `Available-Dictionary: :base64:`; `undefined` for none. */
-export function availableDictionary(header: string | null): string | undefined {
-  const base64 = /^:([A-Za-z0-9+/]{43}=):$/.exec(header?.trim() ?? "")?.[1];
-  return base64 === undefined ? undefined : Buffer.from(base64, "base64").toString("hex");
-}
-
-type Coding = Exclude<Encoding, "identity">;
 
 /** Content that may be coded, or that other content is coded against; read when its turn comes. */
 interface Source {
@@ -2376,9 +2535,9 @@ interface Coded {
  * Probe level: if 9 does not shrink content (images, archives), 19 will not, at 30 times the cost.
  * Levels below 4 find nothing in machine code.
  */
-const TRIAL = 9;
-/** Content shorter than this is coded without a trial. */
-const MIN_TRIED = 4096;
+const PROBE = 9;
+/** Content shorter than this is coded without a probe. */
+const MIN_PROBED = 4096;
 /** Content shorter than this is not worth the header that says how it is coded. */
 const MIN_CODED = 64;
 /** The most that is kept of coded content, in bytes. */
@@ -2419,7 +2578,7 @@ class Encoder {
   readonly #done = new Cache<Coded>(CODED_BUDGET);
   /** Content that coding does not shrink. */
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
-  readonly #running = new Map<string, Promise<Coded | undefined>>();
+  readonly #running = new SingleFlight<Coded | undefined>();
   #waiting = 0;
   #coding = 0;
   /** Tasks that wait for a free slot. */
@@ -2442,23 +2601,22 @@ class Encoder {
     const done = this.#done.get(name);
     if (done) return done;
     if (this.#useless.get(name)) return undefined;
-    const running = this.#running.get(name);
     const needs = content.size + (dictionary?.size ?? 0);
-    if (running || this.#waiting + needs > MAX_WAITING || this.budget?.isSpent) return running;
-    this.#waiting += needs;
-    const made = this.#inTurn(() => this.#make(encoding, content, dictionary))
-      .then((coded) => {
+    const isTooMuch = this.#waiting + needs > MAX_WAITING || this.budget?.isSpent;
+    if (isTooMuch && !this.#running.has(name)) return undefined;
+    return this.#running.run(name, async () => {
+      this.#waiting += needs;
+      try {
+        const coded = await this.#inTurn(() => this.#make(encoding, content, dictionary));
         if (coded) this.#done.set(name, coded, coded.content.size);
         else if (coded === null) this.#useless.set(name, true, 0);
         return coded ?? undefined;
-      })
-      .catch(() => undefined)
-      .finally(() => {
+      } catch {
+        return undefined;
+      } finally {
         this.#waiting -= needs;
-        this.#running.delete(name);
-      });
-    this.#running.set(name, made);
-    return made;
+      }
+    });
   }
 
   /** Runs a few tasks at once, the others after them. */
@@ -2486,7 +2644,9 @@ class Encoder {
     const started = performance.now();
     try {
       if (!bytes || (dictionary && !old)) return undefined;
-      const coded = await (old ? encodeDelta(bytes, old) : encodeWell(encoding, bytes));
+      const coded = await (old
+        ? CODINGS.dcz.encode(bytes, undefined, old)
+        : encodeWell(encoding, bytes));
       if (coded.byteLength >= content.size) return null;
       const tag = Bun.hash(coded).toString(16).padStart(16, "0");
       return { encoding, content: intoBlob(coded), tag };
@@ -2499,11 +2659,11 @@ class Encoder {
   /**
    * The smallest form of content that is accepted: a delta, or a coding.
    *
-   * @param old what the manifests has
+   * @param old what the client has
    * @returns `undefined` for plain
    */
   async smallest(
-    accepted: ReadonlySet<Encoding>,
+    accepted: ReadonlySet<Coding>,
     content: Source,
     old?: Source,
   ): Promise<Coded | undefined> {
@@ -2512,7 +2672,7 @@ class Encoder {
     const delta = useOld && (await this.encode("dcz", content, old));
     // Where the delta is this small, coding the whole content would hardly be smaller.
     if (delta && delta.content.size <= content.size / 2) return delta;
-    const encoding = wholeEncoding(accepted);
+    const encoding = bestWithoutDictionary(accepted);
     const whole = encoding && (await this.encode(encoding, content));
     return delta && delta.content.size < (whole?.content ?? content).size ? delta : whole;
   }
@@ -2523,16 +2683,16 @@ function isCoded(size: number): boolean {
   return size >= MIN_CODED && size <= MAX_CODED;
 }
 
-/** Codes content by itself, as well as can be, unless that is not worth it. */
+/** Encodes content by itself, as well as can be, unless that is not worth it. */
 async function encodeWell(encoding: Coding, content: Uint8Array): Promise<Uint8Array> {
-  const whole = encoding === "gzip" ? "gzip" : "zstd";
   const size = content.byteLength;
-  if (whole === "zstd" && size >= MIN_TRIED && size <= MAX_BEST) {
-    const trial = await encodeWhole(whole, content, TRIAL);
-    if (trial.byteLength >= size) return trial;
-    release(trial);
+  const { encode } = CODINGS[encoding];
+  if (encoding === "zstd" && size >= MIN_PROBED && size <= MAX_BEST) {
+    const probe = await encode(content, PROBE);
+    if (probe.byteLength >= size) return probe;
+    release(probe);
   }
-  return encodeWhole(whole, content);
+  return encode(content);
 }
 
 // ──── Answers ────────────────────────────────────────────────────────────────────────────────────
@@ -2549,24 +2709,14 @@ interface Answer {
   body: Blob | null;
   /** Of the body. */
   size: number;
-  /** What the body is, or is a part of. */
-  form?: Representation;
-  /** How the body is coded, and the bytes that this saves. */
-  coding?: { encoding: Encoding; saved: number };
-  /** The status and the headers as they are sent, padded; made once they are needed. */
-  init?: { status: number; headers: Headers };
-}
-
-/** One form of a content that can be sent. */
-interface Representation {
-  encoding: Encoding;
-  /** Strong, quoted, and its own. */
-  etag: string;
-  content: Blob;
+  /** The content that the body is, or is a part of. */
+  content?: Blob;
   /** The open file that the content is read from while it is sent; else it is in memory. */
   fd?: number;
-  /** The last answer with the whole of it: most requests get the same one. */
-  whole?: Answer;
+  /** How the body is coded, and the bytes that this saves. */
+  coding?: { encoding: Coding; saved: number };
+  /** The status and the headers as they are sent, padded; made once they are needed. */
+  init?: { status: number; headers: Headers };
 }
 
 /** What content may be kept for by a cache, in seconds; then it asks again, with the tag. */
@@ -2582,51 +2732,48 @@ function typeOf(file: string): string {
   return known;
 }
 
-/** A representation, or the part of it that `Range` asks for, unless a condition says no. */
-function select(request: Request, file: ServedFile, form: Representation): Answer {
-  const { headers: asked } = request;
-  const { etag, content } = form;
-  const whole = wholeAnswer(typeOf(file.file), file.size, form);
-  if (matches(asked.get("if-none-match"), etag)) {
-    const { "Content-Type": _, ...headers } = whole.headers;
-    return { status: 304, headers, body: null, size: 0 };
-  }
-  const wanted = request.method === "GET" ? asked.get("range") : null;
-  if (wanted === null || ![null, etag].includes(asked.get("if-range"))) return whole;
-  const range = parseRange(wanted, content.size);
-  if (range === undefined) return whole;
-  if (range === "unsatisfiable") {
-    const unit = { "Content-Range": `bytes */${content.size}` };
-    return plain(416, `it has only ${content.size} bytes`, unit);
-  }
-  const { start, end } = range;
-  const headers = {
-    ...whole.headers,
-    "Content-Range": `bytes ${start}-${end - 1}/${content.size}`,
-  };
-  const coding = whole.coding && { ...whole.coding, saved: 0 };
-  const body = content.slice(start, end);
-  return { status: 206, headers, body, size: end - start, form, ...(coding && { coding }) };
-}
-
-/** The answer with all of a representation of `plainSize` bytes of content. */
-function wholeAnswer(type: string, plainSize: number, form: Representation): Answer {
-  if (form.whole?.headers["Content-Type"] === type) return form.whole;
-  const { encoding, etag, content } = form;
+/**
+ * The answer with the whole content of a file.
+ *
+ * @param etag strong, quoted, of these very bytes
+ */
+function wholeAnswer(file: ServedFile, content: Blob, etag: string, encoding?: Coding): Answer {
   const headers: Record<string, string> = {
-    "Content-Type": type,
+    "Content-Type": typeOf(file.file),
     // Without it, nginx as a cache gives nobody a part of what it keeps.
     "Accept-Ranges": "bytes",
     ETag: etag,
     "Cache-Control": `max-age=${MAX_AGE}`,
     Vary: "Accept-Encoding, Available-Dictionary",
   };
-  form.whole = { status: 200, headers, body: content, size: content.size, form };
-  if (encoding !== "identity") {
-    headers["Content-Encoding"] = encoding;
-    form.whole.coding = { encoding, saved: plainSize - content.size };
+  const whole: Answer = { status: 200, headers, body: content, size: content.size, content };
+  if (!encoding) return whole;
+  headers["Content-Encoding"] = encoding;
+  return { ...whole, coding: { encoding, saved: file.size - content.size } };
+}
+
+/** The whole content, or the part of it that `Range` asks for, unless a condition says no. */
+function select(request: Request, whole: Answer): Answer {
+  const { headers: asked } = request;
+  const etag = whole.headers["ETag"]!;
+  if (matches(asked.get("if-none-match"), etag)) {
+    const { "Content-Type": _, "Content-Disposition": __, ...headers } = whole.headers;
+    return { status: 304, headers, body: null, size: 0 };
   }
-  return form.whole;
+  const wanted = request.method === "GET" ? asked.get("range") : null;
+  if (wanted === null || ![null, etag].includes(asked.get("if-range"))) return whole;
+  const range = parseRange(wanted, whole.size);
+  if (range === undefined) return whole;
+  if (range === "unsatisfiable") {
+    return plain(416, `it has only ${whole.size} bytes`, {
+      "Content-Range": `bytes */${whole.size}`,
+    });
+  }
+  const { start, end } = range;
+  const { init: _, ...part } = whole;
+  const headers = { ...part.headers, "Content-Range": `bytes ${start}-${end - 1}/${whole.size}` };
+  if (part.coding) part.coding = { ...part.coding, saved: 0 };
+  return { ...part, status: 206, headers, body: part.body!.slice(start, end), size: end - start };
 }
 
 /** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
@@ -2700,6 +2847,30 @@ function padding(headers: Record<string, string>, size: number): string {
   return "-".repeat(HEADER_PIECE - (length % HEADER_PIECE));
 }
 
+// ──── Contacts ──────────────────────────────────────────────────────────────────────────────────
+// Each request becomes one event when it has ended. Log and metrics are made of these events, and of
+// nothing else.
+
+/** One request, and how it ended. */
+interface Contact {
+  method: string;
+  /** Percent-encoded, without the query and the path of `--url`. */
+  path: string;
+  query: ManifestQuery;
+  /** Of the other end of the connection; `-` where the system does not tell. */
+  peer: string;
+  /** Of the client, where a trusted proxy is the peer. */
+  address: string;
+  status: number;
+  /** Bytes of the body; `undefined` when the connection ended before all of it was sent. */
+  sent: number | undefined;
+  /** Until the body was sent. */
+  milliseconds: number;
+  coding?: Answer["coding"];
+  /** Of a request for a manifest: the releases that the device is on, and gets, for metrics. */
+  offer?: { from: string; to: string };
+}
+
 /** Text from the network for a log: printable ASCII without spaces, at most 64 characters. */
 function printable(text: string): string {
   if (text.length <= 64 && !/[^!-~]/.test(text)) return text;
@@ -2711,27 +2882,18 @@ function printable(text: string): string {
 }
 
 /**
- * One request, one line: time, address, device, method, path, status, bytes, milliseconds, and
- * where there are any, the coding and the version that the device reports as failed.
- *
- * @param size bytes of the body; `undefined` when the connection ended before all of it was sent
+ * A contact as one line: time, address, device, method, path, status, bytes, milliseconds, and where
+ * there are any, the coding and the version that the device reports as failed.
  */
-function logLine(
-  method: string,
-  path: string,
-  query: ManifestQuery,
-  address: string,
-  { status, coding }: Answer,
-  size: number | undefined,
-  milliseconds: number,
-): string {
+function logLine(contact: Contact): string {
+  const { method, path, query, address, status, sent, milliseconds, coding } = contact;
   const device = query.devid || query.wmac;
   const id = device ? ` device=${printable(device)}` : "";
   const coded = coding ? ` coding=${coding.encoding}` : "";
   const failed = query.failed ? ` failed=${printable(query.failed)}` : "";
   const tenths = Math.round(milliseconds * 10);
-  const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms${size === undefined ? " aborted" : ""}`;
-  const what = `${printable(method)} ${printable(path)} ${status} ${size ?? "-"}`;
+  const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms${sent === undefined ? " aborted" : ""}`;
+  const what = `${printable(method)} ${printable(path)} ${status} ${sent ?? "-"}`;
   return `${timeStamp()} ${address}${id} ${what} ${taken}${coded}${failed}`;
 }
 
@@ -2744,10 +2906,6 @@ function timeStamp(): string {
   return clock.text;
 }
 
-// ──── Metrics ───────────────────────────────────────────────────────────────────────────────────
-// What a server has done, as Prometheus reads it (text format 0.0.4). Label values are versions of
-// the root, or `other`: nobody outside can make them many.
-
 const COUNTERS = {
   ota_requests_total: "Requests by status",
   ota_sent_bytes_total: "Bytes of bodies that were sent whole",
@@ -2758,12 +2916,17 @@ const COUNTERS = {
   ota_changed_total: "Versions and images that changed after they were offered",
 };
 
-/** Counters of one server. */
+/** What a server has done, as Prometheus reads it (text format 0.0.4). */
 class Metrics {
   /** By name, then by what stands in braces after it; a status stands for its label. */
   readonly #counts = new Map(
     Object.keys(COUNTERS).map((name) => [name, new Map<string | number, number>()]),
   );
+
+  constructor(private readonly releases: Releases) {
+    // A counter must exist at 0 before its first event, so that an alert can see the step.
+    this.add("ota_changed_total", "", 0);
+  }
 
   /**
    * Adds to a counter.
@@ -2775,19 +2938,38 @@ class Metrics {
     counts.set(labels, (counts.get(labels) ?? 0) + amount);
   }
 
-  /** The label for a version that a device named. */
-  static label(releases: Releases, version: string | undefined): string {
+  /** Counts a contact. */
+  count({ status, sent, coding, offer, query }: Contact): void {
+    this.add("ota_requests_total", status);
+    if (sent === undefined) this.add("ota_aborted_total");
+    else this.add("ota_sent_bytes_total", "", sent);
+    if (coding && sent) this.add("ota_saved_bytes_total", "", coding.saved);
+    if (!offer) return;
+    // A list is no update.
+    if (query.list === undefined) {
+      this.add("ota_manifests_total", `from="${offer.from}",to="${offer.to}"`);
+    }
+    if (query.failed) this.add("ota_failures_total", `version="${this.label(query.failed)}"`);
+  }
+
+  /**
+   * The label for a version that a device named: one of the root, or `other`; nobody outside can make
+   * labels many.
+   */
+  label(version: string | undefined): string {
     if (version === undefined || version === "" || version === "0") return "none";
+    const { releases } = this;
     const image = () => releases.firmware.find((known) => known.version.compare(version) === 0);
     return releases.find(version)?.name ?? image()?.name ?? "other";
   }
 
   /** The whole text; what is not counted is read off the releases. */
-  text(releases: Releases): string {
+  text(): string {
+    const { versions, firmware, scanSeconds } = this.releases;
     const gauges: [name: string, help: string, value: string][] = [
-      ["ota_releases", "Versions offered", `ota_releases ${releases.versions.length}`],
-      ["ota_firmware", "Firmware images offered", `ota_firmware ${releases.firmware.length}`],
-      ["ota_scan_seconds", "Duration of the last scan", `ota_scan_seconds ${releases.scanSeconds}`],
+      ["ota_releases", "Versions offered", `ota_releases ${versions.length}`],
+      ["ota_firmware", "Firmware images offered", `ota_firmware ${firmware.length}`],
+      ["ota_scan_seconds", "Duration of the last scan", `ota_scan_seconds ${scanSeconds}`],
       ["ota_build_info", "The version of ota.ts", `ota_build_info{version="${TOOL_VERSION}"} 1`],
     ];
     const lines = gauges.flatMap(([name, help, value]) => {
@@ -2964,7 +3146,7 @@ async function readFile(file: string, size: number): Promise<Uint8Array> {
 }
 
 // ──── Content ───────────────────────────────────────────────────────────────────────────────────
-// The content of files, in the form that the manifests wants: coded, from memory, or from disk.
+// The content of files, in the form that the client accepts: coded, from memory, or from disk.
 
 /** Content up to this is read whole, checked and kept before it is sent; larger goes from disk. */
 const MAX_KEPT = 4 * 1024 * 1024;
@@ -2973,9 +3155,9 @@ const CONTENT_BUDGET = 32 * 1024 * 1024;
 
 /** Answers with the content of files. */
 class Contents {
-  /** By SHA-256. */
-  readonly #kept = new Cache<Representation>(CONTENT_BUDGET);
-  readonly #reading = new Map<string, Promise<Representation | undefined>>();
+  /** Whole answers by SHA-256 and media type. */
+  readonly #kept = new Cache<Answer>(CONTENT_BUDGET);
+  readonly #reading = new SingleFlight<Blob | undefined>();
 
   /** @param mismatch is called when content on disk is other than indexed */
   constructor(
@@ -2985,9 +3167,9 @@ class Contents {
     private readonly mismatch: () => void,
   ) {}
 
-  /** A file, in the smallest form that the manifests accepts. */
+  /** A file, in the smallest form that the client accepts. */
   answer(request: Request, path: string, file: ServedFile): Answer | Promise<Answer> {
-    const accepted = acceptedEncodings(request.headers.get("accept-encoding"));
+    const accepted = acceptedCodings(request.headers.get("accept-encoding"));
     if (accepted.size === 0 || file.sha256 === undefined || !isCoded(file.size)) {
       return this.#plain(request, file);
     }
@@ -2999,7 +3181,7 @@ class Contents {
     return this.encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
       if (!coded || !this.outbox.hasRoomFor(coded.content)) return this.#plain(request, file);
       const { encoding, content, tag } = coded;
-      return select(request, file, { encoding, etag: `"${tag}-${encoding}"`, content });
+      return select(request, wholeAnswer(file, content, `"${tag}-${encoding}"`, encoding));
     });
   }
 
@@ -3007,16 +3189,17 @@ class Contents {
   #plain(request: Request, file: ServedFile): Answer | Promise<Answer> {
     const { sha256: key, size } = file;
     if (key === undefined || size > MAX_KEPT) return this.#fromDisk(request, file);
-    const kept = this.#kept.get(key);
+    const kept = this.#kept.get(nameOf(key, file));
     if (kept) {
-      const hasRoom = size <= SMALL_BODY || this.outbox.hasRoomFor(kept.content);
-      return hasRoom ? select(request, file, kept) : this.#fromDisk(request, file);
+      const hasRoom = size <= SMALL_BODY || this.outbox.hasRoomFor(kept.content!);
+      return hasRoom ? select(request, kept) : this.#fromDisk(request, file);
     }
     if (!this.#reading.has(key) && !this.outbox.hasRoom(size)) {
       return this.#fromDisk(request, file);
     }
-    return this.#read(file, key).then((whole) => {
-      return whole ? select(request, file, whole) : this.#changing();
+    return this.#read(file, key).then((content) => {
+      if (!content) return this.#changing();
+      return select(request, wholeAnswer(file, content, file.etag));
     });
   }
 
@@ -3027,17 +3210,17 @@ class Contents {
     // By a name, since of a part of a descriptor Bun gives the length of the whole. A slice even of
     // the whole: Bun would answer Range by itself, and does not know If-Range.
     const content = Bun.file(`/dev/fd/${fd}`).slice(0, file.size);
-    const form: Representation = { encoding: "identity", etag: file.etag, content, fd };
-    const answer = select(request, file, form);
-    if (request.method === "HEAD" || !answer.form) fs.closeSync(fd);
+    const whole: Answer = { ...wholeAnswer(file, content, file.etag), fd };
     // Without it, Bun adds one with the file's name.
-    if (answer.form) answer.headers["Content-Disposition"] = "inline";
+    whole.headers["Content-Disposition"] = "inline";
+    const answer = select(request, whole);
+    if (request.method === "HEAD" || answer.fd === undefined) fs.closeSync(fd);
     return answer;
   }
 
   #source(file: ServedFile, key: string): Source {
-    const read = async () => (this.#kept.get(key) ?? (await this.#read(file, key)))?.content;
-    return { key, size: file.size, read };
+    const kept = () => this.#kept.get(nameOf(key, file))?.content;
+    return { key, size: file.size, read: async () => kept() ?? (await this.#read(file, key)) };
   }
 
   /** The answer while content on disk is other than indexed. */
@@ -3047,27 +3230,30 @@ class Contents {
   }
 
   /** Reads content whole, once however many ask; `undefined` when it is not what was indexed. */
-  #read({ file, size, etag }: ServedFile, key: string): Promise<Representation | undefined> {
-    const running = this.#reading.get(key);
-    if (running) return running;
-    this.outbox.reading += size;
-    // No more of it than tells that it has grown.
-    const reading = readFile(file, size + 1)
-      .then((bytes) => {
+  #read(file: ServedFile, key: string): Promise<Blob | undefined> {
+    return this.#reading.run(key, async () => {
+      const { size } = file;
+      this.outbox.reading += size;
+      try {
+        // No more of it than tells that it has grown.
+        const bytes = await readFile(file.file, size + 1);
         if (bytes.byteLength !== size || sha256(bytes) !== key) return undefined;
         const content = intoBlob(bytes);
-        const whole: Representation = { encoding: "identity", etag, content };
-        if (size <= MAX_KEPT) this.#kept.set(key, whole, content.size);
-        return whole;
-      })
-      .catch(() => undefined)
-      .finally(() => {
+        const whole = wholeAnswer(file, content, file.etag);
+        if (size <= MAX_KEPT) this.#kept.set(nameOf(key, file), whole, size);
+        return content;
+      } catch {
+        return undefined;
+      } finally {
         this.outbox.reading -= size;
-        this.#reading.delete(key);
-      });
-    this.#reading.set(key, reading);
-    return reading;
+      }
+    });
   }
+}
+
+/** Names an answer: the same content goes out with the media type of each file's name. */
+function nameOf(key: string, { file }: ServedFile): string {
+  return `${key} ${typeOf(file)}`;
 }
 
 /** 503 for a large request while slow clients hold all memory for sending. */
@@ -3170,8 +3356,8 @@ function forwardedScheme(headers: Headers): "http" | "https" | undefined {
   return scheme === "http" || scheme === "https" ? scheme : undefined;
 }
 
-// ──── Service ───────────────────────────────────────────────────────────────────────────────────
-// A request in, an answer out. It decides nothing that `Releases` can decide.
+// ──── Requests ──────────────────────────────────────────────────────────────────────────────────
+// What a request is, and what is wrong with it, whatever it asks for.
 
 /** What `serve` needs; every field has the default of the command line. */
 export interface ServeOptions extends ReleasesOptions {
@@ -3225,41 +3411,210 @@ function baseURL(given: string): string {
   return url.href.replace(/\/+$/, "");
 }
 
+/** The parts of a target. */
+interface Target {
+  path: string;
+  query: ManifestQuery;
+  /** Of path and query. */
+  length: number;
+}
+
+/**
+ * Takes a target apart. It may be relative (HTTP/1.0 without a Host): no `new URL` here.
+ *
+ * @param prefix the path of `--url`, with a slash at both ends: below it stands the same as below `/`
+ */
+function parseTarget(url: string, prefix: string): Target {
+  const start = url.startsWith("/") ? 0 : Math.max(0, url.indexOf("/", url.indexOf("//") + 2));
+  const length = url.length - start;
+  const mark = url.indexOf("?", start);
+  let path = mark < 0 ? url.slice(start) : url.slice(start, mark);
+  if (prefix !== "/" && path.startsWith(prefix)) path = path.slice(prefix.length - 1);
+  const search = mark < 0 ? "" : url.slice(mark + 1);
+  if (search.length > LIMITS.query) return { path, query: {}, length: Infinity };
+  return { path, query: search === "" ? {} : parseQuery(search), length };
+}
+
+/** What is wrong with a request, whatever it asks for. */
+function refuseRequest(
+  { method, headers }: Request,
+  { query, length }: Target,
+  token: string | undefined,
+): Answer | undefined {
+  if (length > LIMITS.target) return plain(414, "the address is too long");
+  if (token !== undefined && !isSameSecret(givenToken(headers, query), token)) {
+    return plain(401, "a token is needed", { "WWW-Authenticate": "Bearer" });
+  }
+  if (method !== "GET" && method !== "HEAD") {
+    return plain(405, `only ${METHODS}`, { Allow: METHODS });
+  }
+  const hasBody = Number(headers.get("content-length") ?? 0) > 0;
+  if (hasBody || headers.has("transfer-encoding")) {
+    return plain(413, "a request has no body here", { Connection: "close" });
+  }
+  return undefined;
+}
+
+/** The token of a request, `""` for none. */
+function givenToken(headers: Headers, query: ManifestQuery): string {
+  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
+  return bearer ?? query.token ?? "";
+}
+
+/** Whether a Host header holds a name or address with an optional port, and nothing else. */
+function isHost(host: string): boolean {
+  return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
+}
+
+// ──── Manifest answers ──────────────────────────────────────────────────────────────────────────
+// A decision as an HTTP answer. A manifest is composed once for all devices to which the same
+// applies, and the whole answer is made once for all that ask in the same words.
+
+/** Answers made of a manifest; they live as long as it does. */
+type Kept = { [encoding in Encoding]?: Answer | Promise<Answer> };
+
+/** Answers with manifests. */
+class Manifests {
+  readonly #answers = new WeakMap<ComposedManifest, Kept>();
+  readonly #key: KeyObject | undefined;
+  readonly #base: string | undefined;
+  readonly #scheme: string;
+  /** Whether it was said that a proxy is not trusted. */
+  #hasHinted = false;
+
+  constructor(
+    private readonly releases: Releases,
+    private readonly options: ServeOptions,
+    private readonly proxies: Proxies,
+    private readonly outbox: Outbox,
+  ) {
+    this.#base = options.url === undefined ? undefined : baseURL(options.url);
+    this.#scheme = options.tls ? "https" : "http";
+    this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
+  }
+
+  /** @param contact is told what is offered */
+  answer({ headers }: Request, contact: Contact, metrics: Metrics): Answer | Promise<Answer> {
+    const { query } = contact;
+    const { current_ver = "", reqid = "", token } = query;
+    if (current_ver.length > LIMITS.version || hasControls(current_ver)) {
+      return plain(400, `current_ver: at most ${LIMITS.version} characters, none of them controls`);
+    }
+    if (hasControls(reqid)) return plain(400, "reqid: no control characters");
+    const base = this.#base ?? this.#askedBase(headers, contact.peer);
+    if (base instanceof Error) return plain(400, base.message);
+    // A board sends nothing with a download but its URL.
+    const withToken = token !== undefined && this.options.token !== undefined;
+    const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
+    const decision = this.releases.decide(query);
+    const to = decision ? (this.releases.versions.at(-1)?.name ?? "firmware") : "none";
+    contact.offer = { from: metrics.label(current_ver), to };
+    const form = { extras: query.hash === "sha256", base, suffix };
+    const composed = this.releases.compose(decision, form);
+    const coding = bestWithoutDictionary(acceptedCodings(headers.get("accept-encoding")));
+    const size = composed.head.length + composed.tail.length;
+    // Most devices name their version as its directory is named, or have none.
+    const isCommon = !decision || decision.previous === (decision.has?.name ?? "0");
+    if (query.reqid === undefined && (isCommon || query.list !== undefined)) {
+      const level = size > LONG_MANIFEST ? FAST : undefined;
+      let kept = this.#answers.get(composed);
+      if (!kept) this.#answers.set(composed, (kept = {}));
+      const json = () => fillIn(composed, decision, undefined);
+      return (kept[coding ?? "identity"] ??= this.#encode(json(), "", coding, level));
+    }
+    if (size > SMALL_BODY && !this.outbox.hasRoom(size)) return busy();
+    // The text and its blob become garbage when the response has been sent.
+    discard(2 * size);
+    return this.#encode(fillIn(composed, decision, query.reqid), reqid, coding, FAST);
+  }
+
+  /** What URLs begin with, for who asks by this name; an error for the client. */
+  #askedBase(headers: Headers, peer: string): string | Error {
+    const said = forwardedScheme(headers);
+    const isTrusted = said !== undefined && this.proxies.trusts(peer);
+    const host = headers.get("host");
+    // URLs would begin with http, and lead around the proxy, or nowhere.
+    const isIgnored = said === "https" && !isTrusted && this.#scheme === "http";
+    const remedy = `serve --trust-proxy ${peer}, or --url https://…`;
+    if (isIgnored && !this.#hasHinted) {
+      this.#hasHinted = true;
+      const what = `${peer} says X-Forwarded-Proto: https, and is not trusted`;
+      this.options.warn?.(`${what}: URLs in manifests begin with http; if it is yours, ${remedy}`);
+    }
+    if (host === null || !isHost(host)) {
+      const hint = isIgnored
+        ? `; is there a proxy in between? It must pass Host on; ${remedy}`
+        : "";
+      return new Error(`a manifest needs the Host header: its URLs begin with it${hint}`);
+    }
+    return `${isTrusted ? said : this.#scheme}://${host}`;
+  }
+
+  #encode(
+    json: string,
+    reqid: string,
+    coding: Coding | undefined,
+    level: number | undefined,
+  ): Answer | Promise<Answer> {
+    const bytes = utf8(json);
+    const plain = content("application/json", new Blob([bytes]));
+    plain.headers["Cache-Control"] = "no-store";
+    if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
+    if (!coding || plain.size < MIN_CODED) return plain;
+    return CODINGS[coding]
+      .encode(bytes, level)
+      .then((coded) => {
+        const body = intoBlob(coded);
+        if (body.size >= plain.size) return plain;
+        const headers = { ...plain.headers, "Content-Encoding": coding };
+        const saved = plain.size - body.size;
+        return { ...content("", body), headers, coding: { encoding: coding, saved } };
+      })
+      .catch(() => plain);
+  }
+}
+
+// ──── Service ───────────────────────────────────────────────────────────────────────────────────
+// A request in, a response out, and a contact when it has ended.
+
+/** Answers requests for one path. */
+type Route = (request: Request, contact: Contact) => Answer | Promise<Answer>;
+
 /** Answers requests. */
 class Service {
   /** Is told when content on disk is other than indexed. */
   onMismatch: () => void = () => {};
 
-  readonly #base: string | undefined;
   /** The path of `--url`, with a slash at both ends: below it stands the same as below `/`. */
   readonly #prefix: string;
-  readonly #scheme: string;
-  readonly #key: KeyObject | undefined;
-  readonly #metrics = new Metrics();
+  readonly #metrics: Metrics;
   readonly #outbox = new Outbox();
   readonly #contents: Contents;
   readonly #proxies: Proxies;
-  /** Whether it was said that a proxy is not trusted. */
-  #hasHinted = false;
-  /** Responses made of cached manifests; each lives as long as its manifest. */
-  readonly #manifests = new WeakMap<
-    ManifestText,
-    { [encoding in Encoding]?: Answer | Promise<Answer> }
-  >();
+  /** What is not a file of the root. Below `/-/` is the server's own. */
+  readonly #routes: ReadonlyMap<string, Route>;
+  /** Who is told of each contact. */
+  readonly #listeners: ((contact: Contact) => void)[] = [];
 
   constructor(
     readonly releases: Releases,
     readonly options: ServeOptions,
   ) {
-    this.#base = options.url === undefined ? undefined : baseURL(options.url);
-    this.#prefix = `${this.#base ? new URL(this.#base).pathname.replace(/\/$/, "") : ""}/`;
-    this.#scheme = options.tls ? "https" : "http";
-    this.#key = options.sign === undefined ? undefined : readKey(options.sign, "private");
-    const encoder = new Encoder(new TokenBucket(options.coding ?? CODING.seconds));
+    const { url, log, coding = CODING.seconds, trustProxy = [] } = options;
+    this.#prefix = `${url ? new URL(baseURL(url)).pathname.replace(/\/$/, "") : ""}/`;
+    this.#proxies = new Proxies(trustProxy);
+    const encoder = new Encoder(new TokenBucket(coding));
     this.#contents = new Contents(releases, encoder, this.#outbox, () => this.onMismatch());
-    this.#proxies = new Proxies(options.trustProxy ?? []);
-    // A counter must exist at 0 before its first event, so that an alert can see the step.
-    this.noteAltered([]);
+    const metrics = new Metrics(releases);
+    this.#metrics = metrics;
+    this.#listeners.push((contact) => metrics.count(contact));
+    if (log) this.#listeners.push((contact) => log(logLine(contact)));
+    const manifests = new Manifests(releases, options, this.#proxies, this.#outbox);
+    this.#routes = new Map<string, Route>([
+      ["/manifest.json", (request, contact) => manifests.answer(request, contact, metrics)],
+      ["/-/health", () => this.#health()],
+      ["/-/metrics", () => content("text/plain; version=0.0.4", new Blob([metrics.text()]))],
+    ]);
   }
 
   /** Counts and tells what is other than it was offered before. */
@@ -3280,168 +3635,47 @@ class Service {
 
   respond(request: Request, server: Bun.Server<undefined>): Response | Promise<Response> {
     const started = performance.now();
-    const { path, query, length } = this.#target(request.url);
+    const target = parseTarget(request.url, this.#prefix);
     const peer = plainAddress(server.requestIP(request)?.address ?? "-");
-    const finish = (answer: Answer): Response => {
-      const { method } = request;
-      const { status, form, body, coding } = answer;
-      const size = method === "HEAD" ? 0 : answer.size;
-      this.#metrics.add("ota_requests_total", status);
-      const ended = (isWhole: boolean) => {
-        if (isWhole) this.#metrics.add("ota_sent_bytes_total", "", size);
-        else this.#metrics.add("ota_aborted_total");
-        if (coding && isWhole && size > 0) {
-          this.#metrics.add("ota_saved_bytes_total", "", coding.saved);
-        }
-        const { log } = this.options;
-        if (!log) return;
-        const taken = performance.now() - started;
-        const sent = isWhole ? size : undefined;
-        log(logLine(method, path, query, this.#client(request, peer), answer, sent, taken));
-      };
-      const fd = method === "HEAD" ? undefined : form?.fd;
-      const isSlow = body && (size > SMALL_BODY || fd !== undefined);
-      if (isSlow) {
-        this.#outbox.add({ request, server, held: form?.content ?? body, fd, ended });
-      } else ended(true);
-      return toResponse(method, answer);
+    const { path, query } = target;
+    const contact: Contact = {
+      ...{ method: request.method, path, query, peer, address: this.#client(request, peer) },
+      ...{ status: 0, sent: undefined, milliseconds: 0 },
     };
-    const answer = this.#refuse(request, query, length) ?? this.#answer(request, path, query, peer);
+    const finish = (answer: Answer): Response => {
+      const { status, body, coding, content, fd } = answer;
+      const isHead = request.method === "HEAD";
+      const size = isHead ? 0 : answer.size;
+      const ended = (isWhole: boolean) => {
+        contact.status = status;
+        contact.sent = isWhole ? size : undefined;
+        contact.coding = coding;
+        contact.milliseconds = performance.now() - started;
+        for (const listener of this.#listeners) listener(contact);
+      };
+      const isFromDisk = fd !== undefined && !isHead;
+      if (body && (size > SMALL_BODY || isFromDisk)) {
+        const held = content ?? body;
+        this.#outbox.add({ request, server, held, fd: isHead ? undefined : fd, ended });
+      } else ended(true);
+      return toResponse(request.method, answer);
+    };
+    const refused = refuseRequest(request, target, this.options.token);
+    const answer = refused ?? this.#answer(request, contact);
     return answer instanceof Promise ? answer.then(finish) : finish(answer);
   }
 
-  /** The address of who asked. */
+  /** The address of the client, behind proxies that are trusted. */
   #client({ headers }: Request, peer: string): string {
     return this.options.trustProxy?.length ? this.#proxies.client(headers, peer) : peer;
   }
 
-  /** The parts of a target. It may be relative (HTTP/1.0 without a Host): no `new URL` here. */
-  #target(url: string): { path: string; query: ManifestQuery; length: number } {
-    const start = url.startsWith("/") ? 0 : Math.max(0, url.indexOf("/", url.indexOf("//") + 2));
-    const length = url.length - start;
-    const mark = url.indexOf("?", start);
-    let path = mark < 0 ? url.slice(start) : url.slice(start, mark);
-    if (this.#prefix !== "/" && path.startsWith(this.#prefix)) {
-      path = path.slice(this.#prefix.length - 1);
-    }
-    const search = mark < 0 ? "" : url.slice(mark + 1);
-    const query = search === "" || search.length > LIMITS.query ? {} : parseQuery(search);
-    return { path, query, length: search.length > LIMITS.query ? Infinity : length };
-  }
-
-  /** What is wrong with a request, whatever it asks for. */
-  #refuse(request: Request, query: ManifestQuery, length: number): Answer | undefined {
-    const { method, headers } = request;
-    if (length > LIMITS.target) return plain(414, "the address is too long");
-    const { token } = this.options;
-    if (token !== undefined && !isSameSecret(givenToken(headers, query), token)) {
-      return plain(401, "a token is needed", { "WWW-Authenticate": "Bearer" });
-    }
-    if (method !== "GET" && method !== "HEAD") {
-      return plain(405, `only ${METHODS}`, { Allow: METHODS });
-    }
-    const hasBody = Number(headers.get("content-length") ?? 0) > 0;
-    if (hasBody || headers.has("transfer-encoding")) {
-      return plain(413, "a request has no body here", { Connection: "close" });
-    }
-    return undefined;
-  }
-
-  #answer(
-    request: Request,
-    path: string,
-    query: ManifestQuery,
-    peer: string,
-  ): Answer | Promise<Answer> {
-    if (path === "/manifest.json") return this.#manifest(request, query, peer);
-    if (path === "/-/health") return this.#health();
-    if (path === "/-/metrics") {
-      const text = this.#metrics.text(this.releases);
-      return content("text/plain; version=0.0.4", new Blob([text]));
-    }
+  #answer(request: Request, contact: Contact): Answer | Promise<Answer> {
+    const { path } = contact;
+    const route = this.#routes.get(path);
+    if (route) return route(request, contact);
     const found = this.releases.locate(path);
-    if (!found) return plain(404, "not found");
-    return this.#contents.answer(request, path, found);
-  }
-
-  #manifest({ headers }: Request, query: ManifestQuery, peer: string): Answer | Promise<Answer> {
-    const { current_ver = "", reqid = "", token } = query;
-    if (current_ver.length > LIMITS.version || hasControls(current_ver)) {
-      return plain(400, `current_ver: at most ${LIMITS.version} characters, none of them controls`);
-    }
-    if (hasControls(reqid)) return plain(400, "reqid: no control characters");
-    const base = this.#base ?? this.#askedBase(headers, peer);
-    if (base instanceof Error) return plain(400, base.message);
-    // A board sends nothing with a download but its URL.
-    const withToken = token !== undefined && this.options.token !== undefined;
-    const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
-    const text = this.releases.manifestText(query, base, suffix);
-    const newest =
-      text === NOTHING_NEWER ? "none" : (this.releases.versions.at(-1)?.name ?? "firmware");
-    const from = Metrics.label(this.releases, current_ver);
-    // A list is no update.
-    if (query.list === undefined) {
-      this.#metrics.add("ota_manifests_total", `from="${from}",to="${newest}"`);
-    }
-    if (query.failed) {
-      const version = Metrics.label(this.releases, query.failed);
-      this.#metrics.add("ota_failures_total", `version="${version}"`);
-    }
-    const encoding = wholeEncoding(acceptedEncodings(headers.get("accept-encoding")));
-    // Even with the same manifest, the signature is another one.
-    if (!text.isShared || reqid !== "") return this.#manifestAnswer(text, reqid, encoding, FAST);
-    let answers = this.#manifests.get(text);
-    if (!answers) this.#manifests.set(text, (answers = {}));
-    const level = text.bytes.byteLength > LONG_MANIFEST ? FAST : undefined;
-    return (answers[encoding ?? "identity"] ??= this.#manifestAnswer(text, "", encoding, level));
-  }
-
-  /** What URLs begin with, for who asks by this name; an error for the manifests. */
-  #askedBase(headers: Headers, peer: string): string | Error {
-    const said = forwardedScheme(headers);
-    const isTrusted = said !== undefined && this.#proxies.trusts(peer);
-    const host = headers.get("host");
-    // URLs would begin with http, and lead around the proxy, or nowhere.
-    const isIgnored = said === "https" && !isTrusted && this.#scheme === "http";
-    const remedy = `serve --trust-proxy ${peer}, or --url https://…`;
-    if (isIgnored && !this.#hasHinted) {
-      this.#hasHinted = true;
-      const what = `${peer} says X-Forwarded-Proto: https, and is not trusted`;
-      this.options.warn?.(`${what}: URLs in manifests begin with http; if it is yours, ${remedy}`);
-    }
-    if (host === null || !isHost(host)) {
-      const hint = isIgnored
-        ? `; is there a proxy in between? It must pass Host on; ${remedy}`
-        : "";
-      return new Error(`a manifest needs the Host header: its URLs begin with it${hint}`);
-    }
-    return `${isTrusted ? said : this.#scheme}://${host}`;
-  }
-
-  #manifestAnswer(
-    { bytes, isShared }: ManifestText,
-    reqid: string,
-    encoding: "gzip" | "zstd" | undefined,
-    level: number | undefined,
-  ): Answer | Promise<Answer> {
-    const size = bytes.byteLength;
-    // Those that are shared are kept, and few.
-    if (!isShared && size > SMALL_BODY && !this.#outbox.hasRoom(size)) return busy();
-    const plain = content("application/json", new Blob([bytes]));
-    plain.headers["Cache-Control"] = "no-store";
-    if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
-    // Both become garbage when the response has been sent.
-    if (!isShared) discard(2 * plain.size);
-    if (!encoding || plain.size < MIN_CODED) return plain;
-    return encodeWhole(encoding, bytes, level)
-      .then((coded) => {
-        const body = intoBlob(coded);
-        if (body.size >= plain.size) return plain;
-        const coding = { encoding, saved: plain.size - body.size };
-        const headers = { ...plain.headers, "Content-Encoding": encoding };
-        return { status: 200, headers, body, size: body.size, coding };
-      })
-      .catch(() => plain);
+    return found ? this.#contents.answer(request, path, found) : plain(404, "not found");
   }
 
   #health(): Answer {
@@ -3453,26 +3687,6 @@ class Service {
     const { versions, firmware } = this.releases;
     const isEmpty = versions.length + firmware.length === 0;
     return isEmpty ? plain(503, "the root has no version") : plain(200, "ok");
-  }
-}
-
-/** The token of a request, `""` for none. */
-function givenToken(headers: Headers, query: ManifestQuery): string {
-  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
-  return bearer ?? query.token ?? "";
-}
-
-/** Whether a Host header holds a name or address with an optional port, and nothing else. */
-function isHost(host: string): boolean {
-  return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
-}
-
-/** Whether a file is where it was found, and as large; not behind a link that came since. */
-function isReal({ file, size }: ServedFile): boolean {
-  try {
-    return fs.realpathSync(file) === file && fs.statSync(file).size === size;
-  } catch {
-    return false;
   }
 }
 
@@ -6797,6 +7011,15 @@ export class DirectoryOTA extends OTA {
   }
 }
 
+/** Whether a file is where it was found, and as large; not behind a link that came since. */
+function isReal({ file, size }: ServedFile): boolean {
+  try {
+    return fs.realpathSync(file) === file && fs.statSync(file).size === size;
+  } catch {
+    return false;
+  }
+}
+
 /** A tag with which a transfer can be resumed: present, and not weak. */
 function strongTag(etag: string | null): string | undefined {
   return etag?.startsWith('"') ? etag : undefined;
@@ -7192,7 +7415,7 @@ async function runManifest(given: Given): Promise<number> {
 /** What a manifest and its content cost on the air, for a device that takes every coding. */
 async function costLines(releases: Releases, manifest: Manifest | null): Promise<string[]> {
   const encoder = new Encoder();
-  const accepted = new Set<Encoding>(["dcz", "zstd", "gzip"]);
+  const accepted = new Set(codings(true));
   const lines: string[] = [];
   let total = 0;
   const add = async (name: string, content: Source, old?: IndexedFile) => {
