@@ -34,7 +34,7 @@
 // VI   Transports: bytes from somewhere, and nothing else.
 //      Transports
 // VII  Command line: the way in.
-//      Options · Report · Commands · Command line
+//      Options · Report · Server commands · Device commands · Command line
 
 import { Database } from "bun:sqlite";
 import {
@@ -3638,13 +3638,23 @@ class Service {
     const target = parseTarget(request.url, this.#prefix);
     const peer = plainAddress(server.requestIP(request)?.address ?? "-");
     const { path, query } = target;
+    const { method } = request;
+    const { trustProxy } = this.options;
+    const address = trustProxy?.length ? this.#proxies.client(request.headers, peer) : peer;
+    // One literal: it is made for every request.
     const contact: Contact = {
-      ...{ method: request.method, path, query, peer, address: this.#client(request, peer) },
-      ...{ status: 0, sent: undefined, milliseconds: 0 },
+      method,
+      path,
+      query,
+      peer,
+      address,
+      status: 0,
+      sent: undefined,
+      milliseconds: 0,
     };
     const finish = (answer: Answer): Response => {
       const { status, body, coding, content, fd } = answer;
-      const isHead = request.method === "HEAD";
+      const isHead = method === "HEAD";
       const size = isHead ? 0 : answer.size;
       const ended = (isWhole: boolean) => {
         contact.status = status;
@@ -3658,16 +3668,11 @@ class Service {
         const held = content ?? body;
         this.#outbox.add({ request, server, held, fd: isHead ? undefined : fd, ended });
       } else ended(true);
-      return toResponse(request.method, answer);
+      return toResponse(method, answer);
     };
     const refused = refuseRequest(request, target, this.options.token);
     const answer = refused ?? this.#answer(request, contact);
     return answer instanceof Promise ? answer.then(finish) : finish(answer);
-  }
-
-  /** The address of the client, behind proxies that are trusted. */
-  #client({ headers }: Request, peer: string): string {
-    return this.options.trustProxy?.length ? this.#proxies.client(headers, peer) : peer;
   }
 
   #answer(request: Request, contact: Contact): Answer | Promise<Answer> {
@@ -7298,10 +7303,11 @@ function progressBar(received: number, total: number, milliseconds: number): str
   return `[${"#".repeat(done).padEnd(width)}] ${speed}, ${left} s left`;
 }
 
-// ──── Commands ───────────────────────────────────────────────────────────────────────────────────
-// What each command does with its options.
+// ──── Server commands ─────────────────────────────────────────────────────────────────────────────
+// What `serve`, `manifest` and `keygen` do with their options.
 
-// ── serve and manifest ──
+/** Characters of log lines that are written at once; what there is goes out every 100 ms anyway. */
+const LOG_BUFFER = 64 * 1024;
 
 async function runServe(given: Given): Promise<number> {
   const out = Bun.stdout.writer();
@@ -7319,7 +7325,7 @@ async function runServe(given: Given): Promise<number> {
   };
   const log = (line: string) => {
     lines += `${line}\n`;
-    if (lines.length > 4096) void flush();
+    if (lines.length > LOG_BUFFER) void flush();
   };
   const { root, host, url, ignore, sign } = given;
   const latest = releaseOption(given, "latest");
@@ -7471,7 +7477,8 @@ async function runKeygen(given: Given): Promise<number> {
   return 0;
 }
 
-// ── client, rollback and status ──
+// ──── Device commands ─────────────────────────────────────────────────────────────────────────────
+// What `client`, `rollback` and `status` do with their options.
 
 async function runClient(given: Given): Promise<number> {
   const { server = "http://127.0.0.1:8000", every } = given;

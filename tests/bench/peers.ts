@@ -48,6 +48,15 @@ http {
   return { ...service, origin };
 }
 
+/** A `Bun.serve` that answers every request as a URL answers one now; see bare.ts. */
+export async function bare(url: string): Promise<Service & { origin: string }> {
+  const port = await freePort();
+  const service = start([process.execPath, `${import.meta.dir}/bare.ts`, url, `${port}`]);
+  const origin = `http://127.0.0.1:${port}`;
+  await until(service, async () => (await fetch(origin)).ok);
+  return { ...service, origin };
+}
+
 /** An rsync daemon with one module, `root`. */
 export async function rsyncDaemon(root: string): Promise<Service & { port: number }> {
   const port = await freePort();

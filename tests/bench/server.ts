@@ -1,4 +1,7 @@
-/** Requests a second of `bun ota.ts serve`, beside nginx serving the same bytes as files. */
+/**
+ * Requests a second of `bun ota.ts serve`, beside nginx serving the same bytes as files, and beside a
+ * `Bun.serve` that does nothing but return them.
+ */
 
 import {
   cpuOf,
@@ -13,7 +16,7 @@ import {
   whole,
   type Effort,
 } from "./harness.ts";
-import { nginx, wrk } from "./peers.ts";
+import { bare, nginx, wrk } from "./peers.ts";
 import { noise, source, sources, withFixes, writeFiles } from "./trees.ts";
 
 interface Competitor {
@@ -60,26 +63,27 @@ export async function benchServer({ rounds, quick }: Effort): Promise<void> {
     put(files + path.replace(/\?.*/, ""), bytes);
     await using peer = await nginx(files);
     await using caching = await nginx(files, "open_file_cache max=1000;");
-    for (const { origin } of [peer, caching]) {
+    await using runtime = await bare(ota.origin + path);
+    for (const { origin } of [peer, caching, runtime]) {
       if (!bytes.equals(await body(origin + path))) throw new Error(`${path}: not the same bytes`);
     }
-    const competitors = [ota, peer, caching];
+    const competitors = [ota, runtime, peer, caching];
     const results = await compete(path, competitors, rounds, quick ? 1 : 2);
-    const [us, them, cached] = results as [Result, Result, Result];
+    const [us, ...others] = results as [Result, ...Result[]];
     const rates = results.map((result) => whole(median(result.rates)));
     const costs = results.map((result) => median(result.costs).toFixed(1));
     rows.push([
       `${name} (${whole(bytes.length)} B)`,
       ...rates,
-      ratio(us.rates, them.rates),
-      ratio(us.rates, cached.rates),
+      ...others.map((them) => ratio(us.rates, them.rates)),
       costs.join(" / "),
     ]);
   }
   table(
-    `Requests a second, wrk -t1 -c32, median of ${rounds} rounds; nginx+ has open_file_cache on; ` +
+    `Requests a second, wrk -t1 -c32, median of ${rounds} rounds; bare: a Bun.serve that returns the ` +
+      `same bytes with the same headers; nginx+ has open_file_cache on; ` +
       `µs of CPU that the server spends on a request`,
-    ["", "ota.ts", "nginx", "nginx+", "ota.ts / nginx", "ota.ts / nginx+", "µs of CPU, each"],
+    ["", "ota.ts", "bare", "nginx", "nginx+", "/ bare", "/ nginx", "/ nginx+", "µs of CPU, each"],
     rows,
   );
 }
