@@ -61,8 +61,8 @@ export const TOOL_VERSION = "0.1.0";
 // manifest says is checked here, before anything uses it.
 
 // ──── Basics ────────────────────────────────────────────────────────────────────────────────────
-// Errors that a person is told, and a few lines that several sections need. Anything thrown that is
-// neither an `OTAError` nor a system error is a bug in this file.
+// Errors and small helpers. Anything thrown that is neither an `OTAError` nor a system error is a bug
+// in this file.
 
 /**
  * A failure that a person can do something about. Its message is shown as it is, without a stack.
@@ -96,12 +96,12 @@ function isBug(error: unknown): boolean {
   return code === undefined || (error instanceof TypeError && code.startsWith("ERR_"));
 }
 
-/** Whether a system error says that something is not there. */
+/** Whether a system error means that a path does not exist. */
 function isMissing(error: unknown): boolean {
   return saysMissing(errorCode(error));
 }
 
-/** The same of its code alone. */
+/** `isMissing`, given only the error's code. */
 function saysMissing(code: string | undefined): boolean {
   return code === "ENOENT" || code === "ENOTDIR";
 }
@@ -156,11 +156,11 @@ function cpuTime(): number {
   return (user + system) / 1000;
 }
 
-/** The longest that work may block the event loop, in milliseconds. */
+/** How long work may block the event loop, in milliseconds. */
 const TURN = 8;
 
 /** Splits long work on the event loop into slices, so that requests are answered in between. */
-class Pace {
+class TimeSlicer {
   #since = performance.now();
   #cpu = cpuTime();
   /** CPU time of the work so far, without the pauses, in milliseconds. */
@@ -228,39 +228,39 @@ function liftSurrogate(unit: number): number {
   return unit < 0xd800 ? unit : unit < 0xe000 ? unit + 0x2000 : unit - 0x800;
 }
 
-/** Entries in one part of a `SortedMap`. */
-const PART_ENTRIES = 4096;
+/** Entries in one of the maps that make up a `SortedMap`. */
+const CHUNK = 4096;
 
 /**
  * A map filled in the order of its keys, by code point. It is made of small maps: a single one of
  * 100,000 entries stops the event loop for 30 ms when it grows.
  */
 export class SortedMap<V> {
-  readonly #parts: { first: string; map: Map<string, V> }[] = [];
+  readonly #chunks: { first: string; map: Map<string, V> }[] = [];
   #size = 0;
 
   get size(): number {
     return this.#size;
   }
 
-  /** Adds an entry. @param key after all before it */
+  /** Adds an entry; keys must be added in ascending order. */
   append(key: string, value: V): void {
-    let last = this.#parts.at(-1);
-    if (!last || last.map.size >= PART_ENTRIES) {
-      this.#parts.push((last = { first: key, map: new Map() }));
+    let last = this.#chunks.at(-1);
+    if (!last || last.map.size >= CHUNK) {
+      this.#chunks.push((last = { first: key, map: new Map() }));
     }
     last.map.set(key, value);
     this.#size++;
   }
 
   get(key: string): V | undefined {
-    let [low, high] = [0, this.#parts.length];
+    let [low, high] = [0, this.#chunks.length];
     while (high - low > 1) {
       const middle = (low + high) >> 1;
-      if (compareCodePoints(this.#parts[middle]!.first, key) <= 0) low = middle;
+      if (compareCodePoints(this.#chunks[middle]!.first, key) <= 0) low = middle;
       else high = middle;
     }
-    return this.#parts[low]?.map.get(key);
+    return this.#chunks[low]?.map.get(key);
   }
 
   has(key: string): boolean {
@@ -268,29 +268,28 @@ export class SortedMap<V> {
   }
 
   *keys(): Generator<string> {
-    for (const { map } of this.#parts) yield* map.keys();
+    for (const { map } of this.#chunks) yield* map.keys();
   }
 
   *values(): Generator<V> {
-    for (const { map } of this.#parts) yield* map.values();
+    for (const { map } of this.#chunks) yield* map.values();
   }
 
   *[Symbol.iterator](): Generator<[string, V]> {
-    for (const { map } of this.#parts) yield* map;
+    for (const { map } of this.#chunks) yield* map;
   }
 }
 
 // ──── Versions ──────────────────────────────────────────────────────────────────────────────────
-// How releases are ordered. The order must be total: whatever text a device sends as its version,
-// comparing it gives an answer, and never an exception.
+// How releases are ordered. The order is total: comparing whatever text a device sends as its version
+// gives an answer, never an exception.
 
 /**
  * A version number in the loose scheme of Python's `distutils.version.LooseVersion`: runs of
- * digits, runs of `a-z`, and whatever stands between them; dots only separate. Where a number
- * meets a string, the number is the smaller one, as in Python 2 (Python 3 raises there, which
- * would let any device stop the server).
+ * digits, runs of `a-z`, and whatever stands between them; dots only separate. A number sorts before
+ * a string, as in Python 2 (Python 3 raises, which would let any device stop the server).
  *
- * @param text any text at all; `""` has no parts and is smaller than every other version
+ * @param text any text; `""` has no parts and is smaller than every other version
  *
  * @example
  * new LooseVersion("1.0.10").compare("1.0.9"); // positive
@@ -827,19 +826,19 @@ function isSameSecret(a: string, b: string): boolean {
 
 /** A content coding (RFC 9110, 8.4.1). */
 interface Codec {
-  /** Whether both ends need the same older content. */
+  /** Whether it encodes against older content that both ends have. */
   needsDictionary: boolean;
   /**
    * Encodes off the event loop.
    *
-   * @param level of the coder; absent: the smallest result that is worth its time
+   * @param level compression level; absent: the smallest result that is worth its time
    */
   encode(content: Uint8Array, level?: number, dictionary?: Uint8Array): Promise<Uint8Array>;
   /**
    * Decodes.
    *
-   * @param limit the most bytes that may come of it
-   * @throws when the bytes are not so coded, were made with another dictionary, or are too many
+   * @param limit the most bytes that the result may have
+   * @throws on malformed input, another dictionary, or a result beyond the limit
    */
   decode(bytes: Uint8Array, limit: number, dictionary?: Uint8Array): Uint8Array;
 }
@@ -855,7 +854,7 @@ const DCZ_MAGIC = Buffer.from("5e2a4d1820000000", "hex");
 
 /** Above this size zstd's level 19 takes seconds, and 12 a fraction of one. */
 const MAX_BEST = 2 * 1024 * 1024;
-/** Level 22 would be smaller than 19 by less than a hundredth. */
+/** Level 22 gains less than 1 % over level 19. */
 const bestLevel = (size: number) => (size <= MAX_BEST ? 19 : 12);
 
 const gzipAsync = promisify(zlib.gzip);
@@ -864,7 +863,7 @@ const zstdAsync = promisify(zlib.zstdCompress);
 const dczHeader = (dictionary: Uint8Array) =>
   Buffer.concat([DCZ_MAGIC, Buffer.from(sha256(dictionary), "hex")]);
 
-/** The best first; of those without a dictionary, too. */
+/** In order of preference. */
 const CODINGS = {
   dcz: {
     needsDictionary: true,
@@ -908,7 +907,7 @@ function isCoding(name: string): name is Coding {
   return Object.hasOwn(CODINGS, name);
 }
 
-/** The codings that a device can decode, the best first. */
+/** All codings, or those that need no dictionary, in order of preference. */
 function codings(hasDictionary: boolean): Coding[] {
   const names = Object.keys(CODINGS) as Coding[];
   return names.filter((name) => hasDictionary || !CODINGS[name].needsDictionary);
@@ -927,7 +926,7 @@ function decodeContent(
 
 const NO_CODINGS: ReadonlySet<Coding> = new Set();
 
-/** What an `Accept-Encoding` accepts of what we have (RFC 9110, 12.5.3; `q=0` means no). */
+/** The codings of ours that an `Accept-Encoding` header accepts (RFC 9110, 12.5.3; `q=0` means no). */
 export function acceptedCodings(header: string | null): ReadonlySet<Coding> {
   if (header === null) return NO_CODINGS;
   const accepted = new Set<Coding>();
@@ -939,7 +938,7 @@ export function acceptedCodings(header: string | null): ReadonlySet<Coding> {
   return accepted;
 }
 
-/** The best of the accepted codings that need no dictionary. */
+/** The preferred one of the accepted codings that need no dictionary. */
 function bestWithoutDictionary(accepted: ReadonlySet<Coding>): Coding | undefined {
   return accepted.size === 0 ? undefined : codings(false).find((name) => accepted.has(name));
 }
@@ -951,21 +950,22 @@ export function availableDictionary(header: string | null): string | undefined {
 }
 
 // ════ II Release root ════════════════════════════════════════════════════════════════════════════
-// From a directory of releases to "what does this device need". A scan looks at every name in the
-// root, waits until what is being copied has settled, hashes it, and puts a new index in place of the
-// one before. `Releases` decides by the index alone: that reads no directory and hashes no file.
+// From a directory of releases to "what does this device need". A scan takes a snapshot of each
+// version and image (Snapshot), waits until a copy in progress has settled (Settling), hashes what is
+// new (Hashing), and replaces the index (Index, Scan). A request is decided by the index alone (Decide,
+// Compose): that reads no directory and hashes no file.
 
 // ──── Snapshot ──────────────────────────────────────────────────────────────────────────────────
-// Looking at a release root without reading content: what is there, what counts for nothing and why,
-// and whether it is as it was in the last snapshot.
+// The names and `stat` data of a version, without its content: what counts, what is ignored and why.
+// Two snapshots with the same stamp are of the same files.
 
 /** How to read a release root. */
 export interface ReleasesOptions {
-  /** Globs of what is no content. Without a slash they match names, else paths in the version. */
+  /** Globs of files to ignore. Without a slash they match names, else paths in the version. */
   ignore?: readonly string[];
   /** The highest version and firmware to offer; absent: all. */
   latest?: string;
-  /** Seconds without a change before something counts; 1. 0: the root is known to be complete. */
+  /** Seconds without a change before a version counts; 1. 0: the root is known to be complete. */
   quiet?: number;
   /** Serve offered releases only, and no other file below the root. */
   onlyReleases?: boolean;
@@ -980,7 +980,7 @@ export interface Ignored {
   reason: string;
 }
 
-/** The files of a version or an image as `stat` saw them; no content is read. */
+/** A snapshot of a version or an image. */
 interface Snapshot {
   files: SnapshotFile[];
   ignored: Ignored[];
@@ -988,13 +988,13 @@ interface Snapshot {
   stamp: string;
   /** When something changed last, in ms since 1970, by the clock that files are stamped with. */
   changed: number;
-  /** Why nothing of it can be used. */
+  /** Why the whole version or image is ignored. */
   problem?: string;
 }
 
-/** A file that was looked at. */
+/** A file in a snapshot. */
 interface SnapshotFile {
-  /** On the device. */
+  /** Path on the device. */
   path: string;
   /** Absolute, links resolved. */
   file: string;
@@ -1005,26 +1005,31 @@ interface SnapshotFile {
 
 const NEVER_CONTENT = new Set([".DS_Store", "pymakr.conf", "Thumbs.db", "__pycache__"]);
 
-/** Looks at one root. */
-class Scanner {
+/** Reads names and `stat` data below one root. Follows links, but never out of the root. */
+class RootReader {
   readonly #secrets: readonly fs.Stats[];
 
   /**
    * @param root absolute, links resolved
-   * @param ignore globs of what is no content
-   * @param secrets files that are no content wherever they are
+   * @param ignore globs of files to ignore
+   * @param secrets files that are ignored wherever they turn up
    */
   constructor(
     readonly root: string,
     private readonly ignore: readonly Bun.Glob[],
     secrets: readonly string[],
-    private readonly pace: Pace,
+    private readonly slicer: TimeSlicer,
   ) {
     this.#secrets = secrets.filter((file) => fs.existsSync(file)).map((file) => fs.statSync(file));
   }
 
-  /** Looks at a version: a directory, links resolved. Takes its time; who looks again, knows. */
-  async version(name: string, directory: string): Promise<Snapshot> {
+  /**
+   * Takes a snapshot of a version. It is not atomic: a second one with the same stamp shows that
+   * nothing changed meanwhile.
+   *
+   * @param directory links resolved
+   */
+  async snapshotVersion(name: string, directory: string): Promise<Snapshot> {
     const snapshot: Snapshot = { files: [], ignored: [], stamp: "", changed: 0 };
     let hash = 0n;
     const note = (path: string, real: string, stat: fs.Stats) => {
@@ -1040,10 +1045,10 @@ class Scanner {
       linked = false,
     ) => {
       note(prefix, real, fs.statSync(real));
-      // Not at once: it takes long where a directory has a hundred thousand entries.
+      // Off this thread: reading a directory of 100,000 entries takes long.
       const reading = fs.promises.readdir(real, { withFileTypes: true });
-      for (const item of await this.pace.pause(reading)) {
-        if (this.pace.isDue) await this.pace.pause();
+      for (const item of await this.slicer.pause(reading)) {
+        if (this.slicer.isDue) await this.slicer.pause();
         const path = prefix + item.name;
         const skip = (reason: string) => snapshot.ignored.push({ path: `${name}/${path}`, reason });
         const reason = this.#noContent(item.name, path);
@@ -1072,7 +1077,7 @@ class Scanner {
       if (!isMissing(error)) {
         return { ...snapshot, files: [], stamp: name, problem: `unreadable: ${errorText(error)}` };
       }
-      // Something vanished meanwhile: its stamp must differ from every other one.
+      // A file vanished meanwhile: this stamp must equal no other.
       hash = Bun.hash.wyhash(`${performance.now()}`);
       snapshot.changed = Infinity;
     }
@@ -1090,14 +1095,14 @@ class Scanner {
     return ignored ? "--ignore" : undefined;
   }
 
-  /** Follows a path below the root to what it is, or says why it is not to be used. */
+  /** Resolves a path below the root; a text says why it must not be used. */
   resolve(path: string): { real: string; stat: fs.Stats } | string {
     if (path.startsWith(".")) return "its name begins with a dot";
     if (path.includes("\ufffd")) return "its name is not UTF-8";
     return this.#follow(`${this.root}/${path}`);
   }
 
-  /** The same for an absolute path, which a version that is a link may have below a dot entry. */
+  /** `resolve` for an absolute path; the target of a version that is a link may be a dot entry. */
   #follow(path: string): { real: string; stat: fs.Stats } | string {
     try {
       const real = fs.realpathSync(path);
@@ -1115,8 +1120,8 @@ class Scanner {
     return this.#secrets.some((secret) => secret.ino === ino && secret.dev === dev);
   }
 
-  /** Looks at a firmware image: a file, links resolved. */
-  async image(name: string, file: string): Promise<Snapshot> {
+  /** Takes a snapshot of a firmware image. @param file links resolved */
+  async snapshotImage(name: string, file: string): Promise<Snapshot> {
     try {
       const stat = fs.statSync(file);
       if (this.#isSecret(stat)) {
@@ -1137,8 +1142,8 @@ function snapshotFile(path: string, file: string, stat: fs.Stats, stamp: string)
 }
 
 /**
- * Whether a path below the root is of a version or an image by its name, those put aside included.
- * Of these only what counts is served.
+ * Whether a path below the root belongs to a version or an image by its name, backups included. Only
+ * those that are offered are served.
  */
 function isOfReleases(path: string): boolean {
   const slash = path.indexOf("/");
@@ -1147,7 +1152,7 @@ function isOfReleases(path: string): boolean {
     : /^v?[0-9][\w.+-]*$/i.test(path.slice(0, slash));
 }
 
-/** What tells a changed file from an unchanged one without reading it. */
+/** Differs between a file and its changed self, without reading it. */
 function stampOf(stat: fs.Stats): string {
   return `${stat.size} ${stat.mtimeMs} ${stat.ctimeMs} ${stat.ino} ${stat.dev} ${stat.mode}`;
 }
@@ -1158,10 +1163,10 @@ function isInside(path: string, directory: string): boolean {
 }
 
 // ──── Hashing ───────────────────────────────────────────────────────────────────────────────────
-// Content is hashed in one read, for boards that know SHA-1 and for devices that want SHA-256; much
-// of it on several cores, in workers. Requests are answered meanwhile.
+// Each file is read once for both hashes: SHA-1 for boards, SHA-256 for devices that ask for it. Large
+// amounts are hashed by workers on several cores, so that requests are answered meanwhile.
 
-/** What is known of one file's content. */
+/** Size and hashes of a file's content. */
 export interface FileHashes {
   size: number;
   /** Lowercase hex. */
@@ -1170,7 +1175,7 @@ export interface FileHashes {
   sha256: string;
 }
 
-/** A file's hashes, or why there are none: a system error, in a form that goes between threads. */
+/** A file's hashes, or the system error, in a form that can be posted between threads. */
 type Hashed = FileHashes | { code: string | undefined; message: string };
 
 /** Read size, in bytes. */
@@ -1217,7 +1222,7 @@ const piece = new Uint8Array(${PIECE});
 onmessage = ({ data }) => postMessage(data.map((file) => hashFile(file, piece, fs)));
 `;
 
-/** Fewer bytes than this are hashed on the calling thread: a worker takes as long to start. */
+/** Fewer bytes than this are hashed on the calling thread: starting a worker takes as long. */
 const MIN_WORK = 2 * 1024 * 1024;
 const MAX_WORKERS = Math.min(4, navigator.hardwareConcurrency);
 /** Files in one message to a worker, at most. */
@@ -1227,11 +1232,11 @@ const BATCH = 64;
 class Hasher {
   #workers: Worker[] = [];
   #source = "";
-  readonly #pace = new Pace();
+  readonly #slicer = new TimeSlicer();
 
   /**
-   * @param bytes how many there are in all, about
-   * @returns what was found, in the order of the files
+   * @param bytes their total size, roughly
+   * @returns in the order of the files
    */
   async hash(files: readonly string[], bytes: number): Promise<Hashed[]> {
     if (bytes < MIN_WORK) return this.#hashHere(files);
@@ -1245,7 +1250,7 @@ class Hasher {
         const first = next;
         const some = files.slice(first, (next += batch));
         const found = await hash(some).catch(() => {
-          // A failed worker is not replaced: the calling thread hashes what is left.
+          // A failed worker is not replaced: its share is hashed on the calling thread.
           hash = (some) => this.#hashHere(some);
           return hash(some);
         });
@@ -1260,7 +1265,7 @@ class Hasher {
   async #hashHere(files: readonly string[]): Promise<Hashed[]> {
     const piece = new Uint8Array(files.length > 0 ? PIECE : 0);
     const hashed: Hashed[] = [];
-    await this.#pace.each(files, (file) => hashed.push(hashFile(file, piece, fs)));
+    await this.#slicer.each(files, (file) => hashed.push(hashFile(file, piece, fs)));
     return hashed;
   }
 
@@ -1289,9 +1294,9 @@ class Hasher {
 }
 
 // ──── Settling ──────────────────────────────────────────────────────────────────────────────────
-// Nobody can know when a copy of many files into the root has ended, so a version or a firmware image
-// counts once nothing in it has changed for a second; until then its last good state stands. Only a
-// rename publishes at once or not at all.
+// Nothing tells when a copy of many files into the root has ended. So a version or an image counts once
+// nothing in it has changed for a second; until then its last settled state is offered. Only a rename
+// publishes atomically.
 
 /** A file that was read and hashed. */
 export interface IndexedFile extends FileHashes {
@@ -1305,7 +1310,7 @@ export interface IndexedFile extends FileHashes {
   executable: boolean;
 }
 
-/** The current item of one name below the root, and what is ignored of it. */
+/** What one name below the root stands for now, and what of it is ignored. */
 interface Settled<T> {
   item?: T | undefined;
   ignored: Ignored[];
@@ -1315,7 +1320,7 @@ interface Settled<T> {
 class Settler<T> {
   /** Settled items, with the stamp of the snapshot that they were made from. */
   #known = new Map<string, { stamp: string; item: T }>();
-  /** Names that are changing, with the time of the last change seen. */
+  /** Names that are changing, and when the last change was seen. */
   #unsettled = new Map<string, { stamp: string; since: number }>();
   /** The files hashed last, by name and path. */
   #hashed = new Map<string, SortedMap<IndexedFile>>();
@@ -1326,21 +1331,21 @@ class Settler<T> {
   /** @param quiet milliseconds without a change before something counts */
   constructor(
     private readonly quiet: number,
-    private readonly pace: Pace,
+    private readonly slicer: TimeSlicer,
   ) {}
 
-  /** The names that are changing: not offered yet, or offered as they were before. */
+  /** Names that are changing: not offered yet, or offered in their last settled state. */
   get unsettled(): string[] {
     return [...this.#unsettled.keys()];
   }
 
-  /** Milliseconds until something unsettled may have become quiet. */
+  /** Milliseconds until the next unsettled name may have settled. */
   get nextLook(): number {
     const since = [...this.#unsettled.values()].map((unsettled) => unsettled.since);
     return Math.max(20, Math.min(...since) + this.quiet - performance.now() + 5);
   }
 
-  /** Begins a scan: notices whether the wall clock was stepped since the last one. */
+  /** Begins a scan: detects a step of the wall clock since the last one. */
   begin(): void {
     const now = performance.now();
     const ahead = Date.now() - now;
@@ -1361,10 +1366,10 @@ class Settler<T> {
   }
 
   /**
-   * The current item for a version or an image: a new one once it is quiet, until then the last one.
+   * Returns the item for a version or an image: a new one once it has settled, until then the last one.
    *
-   * @param takeSnapshot at it
-   * @param make it of its files, which are sorted by path
+   * @param takeSnapshot of its files
+   * @param make makes the item of its hashed files
    */
   async settle(
     name: string,
@@ -1401,9 +1406,10 @@ class Settler<T> {
   }
 
   /**
-   * Whether something unchanged since then has settled. What has old time stamps has settled at once,
-   * unless the wall clock was stepped just now: then it has to stay unchanged for a while first.
+   * Whether a name has settled. Files with old time stamps have settled at once, unless the wall clock
+   * was just stepped: then the name must stay unchanged for the quiet time.
    *
+   * @param since when it was first seen as it is, by the monotonic clock
    * @param changed the newest time stamp of its files, by the wall clock
    */
   #isQuiet(since: number, changed: number): boolean {
@@ -1412,30 +1418,30 @@ class Settler<T> {
     return now - this.#clock.stepped >= this.quiet && Date.now() - changed >= this.quiet;
   }
 
-  /** @returns `undefined` when a file went away meanwhile; a text that says what cannot be read */
+  /** @returns `undefined` when a file vanished meanwhile; a text says which file cannot be read */
   async #hash(
     name: string,
     found: readonly SnapshotFile[],
   ): Promise<SortedMap<IndexedFile> | string | undefined> {
-    const { pace } = this;
+    const { slicer } = this;
     const old = this.#hashed.get(name);
     const unchanged = ({ path, file, stamp }: SnapshotFile): IndexedFile | undefined => {
       const before = old?.get(path);
       return before?.stamp === stamp && before.file === file ? before : undefined;
     };
-    const sorted = await pace.sort(found, (a, b) => compareCodePoints(a.path, b.path));
+    const sorted = await slicer.sort(found, (a, b) => compareCodePoints(a.path, b.path));
     const stale: string[] = [];
     let bytes = 0;
-    await pace.each(sorted, (seen) => {
+    await slicer.each(sorted, (seen) => {
       if (unchanged(seen)) return;
       stale.push(seen.file);
       bytes += seen.size;
     });
-    const hashed = await pace.pause(this.#hasher.hash(stale, bytes));
+    const hashed = await slicer.pause(this.#hasher.hash(stale, bytes));
     const files = new SortedMap<IndexedFile>();
     const failed: Extract<Hashed, { message: string }>[] = [];
     let next = 0;
-    await pace.each(sorted, (seen) => {
+    await slicer.each(sorted, (seen) => {
       const { path, file, executable, stamp } = seen;
       const before = unchanged(seen);
       const hashes = before ?? hashed[next++]!;
@@ -1454,8 +1460,8 @@ class Settler<T> {
 }
 
 // ──── Index ─────────────────────────────────────────────────────────────────────────────────────
-// What a release root holds: all that is offered, found by name, by version or by path. An index
-// never changes; a scan makes a new one.
+// What a root offers, to be looked up by name, version or path. A scan makes a new index, which then
+// never changes.
 
 /** One version: a directory below the root, the whole file system of a device. */
 export interface Release {
@@ -1468,7 +1474,7 @@ export interface Release {
   directories: ReadonlySet<string>;
   /** `releaseDigest` of the files. */
   digest: string;
-  /** No other release of this process has it, nor had it. */
+  /** Unique in this process; a version whose content changes gets a new one. */
   id: number;
 }
 
@@ -1481,29 +1487,28 @@ export interface FirmwareImage extends IndexedFile {
   path: string;
 }
 
-/** The directory that the path of a root leads to. */
+/** The directory that a root's path resolves to. */
 interface Place {
   /** Absolute, links resolved. */
   root: string;
-  /** Differs from any other directory's. */
+  /** Identifies the directory: its path, device and inode. */
   id: string;
 }
 
-/** Where a path leads now. */
-function leadsTo(path: string): Place {
+function placeOf(path: string): Place {
   const root = fs.realpathSync(path);
   const { dev, ino } = fs.statSync(root);
   return { root, id: `${root} ${dev} ${ino}` };
 }
 
-/** What a scan of a root found. */
+/** What a scan found. */
 class Index {
   /** In the order of their versions, oldest first. */
   readonly versions: Release[] = [];
   /** In the order of their versions, oldest first. */
   readonly firmware: FirmwareImage[] = [];
   readonly ignored: Ignored[] = [];
-  /** Real path of everything with the name of a version or an image → that name. */
+  /** Real path → name, of every entry that is named like a version or an image. */
   readonly places = new Map<string, string>();
   readonly #byName = new Map<string, Release>();
   readonly #byVersion = new Map<string, Release>();
@@ -1511,7 +1516,7 @@ class Index {
 
   constructor(
     readonly place: Place,
-    readonly scanner: Scanner,
+    readonly reader: RootReader,
   ) {}
 
   add(item: Release | FirmwareImage): void {
@@ -1525,7 +1530,7 @@ class Index {
     }
   }
 
-  /** To be called when all has been added. */
+  /** Sorts by version, once everything is added. */
   sort(): void {
     for (const items of [this.versions, this.firmware]) {
       items.sort((a, b) => a.version.compare(b.version));
@@ -1546,17 +1551,16 @@ class Index {
 }
 
 // ──── Scan ──────────────────────────────────────────────────────────────────────────────────────
-// Making an index of a root. It takes its time; whoever asks meanwhile is answered from the index
-// before.
+// Makes the index. This takes time; requests that come meanwhile are answered from the one before.
 
 /** Makes an item of its files. */
 type Make = (files: SortedMap<IndexedFile>) => Release | FirmwareImage | Promise<Release>;
 
 let releasesMade = 0;
 
-/** Scans one root again and again; what did not change is not read again. */
-class RootScanner {
-  readonly #pace = new Pace();
+/** Scans one root repeatedly; files that did not change are not read again. */
+class Scanner {
+  readonly #slicer = new TimeSlicer();
   readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
   readonly #settler: Settler<Release | FirmwareImage>;
@@ -1567,47 +1571,52 @@ class RootScanner {
   ) {
     this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
-    this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#pace);
+    this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#slicer);
   }
 
-  /** What is changing, and so does not count yet, or not as it is now. */
+  /** See `Settler.unsettled`. */
   get unsettled(): string[] {
     return this.#settler.unsettled;
   }
 
-  /** Milliseconds until something unsettled may have become quiet. */
+  /** See `Settler.nextLook`. */
   get nextLook(): number {
     return this.#settler.nextLook;
   }
 
   /** An index of nothing, before the first scan. */
   empty(): Index {
-    const place = leadsTo(this.path);
-    const scanner = new Scanner(place.root, this.#ignore, this.options.secrets ?? [], this.#pace);
-    return new Index(place, scanner);
+    const place = placeOf(this.path);
+    const reader = new RootReader(
+      place.root,
+      this.#ignore,
+      this.options.secrets ?? [],
+      this.#slicer,
+    );
+    return new Index(place, reader);
   }
 
   /**
    * Reads the root.
    *
-   * @returns the index, and the CPU time that it took on this thread, in milliseconds
+   * @returns the index, and the CPU time of this thread, in milliseconds
    * @throws when the root cannot be read
    */
   async scan(): Promise<{ index: Index; milliseconds: number }> {
     try {
-      await this.#pace.pause();
-      const busy = this.#pace.busy;
+      await this.#slicer.pause();
+      const busy = this.#slicer.busy;
       this.#settler.begin();
       const index = this.empty();
-      const names = await this.#pace.pause(fs.promises.readdir(index.place.root));
+      const names = await this.#slicer.pause(fs.promises.readdir(index.place.root));
       for (const name of names.sort(compareCodePoints)) {
-        if (this.#pace.isDue) await this.#pace.pause();
+        if (this.#slicer.isDue) await this.#slicer.pause();
         await this.#consider(name, index);
       }
       this.#settler.end(new Set(names));
       index.sort();
-      await this.#pace.pause();
-      return { index, milliseconds: this.#pace.busy - busy };
+      await this.#slicer.pause();
+      return { index, milliseconds: this.#slicer.busy - busy };
     } finally {
       this.#settler.rest();
     }
@@ -1616,8 +1625,8 @@ class RootScanner {
   /** Adds one entry of the root to an index. */
   async #consider(name: string, index: Index): Promise<void> {
     const skip = (reason: string) => void index.ignored.push({ path: name, reason });
-    const { scanner, versions, firmware, places } = index;
-    const entry = scanner.resolve(name);
+    const { reader, versions, firmware, places } = index;
+    const entry = reader.resolve(name);
     if (typeof entry === "string") return skip(entry);
     const isDirectory = entry.stat.isDirectory();
     if (isOfReleases(isDirectory ? `${name}/` : name) && !places.has(entry.real)) {
@@ -1631,13 +1640,13 @@ class RootScanner {
     if (isDirectory) {
       if (!isReleaseName(name)) return skip(`no version: a name is ${RELEASE_NAME_RULE}`);
       if (!this.#counts(name, versions, skip)) return;
-      const snapshot = () => scanner.version(name, entry.real);
+      const snapshot = () => reader.snapshotVersion(name, entry.real);
       return settle(snapshot, (files) => this.#makeRelease(name, files));
     }
     const text = firmwareVersion(name);
     if (text === undefined) return skip("neither a version nor a firmware_VERSION.bin");
     if (!this.#counts(text, firmware, skip)) return;
-    const snapshot = () => scanner.image(name, entry.real);
+    const snapshot = () => reader.snapshotImage(name, entry.real);
     const version = new LooseVersion(text);
     await settle(snapshot, (files) => ({ ...files.get(name)!, name: text, version, path: name }));
   }
@@ -1645,7 +1654,7 @@ class RootScanner {
   async #makeRelease(name: string, files: SortedMap<IndexedFile>): Promise<Release> {
     const directories = new Set<string>();
     const hasher = new Bun.CryptoHasher("sha256");
-    await this.#pace.each(files, ([path, file]) => {
+    await this.#slicer.each(files, ([path, file]) => {
       hasher.update(releaseLine(path, file.sha256));
       for (const directory of ancestors(path)) {
         if (directories.has(directory)) break;
@@ -1656,7 +1665,7 @@ class RootScanner {
     return { name, version, files, directories, digest, id: ++releasesMade };
   }
 
-  /** Whether a version counts beside those found before it, by code point, under the same root. */
+  /** Whether a version counts, given those before it in code point order. */
   #counts(
     name: string,
     others: readonly { name: string; version: LooseVersion }[],
@@ -1672,30 +1681,30 @@ class RootScanner {
 }
 
 // ──── Other files ───────────────────────────────────────────────────────────────────────────────
-// Whatever else lies below the root is served as in Pycom's tutorial, unless it must stay secret. Of
-// versions and images only what is offered is served, whatever path or link leads there.
+// Files beside versions and images are served, as in Pycom's OTA tutorial, except private keys and dot
+// entries. Files of a version are served only as such, whatever path or link leads to them.
 
 /** A file below the root that may be served. */
 export interface ServedFile {
   /** Absolute, links resolved. */
   file: string;
-  /** What tells whether it still is the one that was found. */
+  /** `stampOf` the file when it was found. */
   stamp: string;
   size: number;
-  /** Of its content, when it belongs to a version or is firmware: then it must not be other. */
+  /** Of versions and images: what is sent must have this content. */
   sha256?: string;
   /** Strong, quoted. */
   etag: string;
 }
 
-/** How many files in a directory beside the releases are counted. */
+/** Files in a directory beside the releases are counted up to this. */
 const MAX_COUNTED = 1000;
-/** Of how many files beside the releases it is remembered whether they hold a key. */
+/** The most files of which it is remembered whether they hold a private key. */
 const MAX_KEYS_KNOWN = 4096;
 
 /** The files of a root beside its versions and images. */
 class OtherFiles {
-  /** By path, which of them hold a private key, each as long as its stamp stays. */
+  /** Path → whether it holds a private key, valid while its stamp stays the same. */
   readonly #keys = new Map<string, { stamp: string; isKey: boolean }>();
 
   /** @param isServed whether there are any */
@@ -1706,12 +1715,12 @@ class OtherFiles {
     // `/-/` is the server's own.
     if (/^-\/|(^|\/)(\.{0,2})(\/|$)|\0/.test(path)) return undefined;
     if (!this.isServed || isOfReleases(path)) return undefined;
-    const found = index.scanner.resolve(path);
+    const found = index.reader.resolve(path);
     if (typeof found === "string" || !found.stat.isFile()) return undefined;
     // Nor through a link to a dot entry, or out of the root and in again.
     const real = relative(index.place.root, found.real);
     if (real.startsWith(".")) return undefined;
-    // Through a link, or where a version is one: what is of a version is served only as such.
+    // A link may lead into a version, and a version may be a link.
     for (const at of [found.real, ...ancestors(found.real)]) {
       const name = index.places.get(at);
       if (name !== undefined) return index.at(name + found.real.slice(at.length));
@@ -1722,7 +1731,6 @@ class OtherFiles {
     return { file: found.real, stamp, size: found.stat.size, etag };
   }
 
-  /** Whether a file holds a private key; looked up as long as it does not change. */
   #isKey(file: string, stamp: string): boolean {
     const known = this.#keys.get(file);
     if (known?.stamp === stamp) return known.isKey;
@@ -1733,18 +1741,18 @@ class OtherFiles {
   }
 
   /**
-   * What is served beside versions and images: files in the root, and directories (with a slash at
-   * the end) with the number of files in them, which is counted to a thousand.
+   * Lists them for the operator: files in the root, and directories (with a slash at the end) with the
+   * number of files in them, counted up to a thousand.
    */
   async list(index: Index): Promise<{ path: string; files: number }[]> {
-    const pace = new Pace();
+    const slicer = new TimeSlicer();
     const { root } = index.place;
     const read = (directory: string) =>
-      pace.pause(fs.promises.readdir(`${root}/${directory}`, { withFileTypes: true }));
+      slicer.pause(fs.promises.readdir(`${root}/${directory}`, { withFileTypes: true }));
     const count = async (directory: string, files: number): Promise<number> => {
       for (const item of await read(directory).catch(() => [])) {
         if (files > MAX_COUNTED) break;
-        if (pace.isDue) await pace.pause();
+        if (slicer.isDue) await slicer.pause();
         const path = directory + item.name;
         if (item.isDirectory()) files = await count(`${path}/`, files);
         else if (this.at(path, index)) files++;
@@ -1764,7 +1772,7 @@ class OtherFiles {
   }
 }
 
-/** Whether a file holds a private key in PEM; one that cannot be read is treated so. */
+/** Whether a file holds a private key in PEM; an unreadable one counts as such. */
 function holdsPrivateKey(file: string): boolean {
   try {
     // O_NONBLOCK: it may be a pipe by now.
@@ -1783,10 +1791,10 @@ function holdsPrivateKey(file: string): boolean {
 }
 
 // ──── Cache ─────────────────────────────────────────────────────────────────────────────────────
-// Bounded caches, and how their memory is freed. Content lies outside of the JavaScript heap, in
-// blobs and buffers, which Bun's garbage collector does not see unless told.
+// Bounded caches, and freeing their memory. Blobs and buffers lie outside the JavaScript heap, where
+// Bun's garbage collector does not count them.
 
-/** What an entry of a cache costs beside its value, in bytes. */
+/** Overhead of a cache entry, in bytes. */
 const ENTRY_COST = 512;
 
 /** Values by key, up to a budget in bytes; the oldest goes first, unless it was used meanwhile. */
@@ -1811,7 +1819,7 @@ class Cache<T> {
     for (const [oldest, entry] of this.#kept) {
       if (this.#cost + cost <= this.budget) break;
       this.#kept.delete(oldest);
-      // Second chance (CLOCK): it was used since it was last considered.
+      // Second chance (CLOCK): used since it was last considered.
       if (entry.used) {
         this.#kept.set(oldest, { ...entry, used: false });
       } else {
@@ -1824,7 +1832,7 @@ class Cache<T> {
   }
 }
 
-/** Runs a task once for all who ask for it while it runs. */
+/** Runs a task once for all callers that ask for it while it runs. */
 class SingleFlight<T> {
   readonly #running = new Map<string, Promise<T>>();
 
@@ -1842,17 +1850,17 @@ class SingleFlight<T> {
   }
 }
 
-/** Bytes of garbage outside of the JavaScript heap that start a full collection. */
+/** Bytes of garbage outside the JavaScript heap that trigger a full collection. */
 const MAX_GARBAGE = 16 * 1024 * 1024;
-/** The least time between two full collections, in milliseconds: each stops the event loop. */
+/** The minimum time between two full collections, in milliseconds: each blocks the event loop. */
 const COLLECT_PAUSE = 1000;
 let garbage = 0;
 let collected = -Infinity;
 let collecting: Timer | undefined;
 
 /**
- * Says that blobs or buffers of that many bytes have become garbage. The collector sees no more of
- * each than a small object, and would let hundreds of MiB of them lie.
+ * Reports that blobs or buffers of so many bytes have become garbage. The collector sees only a small
+ * object for each, and would not free hundreds of MiB of them.
  */
 function discard(bytes: number): void {
   garbage += bytes;
@@ -1867,12 +1875,12 @@ function discard(bytes: number): void {
   collecting.unref();
 }
 
-/** Frees the memory of bytes that are not used after this, unless they are part of a larger buffer. */
+/** Frees the memory of bytes that are no longer used, unless they are part of a larger buffer. */
 function release({ buffer, byteLength }: Uint8Array): void {
   if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
 }
 
-/** A blob of bytes that are not used after this. */
+/** Moves bytes into a blob; they must not be used afterwards. */
 function intoBlob(bytes: Uint8Array): Blob {
   const blob = new Blob([bytes as Uint8Array<ArrayBuffer>]);
   release(bytes);
@@ -1880,27 +1888,27 @@ function intoBlob(bytes: Uint8Array): Blob {
 }
 
 // ──── Decide ────────────────────────────────────────────────────────────────────────────────────
-// What a device gets, by the rules of the wire: files and firmware are decided apart, each is the
-// highest that is higher than what the device has, and nothing is ever a downgrade.
+// What a device gets. Files and firmware are decided separately: each is the highest version that is
+// above what the device has. Nothing is ever a downgrade.
 
 /** What a device gets. */
 interface Decision {
   /** The release that it gets; absent: firmware alone. */
   target: Release | undefined;
-  /** The release that it has, as far as we know its files. */
+  /** The release that it has, where its files are known. */
   has: Release | undefined;
-  /** Whether it has something else than it says. */
+  /** Whether its files are other than those of the release it names. */
   full: boolean;
   image: FirmwareImage | undefined;
-  /** What it is on afterwards. */
+  /** The version that it is on afterwards. */
   version: string;
-  /** What it says that it is on, as it is sent back. */
+  /** The version that it named, as it is echoed. */
   previous: string;
-  /** The digest of what it has, where that is what it sent as `base`, with a `reqid`. */
+  /** Its `base`, echoed to who sent a `reqid`, where it is right. */
   base: string | undefined;
 }
 
-/** What a query may name a content by; anything else says nothing, as if it were not sent. */
+/** A SHA-256 in a query; anything malformed counts as absent. */
 function digestIn(text: string | undefined): string | undefined {
   return text !== undefined && /^[0-9a-f]{64}$/i.test(text) ? text.toLowerCase() : undefined;
 }
@@ -1937,7 +1945,7 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
   const full = base !== undefined && base !== known?.digest;
   const newest = highest(versions, ceiling);
   const isBehind = newest && newest.version.compare(device) > 0;
-  // On the newest, too, a device may have something else than what that is now.
+  // A device on the newest version may have other files than that version has now.
   const target = isBehind || (full && newest && newest === known) ? newest : undefined;
   const image = imageFor(query, device, highest(firmware, ceiling));
   const previous = current || "0";
@@ -1946,15 +1954,15 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
     const has = full ? undefined : known;
     return { target, has, full, image, version: target.name, previous, base: bound };
   }
-  // A device that does not say which firmware it runs would flash the same image for ever, or
-  // skip the files of that version: it gets firmware alone only where there are no files.
+  // A device that does not say which firmware it runs would flash the same image forever, or skip the
+  // files of that version: it gets firmware alone only from a root without versions.
   const mayFlash = query.firmware_ver !== undefined || versions.length === 0;
   if (!image || !mayFlash) return null;
   const version = query.firmware_ver === undefined ? image.name : previous;
   return { target, has: undefined, full: false, image, version, previous, base: bound };
 }
 
-/** The highest image, when it is higher than what runs, or other than what runs by its name. */
+/** The image, if it is above what runs, or is the version that runs with other content. */
 function imageFor(
   query: ManifestQuery,
   device: LooseVersion,
@@ -1967,11 +1975,11 @@ function imageFor(
 }
 
 // ──── Compose ─────────────────────────────────────────────────────────────────────────────────────
-// A decision as a manifest. What does not depend on the single device is composed once.
+// Makes the manifest of a decision. What does not depend on the single device is made once.
 
-/** What a manifest says beside what it echoes. */
+/** What a manifest depends on beside the decision. */
 interface ManifestForm {
-  /** Whether with SHA-256, sizes and modes. */
+  /** Whether SHA-256, sizes and modes are included. */
   extras: boolean;
   /** What URLs begin with: `http://HOST`, without a slash at the end. */
   base: string;
@@ -1997,7 +2005,7 @@ function composeManifest(
   });
   const files = [...(target?.files ?? [])];
   const old = has?.files;
-  // Boards have no executable bit: a change of it alone would make them fetch the file for nothing.
+  // Boards have no executable bit: they must not fetch a file again because only that changed.
   const differ = (a: IndexedFile, b: IndexedFile) =>
     a.sha256 !== b.sha256 || (extras && a.executable !== b.executable);
   const firmware = image && {
@@ -2024,7 +2032,7 @@ function composeManifest(
 /** The most that is kept of manifests, in bytes. */
 const MANIFEST_BUDGET = 32 * 1024 * 1024;
 
-/** A manifest as JSON, in two parts around what it echoes of the request. */
+/** A manifest as JSON, in two parts; what is echoed from the request goes between them. */
 interface ComposedManifest {
   head: string;
   tail: string;
@@ -2033,11 +2041,11 @@ interface ComposedManifest {
 /** The manifest of a device that has the newest. */
 const NOTHING_NEWER: ComposedManifest = { head: "", tail: "null" };
 
-/** Composes manifests, each once. */
+/** Composes and caches manifests. */
 class Composer {
   readonly #composed = new Cache<ComposedManifest>(MANIFEST_BUDGET);
 
-  /** @returns the same object as long as it is kept */
+  /** @returns the same object for as long as it is cached */
   compose(decision: Decision | null, form: ManifestForm): ComposedManifest {
     if (!decision) return NOTHING_NEWER;
     const { has, target, image, full, version } = decision;
@@ -2052,13 +2060,13 @@ class Composer {
       head: `${JSON.stringify(head).slice(1, -1)},`,
       tail: JSON.stringify(tail).slice(1),
     };
-    // Counted with the answers that a server makes of it: plain, and smaller ones.
+    // Counted with the responses that a server makes of it: one plain, and coded ones.
     this.#composed.set(key, made, 3 * (made.head.length + made.tail.length));
     return made;
   }
 }
 
-/** The JSON of a manifest, with what it echoes of the request. */
+/** The complete JSON of a manifest. */
 function fillIn(
   { head, tail }: ComposedManifest,
   decision: Decision | null,
@@ -2072,8 +2080,7 @@ function fillIn(
 }
 
 // ──── Releases ──────────────────────────────────────────────────────────────────────────────────
-// A release root, as whoever serves it or reads from it sees it: its newest index, and what comes of
-// that.
+// The interface of this part: a release root with its current index.
 
 /**
  * A release root.
@@ -2085,30 +2092,30 @@ function fillIn(
 export class Releases {
   /** The path of the root as it was given, absolute; where it leads may change. */
   readonly path: string;
-  /** Names of what the last scan found to be other than it was offered before. */
+  /** Names whose content the last scan found to differ from when it was last offered. */
   altered: readonly string[] = [];
   /** Duration of the last scan, in seconds. */
   scanSeconds = 0;
   /** CPU time of the last scan on this thread, in milliseconds. */
   scanTime = 0;
 
-  readonly #scanner: RootScanner;
+  readonly #scanner: Scanner;
   readonly #others: OtherFiles;
   readonly #composer = new Composer();
   #index: Index;
-  /** The digest of every version and image when it was last offered, by kind and version. */
+  /** Kind and version → digest when last offered. */
   #offered = new Map<string, string>();
   #scanning: Promise<boolean> = Promise.resolve(false);
 
   private constructor(path: string, options: ReleasesOptions) {
     this.path = resolve(path);
-    this.#scanner = new RootScanner(this.path, options);
+    this.#scanner = new Scanner(this.path, options);
     this.#others = new OtherFiles(options.onlyReleases !== true);
     this.#index = this.#scanner.empty();
   }
 
   /**
-   * Reads a release root, and waits a little for what is changing just now.
+   * Reads a release root, and waits briefly for what is changing just now.
    *
    * @param root the directory that holds the versions
    * @throws {OTAError} when the root is missing, no directory, or cannot be read
@@ -2141,10 +2148,10 @@ export class Releases {
     return this.#index.place.id;
   }
 
-  /** Whether the root's path leads to another directory now than at the last scan, or to none. */
+  /** Whether the root's path no longer resolves to the directory that was scanned last. */
   get isElsewhere(): boolean {
     try {
-      return leadsTo(this.path).id !== this.place;
+      return placeOf(this.path).id !== this.place;
     } catch {
       return true;
     }
@@ -2164,12 +2171,12 @@ export class Releases {
     return this.#index.ignored;
   }
 
-  /** What is changing, and so does not count yet, or not as it is now. */
+  /** See `Settler.unsettled`. */
   get unsettled(): string[] {
     return this.#scanner.unsettled;
   }
 
-  /** Milliseconds until something unsettled may have become quiet. */
+  /** See `Settler.nextLook`. */
   get nextLook(): number {
     return this.#scanner.nextLook;
   }
@@ -2181,7 +2188,7 @@ export class Releases {
    * @throws when the root cannot be read; then everything stays as it was
    */
   scan(): Promise<boolean> {
-    // Scans are serialized: one under way may have passed the change that this one is for.
+    // Serialized: a scan in progress may already have passed the change that this one is for.
     const scan = this.#scanning.then(() => this.#scan());
     this.#scanning = scan.catch(() => false);
     return scan;
@@ -2222,8 +2229,8 @@ export class Releases {
    * Finds the file for the path of a request.
    *
    * @param pathname percent-encoded, with its leading slash
-   * @returns `undefined` for whatever is not served: of versions and images what is not offered;
-   *   directories, dot entries at the top level, links that leave the root, private keys
+   * @returns `undefined` for what is not served: versions and images that are not offered, directories,
+   *   dot entries at the top level, links that leave the root, private keys
    */
   locate(pathname: string): ServedFile | undefined {
     let path = pathname.slice(1);
@@ -2241,8 +2248,8 @@ export class Releases {
   }
 
   /**
-   * What a device may have in place of the content that it asks for, and nothing else: the same path
-   * in another version, or another image.
+   * Finds the older content that a device names as its dictionary: the same path in another version, or
+   * another image. Nothing else is used.
    *
    * @param pathname of the content, as for `locate`
    * @param sha256 of what the device has
@@ -2296,12 +2303,12 @@ export class Releases {
 }
 
 // ──── Watch ─────────────────────────────────────────────────────────────────────────────────────
-// Keeping up with a root. The system tells of changes in the directories that it watches for us.
-// It does not tell that the root's path leads elsewhere, nor of what it has no watches left for.
+// Scans a root again when it changes. The system reports changes in directories that it watches. It does
+// not report that the root's path resolves elsewhere, nor changes for which no watches are left.
 
-/** Milliseconds from the first event to a scan: copying many files causes one scan. */
+/** Milliseconds from the first event to the scan, so that a copy of many files causes one scan. */
 const GATHER = 200;
-/** Milliseconds between two checks of where the root's path leads. */
+/** Milliseconds between two checks of where the root's path resolves to. */
 const GLANCE = 500;
 /** The least milliseconds between two scans without an event. */
 const IDLE = { watched: 60_000, unwatched: 1000 };
@@ -2311,15 +2318,15 @@ const IDLE = { watched: 60_000, unwatched: 1000 };
  */
 const REST = 240;
 
-/** What somebody wants to know who keeps up with a root. */
+/** Callbacks of a watch. */
 export interface WatchEvents {
   /** Called after a scan that found something different. */
   changed: () => void;
-  /** Called with one line when not every change will be noticed soon. */
+  /** Called with one line when changes may be noticed late. */
   warn?: ((line: string) => void) | undefined;
 }
 
-/** Scans a root whenever files change, until it is disposed of. */
+/** Scans a root whenever files change, until disposed. */
 export class RootWatch implements Disposable {
   #timer: Timer | undefined;
   #due = Infinity;
@@ -2343,10 +2350,10 @@ export class RootWatch implements Disposable {
     }, GLANCE);
   }
 
-  /** Asks for a scan, for instance because content was found to be other than indexed. */
+  /** Requests a scan, for instance when content differs from the index. */
   readonly soon = (): void => this.#plan(GATHER + 2 * this.releases.scanTime);
 
-  /** Has the system tell of changes where the root is now. */
+  /** Watches the directory that the root resolves to now. */
   #listen(): void {
     this.#watcher?.close();
     this.#watched = this.releases.place;
@@ -2369,7 +2376,7 @@ export class RootWatch implements Disposable {
     this.#plan(GATHER);
   }
 
-  /** Says what that means, once it is known what a look costs. */
+  /** Warns, once it is known how long a scan takes. */
   #tell(): void {
     if (this.#blindness === undefined || this.#isTold) return;
     this.#isTold = true;
@@ -2417,9 +2424,9 @@ export class RootWatch implements Disposable {
 }
 
 // ──── Lint ──────────────────────────────────────────────────────────────────────────────────────
-// Lint: what may surprise the owner of a release root, one line each. Warnings, not errors.
+// Warnings for the owner of a release root, one line each.
 
-/** What may surprise the owner of a root, whatever device asks: one line each. */
+/** What may surprise in a root, whatever device asks. */
 export function rootWarnings(releases: Releases): string[] {
   const found: string[] = [];
   if (releases.versions.length + releases.firmware.length === 0) {
@@ -2451,9 +2458,9 @@ export function rootWarnings(releases: Releases): string[] {
   return found;
 }
 
-/** `boardWarnings` of what devices on each version would get. */
+/** `boardWarnings` for devices on each version. */
 export async function allBoardWarnings(releases: Releases): Promise<string[]> {
-  const pace = new Pace();
+  const slicer = new TimeSlicer();
   const { versions, firmware } = releases;
   const newest = versions.at(-1);
   const found: string[] = [];
@@ -2463,16 +2470,16 @@ export async function allBoardWarnings(releases: Releases): Promise<string[]> {
     const flashes = image !== undefined && image.version.compare(from.version) > 0;
     let deletes = false;
     if (flashes) {
-      await pace.each(from.files.keys(), (path) => (deletes ||= !newest.files.has(path)));
+      await slicer.each(from.files.keys(), (path) => (deletes ||= !newest.files.has(path)));
     }
     const lines = stepWarnings(from, newest, deletes && flashes);
     found.push(...lines.map((line) => `from ${from.name}: ${line}`));
-    if (pace.isDue) await pace.pause();
+    if (slicer.isDue) await slicer.pause();
   }
   return found;
 }
 
-/** What boards with Pycom's original library cannot do with a manifest: one line each. */
+/** What boards with Pycom's original library cannot do with a manifest. */
 export function boardWarnings(releases: Releases, manifest: Manifest | null): string[] {
   const has = manifest?.previous_version && releases.find(manifest.previous_version);
   const target = manifest && releases.find(manifest.version);
