@@ -7059,19 +7059,19 @@ function encodingOf(header: string | null): Encoding {
 }
 
 // ════ VII Command line ═══════════════════════════════════════════════════════════════════════════
-// Options, output and commands. Each command is a few lines over what the parts above export, so
-// whatever it does can be done from a program as well.
+// Options, output and commands. A command only calls what the parts above export, so a program can
+// do whatever the command line does.
 
 // ──── Options ────────────────────────────────────────────────────────────────────────────────────
-// Every option of the command line, in one table; parsing, help and hints come from it.
+// One table of options; parsing, help and hints are derived from it.
 
 /**
- * One option: its name is the key in `OPTIONS`, without the command that stands before it where it
- * means something else elsewhere.
+ * An option. Its name is the key in `OPTIONS`; a command stands before it where the option means
+ * something else for other commands.
  */
 interface OptionSpec {
   type: "string" | "boolean";
-  /** What stands for the value in the help. */
+  /** The placeholder of its value in the help. */
   value?: string;
   multiple?: true;
   help: string;
@@ -7171,12 +7171,12 @@ function parseOptions(
   return Object.fromEntries(names.map((option) => [option, values[flagOf(option)]])) as Given;
 }
 
-/** The name of an option as it is given, without the dashes: `check` of `status --check`. */
+/** The name of an option without command and dashes: `check` of `status --check`. */
 function flagOf(option: OptionName): string {
   return option.split("--").at(-1)!;
 }
 
-/** `; did you mean X?` for the nearest of the candidates, when one is near. */
+/** `; did you mean X?` for the closest candidate, if one is close. */
 function hint(found: string, candidates: readonly string[]): string {
   const near = candidates
     .map((candidate) => ({ candidate, distance: editDistance(found, candidate) }))
@@ -7184,7 +7184,7 @@ function hint(found: string, candidates: readonly string[]): string {
   return near && near.distance <= 2 ? `; did you mean ${near.candidate}?` : "";
 }
 
-/** Levenshtein's distance: how many characters to add, drop or replace. */
+/** The Levenshtein distance. */
 function editDistance(a: string, b: string): number {
   let row = Array.from({ length: b.length + 1 }, (_, j) => j);
   for (let i = 1; i <= a.length; i++) {
@@ -7228,7 +7228,7 @@ function parseDuration(text: string): number {
   throw new OTAError(`--every expects a duration such as 30s, 10m or 1h, found ${text}`, 2);
 }
 
-/** Aborts when a person or the system asks the process to end. */
+/** A signal that aborts on SIGINT or SIGTERM. */
 function interruption(reason: string): AbortSignal {
   const interrupted = new AbortController();
   const abort = () => interrupted.abort(new OTAError(reason));
@@ -7237,14 +7237,14 @@ function interruption(reason: string): AbortSignal {
 }
 
 // ──── Report ─────────────────────────────────────────────────────────────────────────────────────
-// What is printed: stdout is for results, stderr for everything else. What cannot be printed stops
-// nothing; of a result it is said, and where the result was all that a command is for, its exit
-// code is 1. (A stream that is closed from the start is /dev/null to Bun.)
+// Results go to stdout, everything else to stderr. Output that cannot be written never stops the
+// work: for a result there is a message, and exit code 1 if the result was all that was asked for.
+// (To Bun, a stream that is closed from the start is /dev/null.)
 
 /**
  * Prints a result.
  *
- * @returns the exit code of a command that does nothing else: 1 when it could not be printed
+ * @returns the exit code of a command that only prints: 1 when that failed
  */
 async function say(text: string): Promise<0 | 1> {
   const error = await new Promise<Error | null | undefined>((done) => {
@@ -7261,7 +7261,7 @@ function tell(text: string): void {
   process.stderr.write(`${text}\n`);
 }
 
-/** Bytes for people: `812 B`, `4.1 KB`, `1.5 MB`. */
+/** Formats a size: `812 B`, `4.1 KB`, `1.5 MB`. */
 function formatBytes(bytes: number): string {
   if (bytes < 1000) return `${bytes} B`;
   const power = Math.min(Math.floor(Math.log10(bytes) / 3), 4);
@@ -7292,7 +7292,7 @@ function exitCode({ result }: Outcome): number {
   return result === "rolled back" || result === "not tried" ? 3 : 0;
 }
 
-/** Shows what happens on stderr: a bar on a terminal, else a line a file. */
+/** Shows progress on stderr: a bar on a terminal, else a line for each file. */
 function progressWatcher(): { report: (event: OTAEvent) => void; end: () => void } {
   const terminal = process.stderr.isTTY;
   const started = performance.now();
@@ -7326,14 +7326,14 @@ function progressBar(received: number, total: number, milliseconds: number): str
 }
 
 // ──── Server commands ─────────────────────────────────────────────────────────────────────────────
-// What `serve`, `manifest` and `keygen` do with their options.
+// The commands `serve`, `manifest` and `keygen`.
 
-/** Characters of log lines that are written at once; what there is goes out every 100 ms anyway. */
+/** Characters of log lines that are buffered; the buffer is also written every 100 ms. */
 const LOG_BUFFER = 64 * 1024;
 
 async function runServe(given: Given): Promise<number> {
   const out = Bun.stdout.writer();
-  // Bun's writer makes a system call for each line: lines are buffered for the interval below.
+  // Bun's writer would make a system call for each line.
   let lines = "";
   const flush = async () => {
     const text = lines;
@@ -7389,12 +7389,12 @@ async function warn(releases: Releases): Promise<void> {
   for (const line of lines) tell(`warning: ${line}`);
 }
 
-/** The token. Other users can read a command line, but not the environment. */
+/** The token. Other users can read a process's command line, but not its environment. */
 function tokenOption(given: Given): string | undefined {
   return given.token ?? (process.env.OTA_TOKEN || undefined);
 }
 
-/** What a server says of itself once it listens. */
+/** The lines that `serve` prints once it listens. */
 async function* describeServer({ url, releases }: OTAServer, given: Given): AsyncGenerator<string> {
   const local = `${url.protocol}//127.0.0.1:${url.port}`;
   const isAny = given.host === undefined || given.host === "0.0.0.0" || given.host === "::";
@@ -7430,8 +7430,7 @@ async function runManifest(given: Given): Promise<number> {
   const latest = releaseOption(given, "latest");
   const base = baseURL(given.url ?? "http://127.0.0.1:8000");
   const releases = await Releases.open(root, { ignore, latest, quiet: 0 });
-  // What `ota.ts client` asks for, where it is about what that costs. A board may say that it is on
-  // anything at all, and so may --ver.
+  // --cost is about a device of ours. --ver may be any text: boards may send any.
   const query = { current_ver: given.ver, ...(given.cost && { hash: "sha256" }) };
   const manifest = releases.manifestFor(query, base);
   const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
@@ -7440,7 +7439,7 @@ async function runManifest(given: Given): Promise<number> {
   return say(JSON.stringify(manifest, null, 2));
 }
 
-/** What a manifest and its content cost on the air, for a device that takes every coding. */
+/** What a manifest and its content cost on the air, for a device that accepts every coding. */
 async function costLines(releases: Releases, manifest: Manifest | null): Promise<string[]> {
   const encoder = new Encoder();
   const accepted = new Set(codings(true));
@@ -7465,7 +7464,7 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
     const path = dst_path.slice(1);
     const file = releases.find(manifest!.version)!.files.get(path)!;
     const { sha256: key } = file;
-    // Content that the device has under any path, or fetches anyway, costs nothing.
+    // Content that the device has under another path, or already fetches, costs nothing.
     if (here.has(key)) continue;
     here.add(key);
     await add(path, sourceOf(file), has?.files.get(path));
@@ -7482,7 +7481,7 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
   return lines;
 }
 
-/** What one LoRa downlink carries, at a middling data rate. */
+/** Payload of one LoRa downlink at a medium data rate, in bytes. */
 const LORA_BYTES = 200;
 
 async function runKeygen(given: Given): Promise<number> {
@@ -7500,7 +7499,7 @@ async function runKeygen(given: Given): Promise<number> {
 }
 
 // ──── Device commands ─────────────────────────────────────────────────────────────────────────────
-// What `client`, `rollback` and `status` do with their options.
+// The commands `client`, `rollback` and `status`.
 
 async function runClient(given: Given): Promise<number> {
   const { server = "http://127.0.0.1:8000", every } = given;
@@ -7531,7 +7530,7 @@ async function runClient(given: Given): Promise<number> {
   const once = async () => {
     const outcome = await device.update().finally(watcher.end);
     if (outcome.traffic) tell(trafficLine(outcome.traffic));
-    // The update stands, whether or not its result could be printed.
+    // The exit code is the update's, even if its result cannot be printed.
     await say(outcomeLine(outcome));
     return exitCode(outcome);
   };
@@ -7545,13 +7544,15 @@ async function runClient(given: Given): Promise<number> {
  */
 const MAX_BACKOFF = 3600;
 
-/** How `poll` goes about it. */
+/** Options of `poll`. */
 export interface Polling {
-  /** Seconds from one run to the next, more or less a tenth: never all devices at once. */
+  /**
+   * Seconds from one run to the next, spread by a tenth so that devices do not come all at once.
+   */
   pause: number;
-  /** Ends it. */
+  /** Ends the loop. */
   signal: AbortSignal;
-  /** Told of each failure. */
+  /** Called with each failure. */
   failed: (error: unknown) => void;
   /** Waits some seconds, and rejects when the signal aborts. */
   sleep?: (seconds: number, signal: AbortSignal) => Promise<unknown>;
@@ -7578,7 +7579,7 @@ export async function poll(
       failures++;
     }
     const longer = Math.min(pause * 2 ** Math.min(failures, 2), Math.max(pause, MAX_BACKOFF));
-    // Capped intervals are spread downwards only.
+    // A longer pause is spread downwards only, so that it stays below its limit.
     const spread = longer > pause ? 0.8 : 0.9;
     try {
       await wait(longer * (spread + 0.2 * Math.random()), signal);
@@ -7613,12 +7614,12 @@ async function runStatus(given: Given): Promise<number> {
 }
 
 // ──── Command line ───────────────────────────────────────────────────────────────────────────────
-// Which commands there are, their help, and the way in.
+// The table of commands, their help, and `main`.
 
 interface Command {
   summary: string;
   options: readonly OptionName[];
-  /** More help: what the command does by default, what its exit code means. */
+  /** Further help: defaults, limits, exit codes. */
   notes: string;
   run: (given: Given) => number | Promise<number>;
 }
