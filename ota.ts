@@ -20,7 +20,7 @@
 // Contents
 //
 // I    Common: the words that both ends speak.
-//      Basics · Versions · Paths · Manifest · Queries · Trust · Codings
+//      Basics · JSON · Versions · Paths · Manifest · Queries · Trust · Codings
 // II   Release root: from a directory to what a device needs.
 //      Snapshot · Hashing · Settling · Index · Scan · Other files · Cache · Decide · Compose
 //      Releases · Watch · Lint
@@ -135,19 +135,6 @@ function parseHttpURL(text: string): URL | undefined {
 /** Whether text has control characters. */
 function hasControls(text: string): boolean {
   return /[\u0000-\u001f\u007f-\u009f]/.test(text);
-}
-
-/** Parses JSON; `undefined` when the text is not valid JSON. */
-function parseJSON(text: string): unknown {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return undefined;
-  }
-}
-
-function isObject(value: unknown): value is Record<string, unknown> {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 /** CPU time of this thread so far, in milliseconds. */
@@ -278,6 +265,62 @@ export class SortedMap<V> {
   *[Symbol.iterator](): Generator<[string, V]> {
     for (const { map } of this.#chunks) yield* map;
   }
+}
+
+// ──── JSON ────────────────────────────────────────────────────────────────────────────────────────
+// Checks of JSON that others wrote: a server, an operator, an earlier version of this tool. Each names
+// what is wrong.
+
+/** Parses JSON; `undefined` when the text is not valid JSON. */
+function parseJSON(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+/** JSON that is not what it should be: `new[0].size: no byte count`. */
+class FormatError extends OTAError {
+  override name = "FormatError";
+}
+
+function malformed(found: string): never {
+  throw new FormatError(found);
+}
+
+function asObject(value: unknown, name: string): Record<string, unknown> {
+  return isObject(value) ? value : malformed(`${name}: no JSON object`);
+}
+
+function asList<T>(value: unknown, name: string, item: (value: unknown, name: string) => T): T[] {
+  if (!Array.isArray(value)) malformed(`${name}: no list`);
+  return value.map((one, i) => item(one, `${name}[${i}]`));
+}
+
+function asText(value: unknown, name: string): string {
+  return typeof value === "string" ? value : malformed(`${name}: no string`);
+}
+
+function asFlag(value: unknown, name: string): boolean {
+  return typeof value === "boolean" ? value : malformed(`${name}: no boolean`);
+}
+
+/** A number of bytes. */
+function asSize(value: unknown, name: string): number {
+  const isSize = Number.isSafeInteger(value) && (value as number) >= 0;
+  return isSize ? (value as number) : malformed(`${name}: no byte count`);
+}
+
+/** A digest in hex; lowercase in the result. */
+function asDigest(value: unknown, name: string, digits: 40 | 64): string {
+  const hex = asText(value, name).toLowerCase();
+  const isHex = hex.length === digits && /^[0-9a-f]+$/.test(hex);
+  return isHex ? hex : malformed(`${name}: no ${digits} hex digits`);
 }
 
 // ──── Versions ──────────────────────────────────────────────────────────────────────────────────
@@ -500,33 +543,18 @@ export function parseManifest(body: string | Uint8Array, current?: string): Mani
   const json = parseJSON(typeof body === "string" ? body : new TextDecoder().decode(body));
   if (json === undefined) refuse("no JSON");
   if (json === null) return null;
-  const fields = asRecord(json, "the manifest");
-
-  const version = asText(fields.version, "version");
-  if (!isReleaseName(version)) refuse(`version ${JSON.stringify(version)}: no release name`);
+  let manifest: Manifest;
+  try {
+    manifest = asManifest(json);
+  } catch (error) {
+    if (error instanceof FormatError) refuse(error.message);
+    throw error;
+  }
+  const { version } = manifest;
   if (current !== undefined && new LooseVersion(version).compare(current) < 0) {
     refuse(`version ${version}, older than the device's ${current}`);
   }
-  const manifest: Manifest = {
-    delete: asList(fields.delete, "delete").map((item, i) => {
-      return asPath(asText(item, `delete[${i}]`), `delete[${i}]`);
-    }),
-    new: asList(fields.new, "new").map((item, i) => asEntry(item, `new[${i}]`)),
-    update: asList(fields.update, "update").map((item, i) => asEntry(item, `update[${i}]`)),
-    version,
-  };
-  if (fields.firmware !== undefined) manifest.firmware = asFirmware(fields.firmware);
-  if (fields.full !== undefined && typeof fields.full !== "boolean") refuse("full: no boolean");
-  if (fields.full) manifest.full = true;
-  if (fields.base !== undefined) manifest.base = asDigest(fields.base, "base", 64);
-  if (fields.previous_version !== undefined) {
-    manifest.previous_version = asText(fields.previous_version, "previous_version");
-  }
-  if (fields.request_id !== undefined) {
-    manifest.request_id = asText(fields.request_id, "request_id");
-  }
   checkPathsAgree(manifest);
-
   const ours = (path: string) => path !== VERSION_FILE;
   manifest.delete = manifest.delete.filter(ours);
   manifest.new = manifest.new.filter((item) => ours(item.dst_path.slice(1)));
@@ -538,65 +566,60 @@ function refuse(found: string): never {
   throw new OTAError(`refused the manifest: ${found}`);
 }
 
-function asRecord(value: unknown, name: string): Record<string, unknown> {
-  return isObject(value) ? value : refuse(`${name}: no JSON object`);
+function asManifest(json: unknown): Manifest {
+  const fields = asObject(json, "the manifest");
+  const version = asText(fields.version, "version");
+  if (!isReleaseName(version)) malformed(`version ${JSON.stringify(version)}: no release name`);
+  const manifest: Manifest = {
+    delete: asList(fields.delete, "delete", asPath),
+    new: asList(fields.new, "new", asEntry),
+    update: asList(fields.update, "update", asEntry),
+    version,
+  };
+  const { firmware, full, base, previous_version, request_id } = fields;
+  if (firmware !== undefined) manifest.firmware = asFirmware(firmware);
+  if (full !== undefined && asFlag(full, "full")) manifest.full = true;
+  if (base !== undefined) manifest.base = asDigest(base, "base", 64);
+  if (previous_version !== undefined) {
+    manifest.previous_version = asText(previous_version, "previous_version");
+  }
+  if (request_id !== undefined) manifest.request_id = asText(request_id, "request_id");
+  return manifest;
 }
 
-function asList(value: unknown, name: string): unknown[] {
-  if (!Array.isArray(value)) refuse(`${name}: no list`);
-  return value;
-}
-
-function asText(value: unknown, name: string): string {
-  if (typeof value !== "string") refuse(`${name}: no string`);
-  return value;
-}
-
-function asDigest(value: unknown, name: string, digits: 40 | 64): string {
-  const hex = asText(value, name).toLowerCase();
-  if (!/^[0-9a-f]+$/.test(hex) || hex.length !== digits) refuse(`${name}: no ${digits} hex digits`);
-  return hex;
-}
-
-function asPath(path: string, name: string): string {
+function asPath(value: unknown, name: string): string {
+  const path = asText(value, name);
   const problem = pathProblem(path);
-  if (problem) refuse(`${name}: the path ${JSON.stringify(path)} ${problem}`);
-  return path;
+  return problem ? malformed(`${name}: the path ${JSON.stringify(path)} ${problem}`) : path;
 }
 
 /** The fields that files and firmware share. */
 function asContent(fields: Record<string, unknown>, name: string) {
   const url = parseHttpURL(asText(fields.URL, `${name}.URL`));
-  if (!url) refuse(`${name}.URL: no http(s) address`);
-  if (
-    fields.size !== undefined &&
-    !(Number.isSafeInteger(fields.size) && (fields.size as number) >= 0)
-  ) {
-    refuse(`${name}.size: no byte count`);
-  }
+  if (!url) malformed(`${name}.URL: no http(s) address`);
+  const { size, sha256 } = fields;
   return {
     URL: url.href,
     hash: asDigest(fields.hash, `${name}.hash`, 40),
-    ...(fields.sha256 !== undefined && { sha256: asDigest(fields.sha256, `${name}.sha256`, 64) }),
-    ...(fields.size !== undefined && { size: fields.size as number }),
+    ...(sha256 !== undefined && { sha256: asDigest(sha256, `${name}.sha256`, 64) }),
+    ...(size !== undefined && { size: asSize(size, `${name}.size`) }),
   };
 }
 
 function asEntry(value: unknown, name: string): ManifestEntry {
-  const fields = asRecord(value, name);
+  const fields = asObject(value, name);
   const path = asText(fields.dst_path, `${name}.dst_path`).replace(/^\//, "");
-  if (fields.executable !== undefined && typeof fields.executable !== "boolean") {
-    refuse(`${name}.executable: no boolean`);
-  }
+  const { executable } = fields;
   return {
     ...asContent(fields, name),
     dst_path: `/${asPath(path, `${name}.dst_path`)}`,
-    ...(fields.executable && { executable: true as const }),
+    ...(executable !== undefined &&
+      asFlag(executable, `${name}.executable`) && { executable: true as const }),
   };
 }
 
 function asFirmware(value: unknown): ManifestFirmware {
-  const fields = asRecord(value, "firmware");
+  const fields = asObject(value, "firmware");
   const known = asContent(fields, "firmware");
   const file = basename(percentDecode(new URL(known.URL).pathname));
   const version =
@@ -604,7 +627,7 @@ function asFirmware(value: unknown): ManifestFirmware {
       ? firmwareVersion(file)
       : asText(fields.version, "firmware.version");
   if (version === undefined || !isReleaseName(version)) {
-    refuse(`firmware: no version in ${JSON.stringify(version ?? file)}`);
+    malformed(`firmware: no version in ${JSON.stringify(version ?? file)}`);
   }
   return { ...known, version };
 }
