@@ -20,10 +20,10 @@
 // Contents
 //
 // I    Common: the words that both ends speak.
-//      Basics · JSON · Versions · Paths · Manifest · Queries · Trust · Codings
+//      Basics · JSON · Versions · Paths · Manifest · Queries · Trust · Signed steps · Codings
 // II   Release root: from a directory to what a device needs.
-//      Snapshot · Hashing · Settling · Index · Scan · Other files · Cache · Decide · Compose
-//      Releases · Watch · Lint
+//      Snapshot · Hashing · Settling · Index · Signed releases · Scan · Other files · Cache · Decide · Compose
+//      Releases · Signing · Watch · Lint
 // III  Server: from that to bytes on a socket.
 //      Encoding · Answers · Contacts · Sending · Content · Certificates and proxies · Requests
 //      Manifest answers · Service · Server
@@ -517,6 +517,8 @@ export interface Manifest {
   previous_version?: string;
   /** The `reqid` of the request. */
   request_id?: string;
+  /** The step, as it was signed at home; only when asked for with `signed=1`. */
+  signed?: Envelope;
   /** Files that the previous version has with other content. */
   update: ManifestEntry[];
   version: string;
@@ -584,6 +586,7 @@ function asManifest(json: unknown): Manifest {
     manifest.previous_version = asText(previous_version, "previous_version");
   }
   if (request_id !== undefined) manifest.request_id = asText(request_id, "request_id");
+  if (fields.signed !== undefined) manifest.signed = asEnvelope(fields.signed, "signed");
   return manifest;
 }
 
@@ -681,6 +684,10 @@ export interface ManifestQuery {
   list?: string;
   /** `sha256` asks for the fields `sha256`, `size` and `firmware.version`. */
   hash?: string;
+  /** `1` asks for the step as it was signed at home, and for `hash=sha256`. */
+  signed?: string;
+  /** The kind of board. */
+  model?: string;
   /** Echoed as `request_id`. */
   reqid?: string;
   /** The device's name. */
@@ -708,6 +715,7 @@ export function parseQuery(search: string): ManifestQuery {
 
 const PARAMETERS: ReadonlySet<keyof ManifestQuery> = new Set([
   ...(["current_ver", "firmware_ver", "base", "firmware_sha256", "list", "hash"] as const),
+  ...(["signed", "model"] as const),
   ...(["reqid", "devid", "wmac", "failed", "token"] as const),
 ]);
 
@@ -838,6 +846,164 @@ function readPem(file: string): string {
 /** Constant-time comparison of secrets. */
 function isSameSecret(a: string, b: string): boolean {
   return timingSafeEqual(Buffer.from(sha256(a)), Buffer.from(sha256(b)));
+}
+
+// ──── Signed steps ────────────────────────────────────────────────────────────────────────────────
+// What is signed at home, once for each release: a step, which brings a device from one release to
+// another. Any server, mirror or stick may carry it, and none can change it. It is a payload in a DSSE
+// envelope (Dead Simple Signing Envelope, version 1, as in in-toto and sigstore).
+
+/** What brings a device from one release to another. Keys are sorted, as in the payload. */
+export interface Step {
+  /** ISO 8601; after it the step counts no more. `null`: never. */
+  expires: string | null;
+  /** The image that belongs to the release `to`, whatever runs on the device. */
+  firmware: { sha256: string; size: number; version: string } | null;
+  /** The release that the device is on: `""` none, `"*"` any, for the full list. */
+  from: string;
+  /** When it was signed, ISO 8601. */
+  issued: string;
+  /** The boards that it is for, where that was said. */
+  model: string | null;
+  /** `stepsDigest` of the manifest. */
+  steps: string;
+  to: string;
+}
+
+/** A DSSE envelope. */
+export interface Envelope {
+  /** Base64. */
+  payload: string;
+  payloadType: string;
+  /** `sig` is base64; `keyid` only a hint. */
+  signatures: { keyid: string; sig: string }[];
+}
+
+/** The payload type of a step. */
+export const STEP_TYPE = "application/vnd.ota-step+json";
+
+/** `from` of a step to the full list. */
+const ANY = "*";
+
+/** DSSE's pre-authentication encoding: the bytes that are signed. */
+function preAuthEncoding(type: string, payload: Uint8Array): Uint8Array {
+  const head = `DSSEv1 ${Buffer.byteLength(type)} ${type} ${payload.byteLength} `;
+  return Buffer.concat([Buffer.from(head), payload]);
+}
+
+/**
+ * The digest of what a manifest changes: lowercase hex SHA-256 over `D path LF` for each `delete`,
+ * `F LF` if it is full, `N path NUL sha256 LF` for each `new` and `U path NUL sha256 LF` for each
+ * `update`, in their order, paths without a leading slash.
+ *
+ * @throws {FormatError} when an entry has no SHA-256
+ */
+export function stepsDigest(manifest: {
+  delete: readonly string[];
+  full?: boolean;
+  new: readonly Pick<ManifestEntry, "dst_path" | "sha256">[];
+  update: readonly Pick<ManifestEntry, "dst_path" | "sha256">[];
+}): string {
+  const hasher = new Bun.CryptoHasher("sha256");
+  const line = (kind: string, { dst_path, sha256 }: Pick<ManifestEntry, "dst_path" | "sha256">) =>
+    hasher.update(
+      `${kind} ${dst_path.slice(1)}\0${sha256 ?? malformed(`${dst_path}: no sha256`)}\n`,
+    );
+  for (const path of manifest.delete) hasher.update(`D ${path}\n`);
+  if (manifest.full) hasher.update("F\n");
+  for (const entry of manifest.new) line("N", entry);
+  for (const entry of manifest.update) line("U", entry);
+  return hasher.digest("hex");
+}
+
+/** The raw bytes of an Ed25519 public key in lowercase hex, as boards are given it. */
+export function rawPublicKey(key: KeyObject): string {
+  const { x } = createPublicKey(key.export({ type: "spki", format: "pem" })).export({
+    format: "jwk",
+  });
+  return Buffer.from(x!, "base64url").toString("hex");
+}
+
+/** Puts a step into an envelope without signatures. */
+function sealStep({ expires, firmware, from, issued, model, steps, to }: Step): Envelope {
+  const sorted = firmware && {
+    sha256: firmware.sha256,
+    size: firmware.size,
+    version: firmware.version,
+  };
+  const payload = { expires, firmware: sorted, from, issued, model, steps, to };
+  return {
+    payload: Buffer.from(JSON.stringify(payload)).toString("base64"),
+    payloadType: STEP_TYPE,
+    signatures: [],
+  };
+}
+
+/** Adds a signature to an envelope, unless this key has signed it. @param key private */
+function signEnvelope(envelope: Envelope, key: KeyObject): void {
+  const keyid = rawPublicKey(createPublicKey(key)).slice(0, 16);
+  if (signersOf(envelope, [createPublicKey(key)]).size > 0) return;
+  const bytes = preAuthEncoding(envelope.payloadType, Buffer.from(envelope.payload, "base64"));
+  envelope.signatures.push({ keyid, sig: sign(null, bytes, key).toString("base64") });
+}
+
+/** Those of the keys, as indices, that signed an envelope; each counts once. */
+function signersOf(envelope: Envelope, keys: readonly KeyObject[]): Set<number> {
+  const bytes = preAuthEncoding(envelope.payloadType, Buffer.from(envelope.payload, "base64"));
+  const raw = keys.map(rawPublicKey);
+  const signers = new Set<number>();
+  for (const { sig } of envelope.signatures) {
+    const signature = Buffer.from(sig, "base64");
+    for (const [i, key] of keys.entries()) {
+      if (verify(null, bytes, key, signature)) signers.add(raw.indexOf(raw[i]!));
+    }
+  }
+  return signers;
+}
+
+function asEnvelope(value: unknown, name: string): Envelope {
+  const { payload, payloadType, signatures } = asObject(value, name);
+  return {
+    payload: asText(payload, `${name}.payload`),
+    payloadType: asText(payloadType, `${name}.payloadType`),
+    signatures: asList(signatures, `${name}.signatures`, (one, at) => {
+      const { keyid = "", sig } = asObject(one, at);
+      return { keyid: asText(keyid, `${at}.keyid`), sig: asText(sig, `${at}.sig`) };
+    }),
+  };
+}
+
+/** A time in ISO 8601 and UTC. */
+function asTime(value: unknown, name: string): string {
+  const text = asText(value, name);
+  const isTime = /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$/.test(text);
+  return isTime && !Number.isNaN(Date.parse(text)) ? text : malformed(`${name}: no time in UTC`);
+}
+
+/**
+ * Reads the step in an envelope. That says nothing of its signatures.
+ *
+ * @throws {FormatError} when it is of another type, or its payload is no step
+ */
+function stepIn({ payload, payloadType }: Envelope): Step {
+  if (payloadType !== STEP_TYPE) malformed(`payloadType: no ${STEP_TYPE}`);
+  const json = parseJSON(Buffer.from(payload, "base64").toString());
+  const fields = asObject(json, "the payload");
+  const { expires, firmware, from, issued, model, steps, to } = fields;
+  const image = firmware === null ? null : asObject(firmware, "firmware");
+  return {
+    expires: expires === null ? null : asTime(expires, "expires"),
+    firmware: image && {
+      sha256: asDigest(image.sha256, "firmware.sha256", 64),
+      size: asSize(image.size, "firmware.size"),
+      version: asText(image.version, "firmware.version"),
+    },
+    from: asText(from, "from"),
+    issued: asTime(issued, "issued"),
+    model: model === null ? null : asText(model, "model"),
+    steps: asDigest(steps, "steps", 64),
+    to: asText(to, "to"),
+  };
 }
 
 // ──── Codings ─────────────────────────────────────────────────────────────────────────────────────
@@ -994,6 +1160,8 @@ export interface ReleasesOptions {
   quiet?: number;
   /** Serve offered releases only, and no other file below the root. */
   onlyReleases?: boolean;
+  /** Ignore `signed_V.json`, as before a release is signed. */
+  ignoreSigned?: boolean;
   /** Files that are never offered, wherever they turn up: the keys of a server. */
   secrets?: readonly string[];
 }
@@ -1527,6 +1695,39 @@ function placeOf(path: string): Place {
   return { root, id: `${root} ${dev} ${ino}` };
 }
 
+/** A path on the device, and its content. */
+type Entry = readonly [path: string, file: IndexedFile];
+
+/**
+ * What brings a device from one release to another, sorted by path.
+ *
+ * @param extras whether a change of the executable bit alone counts: boards have none, and must not
+ *   fetch a file for it
+ */
+function changesBetween(
+  from: Release | undefined,
+  to: Release | undefined,
+  extras: boolean,
+): { removed: string[]; added: Entry[]; changed: Entry[] } {
+  const [old, files] = [from?.files, [...(to?.files ?? [])]];
+  const differ = (a: IndexedFile, b: IndexedFile) =>
+    a.sha256 !== b.sha256 || (extras && a.executable !== b.executable);
+  return {
+    removed: to && old ? [...old.keys()].filter((path) => !to.files.has(path)) : [],
+    added: files.filter(([path]) => !old?.has(path)),
+    changed: files.filter(([path, file]) => old?.has(path) && differ(old.get(path)!, file)),
+  };
+}
+
+/** `stepsDigest` of the manifest between two releases. @param from absent: nothing */
+function digestBetween(from: Release | undefined, to: Release, full = false): string {
+  const { removed, added, changed } = changesBetween(from, to, true);
+  const list = (entries: readonly Entry[]) =>
+    entries.map(([path, { sha256 }]) => ({ dst_path: `/${path}`, sha256 }));
+  const lists = { delete: removed, new: list(added), update: list(changed) };
+  return stepsDigest(full ? { ...lists, full } : lists);
+}
+
 /** What a scan found. */
 class Index {
   /** In the order of their versions, oldest first. */
@@ -1539,6 +1740,10 @@ class Index {
   readonly #byName = new Map<string, Release>();
   readonly #byVersion = new Map<string, Release>();
   readonly #images = new Map<string, FirmwareImage>();
+  /** Ids of two releases → `stepsDigest` of the manifest between them. */
+  readonly #digests = new Map<string, string>();
+  /** Version → the steps to it, of versions that were signed as they are. */
+  readonly signed = new Map<Release, SignedRelease>();
 
   constructor(
     readonly place: Place,
@@ -1563,6 +1768,33 @@ class Index {
     }
   }
 
+  /**
+   * The step to a version, if it was signed and is still what a manifest would say.
+   *
+   * @param has the release that `from` names
+   */
+  step(from: string, to: Release, has?: Release): SignedStep | undefined {
+    const found = this.signed.get(to)?.steps.get(from);
+    if (!found || !has) return found;
+    const key = `${has.id} ${to.id}`;
+    let digest = this.#digests.get(key);
+    if (digest === undefined) this.#digests.set(key, (digest = digestBetween(has, to)));
+    return digest === found.step.steps ? found : undefined;
+  }
+
+  /** Takes the highest version, or image, back out. */
+  hold(kind: "versions" | "firmware", reason: string): void {
+    const item = this[kind].pop()!;
+    if ("path" in item) this.#images.delete(item.path);
+    else
+      for (const [map, key] of [
+        [this.#byName, item.name],
+        [this.#byVersion, item.version.key],
+      ] as const)
+        map.delete(key);
+    this.ignored.push({ path: "path" in item ? item.path : item.name, reason });
+  }
+
   /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
   find(name: string): Release | undefined {
     return this.#byName.get(name) ?? this.#byVersion.get(new LooseVersion(name).key);
@@ -1576,6 +1808,78 @@ class Index {
   }
 }
 
+// ──── Signed releases ─────────────────────────────────────────────────────────────────────────────
+// `signed_V.json` holds the steps to version V, as `sign` makes them at home. In a root that has any
+// such file, nothing is offered above the newest version that is as it was signed.
+
+/** A file `signed_V.json`. */
+interface SignedRelease {
+  /** Differs when the file does. */
+  stamp: string;
+  /** Path → SHA-256 when it was signed; the steps prove it. */
+  files: ReadonlyMap<string, string>;
+  /** By `from`. */
+  steps: ReadonlyMap<string, SignedStep>;
+}
+
+interface SignedStep {
+  step: Step;
+  envelope: Envelope;
+  /** Differs from that of every other step, and of this one signed anew. */
+  id: string;
+}
+
+/** The version that `signed_V.json` is for. */
+function signedVersion(name: string): string | undefined {
+  const version = /^signed_(.+)\.json$/.exec(name)?.[1];
+  return version !== undefined && isReleaseName(version) ? version : undefined;
+}
+
+/**
+ * Reads a file `signed_V.json`.
+ *
+ * @throws {OTAError} when it cannot be read, or is malformed
+ */
+function readSigned(file: string, version: string): SignedRelease {
+  const stamp = stampOf(fs.statSync(file));
+  const fields = asObject(parseJSON(fs.readFileSync(file, "utf8")), "the file");
+  const files = new Map(
+    Object.entries(asObject(fields.files, "files")).map(([path, digest]) => {
+      return [path, asDigest(digest, path, 64)] as const;
+    }),
+  );
+  const envelopes = asList(fields.steps, "steps", asEnvelope);
+  const steps = new Map(
+    envelopes.map((envelope, i) => {
+      const step = stepIn(envelope);
+      if (step.to !== version) malformed(`steps[${i}]: to ${step.to}, not ${version}`);
+      return [step.from, { step, envelope, id: `${stamp} ${i}` }] as const;
+    }),
+  );
+  const all = [...files].map(([path, sha256]) => ({ dst_path: `/${path}`, sha256 }));
+  const lists = { delete: [], new: all, update: [] };
+  const proof = { "": stepsDigest(lists), [ANY]: stepsDigest({ ...lists, full: true }) };
+  for (const [from, digest] of Object.entries(proof)) {
+    if (steps.get(from)?.step.steps !== digest) malformed(`no step from "${from}" to these files`);
+  }
+  return { stamp, files, steps };
+}
+
+/** What is other than it was signed; `undefined` when all is the same. */
+function changedSinceSigned(
+  { files, steps }: SignedRelease,
+  release: Release,
+  images: readonly FirmwareImage[],
+): string | undefined {
+  const changed = [...files].find(([path, digest]) => release.files.get(path)?.sha256 !== digest);
+  const added = [...release.files.keys()].find((path) => !files.has(path));
+  const path = changed?.[0] ?? added;
+  if (path !== undefined) return `was changed since it was signed: ${path}`;
+  const { firmware } = steps.get(ANY)!.step;
+  if (!firmware || images.some((image) => image.sha256 === firmware.sha256)) return undefined;
+  return `was signed with firmware ${firmware.version}, which is not here as it was`;
+}
+
 // ──── Scan ──────────────────────────────────────────────────────────────────────────────────────
 // Makes the index. This takes time; requests that come meanwhile are answered from the one before.
 
@@ -1584,12 +1888,23 @@ type Make = (files: SortedMap<IndexedFile>) => Release | FirmwareImage | Promise
 
 let releasesMade = 0;
 
+/** The content of a signed file, or what is wrong with it. */
+function tryToRead(file: string, version: string): SignedRelease | string {
+  try {
+    return readSigned(file, version);
+  } catch (error) {
+    return `is signed in ${basename(file)}, which cannot be used: ${errorText(error)}`;
+  }
+}
+
 /** Scans one root repeatedly; files that did not change are not read again. */
 class Scanner {
   readonly #slicer = new TimeSlicer();
   readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
   readonly #settler: Settler<Release | FirmwareImage>;
+  /** Name of a file `signed_V.json` → what it holds, or what is wrong with it. */
+  #signed = new Map<string, { stamp: string; content: SignedRelease | string }>();
 
   constructor(
     private readonly path: string,
@@ -1641,6 +1956,7 @@ class Scanner {
       }
       this.#settler.end(new Set(names));
       index.sort();
+      if (!this.options.ignoreSigned) this.#holdUnsigned(names, index);
       await this.#slicer.pause();
       return { index, milliseconds: this.#slicer.busy - busy };
     } finally {
@@ -1669,12 +1985,50 @@ class Scanner {
       const snapshot = () => reader.snapshotVersion(name, entry.real);
       return settle(snapshot, (files) => this.#makeRelease(name, files));
     }
+    if (signedVersion(name) !== undefined) return;
     const text = firmwareVersion(name);
     if (text === undefined) return skip("neither a version nor a firmware_VERSION.bin");
     if (!this.#counts(text, firmware, skip)) return;
     const snapshot = () => reader.snapshotImage(name, entry.real);
     const version = new LooseVersion(text);
     await settle(snapshot, (files) => ({ ...files.get(name)!, name: text, version, path: name }));
+  }
+
+  /** In a root with signed releases, holds back what is above the newest one that was signed as it is. */
+  #holdUnsigned(names: readonly string[], index: Index): void {
+    const signed = new Map(this.#signed);
+    this.#signed.clear();
+    for (const name of names) {
+      const version = signedVersion(name);
+      if (version === undefined) continue;
+      const file = `${index.place.root}/${name}`;
+      const stat = fs.statSync(file, { throwIfNoEntry: false });
+      const stamp = stat?.isFile() ? stampOf(stat) : "";
+      const known = signed.get(name);
+      this.#signed.set(
+        name,
+        known?.stamp === stamp ? known : { stamp, content: tryToRead(file, version) },
+      );
+    }
+    if (this.#signed.size === 0) return;
+    for (const release of index.versions) {
+      const { content } = this.#signed.get(`signed_${release.name}.json`) ?? {};
+      if (content === undefined || typeof content === "string") continue;
+      if (!changedSinceSigned(content, release, index.firmware)) index.signed.set(release, content);
+    }
+    for (let release; (release = index.versions.at(-1)) && !index.signed.has(release);) {
+      const { content = "is not signed" } = this.#signed.get(`signed_${release.name}.json`) ?? {};
+      const why =
+        typeof content === "string"
+          ? content
+          : changedSinceSigned(content, release, index.firmware);
+      index.hold("versions", `not offered: it ${why}`);
+    }
+    const newest = index.versions.at(-1);
+    const firmware = newest && index.signed.get(newest)!.steps.get(ANY)!.step.firmware;
+    for (let image; (image = index.firmware.at(-1)) && image.sha256 !== firmware?.sha256;) {
+      index.hold("firmware", "not offered: it is not signed with the newest version");
+    }
   }
 
   async #makeRelease(name: string, files: SortedMap<IndexedFile>): Promise<Release> {
@@ -1932,6 +2286,8 @@ interface Decision {
   previous: string;
   /** Its `base`, echoed to who sent a `reqid`, where it is right. */
   base: string | undefined;
+  /** The step as it was signed at home, for who asked for it. */
+  signed: SignedStep | undefined;
 }
 
 /** A SHA-256 in a query; anything malformed counts as absent. */
@@ -1956,36 +2312,59 @@ function highest<T extends { version: LooseVersion }>(
  * @returns `null` when there is nothing for it
  */
 function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision | null {
+  const { versions, firmware } = index;
+  const nothing = { has: undefined, full: false, image: undefined, base: undefined };
   if (query.list !== undefined) {
     // All of a version, for a device that has to learn what it consists of.
     const target = index.find(query.list);
     if (!target) return null;
-    const nothing = { has: undefined, full: false, image: undefined, base: undefined };
-    return { target, ...nothing, version: target.name, previous: target.name };
+    const signed = query.signed === undefined ? undefined : index.step("", target);
+    return { target, ...nothing, version: target.name, previous: target.name, signed };
   }
   const current = query.current_ver ?? "";
-  const { versions, firmware } = index;
   const known = index.find(current);
   const device = known?.version ?? new LooseVersion(current);
   const base = digestIn(query.base);
-  const full = base !== undefined && base !== known?.digest;
   const newest = highest(versions, ceiling);
-  const isBehind = newest && newest.version.compare(device) > 0;
+  const order = newest?.version.compare(device) ?? 0;
+  // A step leads only from a release that was there when it was signed.
+  const hasStep = (has: Release | undefined) =>
+    query.signed === undefined || (newest && index.step(has?.name ?? "", newest, has));
+  const isForeign = current !== "" && query.signed !== undefined && (!known || !hasStep(known));
+  const full = (base !== undefined && base !== known?.digest) || (isForeign && order > 0);
   // A device on the newest version may have other files than that version has now.
-  const target = isBehind || (full && newest && newest === known) ? newest : undefined;
+  const target = order > 0 || (full && newest && newest === known) ? newest : undefined;
   const image = imageFor(query, device, highest(firmware, ceiling));
   const previous = current || "0";
   const bound = query.reqid !== undefined && !full ? base : undefined;
+  const asked = { previous, base: bound };
   if (target) {
     const has = full ? undefined : known;
-    return { target, has, full, image, version: target.name, previous, base: bound };
+    const from = full ? ANY : (known?.name ?? "");
+    const signed = query.signed === undefined ? undefined : index.step(from, target, has);
+    return { target, has, full, image, version: target.name, signed, ...asked };
+  }
+  if (query.signed !== undefined && newest && newest === known) {
+    // Proof that nothing newer was signed; with it, firmware.
+    const signed = index.step(newest.name, newest, newest);
+    if (signed || image) {
+      return {
+        target: newest,
+        has: newest,
+        full: false,
+        image,
+        version: previous,
+        signed,
+        ...asked,
+      };
+    }
   }
   // A device that does not say which firmware it runs would flash the same image forever, or skip
   // the files of that version: it gets firmware alone only from a root without versions.
   const mayFlash = query.firmware_ver !== undefined || versions.length === 0;
   if (!image || !mayFlash) return null;
   const version = query.firmware_ver === undefined ? image.name : previous;
-  return { target, has: undefined, full: false, image, version, previous, base: bound };
+  return { target, ...nothing, image, version, signed: undefined, ...asked };
 }
 
 /** The image, if it is above what runs, or is the version that runs with other content. */
@@ -2013,9 +2392,14 @@ interface ManifestForm {
   suffix: string;
 }
 
+/** See `ManifestForm`. A signed step is about SHA-256. */
+function formOf({ hash, signed }: ManifestQuery, base: string, suffix: string): ManifestForm {
+  return { extras: hash === "sha256" || signed !== undefined, base, suffix };
+}
+
 /** The fields of a manifest before and after those that echo the request. */
 function composeManifest(
-  { target, has, full, image, version }: Decision,
+  { target, has, full, image, version, signed }: Decision,
   { extras, base, suffix }: ManifestForm,
 ) {
   const link = (path: string) => `${base}/${encodePath(path)}${suffix}`;
@@ -2029,11 +2413,7 @@ function composeManifest(
     ...(extras && file.executable && { executable: true as const }),
     ...hashes(file),
   });
-  const files = [...(target?.files ?? [])];
-  const old = has?.files;
-  // Boards have no executable bit: they must not fetch a file again because only that changed.
-  const differ = (a: IndexedFile, b: IndexedFile) =>
-    a.sha256 !== b.sha256 || (extras && a.executable !== b.executable);
+  const { removed, added, changed } = changesBetween(has, target, extras);
   const firmware = image && {
     URL: link(image.path),
     ...hashes(image),
@@ -2041,15 +2421,14 @@ function composeManifest(
   };
   return {
     head: {
-      delete: [...(old?.keys() ?? [])].filter((path) => !target!.files.has(path)),
+      delete: removed,
       ...(firmware && { firmware }),
       ...(full && { full: true as const }),
-      new: files.filter(([path]) => !old?.has(path)).map(entry),
+      new: added.map(entry),
     },
     tail: {
-      update: files
-        .filter(([path, file]) => old?.has(path) && differ(old.get(path)!, file))
-        .map(entry),
+      ...(signed && { signed: signed.envelope }),
+      update: changed.map(entry),
       version,
     },
   };
@@ -2074,10 +2453,10 @@ class Composer {
   /** @returns the same object for as long as it is cached */
   compose(decision: Decision | null, form: ManifestForm): ComposedManifest {
     if (!decision) return NOTHING_NEWER;
-    const { has, target, image, full, version } = decision;
+    const { has, target, image, full, version, signed } = decision;
     const { extras, base, suffix } = form;
     // A release or an image that changes has another id or hash.
-    const what = `${has?.id}\n${target?.id}\n${image?.path} ${image?.sha256}\n${full}\n${version}`;
+    const what = `${has?.id}\n${target?.id}\n${image?.path} ${image?.sha256}\n${full}\n${version}\n${signed?.id}`;
     const key = `${what}\n${extras}\n${base}\n${suffix}`;
     const known = this.#composed.get(key);
     if (known) return known;
@@ -2311,7 +2690,7 @@ export class Releases {
   manifestFor(query: ManifestQuery, base: string, suffix = ""): Manifest | null {
     const decision = this.decide(query);
     if (!decision) return null;
-    const form = { extras: query.hash === "sha256", base, suffix };
+    const form = formOf(query, base, suffix);
     const { head, tail } = composeManifest(decision, form);
     return {
       ...(decision.base && { base: decision.base }),
@@ -2325,9 +2704,158 @@ export class Releases {
   /** `manifestFor` as compact JSON. */
   manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
     const decision = this.decide(query);
-    const form = { extras: query.hash === "sha256", base, suffix };
+    const form = formOf(query, base, suffix);
     return fillIn(this.compose(decision, form), decision, query.reqid);
   }
+}
+
+// ──── Signing ─────────────────────────────────────────────────────────────────────────────────────
+// Signing releases, at home: all steps to a version go into one file beside it.
+
+/**
+ * Makes the steps to a version, from each version that is there, from nothing, and to the full list.
+ *
+ * @param image the one that belongs to the version
+ * @param about what the steps share
+ */
+function makeSteps(
+  releases: Releases,
+  to: Release,
+  image: FirmwareImage | undefined,
+  about: Pick<Step, "expires" | "issued" | "model">,
+): Step[] {
+  const firmware = image ? { sha256: image.sha256, size: image.size, version: image.name } : null;
+  const olds = releases.versions.filter(({ version }) => version.compare(to.version) <= 0);
+  const digests: [from: string, digest: string][] = [
+    ["", digestBetween(undefined, to)],
+    [ANY, digestBetween(undefined, to, true)],
+    ...olds.map((old): [string, string] => [old.name, digestBetween(old, to)]),
+  ];
+  return digests.map(([from, steps]) => ({ ...about, firmware, from, steps, to: to.name }));
+}
+
+/** What `signRelease` and `verifyRelease` are about. */
+export interface SignOptions {
+  /** The version; the newest. */
+  ver?: string | undefined;
+  /** The version of the firmware that belongs to it; the newest. */
+  firmware?: string | undefined;
+  /** The boards that it is for. */
+  model?: string | undefined;
+  /** Seconds until it expires. */
+  expires?: number | undefined;
+}
+
+/** The version to sign, its steps, and the file for them. */
+async function prepareSigning(root: string, { ver, firmware, model, expires }: SignOptions) {
+  const releases = await Releases.open(root, { quiet: 0, ignoreSigned: true });
+  const to = ver === undefined ? releases.versions.at(-1) : releases.find(ver);
+  if (!to) throw new OTAError(`${releases.root} has no version ${ver ?? "at all"} to sign`, 2);
+  const { firmware: images } = releases;
+  const image =
+    firmware === undefined
+      ? images.at(-1)
+      : images.find(({ version }) => version.compare(firmware) === 0);
+  if (firmware !== undefined && !image) {
+    throw new OTAError(`${releases.root} has no firmware ${firmware}`, 2);
+  }
+  // Whole seconds, as people write them.
+  const timeIn = (seconds: number) =>
+    new Date(Date.now() + seconds * 1000).toISOString().replace(/\.\d+/, "");
+  const steps = makeSteps(releases, to, image, {
+    expires: expires === undefined ? null : timeIn(expires),
+    issued: timeIn(0),
+    model: model ?? null,
+  });
+  return { releases, to, steps, file: `${releases.root}/signed_${to.name}.json` };
+}
+
+/** Whether what was signed is what would be signed now. */
+function isSameSteps(
+  old: ReadonlyMap<string, SignedStep>,
+  now: readonly Step[],
+  { model, expires }: SignOptions,
+): boolean {
+  const key = ({ firmware, from, steps }: Step) => JSON.stringify([from, steps, firmware]);
+  const keys = new Set([...old.values()].map(({ step }) => key(step)));
+  const [any] = [...old.values()].map(({ step }) => step);
+  const isOther = expires !== undefined || (model !== undefined && model !== any?.model);
+  return !isOther && keys.size === now.length && now.every((step) => keys.has(key(step)));
+}
+
+/**
+ * Signs a version: writes `signed_V.json` into the root, or adds a signature to what is signed there.
+ *
+ * @param key private
+ * @returns the version, the number of its steps, and whether the file was written anew although one
+ *   was there
+ * @throws {OTAError} exit code 2 when there is no such version or firmware
+ */
+export async function signRelease(
+  root: string,
+  key: KeyObject,
+  options: SignOptions = {},
+): Promise<{ version: string; steps: number; isAnew: boolean; signatures: number }> {
+  const { to, steps, file } = await prepareSigning(root, options);
+  const there = fs.existsSync(file) ? tryToRead(file, to.name) : undefined;
+  const old = typeof there === "object" ? there.steps : new Map<string, SignedStep>();
+  const isSame = isSameSteps(old, steps, options);
+  const envelopes = isSame
+    ? [...old.values()].map(({ envelope }) => envelope)
+    : steps.map(sealStep);
+  for (const envelope of envelopes) signEnvelope(envelope, key);
+  const files = Object.fromEntries([...to.files].map(([path, { sha256 }]) => [path, sha256]));
+  const json = JSON.stringify({ files, steps: envelopes });
+  const draft = `${dirname(file)}/.${basename(file)}.new`;
+  const fd = fs.openSync(draft, "w");
+  try {
+    fs.writeSync(fd, `${json}\n`);
+    fs.fsyncSync(fd);
+  } finally {
+    fs.closeSync(fd);
+  }
+  fs.renameSync(draft, file);
+  const signatures = envelopes[0]!.signatures.length;
+  return {
+    version: to.name,
+    steps: steps.length,
+    isAnew: !isSame && there !== undefined,
+    signatures,
+  };
+}
+
+/**
+ * Checks what is signed of a version.
+ *
+ * @param keys public; each must have signed every step
+ * @returns what is missing or wrong, one line each; empty when all is well
+ */
+export async function verifyRelease(
+  root: string,
+  keys: readonly KeyObject[],
+  options: Pick<SignOptions, "ver"> = {},
+): Promise<{ version: string; steps: number; wrong: string[] }> {
+  const { releases, to, steps, file } = await prepareSigning(root, options);
+  const found = { version: to.name, steps: steps.length };
+  if (!fs.existsSync(file)) return { ...found, wrong: [`there is no ${basename(file)}`] };
+  const signed = tryToRead(file, to.name);
+  if (typeof signed === "string") return { ...found, wrong: [signed] };
+  const change = changedSinceSigned(signed, to, releases.firmware);
+  const wrong = change ? [`it ${change}`] : [];
+  for (const { from, steps: digest } of steps) {
+    const name = { "": "nothing", [ANY]: "any version" }[from] ?? from;
+    const one = signed.steps.get(from);
+    if (!one) wrong.push(`no step from ${name}`);
+    else if (one.step.steps !== digest) wrong.push(`the step from ${name} is not what it does now`);
+    else {
+      const signers = signersOf(one.envelope, keys);
+      const absent = keys.filter((_, i) => !signers.has(i)).map(rawPublicKey);
+      for (const key of absent) wrong.push(`the step from ${name} is not signed by ${key}`);
+      const { expires } = one.step;
+      if (expires && Date.parse(expires) < Date.now()) wrong.push(`the step from ${name} expired`);
+    }
+  }
+  return { ...found, wrong };
 }
 
 // ──── Watch ─────────────────────────────────────────────────────────────────────────────────────
@@ -3554,7 +4082,7 @@ class Manifests {
     const decision = this.releases.decide(query);
     const to = decision ? (this.releases.versions.at(-1)?.name ?? "firmware") : "none";
     contact.offer = { from: metrics.label(current_ver), to };
-    const form = { extras: query.hash === "sha256", base, suffix };
+    const form = formOf(query, base, suffix);
     const composed = this.releases.compose(decision, form);
     const coding = bestWithoutDictionary(acceptedCodings(headers.get("accept-encoding")));
     const size = composed.head.length + composed.tail.length;
@@ -7148,6 +7676,16 @@ const OPTIONS = {
   force: { type: "boolean", help: "overwrite files that the application changed" },
   json: { type: "boolean", help: "print JSON" },
   cost: { type: "boolean", help: "show instead what every file costs on the air" },
+  key: { type: "string", value: "FILE", help: "sign with this private key (see keygen)" },
+  firmware: { type: "string", value: "V", help: "the firmware that belongs to it (the newest)" },
+  model: { type: "string", value: "M", help: "the kind of board" },
+  expires: { type: "string", value: "DURATION", help: "when it counts no more: 365d, 12h" },
+  "sign --check": {
+    type: "string",
+    value: "PUB",
+    multiple: true,
+    help: "verify with this public key instead; may be repeated",
+  },
   help: { type: "boolean", help: "show this help" },
   version: { type: "boolean", help: "show the version of ota.ts" },
 } as const satisfies Record<string, OptionSpec>;
@@ -7237,18 +7775,21 @@ function numberOption(given: Given, name: "port" | "jobs" | "timeout" | "check-t
 }
 
 /** The release that an option names; `undefined` when it is not given. */
-function releaseOption(given: Given, name: "ver" | "latest"): string | undefined {
+function releaseOption(given: Given, name: "ver" | "latest" | "firmware"): string | undefined {
   const text = given[name];
   if (text === undefined || isReleaseName(text)) return text;
   throw new OTAError(`--${name} expects a release name (${RELEASE_NAME_RULE}), found ${text}`, 2);
 }
 
-/** Reads `90`, `90s`, `10m` or `1h` as seconds. */
-function parseDuration(text: string): number {
-  const [, amount, unit] = /^(\d+)(s|m|h|)$/.exec(text) ?? [];
-  const seconds = Number(amount) * { s: 1, m: 60, h: 3600, "": 1 }[unit as "s" | "m" | "h" | ""];
-  if (seconds >= 1) return seconds;
-  throw new OTAError(`--every expects a duration such as 30s, 10m or 1h, found ${text}`, 2);
+const SECONDS = { "": 1, s: 1, m: 60, h: 3600, d: 86400 };
+
+/** Reads `90`, `90s`, `10m`, `1h` or `365d` as seconds. */
+function parseDuration(name: "every" | "expires", text: string): number {
+  const [, amount, unit] = /^(\d+)(s|m|h|d|)$/.exec(text) ?? [];
+  const seconds = Number(amount) * SECONDS[unit as keyof typeof SECONDS];
+  if (seconds >= 1 && seconds <= 100 * 365 * SECONDS.d) return seconds;
+  const examples = name === "every" ? "30s, 10m or 1h" : "365d or 12h";
+  throw new OTAError(`--${name} expects a duration such as ${examples}, found ${text}`, 2);
 }
 
 /** A signal that aborts on SIGINT or SIGTERM. */
@@ -7517,8 +8058,44 @@ async function runKeygen(given: Given): Promise<number> {
   }
   fs.writeFileSync(`${out}.key`, key, { mode: 0o600, flag: "wx" });
   fs.writeFileSync(`${out}.pub`, pub, { flag: "wx" });
-  await say(`wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)`);
+  await say(
+    `wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)\n` +
+      `for boards: ${rawPublicKey(createPublicKey(pub))}`,
+  );
   return 0;
+}
+
+async function runSign(given: Given): Promise<number> {
+  const { root = ".", key, model } = given;
+  const ver = releaseOption(given, "ver");
+  const checked = given["sign --check"];
+  if (checked) return runCheckSigned(root, ver, checked);
+  if (key === undefined) throw new OTAError("sign needs --key FILE, or --check PUB", 2);
+  const secret = readKey(key, "private");
+  if (fs.existsSync(root) && isInside(fs.realpathSync(key), fs.realpathSync(root))) {
+    throw new OTAError(`the key ${key} lies in the root, which is served: move it away`, 2);
+  }
+  const firmware = releaseOption(given, "firmware");
+  const expires = given.expires === undefined ? undefined : parseDuration("expires", given.expires);
+  const done = await signRelease(root, secret, { ver, firmware, model, expires });
+  const { version, steps, isAnew, signatures } = done;
+  if (isAnew) tell(`${version} is not what was signed before: signed anew, by this key alone`);
+  return say(
+    `signed ${version}: ${steps} steps, ${signatures} ${signatures === 1 ? "signature" : "signatures"}`,
+  );
+}
+
+async function runCheckSigned(
+  root: string,
+  ver: string | undefined,
+  files: readonly string[],
+): Promise<number> {
+  const keys = files.map((file) => readKey(file, "public"));
+  const { version, steps, wrong } = await verifyRelease(root, keys, { ver });
+  for (const line of wrong) tell(`${version}: ${line}`);
+  for (const [i, key] of keys.entries()) await say(`key ${files[i]}: ${rawPublicKey(key)}`);
+  if (wrong.length > 0) return 1;
+  return say(`${version} is signed: ${steps} steps, by each of ${keys.length} keys`);
 }
 
 // ──── Device commands ─────────────────────────────────────────────────────────────────────────────
@@ -7527,7 +8104,7 @@ async function runKeygen(given: Given): Promise<number> {
 async function runClient(given: Given): Promise<number> {
   const { server = "http://127.0.0.1:8000", every } = given;
   const ver = releaseOption(given, "ver");
-  const pause = every === undefined ? undefined : parseDuration(every);
+  const pause = every === undefined ? undefined : parseDuration("every", every);
   const { check: command } = given;
   const checkTimeout = numberOption(given, "check-timeout") ?? 60;
   const signal = interruption("interrupted; the device is as it was");
@@ -7693,10 +8270,20 @@ const COMMANDS: Record<string, Command> = {
     notes: "The root is the current directory by default. Warnings go to stderr.",
     run: runManifest,
   },
+  sign: {
+    summary: "sign a release at home: the steps to it, for any server to carry",
+    options: ["key", "root", "ver", "firmware", "model", "expires", "sign --check"],
+    notes:
+      "The root is the current directory by default. Writes signed_V.json there; a second key adds\n" +
+      "its signatures. Exit codes: 0; 1 failed, or --check found something missing; 2 usage.",
+    run: runSign,
+  },
   keygen: {
-    summary: "make a key pair for signing manifests",
+    summary: "make a key pair for signing",
     options: ["out"],
-    notes: "NAME.key stays with the server, away from its root; NAME.pub goes to the devices.",
+    notes:
+      "NAME.key stays at home (sign), or with a server away from its root (serve --sign).\n" +
+      "NAME.pub goes to the devices.",
     run: runKeygen,
   },
 };
