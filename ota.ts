@@ -2411,7 +2411,7 @@ export class RootWatch implements Disposable {
     this.#isTold = true;
     const isFull = errorCode(this.#blindness) === "ENOSPC";
     this.events.warn?.(
-      `changes may show late: the root is looked at every ${Math.ceil(this.#idle / 1000)} s, as ` +
+      `changes may show late: the root is scanned every ${Math.ceil(this.#idle / 1000)} s, as ` +
         `not all of it can be watched (${errorText(this.#blindness)})` +
         (isFull ? "; raise fs.inotify.max_user_watches" : ""),
     );
@@ -5685,7 +5685,7 @@ class HealthCheck {
 
   #reportDisplaced(): void {
     for (const [path, now] of this.journal.displaced.splice(0)) {
-      this.#note(`${path} was not of a release and stood in its way: it is kept as ${now}`);
+      this.#note(`${path} was not part of a release and was in its way: it is kept as ${now}`);
     }
   }
 }
@@ -6566,7 +6566,7 @@ function checkSignature(
 /** @throws {OTAError} when a signed manifest answers another question than was asked */
 function checkSigned(manifest: Manifest, query: ManifestQuery): void {
   const { request_id, previous_version, firmware } = manifest;
-  if (request_id !== query.reqid) refuse("its request_id is another than was sent");
+  if (request_id !== query.reqid) refuse("its request_id is not the one that was sent");
   const from = (query.list ?? query.current_ver) || "0";
   if (previous_version !== from) {
     refuse(`it is for a device on ${previous_version}, and this one is on ${from}`);
@@ -6946,7 +6946,7 @@ export class HttpOTA extends OTA {
       const again = status >= 500 || [408, 416, 425, 429].includes(status);
       const pause = Math.min(Number(headers.get("retry-after")) || 0, 60);
       const where = new URL(response.url);
-      const why = status === 401 ? ": it wants a token, see --token" : "";
+      const why = status === 401 ? ": it requires a token, see --token" : "";
       throw new TransferError(
         `${where.origin}${where.pathname} answered ${status}${why}`,
         again,
