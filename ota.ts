@@ -284,7 +284,7 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-/** JSON that is not what it should be: `new[0].size: no byte count`. */
+/** JSON that is not what it should be: `new[0].size: not a byte count`. */
 class FormatError extends OTAError {
   override name = "FormatError";
 }
@@ -294,33 +294,33 @@ function malformed(found: string): never {
 }
 
 function asObject(value: unknown, name: string): Record<string, unknown> {
-  return isObject(value) ? value : malformed(`${name}: no JSON object`);
+  return isObject(value) ? value : malformed(`${name}: not a JSON object`);
 }
 
 function asList<T>(value: unknown, name: string, item: (value: unknown, name: string) => T): T[] {
-  if (!Array.isArray(value)) malformed(`${name}: no list`);
+  if (!Array.isArray(value)) malformed(`${name}: not a list`);
   return value.map((one, i) => item(one, `${name}[${i}]`));
 }
 
 function asText(value: unknown, name: string): string {
-  return typeof value === "string" ? value : malformed(`${name}: no string`);
+  return typeof value === "string" ? value : malformed(`${name}: not a string`);
 }
 
 function asFlag(value: unknown, name: string): boolean {
-  return typeof value === "boolean" ? value : malformed(`${name}: no boolean`);
+  return typeof value === "boolean" ? value : malformed(`${name}: not a boolean`);
 }
 
 /** A number of bytes. */
 function asSize(value: unknown, name: string): number {
   const isSize = Number.isSafeInteger(value) && (value as number) >= 0;
-  return isSize ? (value as number) : malformed(`${name}: no byte count`);
+  return isSize ? (value as number) : malformed(`${name}: not a byte count`);
 }
 
 /** A digest in hex; lowercase in the result. */
 function asDigest(value: unknown, name: string, digits: 40 | 64): string {
   const hex = asText(value, name).toLowerCase();
   const isHex = hex.length === digits && /^[0-9a-f]+$/.test(hex);
-  return isHex ? hex : malformed(`${name}: no ${digits} hex digits`);
+  return isHex ? hex : malformed(`${name}: not ${digits} hex digits`);
 }
 
 // ──── Versions ──────────────────────────────────────────────────────────────────────────────────
@@ -543,7 +543,7 @@ export function parseManifest(body: string | Uint8Array, current?: string): Mani
   if (size === 0) refuse("an empty body");
   if (size > MAX_MANIFEST_BYTES) refuse(`${size} bytes, more than ${MAX_MANIFEST_BYTES}`);
   const json = parseJSON(typeof body === "string" ? body : new TextDecoder().decode(body));
-  if (json === undefined) refuse("no JSON");
+  if (json === undefined) refuse("not JSON");
   if (json === null) return null;
   let manifest: Manifest;
   try {
@@ -571,7 +571,7 @@ function refuse(found: string): never {
 function asManifest(json: unknown): Manifest {
   const fields = asObject(json, "the manifest");
   const version = asText(fields.version, "version");
-  if (!isReleaseName(version)) malformed(`version ${JSON.stringify(version)}: no release name`);
+  if (!isReleaseName(version)) malformed(`version ${JSON.stringify(version)}: not a release name`);
   const manifest: Manifest = {
     delete: asList(fields.delete, "delete", asPath),
     new: asList(fields.new, "new", asEntry),
@@ -599,7 +599,7 @@ function asPath(value: unknown, name: string): string {
 /** The fields that files and firmware share. */
 function asContent(fields: Record<string, unknown>, name: string) {
   const url = parseHttpURL(asText(fields.URL, `${name}.URL`));
-  if (!url) malformed(`${name}.URL: no http(s) address`);
+  if (!url) malformed(`${name}.URL: not an http(s) address`);
   const { size, sha256 } = fields;
   return {
     URL: url.href,
@@ -2537,7 +2537,7 @@ export class Releases {
       }
       return releases;
     } catch (error) {
-      const found = { ENOENT: "does not exist", ENOTDIR: "is no directory" };
+      const found = { ENOENT: "does not exist", ENOTDIR: "is not a directory" };
       const why = found[errorCode(error) as keyof typeof found] ?? errorText(error);
       throw new OTAError(`the root ${root} ${why}; --root names a directory of releases`, 2);
     }
@@ -2939,7 +2939,7 @@ export class RootWatch implements Disposable {
     this.#isTold = true;
     const isFull = errorCode(this.#blindness) === "ENOSPC";
     this.events.warn?.(
-      `changes may show late: the root is looked at every ${Math.ceil(this.#idle / 1000)} s, as ` +
+      `changes may show late: the root is scanned every ${Math.ceil(this.#idle / 1000)} s, as ` +
         `not all of it can be watched (${errorText(this.#blindness)})` +
         (isFull ? "; raise fs.inotify.max_user_watches" : ""),
     );
@@ -3677,7 +3677,7 @@ class InFlight {
 function openFile(file: string): number {
   const { O_RDONLY, O_NONBLOCK, O_NOFOLLOW } = fs.constants;
   const isFile = (stat: fs.Stats) => {
-    if (!stat.isFile()) throw new Error(`${file} is no file`);
+    if (!stat.isFile()) throw new Error(`${file} is not a file`);
   };
   isFile(fs.lstatSync(file));
   // It may have been replaced meanwhile: opening a pipe would block, a link could lead elsewhere.
@@ -4389,7 +4389,7 @@ export interface DiskStat {
 
 /** The file operations of a device. All paths are absolute. Failures throw errors with a `code`. */
 export interface Disk {
-  /** `undefined` when nothing is there, or what is above it is no directory. */
+  /** `undefined` when nothing is there, or what is above it is not a directory. */
   stat(path: string): DiskStat | undefined;
   /** The names in a directory. */
   list(path: string): string[];
@@ -4715,11 +4715,11 @@ export class DeviceFiles {
     }
     if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
     for (const path of removed) {
-      if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
+      if (this.stat(path)?.kind !== "file") stop(path, "it is not a regular file");
     }
     for (const path of written) {
       const kind = this.stat(path)?.kind;
-      if (kind === "other") stop(path, "it is no regular file");
+      if (kind === "other") stop(path, "it is not a regular file");
       if (kind === "directory") {
         const other = this.#firstOther(path, removed);
         if (other) stop(path, `it is a directory that holds ${other}, which is not the updater's`);
@@ -5690,7 +5690,7 @@ export class Journal extends DeviceTree implements Disposable {
     try {
       await makeDirectories(disk, `${root}/${STAGED}`);
     } catch (error) {
-      const hint = { ENOTDIR: "it is no directory", EEXIST: "it is no directory" };
+      const hint = { ENOTDIR: "it is not a directory", EEXIST: "it is not a directory" };
       const why = hint[errorCode(error) as keyof typeof hint] ?? errorText(error);
       throw new OTAError(noRoot(root, why), 1, { cause: error });
     }
@@ -5742,7 +5742,7 @@ export class Journal extends DeviceTree implements Disposable {
     const lost = this.#lost.length > 0 ? `, and ${this.#lost.join(", ")} is gone` : "";
     throw new OTAError(
       `the record of what is installed was damaged; it is kept as ${this.damaged.join(", ")}${lost}.\n` +
-        "Nothing is done before it is made anew: run client with --repair",
+        "Nothing is done until there is a new one: run client with --repair",
     );
   }
 
@@ -5799,7 +5799,7 @@ export class Journal extends DeviceTree implements Disposable {
     } catch (error) {
       await this.#goBack("undo").catch((second) => {
         const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
-        throw new OTAError(`${both}; what is left to do is done by the next command`);
+        throw new OTAError(`${both}; the next command does what is left`);
       });
       throw error;
     }
@@ -6000,7 +6000,7 @@ export class Journal extends DeviceTree implements Disposable {
 async function makeDirectories(disk: Disk, path: string): Promise<void> {
   const kind = disk.stat(path)?.kind;
   if (kind === "directory") return;
-  if (kind) throw Object.assign(new Error(`${path} is no directory`), { code: "ENOTDIR" });
+  if (kind) throw Object.assign(new Error(`${path} is not a directory`), { code: "ENOTDIR" });
   const above = dirname(path);
   await makeDirectories(disk, above);
   disk.mkdir(path);
@@ -6213,7 +6213,7 @@ class HealthCheck {
 
   #reportDisplaced(): void {
     for (const [path, now] of this.journal.displaced.splice(0)) {
-      this.#note(`${path} was not of a release and stood in its way: it is kept as ${now}`);
+      this.#note(`${path} was not part of a release and was in its way: it is kept as ${now}`);
     }
   }
 }
@@ -6274,7 +6274,7 @@ export async function status(root: string, options: StatusOptions = {}): Promise
   const at = realRoot(root);
   const describe = (state: State) => describeDevice(at, state, options.examine);
   if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
-  if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
+  if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is not a directory"));
   if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(Journal.peek(at));
   let journal: Journal;
   try {
@@ -7094,7 +7094,7 @@ function checkSignature(
 /** @throws {OTAError} when a signed manifest answers another question than was asked */
 function checkSigned(manifest: Manifest, query: ManifestQuery): void {
   const { request_id, previous_version, firmware } = manifest;
-  if (request_id !== query.reqid) refuse("its request_id is another than was sent");
+  if (request_id !== query.reqid) refuse("its request_id is not the one that was sent");
   const from = (query.list ?? query.current_ver) || "0";
   if (previous_version !== from) {
     refuse(`it is for a device on ${previous_version}, and this one is on ${from}`);
@@ -7474,7 +7474,7 @@ export class HttpOTA extends OTA {
       const again = status >= 500 || [408, 416, 425, 429].includes(status);
       const pause = Math.min(Number(headers.get("retry-after")) || 0, 60);
       const where = new URL(response.url);
-      const why = status === 401 ? ": it wants a token, see --token" : "";
+      const why = status === 401 ? ": it requires a token, see --token" : "";
       throw new TransferError(
         `${where.origin}${where.pathname} answered ${status}${why}`,
         again,
@@ -7554,7 +7554,7 @@ export class DirectoryOTA extends OTA {
   /** @throws {TransferError} when the directory cannot be read; the stick may not be in yet */
   override async connect(): Promise<void> {
     if (!fs.statSync(this.from, { throwIfNoEntry: false })?.isDirectory()) {
-      throw new TransferError(`${this.from} (--from) is no directory that is there`, false);
+      throw new TransferError(`${this.from} (--from) is not a directory, or not there`, false);
     }
     try {
       if (this.#releases) await this.#releases.scan();
@@ -7632,17 +7632,17 @@ const OPTIONS = {
   root: { type: "string", value: "DIR", help: "the directory of releases, or of the device" },
   port: { type: "string", value: "N", help: "the port; 0 picks a free one (8000)" },
   host: { type: "string", value: "ADDR", help: "the address to listen on (0.0.0.0)" },
-  url: { type: "string", value: "BASE", help: "what URLs begin with, instead of the Host asked" },
+  url: { type: "string", value: "BASE", help: "what URLs begin with, instead of the Host" },
   ignore: {
     type: "string",
     value: "GLOB",
     multiple: true,
-    help: "what is no content: *.md, flash/tests/**; may be repeated",
+    help: "leave such files out: *.md, flash/tests/**; may be repeated",
   },
   latest: { type: "string", value: "V", help: "offer nothing above this version" },
-  "only-releases": { type: "boolean", help: "serve no other files of the root" },
+  "only-releases": { type: "boolean", help: "serve nothing but versions and images" },
   sign: { type: "string", value: "FILE", help: "sign manifests with this key (see keygen)" },
-  token: { type: "string", value: "T", help: "a secret that requests carry (or OTA_TOKEN)" },
+  token: { type: "string", value: "T", help: "the secret that requests must carry (or OTA_TOKEN)" },
   "trust-proxy": {
     type: "string",
     value: "ADDR",
@@ -7656,7 +7656,7 @@ const OPTIONS = {
     type: "string",
     value: "FILE",
     multiple: true,
-    help: "refuse what is not signed by this public key; may be repeated",
+    help: "refuse manifests not signed with this key; may be repeated",
   },
   out: { type: "string", value: "NAME", help: "write NAME.key and NAME.pub" },
   ver: { type: "string", value: "V", help: "the release a device is on" },
@@ -7665,17 +7665,17 @@ const OPTIONS = {
   id: { type: "string", value: "ID", help: "a name for this device (a random one, kept)" },
   every: { type: "string", value: "DURATION", help: "keep asking: 30s, 10m, 1h" },
   jobs: { type: "string", value: "N", help: "downloads at once (4)" },
-  timeout: { type: "string", value: "SECONDS", help: "give a silent transfer up after (30)" },
+  timeout: { type: "string", value: "SECONDS", help: "when to give up a silent transfer (30)" },
   check: { type: "string", value: "CMD", help: "decides whether a new release is good" },
-  "status --check": { type: "boolean", help: "hash all files, and tell which differ" },
+  "status --check": { type: "boolean", help: "hash all files and list those that differ" },
   "check-timeout": { type: "string", value: "SECONDS", help: "how long a check may take (60)" },
   restart: { type: "string", value: "CMD", help: "run whenever the files have changed" },
-  "check-files": { type: "boolean", help: "hash all files, also those that look unchanged" },
+  "check-files": { type: "boolean", help: "hash all files, even those that look unchanged" },
   repair: { type: "boolean", help: "ask for the full list, fetch what differs" },
   retry: { type: "boolean", help: "try a release even if it failed before" },
-  force: { type: "boolean", help: "overwrite files that the application changed" },
+  force: { type: "boolean", help: "overwrite files that the application has changed" },
   json: { type: "boolean", help: "print JSON" },
-  cost: { type: "boolean", help: "show instead what every file costs on the air" },
+  cost: { type: "boolean", help: "show instead what each file costs on the air" },
   key: { type: "string", value: "FILE", help: "sign with this private key (see keygen)" },
   firmware: { type: "string", value: "V", help: "the firmware that belongs to it (the newest)" },
   model: { type: "string", value: "M", help: "the kind of board" },
@@ -8054,7 +8054,7 @@ async function runKeygen(given: Given): Promise<number> {
   const { key, pub } = makeKeys();
   const taken = [`${out}.key`, `${out}.pub`].find((file) => fs.existsSync(file));
   if (taken) {
-    throw new OTAError(`${taken} is there already, and a key is never overwritten: move it away`);
+    throw new OTAError(`${taken} already exists, and a key is never overwritten: move it away`);
   }
   fs.writeFileSync(`${out}.key`, key, { mode: 0o600, flag: "wx" });
   fs.writeFileSync(`${out}.pub`, pub, { flag: "wx" });
@@ -8235,13 +8235,13 @@ const COMMANDS: Record<string, Command> = {
       ...(["sign", "token", "tls-cert", "tls-key", "trust-proxy"] as const),
     ],
     notes:
-      "The root is the current directory by default. Ctrl-C ends it after running responses.\n" +
+      "The root is the current directory by default. On Ctrl-C, running responses are finished.\n" +
       `Limits: ${LIMITS.target} characters of path and query, ${LIMITS.query} of them in the query, ` +
       `${LIMITS.version} in\ncurrent_ver; no request bodies; ${LIMITS.idle} s without a byte.`,
     run: runServe,
   },
   client: {
-    summary: "be a device: fetch, verify, apply, and go back when a release is bad",
+    summary: "be a device: fetch, verify, apply, and roll back a bad release",
     options: [
       ...(["ver", "root", "server", "from", "id", "every", "jobs", "timeout"] as const),
       ...(["check", "check-timeout", "restart", "check-files", "repair", "retry"] as const),
@@ -8251,13 +8251,13 @@ const COMMANDS: Record<string, Command> = {
     run: runClient,
   },
   rollback: {
-    summary: "take a device back to the release before",
+    summary: "take a device back to its previous release",
     options: ["root", "restart", "force"],
     notes: "The root is ./device by default. The release it leaves is not installed again.",
     run: runRollback,
   },
   status: {
-    summary: "show what a device is on; ends what a reset has cut off",
+    summary: "show what a device is on; finish an update that was cut off",
     options: ["root", "json", "status --check"],
     notes:
       "The root is ./device by default. Run it at boot, before the application.\n" +
@@ -8265,7 +8265,7 @@ const COMMANDS: Record<string, Command> = {
     run: runStatus,
   },
   manifest: {
-    summary: "show what the server would answer, and what may surprise",
+    summary: "show what the server would answer, with warnings",
     options: ["ver", "root", "url", "ignore", "latest", "cost"],
     notes: "The root is the current directory by default. Warnings go to stderr.",
     run: runManifest,

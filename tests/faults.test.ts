@@ -550,7 +550,7 @@ describe.concurrent("a root that cannot be used", () => {
     for (const command of ["client", "rollback", "status"]) {
       const { code, stdout, stderr } = await ota([command, "--root", root]);
       expect({ command, code, stdout }).toEqual({ command, code: 1, stdout: "" });
-      expect(stderr).toBe(`ota.ts: cannot use ${root} as a device's root: it is no directory\n`);
+      expect(stderr).toBe(`ota.ts: cannot use ${root} as a device's root: it is not a directory\n`);
     }
     expect(readFileSync(root, "utf8")).toBe("a file");
   });

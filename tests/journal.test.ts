@@ -1435,7 +1435,9 @@ describe("opening", () => {
   test("a root that is a file, or cannot be written", async () => {
     const disk = new MemoryDisk();
     disk.write("/file", encode("text"));
-    await expect(Journal.open("/file", disk)).rejects.toThrow(/cannot use \/file .*no directory/);
+    await expect(Journal.open("/file", disk)).rejects.toThrow(
+      /cannot use \/file .*not a directory/,
+    );
     disk.mkdir(ROOT);
     disk.chmod(ROOT, 0o555);
     await expect(Journal.open(ROOT, disk)).rejects.toThrow(OTAError);
@@ -1595,8 +1597,8 @@ describe("preflight", () => {
   test("what is to be deleted must be a file", async () => {
     const { disk, journal } = await opened(v1);
     journal.preflight([], ["boot.py"]);
-    expect(() => journal.preflight([], ["flash"])).toThrow(/flash .*no regular file/);
-    expect(() => journal.preflight([], ["nothing"])).toThrow(/nothing .*no regular file/);
+    expect(() => journal.preflight([], ["flash"])).toThrow(/flash .*not a regular file/);
+    expect(() => journal.preflight([], ["nothing"])).toThrow(/nothing .*not a regular file/);
     appChange(disk, "flash/own/", "");
   });
 });

@@ -432,7 +432,7 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
       await using tool = new Tool(args, { prefix: injecting(call, fault) });
       const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
       const code = fault.split("=")[1]!.split(":")[0];
-      const expected = `^warning: changes may show late: the root is looked at every \\d+ s.*${code}`;
+      const expected = `^warning: changes may show late: the root is scanned every \\d+ s.*${code}`;
       await tool.until(new RegExp(expected, "m"), "stderr");
       root.lay("1.0.2", V3);
       await untilNewest({ url }, "1.0.2", V3);

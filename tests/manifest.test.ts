@@ -228,13 +228,13 @@ describe("a device refuses", () => {
     const whole = manifest({ new: [entry("/a")] });
     const deep = "[".repeat(3_000_000);
     for (const body of ["<html>", " ", "{", "nul", whole.slice(0, -1), `${whole}x`, deep]) {
-      expect(refusal(body)).toContain("no JSON");
+      expect(refusal(body)).toContain("not JSON");
     }
   });
 
   test("JSON that is no object", () => {
     for (const body of ["[]", "1", '"1.0.1"', "true", "[null]"]) {
-      expect(refusal(body)).toContain("no JSON object");
+      expect(refusal(body)).toContain("not a JSON object");
     }
   });
 

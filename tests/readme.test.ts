@@ -5,7 +5,15 @@
  */
 
 import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { existsSync, mkdirSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { dirname, join } from "node:path";
 import { LIMITS, MAX_CODED, MAX_MANIFEST_BYTES, parseManifest, Releases } from "../ota.ts";
 import { asTree, layTree, ota, OTA_TS, readTree, Temp, Tool } from "./helpers/tool.ts";
@@ -39,6 +47,26 @@ function outputOf(block: Block): string[] {
   return BLOCKS[BLOCKS.indexOf(block) + 1]!.text.trimEnd().split("\n");
 }
 
+/** The section under a heading of some depth, without the heading. */
+function section(marks: string, heading: string): string {
+  const deepest = marks.length;
+  const start = PROSE.indexOf(`\n${marks} ${heading}\n`);
+  if (start < 0) throw new Error(`no section ${heading}`);
+  const rest = PROSE.slice(start + marks.length + heading.length + 3);
+  return rest.split(new RegExp(`^#{1,${deepest}} `, "m"))[0]!;
+}
+
+/** The commands of a session in a terminal, each with the lines that it prints. */
+function stepsOf(session: Block): { typed: string; answer: string[] }[] {
+  return session.text
+    .split(/^\$ /m)
+    .slice(1)
+    .map((step) => {
+      const [typed = "", ...answer] = step.trimEnd().split("\n");
+      return { typed, answer };
+    });
+}
+
 /** A directory in which commands of README find what they name. */
 class Clone extends Temp {
   constructor() {
@@ -57,7 +85,8 @@ class Clone extends Temp {
       env: { ...process.env, NO_COLOR: "1" },
       stdin: "ignore",
     });
-    return { code: exitCode, shown: `${stderr}${stdout}`.trimEnd().split("\n") };
+    const text = `${stderr}${stdout}`.trimEnd();
+    return { code: exitCode, shown: text === "" ? [] : text.split("\n") };
   }
 }
 
@@ -82,6 +111,8 @@ const FOREIGN = [
   "bun build --compile ota.ts --outfile ota",
   "bun run soak --minutes 60 --seed 7",
   "--without damage,switch",
+  "systemctl enable --now ota-server",
+  "systemctl is-active --quiet meter",
 ];
 
 describe("options", () => {
@@ -118,16 +149,24 @@ describe("options", () => {
     }
   });
 
-  test("the tables are about the command that they are under", () => {
-    for (const [heading, command] of [
-      ["The server", "serve"],
-      ["The device", "client"],
-    ] as const) {
-      const section = README.split(/^## /m).find((text) => text.startsWith(`${heading}\n`));
-      const rows = section?.match(/^\| `--.*$/gm) ?? [];
+  test("each command has a table of just its options", () => {
+    for (const [command, options] of optionsOf) {
+      const rows = section("####", command).match(/^\| `--.*$/gm) ?? [];
       const listed = rows.flatMap((row) => row.split("|")[1]!.match(/--[\w-]+/g) ?? []);
-      const known = [...optionsOf.get(command)!].filter((option) => option !== "--help");
-      expect([heading, listed.toSorted()]).toEqual([heading, known.toSorted()]);
+      const known = [...options].filter((option) => option !== "--help");
+      expect([command, listed.toSorted()]).toEqual([command, known.toSorted()]);
+    }
+  });
+
+  test("the defaults in a table are those in --help", async () => {
+    for (const command of optionsOf.keys()) {
+      const { stdout } = await ota([command, "--help"]);
+      for (const [, option, found] of stdout.matchAll(/^ {2}(--[\w-]+).*\((\S+)\)$/gm)) {
+        const row = section("####", command)
+          .split("\n")
+          .find((line) => line.startsWith("|") && line.includes(`${option} `));
+        expect([command, option, row]).toEqual([command, option, expect.stringContaining(found!)]);
+      }
     }
   });
 });
@@ -209,11 +248,28 @@ async function serveIn(clone: Clone): Promise<Tool & { url: string }> {
 }
 
 describe("commands", () => {
+  test("the ten lines at the top print what they show", async () => {
+    const demo = BLOCKS[0]!;
+    expect(demo.text.trimEnd().split("\n").length).toBe(10);
+    const [first, ...steps] = stepsOf(demo);
+    const [, root] = /ota\.ts serve --root (\S+)\n/.exec(README)!;
+    expect(first).toEqual({
+      typed: `bun ota.ts serve --root ${root} >server.log 2>&1 &`,
+      answer: [],
+    });
+    using clone = new Clone();
+    await using server = await serveIn(clone);
+    for (const { typed, answer } of steps) {
+      const real = typed.replace(/ client /, ` client --server ${server.url} `);
+      expect([typed, clone.run(real).shown]).toEqual([typed, answer]);
+    }
+  });
+
   test("the quick start, then status, rollback and client print what README shows", async () => {
     using clone = new Clone();
     await using server = await serveIn(clone);
 
-    const served = blockWith("$ bun ota.ts serve");
+    const served = blockWith("$ bun ota.ts serve --root examples/smart-meter\n");
     const printed = server.stdout.trimEnd().split("\n");
     const general = (line: string) =>
       line
@@ -255,10 +311,9 @@ describe("commands", () => {
     expect(lines.map(stable)).toContain(stable(line[0]));
 
     const session = blockWith("$ bun ota.ts rollback");
-    const steps = session.text.split(/^\$ /m).slice(1);
+    const steps = stepsOf(session);
     expect(steps.length).toBe(3);
-    for (const step of steps) {
-      const [typed = "", ...answer] = step.trimEnd().split("\n");
+    for (const { typed, answer } of steps) {
       const real = typed.replace(/ client /, ` client --server ${server.url} `);
       expect([typed, clone.run(real).shown]).toEqual([typed, answer]);
     }
@@ -298,6 +353,23 @@ describe("commands", () => {
     expect([code, releases.versions.map(({ name }) => name)]).toEqual([0, ["1.0.0", "1.0.2"]]);
   });
 
+  test("replacing ota.ts by a rename", () => {
+    using clone = new Clone();
+    layTree(clone.at("opt"), { "ota.ts": "old" });
+    const line = blockWith("cp ota.ts ").text.replaceAll("/opt/ota/", "opt/");
+    expect(clone.run(line).code).toBe(0);
+    expect(readdirSync(clone.at("opt"))).toEqual(["ota.ts"]);
+    expect(readFileSync(clone.at("opt/ota.ts"))).toEqual(readFileSync(OTA_TS));
+  });
+
+  test("running a part of the tests", () => {
+    const lines = [...README.matchAll(/\bbun test (\S+\.test\.ts)(?: -t '(.*?)')?/g)];
+    expect(lines.length).toBeGreaterThan(2);
+    for (const [, file = "", name = ""] of lines) {
+      expect(readFileSync(join(REPOSITORY, file), "utf8")).toContain(name);
+    }
+  });
+
   test("a program that needs no Bun", () => {
     using clone = new Clone();
     const [build = ""] = /bun build --compile [^`]*/.exec(README) ?? [];
@@ -319,14 +391,61 @@ describe("commands", () => {
   });
 
   test("the version of Bun is the one that the tests run with", () => {
-    const versions = [...README.matchAll(/bun@([\d.]+\d)|\(https:\/\/bun\.com\) ([\d.]+\d)/g)];
-    const named = versions.map(([, tag, link]) => tag ?? link!);
-    expect(named.length).toBeGreaterThan(1);
+    // Measurements stay those of the version that they were made with.
+    const [text = ""] = README.split(/^## Measurements$/m);
+    const named = [...text.matchAll(/\b[Bb]un[@ ](\d[\d.]*\d)/g)].map(([, version]) => version);
+    expect(named.length).toBeGreaterThan(4);
     expect([...new Set(named)]).toEqual([Bun.version]);
   });
 });
 
+/** A word in backquotes that is a name in code: `getData`, `TransferError`. */
+const NAME = /`([A-Za-z]+[a-z][A-Z]\w*|[A-Z][a-z]+|[A-Z]{3,})\b[^`]*`/g;
+
 describe("text", () => {
+  test("the contents are the headings", () => {
+    const headings = [...PROSE.matchAll(/^##(#?) (.*)$/gm)]
+      .filter(([, , name]) => name !== "Contents")
+      .map(([, deeper, name = ""]) => {
+        // As GitHub makes them.
+        const anchor = name
+          .toLowerCase()
+          .replaceAll(/[^\w\- ]/g, "")
+          .replaceAll(" ", "-");
+        return `${deeper ? "  " : ""}[${name}](#${anchor})`;
+      });
+    const links = section("##", "Contents").matchAll(/(- )?(\[[^\]]*\]\([^)]*\))/g);
+    const listed = [...links].map(([, first, link]) => `${first ? "" : "  "}${link}`);
+    expect(listed).toEqual(headings);
+    expect(new Set(headings).size).toBe(headings.length);
+  });
+
+  test("links within it lead somewhere", () => {
+    const anchors = [...section("##", "Contents").matchAll(/\]\((#[^)]*)\)/g)].map(([, at]) => at!);
+    const links = [...PROSE.matchAll(/\]\((#[^)]*)\)/g)].map(([, at]) => at!);
+    expect(links.length).toBeGreaterThan(anchors.length);
+    expect(links.filter((at) => !anchors.includes(at))).toEqual([]);
+  });
+
+  test("the parts of ota.ts are those of its contents", () => {
+    const source = readFileSync(OTA_TS, "utf8");
+    const parts = [...source.matchAll(/^\/\/ ([IVX]+ +\S.*?): \S.*\.$/gm)];
+    const rows = section("###", "Layout of the file").matchAll(/^\| ([IVX]+ \S.*?) +\| \S/gm);
+    expect([...rows].map(([, part]) => part)).toEqual(
+      parts.map(([, part]) => part!.replace(/ +/, " ")),
+    );
+  });
+
+  test("names of code are those in the code", () => {
+    const source = readFileSync(OTA_TS, "utf8");
+    const text = section("##", "Transports") + section("##", "Development");
+    const names = [...text.matchAll(NAME)].map(([, name]) => name!);
+    expect(names).toEqual(expect.arrayContaining(["getData", "TransferError", "needsDictionary"]));
+    expect(names.filter((name) => !new RegExp(`\\b${name}\\b`).test(source))).toEqual([]);
+    const [, sectionOfCodings = ""] = /section (\w+), for both\s+ends/.exec(text) ?? [];
+    expect(source).toContain(`// ──── ${sectionOfCodings} ────`);
+  });
+
   test("files that it names are there", () => {
     const links = [...PROSE.matchAll(/\]\((?!https?:|#)([^)\s]+)\)/g)].map(([, path]) => path!);
     const named = [...PROSE.matchAll(/(?<![\w/.])(?:examples|tests)\/[\w./-]*\w/g)].map(
@@ -361,7 +480,150 @@ describe("text", () => {
         `${LIMITS.version} in \`current_ver\``,
     );
     expect(text).toContain(`no body; ${LIMITS.idle} s without a byte`);
-    expect(text).toContain(`Of a manifest: ${MAX_MANIFEST_BYTES / MIB} MiB`);
-    expect(text).toContain(`Deltas are made of files of up to ${MAX_CODED / MIB} MiB`);
+    expect(text).toContain(`| a manifest | ${MAX_MANIFEST_BYTES / MIB} MiB of JSON |`);
+    expect(text).toContain(`Deltas are made for files of up to ${MAX_CODED / MIB} MiB`);
+  });
+});
+
+describe("the picture", () => {
+  const [, title = "", path = ""] = /^!\[([^\]]*)\]\(([^)]*\.svg)\)$/ms.exec(README) ?? [];
+  const svg = readFileSync(join(REPOSITORY, path), "utf8");
+
+  test("is small, alone, and tells what it shows", () => {
+    expect(svg.length).toBeLessThan(15_000);
+    // What GitHub shows in an <img> can load nothing.
+    expect(svg.replace('xmlns="http://www.w3.org/2000/svg"', "")).not.toMatch(
+      /https?:|href|@import|<image|<script|<foreignObject/,
+    );
+    expect(svg).toMatch(/<title[^>]*>\S/);
+    expect(svg).toMatch(/<desc[^>]*>\S/);
+    expect(title).not.toBe("");
+  });
+
+  test("is well-formed", () => {
+    const open: string[] = [];
+    for (const [tag, close, name, alone] of svg.matchAll(/<(\/?)([\w-]+)[^<>]*?(\/?)>/g)) {
+      if (close) expect([tag, open.pop()]).toEqual([tag, name]);
+      else if (!alone) open.push(name!);
+    }
+    expect(open).toEqual([]);
+    expect(svg).not.toMatch(/&(?!amp;|lt;|gt;|quot;)/);
+  });
+
+  test("has each of its colours twice, for light and for dark", () => {
+    const [light = "", dark = ""] = svg.split("@media (prefers-color-scheme: dark)");
+    const coloured = (css: string) => {
+      return [...css.matchAll(/^ +([\w., ]+) \{[^}]*(?:fill|stroke): #/gm)].map(
+        ([, name]) => name!,
+      );
+    };
+    expect(coloured(light).length).toBeGreaterThan(5);
+    expect(coloured(dark).toSorted()).toEqual(coloured(light).toSorted());
+  });
+});
+
+/** The words of a command line as systemd splits it: by spaces, but not within quotes. */
+function wordsOf(line: string): string[] {
+  return [...line.matchAll(/'([^']*)'|\S+/g)].map(([word, quoted]) => quoted ?? word);
+}
+
+/** The files of systemd's units in examples/, and the commands that they start. */
+const UNITS = readdirSync(join(REPOSITORY, "examples"))
+  .filter((name) => name.endsWith(".service"))
+  .map((name) => {
+    const text = readFileSync(join(REPOSITORY, "examples", name), "utf8");
+    const joined = text.replaceAll(/\\\n\s*/g, "");
+    const commands = [...joined.matchAll(/^Exec\w+=(.*)$/gm)].map(([, line]) => line!);
+    return { name, text, commands };
+  });
+
+describe("systemd's units", () => {
+  const unit = (name: string) => UNITS.find((one) => one.name === name)!;
+  /** The arguments of the command that a unit starts, its paths replaced. */
+  const argumentsOf = (name: string, paths: Record<string, string>): string[] => {
+    return wordsOf(unit(name).commands[0]!)
+      .slice(2)
+      .map((word) => paths[word] ?? word);
+  };
+
+  test("start commands that there are, with options that there are", () => {
+    expect(UNITS.length).toBe(3);
+    for (const { name, commands } of UNITS) {
+      expect([name, commands.length]).toEqual([name, 1]);
+      // systemd would replace these.
+      expect([name, commands[0]]).toEqual([name, expect.not.stringMatching(/[%$"]/)]);
+      const [bun, script, command = "", ...options] = wordsOf(commands[0]!);
+      expect([name, bun, script]).toEqual([name, "/usr/local/bin/bun", "/opt/ota/ota.ts"]);
+      const flags = options.filter((word) => word.startsWith("--"));
+      const known = optionsOf.get(command);
+      expect([name, known && flags.filter((flag) => !known.has(flag))]).toEqual([name, []]);
+    }
+  });
+
+  test("name units that are there, and README shows lines of theirs", () => {
+    const text = UNITS.map((one) => one.text).join("");
+    const named = new Set(text.match(/\bota-\w+(?=\.service)/g));
+    expect([...named].toSorted()).toEqual(["ota-device", "ota-recovery", "ota-server"]);
+    const shown = BLOCKS.filter(({ language }) => language === "ini");
+    expect(shown.length).toBe(2);
+    for (const block of shown) {
+      const lines = block.text.trimEnd().split("\n");
+      const whole = UNITS.find((one) => lines.every((line) => one.text.split("\n").includes(line)));
+      expect([lines, whole?.name]).toEqual([lines, expect.any(String)]);
+    }
+  });
+
+  test("serve, recover and update", async () => {
+    using temp = new Temp();
+    layTree(temp.at("releases"), { "1.0.0/flash/a.py": "1\n", "1.0.1/flash/a.py": "2\n" });
+    layTree(temp.at("meter"), {
+      "flash/a.py": "1\n",
+      "flash/OTA_VERSION.py": "VERSION = '1.0.0'\n",
+    });
+    const paths = { "/srv/releases": temp.at("releases"), "/srv/meter": temp.at("meter") };
+    const where = ["--port", "0", "--host", "127.0.0.1"];
+    await using server = new Tool([...argumentsOf("ota-server.service", paths), ...where]);
+    const [, url = ""] = await server.until(/ at (http:\S+)\n/);
+    // It was made just now, and counts once it has been quiet for a second.
+    await server.until(/^(now|version) .*1\.0\.1/m);
+
+    const recovered = await ota(argumentsOf("ota-recovery.service", paths));
+    expect([recovered.code, recovered.stdout]).toEqual([0, expect.stringContaining("1.0.0")]);
+
+    // In systemctl's place, one that writes down what it is asked; the check does not wait.
+    const bin = {
+      systemctl: 'echo "$*" >>"$LOG"; test "$1" = restart || cat "$STATE"',
+      sleep: ":",
+    };
+    mkdirSync(temp.at("bin"));
+    for (const [name, script] of Object.entries(bin)) {
+      writeFileSync(temp.at("bin", name), `#!/bin/sh\n${script}\n`, { mode: 0o755 });
+    }
+    const started = (state: string) => {
+      writeFileSync(temp.at("state"), `${state}\n`);
+      writeFileSync(temp.at("log"), "");
+      const env = {
+        PATH: `${temp.at("bin")}:${process.env.PATH}`,
+        LOG: temp.at("log"),
+        STATE: temp.at("state"),
+      };
+      const device = { ...paths, "http://192.168.4.1:8000": url };
+      return new Tool(argumentsOf("ota-device.service", device), { env });
+    };
+    const asked = () => readFileSync(temp.at("log"), "utf8").trimEnd().split("\n");
+    const isMeterUp = "is-active --quiet meter";
+    {
+      await using device = started("active");
+      expect((await device.until(/^.+\n/))[0]).toBe("updated 1.0.0 -> 1.0.1\n");
+      expect(asked()).toEqual(["is-active ota-recovery", "restart meter", isMeterUp]);
+    }
+    {
+      // At boot, where the application waits for the recovery: no restart, which would hang.
+      layTree(temp.at("releases"), { "1.0.2/flash/a.py": "3\n" });
+      await server.until(/^now .*1\.0\.2/m);
+      await using device = started("activating");
+      expect((await device.until(/^.+\n/))[0]).toBe("updated 1.0.1 -> 1.0.2\n");
+      expect(asked()).toEqual(["is-active ota-recovery", isMeterUp]);
+    }
   });
 });

@@ -162,7 +162,7 @@ describe("what is a version", () => {
     await using root = new TempDir({ file: "" });
     for (const [path, why] of [
       ["missing", "does not exist"],
-      ["file", "is no directory"],
+      ["file", "is not a directory"],
     ] as const) {
       try {
         await Releases.open(root.at(path));

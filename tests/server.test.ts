@@ -1258,7 +1258,7 @@ describe.concurrent("bun ota.ts serve", () => {
     await using root = new TempDir({ file: "" });
     const cases: [string[], RegExp][] = [
       [["--root", root.at("missing")], /missing does not exist; --root/],
-      [["--root", root.at("file")], /file is no directory; --root/],
+      [["--root", root.at("file")], /file is not a directory; --root/],
       [["--rot", "x"], /no option --rot; did you mean --root\?/],
       [["--prt=1"], /no option --prt; did you mean --port\?/],
       [["--ver", "1"], /no option --ver/],

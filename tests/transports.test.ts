@@ -362,7 +362,7 @@ describe("a manifest that", () => {
     },
     "is a page of a hotel's network": {
       does: (connection) => send(connection, "<html>Please log in</html>"),
-      says: /refused the manifest: no JSON/,
+      says: /refused the manifest: not JSON/,
       tries: 1,
     },
     "is not to be had": {
