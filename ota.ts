@@ -1735,6 +1735,8 @@ class Index {
   /** In the order of their versions, oldest first. */
   readonly firmware: FirmwareImage[] = [];
   readonly ignored: Ignored[] = [];
+  /** What would be offered if it were signed, and why it is not. */
+  readonly held: Ignored[] = [];
   /** Real path → name, of every entry that is named like a version or an image. */
   readonly places = new Map<string, string>();
   readonly #byName = new Map<string, Release>();
@@ -1792,7 +1794,7 @@ class Index {
         [this.#byVersion, item.version.key],
       ] as const)
         map.delete(key);
-    this.ignored.push({ path: "path" in item ? item.path : item.name, reason });
+    this.held.push({ path: "path" in item ? item.path : item.name, reason });
   }
 
   /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
@@ -2022,12 +2024,12 @@ class Scanner {
         typeof content === "string"
           ? content
           : changedSinceSigned(content, release, index.firmware);
-      index.hold("versions", `not offered: it ${why}`);
+      index.hold("versions", why);
     }
     const newest = index.versions.at(-1);
     const firmware = newest && index.signed.get(newest)!.steps.get(ANY)!.step.firmware;
     for (let image; (image = index.firmware.at(-1)) && image.sha256 !== firmware?.sha256;) {
-      index.hold("firmware", "not offered: it is not signed with the newest version");
+      index.hold("firmware", "is not signed with the newest version");
     }
   }
 
@@ -2576,6 +2578,11 @@ export class Releases {
     return this.#index.ignored;
   }
 
+  /** What is not offered since it is not signed as it is. */
+  get held(): readonly Ignored[] {
+    return this.#index.held;
+  }
+
   /** See `Settler.unsettled`. */
   get unsettled(): string[] {
     return this.#scanner.unsettled;
@@ -2605,7 +2612,11 @@ export class Releases {
     // Unchanged items stay the same objects.
     const before = [...this.versions, ...this.firmware];
     const after = [...index.versions, ...index.firmware];
-    const different = after.length !== before.length || after.some((item, i) => item !== before[i]);
+    const heldNow = (one: Index) => JSON.stringify(one.held);
+    const different =
+      after.length !== before.length ||
+      after.some((item, i) => item !== before[i]) ||
+      heldNow(index) !== heldNow(this.#index);
     this.#index = index;
     this.altered = different ? this.#alter() : [];
     this.scanSeconds = (performance.now() - started) / 1000;
@@ -2738,12 +2749,18 @@ function makeSteps(
 export interface SignOptions {
   /** The version; the newest. */
   ver?: string | undefined;
-  /** The version of the firmware that belongs to it; the newest. */
+  /** The firmware that belongs to it; the newest, and with an older version the one of its name. */
   firmware?: string | undefined;
   /** The boards that it is for. */
   model?: string | undefined;
   /** Seconds until it expires. */
   expires?: number | undefined;
+}
+
+/** The names of the versions that can be signed. */
+export async function versionsToSign(root: string): Promise<string[]> {
+  const { versions } = await Releases.open(root, { quiet: 0, ignoreSigned: true });
+  return versions.map(({ name }) => name);
 }
 
 /** The version to sign, its steps, and the file for them. */
@@ -2752,10 +2769,12 @@ async function prepareSigning(root: string, { ver, firmware, model, expires }: S
   const to = ver === undefined ? releases.versions.at(-1) : releases.find(ver);
   if (!to) throw new OTAError(`${releases.root} has no version ${ver ?? "at all"} to sign`, 2);
   const { firmware: images } = releases;
+  const isNewest = to === releases.versions.at(-1);
+  const named = firmware ?? (isNewest ? undefined : to.name);
   const image =
-    firmware === undefined
+    named === undefined
       ? images.at(-1)
-      : images.find(({ version }) => version.compare(firmware) === 0);
+      : images.find(({ version }) => version.compare(named) === 0);
   if (firmware !== undefined && !image) {
     throw new OTAError(`${releases.root} has no firmware ${firmware}`, 2);
   }
@@ -2986,7 +3005,8 @@ export class RootWatch implements Disposable {
 /** What may surprise in a root, whatever device asks. */
 export function rootWarnings(releases: Releases): string[] {
   const found: string[] = [];
-  if (releases.versions.length + releases.firmware.length === 0) {
+  for (const { path, reason } of releases.held) found.push(`${path} is not offered: it ${reason}`);
+  if (releases.versions.length + releases.firmware.length + releases.held.length === 0) {
     found.push(
       `no release in ${releases.root}: put each version of the devices' files in a directory named ` +
         `by its version (1.0.0/flash/main.py), firmware beside it as firmware_1.0.0.bin`,
@@ -8077,8 +8097,18 @@ async function runSign(given: Given): Promise<number> {
   }
   const firmware = releaseOption(given, "firmware");
   const expires = given.expires === undefined ? undefined : parseDuration("expires", given.expires);
-  const done = await signRelease(root, secret, { ver, firmware, model, expires });
-  const { version, steps, isAnew, signatures } = done;
+  if (firmware !== undefined && ver === undefined) {
+    throw new OTAError("--firmware belongs to one version: it needs --ver V", 2);
+  }
+  // A device at first contact asks what the release that it is on consists of: all are signed.
+  for (const one of ver === undefined ? await versionsToSign(root) : [ver]) {
+    await signOne(root, secret, { ver: one, firmware, model, expires });
+  }
+  return 0;
+}
+
+async function signOne(root: string, key: KeyObject, options: SignOptions): Promise<number> {
+  const { version, steps, isAnew, signatures } = await signRelease(root, key, options);
   if (isAnew) tell(`${version} is not what was signed before: signed anew, by this key alone`);
   return say(
     `signed ${version}: ${steps} steps, ${signatures} ${signatures === 1 ? "signature" : "signatures"}`,
@@ -8091,11 +8121,18 @@ async function runCheckSigned(
   files: readonly string[],
 ): Promise<number> {
   const keys = files.map((file) => readKey(file, "public"));
-  const { version, steps, wrong } = await verifyRelease(root, keys, { ver });
-  for (const line of wrong) tell(`${version}: ${line}`);
-  for (const [i, key] of keys.entries()) await say(`key ${files[i]}: ${rawPublicKey(key)}`);
-  if (wrong.length > 0) return 1;
-  return say(`${version} is signed: ${steps} steps, by each of ${keys.length} keys`);
+  for (const [i, key] of keys.entries()) await say(`${files[i]}, for boards: ${rawPublicKey(key)}`);
+  let code = 0;
+  for (const one of ver === undefined ? await versionsToSign(root) : [ver]) {
+    const { version, steps, wrong } = await verifyRelease(root, keys, { ver: one });
+    for (const line of wrong) tell(`${version}: ${line}`);
+    if (wrong.length > 0) code = 1;
+    else
+      await say(
+        `${version} is signed by ${keys.length === 1 ? "this key" : "these keys"}: ${steps} steps`,
+      );
+  }
+  return code;
 }
 
 // ──── Device commands ─────────────────────────────────────────────────────────────────────────────
