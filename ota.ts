@@ -3595,8 +3595,13 @@ export interface DiskStat {
   stamp: string;
 }
 
-/** The file operations of a device. All paths are absolute. Failures throw errors with a `code`. */
+/**
+ * The files of a device. All paths are below its root, `/`-separated; `""` is the root itself.
+ * Failures throw errors with a `code`, as those of `node:fs` have.
+ */
 export interface Disk {
+  /** Makes the root and what is above it, durably, where it is not there. */
+  makeRoot(): Promise<void>;
   /** `undefined` when nothing is there, or what is above it is no directory. */
   stat(path: string): DiskStat | undefined;
   /** The names in a directory. */
@@ -3628,15 +3633,39 @@ export interface Disk {
   lock(path: string): Disposable | undefined;
   /** Bytes free for us on the file system of a path. */
   free(path: string): number;
+  /**
+   * What is mounted below the root: other file systems, and files and directories of the same one
+   * (`mount --bind`), which `DiskStat.device` does not tell. Nothing can be renamed over them or
+   * out of them.
+   */
+  mounts(): Set<string>;
   /** Resolves when what was done to this file's content, or this directory's entries, is durable. */
   sync(path: string): Promise<void>;
 }
 
-/** The file system of this machine. */
-export const fileSystem: Disk = {
-  stat(path) {
+/** A device whose files are in a directory of this machine. */
+export class FileSystemDisk implements Disk {
+  /** @param root absolute, links resolved */
+  constructor(private readonly root: string) {}
+
+  #at(path: string): string {
+    return path === "" ? this.root : `${this.root}/${path}`;
+  }
+
+  async makeRoot(): Promise<void> {
+    const kind = this.stat("")?.kind;
+    if (kind === "directory") return;
+    if (kind) throw Object.assign(new Error(`${this.root} is no directory`), { code: "ENOTDIR" });
+    const above = new FileSystemDisk(dirname(this.root));
+    await above.makeRoot();
+    this.mkdir("");
+    await above.sync("");
+  }
+
+  stat(path: string): DiskStat | undefined {
     try {
-      const stat = fs.lstatSync(path);
+      const stat = fs.lstatSync(this.#at(path));
+      const { size, dev: device, uid, gid } = stat;
       const kind = stat.isFile()
         ? "file"
         : stat.isDirectory()
@@ -3644,50 +3673,81 @@ export const fileSystem: Disk = {
           : stat.isSymbolicLink()
             ? "link"
             : "other";
-      const owner = { uid: stat.uid, gid: stat.gid };
-      const stamp = `${stat.size} ${stat.mtimeMs} ${stat.ino}`;
-      return { kind, size: stat.size, device: stat.dev, mode: stat.mode & 0o7777, owner, stamp };
+      const stamp = `${size} ${stat.mtimeMs} ${stat.ino}`;
+      return { kind, size, device, mode: stat.mode & 0o7777, owner: { uid, gid }, stamp };
     } catch (error) {
       if (isMissing(error)) return undefined;
       throw error;
     }
-  },
-  list: (path) => fs.readdirSync(path),
-  read(path, offset, length) {
-    const fd = fs.openSync(path, "r");
+  }
+
+  list(path: string): string[] {
+    return fs.readdirSync(this.#at(path));
+  }
+
+  read(path: string, offset: number, length: number): Uint8Array {
+    const fd = fs.openSync(this.#at(path), "r");
     try {
       const piece = new Uint8Array(length);
       return piece.subarray(0, fs.readSync(fd, piece, 0, length, offset));
     } finally {
       fs.closeSync(fd);
     }
-  },
-  write: (path, data) => fs.writeFileSync(path, data),
-  append: (path, data) => fs.appendFileSync(path, data),
-  link: fs.linkSync,
-  copy: (from, to) => fs.copyFileSync(from, to),
-  rename: fs.renameSync,
-  unlink: fs.unlinkSync,
-  mkdir: (path) => void fs.mkdirSync(path),
-  rmdir: (path) => fs.rmdirSync(path),
-  chmod(path, mode, owner) {
+  }
+
+  write(path: string, data: Uint8Array): void {
+    fs.writeFileSync(this.#at(path), data);
+  }
+
+  append(path: string, data: Uint8Array): void {
+    fs.appendFileSync(this.#at(path), data);
+  }
+
+  link(from: string, to: string): void {
+    fs.linkSync(this.#at(from), this.#at(to));
+  }
+
+  copy(from: string, to: string): void {
+    fs.copyFileSync(this.#at(from), this.#at(to));
+  }
+
+  rename(from: string, to: string): void {
+    fs.renameSync(this.#at(from), this.#at(to));
+  }
+
+  unlink(path: string): void {
+    fs.unlinkSync(this.#at(path));
+  }
+
+  mkdir(path: string): void {
+    fs.mkdirSync(this.#at(path));
+  }
+
+  rmdir(path: string): void {
+    fs.rmdirSync(this.#at(path));
+  }
+
+  chmod(path: string, mode: number, owner?: { uid: number; gid: number }): void {
     // Before the mode, of which it clears bits. Only root may.
-    if (owner) tidy(() => fs.chownSync(path, owner.uid, owner.gid));
-    fs.chmodSync(path, mode);
-  },
-  writable(path) {
+    if (owner) tidy(() => fs.chownSync(this.#at(path), owner.uid, owner.gid));
+    fs.chmodSync(this.#at(path), mode);
+  }
+
+  writable(path: string): boolean {
     try {
-      fs.accessSync(path, fs.constants.W_OK | fs.constants.X_OK);
+      fs.accessSync(this.#at(path), fs.constants.W_OK | fs.constants.X_OK);
       return true;
     } catch {
       return false;
     }
-  },
-  lock(path) {
+  }
+
+  lock(path: string): Disposable | undefined {
+    const file = this.#at(path);
     // SQLite's lock is the kernel's; there is never anything in this database. Its journal is kept
     // in memory, since a full disk has no room for a file.
-    if (fs.existsSync(path) && fs.statSync(path).size > 0) fs.truncateSync(path);
-    const database = new Database(path, { create: true, readwrite: true });
+    if (fs.existsSync(file) && fs.statSync(file).size > 0) fs.truncateSync(file);
+    const database = new Database(file, { create: true, readwrite: true });
     try {
       database.run("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE");
       return { [Symbol.dispose]: () => database.close() };
@@ -3696,25 +3756,29 @@ export const fileSystem: Disk = {
       if (errorCode(error)?.startsWith("SQLITE_BUSY")) return undefined;
       throw error;
     }
-  },
-  free(path) {
-    const { bavail, bsize } = fs.statfsSync(path);
+  }
+
+  free(path: string): number {
+    const { bavail, bsize } = fs.statfsSync(this.#at(path));
     return bavail * bsize;
-  },
-  async sync(path) {
-    const file = await fs.promises.open(path, "r");
+  }
+
+  mounts(): Set<string> {
+    return mountPoints(this.root);
+  }
+
+  async sync(path: string): Promise<void> {
+    const file = await fs.promises.open(this.#at(path), "r");
     try {
       await file.sync();
     } finally {
       await file.close();
     }
-  },
-};
+  }
+}
 
 /**
- * What is mounted below a directory, as paths below it: other file systems, and files and
- * directories of the same one (`mount --bind`), which `DiskStat.device` does not tell. Nothing can
- * be renamed over them or out of them. Empty where the system does not tell.
+ * What is mounted below a directory, as paths below it. Empty where the system does not tell.
  *
  * @param root absolute, links resolved
  */
@@ -3820,27 +3884,27 @@ export class DeviceFiles {
 
   /** A name for this device, made at random once. */
   async id(): Promise<string> {
-    const path = this.at(`${OTA_DIR}/id`);
+    const path = `${OTA_DIR}/id`;
     const known = readText(this.disk, path)?.trim() ?? "";
     if (isDeviceId(known)) return known;
     const made = crypto.randomUUID();
     await replaceText(this.disk, path, `${made}\n`);
-    await this.disk.sync(this.at(OTA_DIR));
+    await this.disk.sync(OTA_DIR);
     return made;
   }
 
   /** Bytes free for staging. */
   get free(): number {
-    return this.disk.free(this.at(OTA_DIR));
+    return this.disk.free(OTA_DIR);
   }
 
   stat(path: string): DiskStat | undefined {
-    return this.disk.stat(this.at(path));
+    return this.disk.stat(path);
   }
 
   /** The lowercase hex digest of a file's content. */
   digest(path: string, algorithm: "sha1" | "sha256"): string {
-    return digestOf(this.disk, this.at(path), algorithm);
+    return digestOf(this.disk, path, algorithm);
   }
 
   /** Whether a file is there and has the content of that key (SHA-256 or SHA-1) and size. */
@@ -3854,12 +3918,12 @@ export class DeviceFiles {
   readWhole(path: string, limit: number): Uint8Array | undefined {
     const stat = this.stat(path);
     if (stat?.kind !== "file" || stat.size === 0 || stat.size > limit) return undefined;
-    return this.disk.read(this.at(path), 0, stat.size);
+    return this.disk.read(path, 0, stat.size);
   }
 
   /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
   get firmware(): ActiveFirmware | null {
-    return readFirmware(this.root, this.disk);
+    return readFirmware(this.disk);
   }
 
   /**
@@ -3877,9 +3941,9 @@ export class DeviceFiles {
   /** Bytes needed to back up files. */
   backupBytes(paths: readonly string[]): number {
     const probe = `${STAGED}/probe`;
-    const remove = (name: string) => ifThere(() => this.disk.unlink(this.at(name)));
+    const remove = (name: string) => ifThere(() => this.disk.unlink(name));
     remove(`${probe}.2`);
-    this.disk.write(this.at(`${probe}.1`), new Uint8Array());
+    this.disk.write(`${probe}.1`, new Uint8Array());
     const free = this.linkOrCopy(`${probe}.1`, `${probe}.2`);
     remove(`${probe}.1`);
     remove(`${probe}.2`);
@@ -3908,11 +3972,11 @@ export class DeviceFiles {
       if (stat.device !== device) {
         stop(path, `it is on another file system than ${OTA_DIR}, so it could not be taken back`);
       }
-      if (!this.disk.writable(this.at(path))) stop(path, "no permission to write there");
+      if (!this.disk.writable(path)) stop(path, "no permission to write there");
     };
     const directories = new Set([...written, ...removed].flatMap(ancestors));
     directories.forEach(checkDirectory);
-    const mounted = mountPoints(this.root);
+    const mounted = this.disk.mounts();
     for (const path of [...written, ...removed, ...directories, OTA_DIR]) {
       if (mounted.has(path)) {
         stop(
@@ -3921,7 +3985,7 @@ export class DeviceFiles {
         );
       }
     }
-    if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
+    if (!this.disk.writable("")) stop("anything", "no permission to write there");
     for (const path of removed) {
       if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
     }
@@ -3937,7 +4001,7 @@ export class DeviceFiles {
 
   /** A file in a directory that a change does not remove. */
   #firstOther(directory: string, removed: ReadonlySet<string>): string | undefined {
-    for (const name of this.disk.list(this.at(directory))) {
+    for (const name of this.disk.list(directory)) {
       const path = `${directory}/${name}`;
       const isDirectory = this.stat(path)?.kind === "directory";
       const other = isDirectory ? this.#firstOther(path, removed) : path;
@@ -3950,7 +4014,7 @@ export class DeviceFiles {
 
   /** Whether the content is here, whole and verified. */
   isStaged(key: string): boolean {
-    return this.disk.stat(this.at(`${STAGED}/${key}`)) !== undefined;
+    return this.disk.stat(`${STAGED}/${key}`) !== undefined;
   }
 
   /** What is here of content that was not received whole; without anything, 0 bytes. */
@@ -3989,7 +4053,7 @@ export class DeviceFiles {
   /** Makes a part, which the caller has verified, staged content. */
   async finishPart(key: string): Promise<void> {
     await this.disk.sync(this.#part(key));
-    this.disk.rename(this.#part(key), this.at(`${STAGED}/${key}`));
+    this.disk.rename(this.#part(key), `${STAGED}/${key}`);
     const sent = `${this.#part(key)}.sent`;
     if (this.disk.stat(sent)) this.disk.unlink(sent);
   }
@@ -4010,7 +4074,7 @@ export class DeviceFiles {
   async stageCopy(key: string, path: string): Promise<boolean> {
     if (!this.hasContent(path, key)) return false;
     this.dropPart(key); // One of an earlier try may be there, and read-only.
-    this.disk.copy(this.at(path), this.#part(key));
+    this.disk.copy(path, this.#part(key));
     if (!this.hasContent(`${STAGED}/${key}.part`, key)) {
       this.dropPart(key);
       return false;
@@ -4027,8 +4091,8 @@ export class DeviceFiles {
   /** Drops what an update staged and did not use. */
   dropStaged(): void {
     tidy(() => {
-      for (const name of this.disk.list(this.at(STAGED))) {
-        this.disk.unlink(this.at(`${STAGED}/${name}`));
+      for (const name of this.disk.list(STAGED)) {
+        this.disk.unlink(`${STAGED}/${name}`);
       }
     });
   }
@@ -4036,22 +4100,18 @@ export class DeviceFiles {
   /** @returns whether both names share one content, so that there is nothing to make durable */
   protected linkOrCopy(from: string, to: string): boolean {
     try {
-      this.disk.link(this.at(from), this.at(to));
+      this.disk.link(from, to);
       return true;
     } catch (error) {
       // FAT has no links, and some systems forbid them.
       if (!["EPERM", "ENOTSUP", "ENOSYS", "EMLINK"].includes(errorCode(error) ?? "")) throw error;
-      this.disk.copy(this.at(from), this.at(to));
+      this.disk.copy(from, to);
       return false;
     }
   }
 
-  protected at(path: string): string {
-    return `${this.root}/${path}`;
-  }
-
   #part(key: string): string {
-    return this.at(`${STAGED}/${key}.part`);
+    return `${STAGED}/${key}.part`;
   }
 }
 
@@ -4066,8 +4126,8 @@ function slotPath(slot: 0 | 1): string {
 }
 
 /** The firmware that runs on a device; `null` when none was ever flashed. */
-export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmware | null {
-  const otadata = parseJSON(readText(disk, `${root}/${OTA_DIR}/otadata`) ?? "");
+export function readFirmware(disk: Disk): ActiveFirmware | null {
+  const otadata = parseJSON(readText(disk, `${OTA_DIR}/otadata`) ?? "");
   if (!isObject(otadata) || typeof otadata.version !== "string") return null;
   return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
@@ -4248,21 +4308,18 @@ class Records {
   commit: Transaction | undefined;
   /** The change that brought the release which stands: the way back from it. */
   done: Transaction | undefined;
-  readonly #directory: string;
   /** Whether rollback.json is of a way back that came to its end. */
   isOver = false;
 
-  /** @param root the device's root, absolute */
+  /** @param root the device's root, for messages */
   constructor(
-    root: string,
+    private readonly root: string,
     private readonly disk: Disk,
-  ) {
-    this.#directory = `${root}/${OTA_DIR}`;
-  }
+  ) {}
 
   /** Paths of records that were set aside, below the root. */
   get damaged(): string[] {
-    const names = this.disk.list(this.#directory).filter((name) => name.endsWith(".corrupt"));
+    const names = this.disk.list(OTA_DIR).filter((name) => name.endsWith(".corrupt"));
     return names.map((name) => `${OTA_DIR}/${name}`);
   }
 
@@ -4304,14 +4361,14 @@ class Records {
   }
 
   #read<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
-    const path = `${this.#directory}/${name}`;
+    const path = `${OTA_DIR}/${name}`;
     const text = readText(this.disk, path);
     if (text === undefined) return undefined;
     const json = parseJSON(text);
     const format = (json as { format?: unknown } | null)?.format;
     if (typeof format === "number" && format > FORMAT) {
       throw new OTAError(
-        `${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows up to ${FORMAT}: ` +
+        `${this.root}/${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows up to ${FORMAT}: ` +
           "use the newer ota.ts that wrote it",
       );
     }
@@ -4322,7 +4379,7 @@ class Records {
 
   /** Keeps a record that cannot be used, under a name that `damaged` finds. */
   #setAside(name: string): void {
-    const path = `${this.#directory}/${name}`;
+    const path = `${OTA_DIR}/${name}`;
     this.disk.rename(path, `${path}.${crypto.randomUUID()}.corrupt`);
   }
 
@@ -4333,7 +4390,7 @@ class Records {
 
   /** Resolves when the state is durable, and with it all changes of names before. */
   async write(state: State): Promise<void> {
-    await replaceText(this.disk, `${this.#directory}/state.json`, JSON.stringify(state));
+    await replaceText(this.disk, `${OTA_DIR}/state.json`, JSON.stringify(state));
     this.state = state; // Whether or not that can be made durable.
     await this.sync();
   }
@@ -4341,8 +4398,8 @@ class Records {
   /** Writes a transaction. It is durable after `sync`. */
   async begin(transaction: Transaction): Promise<void> {
     // Distinguishes a lost state from one that was never written.
-    if (!this.disk.stat(`${this.#directory}/state.json`)) await this.write(this.state);
-    await replaceText(this.disk, `${this.#directory}/commit.json`, JSON.stringify(transaction));
+    if (!this.disk.stat(`${OTA_DIR}/state.json`)) await this.write(this.state);
+    await replaceText(this.disk, `${OTA_DIR}/commit.json`, JSON.stringify(transaction));
     this.commit = transaction;
   }
 
@@ -4387,19 +4444,19 @@ class Records {
   }
 
   sync(): Promise<void> {
-    return this.disk.sync(this.#directory);
+    return this.disk.sync(OTA_DIR);
   }
 
   #has(stage: Stage): boolean {
-    return this.disk.stat(`${this.#directory}/${stage}.json`) !== undefined;
+    return this.disk.stat(`${OTA_DIR}/${stage}.json`) !== undefined;
   }
 
   #move(from: Stage, to: Stage): void {
-    this.disk.rename(`${this.#directory}/${from}.json`, `${this.#directory}/${to}.json`);
+    this.disk.rename(`${OTA_DIR}/${from}.json`, `${OTA_DIR}/${to}.json`);
   }
 
   #remove(stage: Stage): void {
-    ifThere(() => this.disk.unlink(`${this.#directory}/${stage}.json`));
+    ifThere(() => this.disk.unlink(`${OTA_DIR}/${stage}.json`));
   }
 }
 
@@ -4584,7 +4641,7 @@ class DeviceTree extends DeviceFiles {
    */
   protected async prepare(change: Change, before: Installed | null): Promise<PreparedChange> {
     const id = crypto.randomUUID();
-    this.disk.mkdir(this.at(backupPath(id)));
+    this.disk.mkdir(backupPath(id));
     const put = new Map(change.put);
     if (change.firmware) {
       const slot = this.firmware?.slot === 0 ? 1 : 0;
@@ -4618,9 +4675,9 @@ class DeviceTree extends DeviceFiles {
       const directory = this.stat(path);
       if (directory) back.modes![path] = { mode: directory.mode, owner: directory.owner };
     }
-    await pool(unsynced, (path) => this.disk.sync(this.at(path)));
+    await pool(unsynced, (path) => this.disk.sync(path));
     const directories = [STAGED, backupPath(id), OTA_DIR];
-    await pool(directories, (path) => this.disk.sync(this.at(path)));
+    await pool(directories, (path) => this.disk.sync(path));
     return prepared;
   }
 
@@ -4674,8 +4731,8 @@ class DeviceTree extends DeviceFiles {
       const source = isAgain ? `${STAGED}/${key}.${forward.place.length}` : `${STAGED}/${key}`;
       if (isAgain) {
         // One of an earlier try may be there, and read-only.
-        ifThere(() => this.disk.unlink(this.at(source)));
-        this.disk.copy(this.at(`${STAGED}/${key}`), this.at(source));
+        ifThere(() => this.disk.unlink(source));
+        this.disk.copy(`${STAGED}/${key}`, source);
         unsynced.push(source);
       }
       used.add(key);
@@ -4688,7 +4745,7 @@ class DeviceTree extends DeviceFiles {
       // Execute permission for everyone who may read it; a bit that the owner set stays.
       if (runs.has(path)) mode |= (mode & 0o444) >> 2;
       else if (ran.has(path)) mode &= ~0o111;
-      this.disk.chmod(this.at(source), mode, file?.owner);
+      this.disk.chmod(source, mode, file?.owner);
       placed[path] = this.stagedDigest(key);
       const { stamp } = this.stat(source)!;
       if (to.files[path] === placed[path]) stamps[path] = stamp;
@@ -4700,7 +4757,7 @@ class DeviceTree extends DeviceFiles {
   /** A directory, and those below it. */
   #directoriesIn(path: string): string[] {
     if (this.stat(path)?.kind !== "directory") return [];
-    const names = this.disk.list(this.at(path));
+    const names = this.disk.list(path);
     return [path, ...names.flatMap((name) => this.#directoriesIn(`${path}/${name}`))];
   }
 
@@ -4727,22 +4784,22 @@ class DeviceTree extends DeviceFiles {
     for (const [from, to] of place) this.#move(from, to);
     // Modes last: nothing can be placed in a read-only directory.
     for (const [path, { mode, owner }] of Object.entries(modes)) {
-      this.disk.chmod(this.at(path), mode, owner);
+      this.disk.chmod(path, mode, owner);
     }
     const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
     const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
     await pool(directories, async (path) => {
-      if (this.stat(path)?.kind === "directory") await this.disk.sync(this.at(path));
+      if (this.stat(path)?.kind === "directory") await this.disk.sync(path);
     });
   }
 
   #unlink(path: string): void {
-    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(this.at(path)));
+    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(path));
   }
 
   #rmdir(path: string): void {
     try {
-      this.disk.rmdir(this.at(path));
+      this.disk.rmdir(path);
     } catch (error) {
       const fine = ["ENOENT", "ENOTDIR", "ENOTEMPTY", "EEXIST", "EBUSY"];
       if (!fine.includes(errorCode(error) ?? "")) throw error;
@@ -4755,12 +4812,12 @@ class DeviceTree extends DeviceFiles {
     if (kind) this.#displace(path);
     // The application may have removed what was above it.
     else for (const above of ancestors(path).reverse()) this.#mkdir(above);
-    this.disk.mkdir(this.at(path));
+    this.disk.mkdir(path);
   }
 
   #move(from: string, to: string): void {
     try {
-      this.disk.rename(this.at(from), this.at(to));
+      this.disk.rename(from, to);
     } catch (error) {
       if (!this.stat(from)) return; // It was moved before; see `findLost`.
       // The application removed the directory meanwhile, or made one with the file's name.
@@ -4768,14 +4825,14 @@ class DeviceTree extends DeviceFiles {
       if (this.stat(to)?.kind !== "directory") {
         if (!isMissing(error)) throw error;
       } else this.#displace(to);
-      this.disk.rename(this.at(from), this.at(to));
+      this.disk.rename(from, to);
     }
   }
 
   /** Moves aside what is in the way of a release and belongs to none. */
   #displace(path: string): void {
     const now = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
-    this.disk.rename(this.at(path), this.at(now));
+    this.disk.rename(path, now);
     this.displaced.push([path, now]);
   }
 }
@@ -4891,22 +4948,29 @@ export class Journal extends DeviceTree implements Disposable {
   /**
    * Opens a device root, made when it is not there, locks it, and ends what was cut off.
    *
+   * @param root how messages call it
    * @throws {OTAError} when another process has it open, it cannot be written, or `.ota` was
    *   written by a newer version of this tool
    */
-  static async open(root: string, disk: Disk = fileSystem): Promise<Journal> {
+  static async open(root: string, disk: Disk): Promise<Journal> {
     try {
-      await makeDirectories(disk, `${root}/${STAGED}`);
+      await disk.makeRoot();
+      for (const path of [OTA_DIR, STAGED]) {
+        if (disk.stat(path)?.kind === "directory") continue;
+        disk.mkdir(path);
+        await disk.sync(ancestors(path)[0] ?? "");
+      }
     } catch (error) {
       const hint = { ENOTDIR: "it is no directory", EEXIST: "it is no directory" };
       const why = hint[errorCode(error) as keyof typeof hint] ?? errorText(error);
       throw new OTAError(noRoot(root, why), 1, { cause: error });
     }
-    for (const path of [root, `${root}/${OTA_DIR}`, `${root}/${STAGED}`]) {
+    for (const path of ["", OTA_DIR, STAGED]) {
       if (disk.writable(path)) continue;
-      throw new UnwritableError(`cannot write in ${path}: no permission, or it is read-only`);
+      const at = path === "" ? root : `${root}/${path}`;
+      throw new UnwritableError(`cannot write in ${at}: no permission, or it is read-only`);
     }
-    const lock = disk.lock(`${root}/${OTA_DIR}/lock`);
+    const lock = disk.lock(`${OTA_DIR}/lock`);
     if (!lock) {
       throw new BusyError(`${root} is in use by another ota.ts; wait until it ends, or end it`);
     }
@@ -4921,19 +4985,18 @@ export class Journal extends DeviceTree implements Disposable {
   }
 
   /** Reads the recorded state without a lock, and so without ending anything. */
-  static peek(root: string, disk: Disk = fileSystem): State {
-    const path = `${root}/${OTA_DIR}/state.json`;
+  static peek(root: string, disk: Disk): State {
+    const path = `${OTA_DIR}/state.json`;
     const text = readText(disk, path);
     const state = parseJSON(text ?? "");
     if (isState(state)) return state;
     if (text === undefined) return EMPTY;
-    throw new OTAError(`${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
+    throw new OTAError(`${root}/${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
   }
 
   /** Whether nothing is left for `open` to end. */
-  static isSettled(root: string, disk: Disk = fileSystem): boolean {
-    const read = (stage: Stage) =>
-      parseJSON(readText(disk, `${root}/${OTA_DIR}/${stage}.json`) ?? "");
+  static isSettled(root: string, disk: Disk): boolean {
+    const read = (stage: Stage) => parseJSON(readText(disk, `${OTA_DIR}/${stage}.json`) ?? "");
     if (read("undo") || read("rollback")) return false;
     const latest = read("commit") ?? read("journal");
     return !isTransaction(latest) || latest.id === Journal.peek(root, disk).journal;
@@ -5111,7 +5174,7 @@ export class Journal extends DeviceTree implements Disposable {
     if (this.state.journal === transaction.id) {
       if (why === "rollback") {
         // Before the marker goes: without a transaction, a damaged record that is still there counts.
-        for (const path of transaction.repairs) ifThere(() => this.disk.unlink(this.at(path)));
+        for (const path of transaction.repairs) ifThere(() => this.disk.unlink(path));
         this.damaged = [];
       }
       const { installed, journal } = way.before;
@@ -5177,7 +5240,7 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Deletes the damaged records that were set aside, once there is a good one again. */
   #setRight(): void {
-    for (const path of this.damaged) tidy(() => this.disk.unlink(this.at(path)));
+    for (const path of this.damaged) tidy(() => this.disk.unlink(path));
     this.damaged = [];
     this.#clean();
   }
@@ -5189,7 +5252,7 @@ export class Journal extends DeviceTree implements Disposable {
     const needed = ways.flatMap((way) => way?.back.place.map(([from]) => ancestors(from)[0]) ?? []);
     for (const one of [commit, done]) if (one) needed.push(backupPath(one.id));
     tidy(() => {
-      for (const name of this.disk.list(this.at(OTA_DIR))) {
+      for (const name of this.disk.list(OTA_DIR)) {
         const path = `${OTA_DIR}/${name}`;
         if (name.startsWith("backup-") && !needed.includes(path)) this.#removeAll(path);
       }
@@ -5197,22 +5260,11 @@ export class Journal extends DeviceTree implements Disposable {
   }
 
   #removeAll(directory: string): void {
-    for (const name of this.disk.list(this.at(directory))) {
-      this.disk.unlink(this.at(`${directory}/${name}`));
+    for (const name of this.disk.list(directory)) {
+      this.disk.unlink(`${directory}/${name}`);
     }
-    this.disk.rmdir(this.at(directory));
+    this.disk.rmdir(directory);
   }
-}
-
-/** Makes a directory and those above it, durably. */
-async function makeDirectories(disk: Disk, path: string): Promise<void> {
-  const kind = disk.stat(path)?.kind;
-  if (kind === "directory") return;
-  if (kind) throw Object.assign(new Error(`${path} is no directory`), { code: "ENOTDIR" });
-  const above = dirname(path);
-  await makeDirectories(disk, above);
-  disk.mkdir(path);
-  await disk.sync(above);
 }
 
 // ════ V Update ═══════════════════════════════════════════════════════════════════════════════════
@@ -5247,8 +5299,36 @@ export interface Outcome {
   traffic?: Traffic;
 }
 
-/** How releases are tried. */
+/**
+ * Runs a command for `sh -c` on the device. What it prints goes to stderr.
+ *
+ * @returns its exit code; `undefined` when it did not end in time
+ * @throws the reason of the signal, when that ended it
+ */
+export type CommandRunner = (
+  command: string,
+  options: CommandOptions,
+) => Promise<number | undefined>;
+
+/** How a command is run. */
+export interface CommandOptions {
+  /** The directory to run it in: the device's root. */
+  cwd: string;
+  /** Variables of its environment, beside those of this process. */
+  env: Record<string, string>;
+  /** Seconds after which it is no longer waited for. */
+  timeout: number;
+  /** Whether to end it, with its whole process group, when it is late or fails; else it goes on. */
+  kill: boolean;
+  signal: AbortSignal | undefined;
+}
+
+/** How releases are tried, and on what device. */
 export interface HealthCheckOptions {
+  /** The device's files, when they are not a directory of this machine; `root` only names them. */
+  disk?: Disk;
+  /** Runs the check and the restart command; a shell of this machine. */
+  run?: CommandRunner;
   /** Decides whether a new release is good; without one, every release is. */
   check?: Check;
   /** A command for `sh -c`, run whenever the tree has changed. */
@@ -5375,44 +5455,28 @@ class HealthCheck {
     await this.journal.restarted();
   }
 
-  /**
-   * Runs a shell command in the root. What it prints goes to stderr.
-   *
-   * @param end whether to end it, with its whole process group, when it is late or fails
-   * @returns its exit code; `undefined` when it did not end within `timeout` seconds
-   */
+  /** @returns the exit code; `undefined` when it did not end within `timeout` seconds */
   async #run(
     command: string,
     timeout: number,
     installed: Installed | null,
-    end: boolean,
+    kill: boolean,
   ): Promise<number | undefined> {
-    const child = Bun.spawn(["sh", "-c", command], {
-      cwd: this.journal.root,
-      env: {
-        ...process.env,
-        OTA_VERSION: installed?.version ?? "0",
-        OTA_PREVIOUS_VERSION: installed?.previous_version ?? "0",
-      },
-      stdio: ["ignore", 2, 2],
-      detached: true,
-    });
-    const done = new AbortController();
-    let code: number | undefined;
+    const { run = runShell, signal } = this.options;
+    const env = {
+      OTA_VERSION: installed?.version ?? "0",
+      OTA_PREVIOUS_VERSION: installed?.previous_version ?? "0",
+    };
     try {
-      code = await Promise.race([child.exited, sleep(timeout, done.signal, this.options.signal)]);
+      return await run(command, { cwd: this.journal.root, env, timeout, kill, signal });
     } catch (error) {
-      const what = `interrupted; the device is on ${installed?.version ?? "0"}`;
+      if (!signal?.aborted) throw error;
+      const what = `interrupted; the device is on ${env.OTA_VERSION}`;
       const next = this.journal.state.trial
         ? "on trial: the next client starts its check again"
         : "and its restart command is run by the next client";
       throw new OTAError(`${what}, ${next}`, 1, { cause: error });
-    } finally {
-      done.abort();
-      child.unref();
-      if (end && code !== 0) endGroup(child.pid);
     }
-    return code;
   }
 
   #note(text: string): void {
@@ -5424,6 +5488,29 @@ class HealthCheck {
       this.#note(`${path} was not of a release and stood in its way: it is kept as ${now}`);
     }
   }
+}
+
+/** Runs a command in a shell of this machine; see `CommandRunner`. */
+async function runShell(
+  command: string,
+  { cwd, env, timeout, kill, signal }: CommandOptions,
+): Promise<number | undefined> {
+  const child = Bun.spawn(["sh", "-c", command], {
+    cwd,
+    env: { ...process.env, ...env },
+    stdio: ["ignore", 2, 2],
+    detached: true,
+  });
+  const done = new AbortController();
+  let code: number | undefined;
+  try {
+    code = await Promise.race([child.exited, sleep(timeout, done.signal, signal)]);
+  } finally {
+    done.abort();
+    child.unref();
+    if (kill && code !== 0) endGroup(child.pid);
+  }
+  return code;
 }
 
 /**
@@ -5439,8 +5526,9 @@ export async function rollBack(
   options: HealthCheckOptions = {},
 ): Promise<Outcome> {
   const at = realRoot(root);
-  if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
-  using journal = await Journal.open(at);
+  const { disk = new FileSystemDisk(at) } = options;
+  if (!disk.stat("")) throw new OTAError(noRoot(at, "nothing is there; see --root"));
+  using journal = await Journal.open(at, disk);
   return new HealthCheck(journal, options).rollBack(force);
 }
 
@@ -5480,17 +5568,19 @@ export interface StatusOptions extends HealthCheckOptions {
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
   const at = realRoot(root);
-  const describe = (state: State) => describeDevice(at, state, options.examine);
-  if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
-  if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
-  if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(Journal.peek(at));
+  const { disk = new FileSystemDisk(at) } = options;
+  const describe = (state: State) => describeDevice(at, disk, state, options.examine);
+  const kind = disk.stat("")?.kind;
+  if (!kind) throw new OTAError(noRoot(at, "nothing is there; see --root"));
+  if (kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
+  if (!disk.stat(OTA_DIR)) return describe(EMPTY);
   let journal: Journal;
   try {
-    journal = await Journal.open(at);
+    journal = await Journal.open(at, disk);
   } catch (error) {
-    if (error instanceof BusyError) return { ...describe(Journal.peek(at)), busy: true };
-    const isSettled = error instanceof UnwritableError && Journal.isSettled(at);
-    if (isSettled) return describe(Journal.peek(at));
+    if (error instanceof BusyError) return { ...describe(Journal.peek(at, disk)), busy: true };
+    const isSettled = error instanceof UnwritableError && Journal.isSettled(at, disk);
+    if (isSettled) return describe(Journal.peek(at, disk));
     throw error;
   }
   using open = journal;
@@ -5501,13 +5591,14 @@ export async function status(root: string, options: StatusOptions = {}): Promise
 
 function describeDevice(
   root: string,
+  disk: Disk,
   { installed, trial, failed }: State,
   isExamined = false,
 ): Status {
-  const firmware = readFirmware(root);
-  const files = new DeviceFiles(root, fileSystem);
+  const firmware = readFirmware(disk);
+  const files = new DeviceFiles(root, disk);
   return {
-    version: installed?.version ?? versionFromFile(root) ?? null,
+    version: installed?.version ?? versionFromFile(disk) ?? null,
     previous_version: installed?.previous_version ?? null,
     firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
     pending: trial !== null,
@@ -5517,8 +5608,8 @@ function describeDevice(
 }
 
 /** The version in `flash/OTA_VERSION.py`, if it is there and is one. */
-function versionFromFile(root: string): string | undefined {
-  const text = readText(fileSystem, `${root}/${VERSION_FILE}`) ?? "";
+function versionFromFile(disk: Disk): string | undefined {
+  const text = readText(disk, VERSION_FILE) ?? "";
   const version = /^\s*VERSION\s*=\s*(['"])(.*?)\1/m.exec(text)?.[2];
   return version !== undefined && isReleaseName(version) ? version : undefined;
 }
@@ -6387,10 +6478,12 @@ interface Staged {
 export abstract class OTA {
   readonly root: string;
   protected readonly options: Readonly<OTAOptions>;
+  readonly #disk: Disk;
 
   constructor(options: OTAOptions) {
     this.options = options;
     this.root = realRoot(options.root);
+    this.#disk = options.disk ?? new FileSystemDisk(this.root);
   }
 
   /**
@@ -6417,7 +6510,7 @@ export abstract class OTA {
    * @throws {OTAError} when that failed, for whatever reason; the device is as it was
    */
   async update(): Promise<Outcome> {
-    using journal = await Journal.open(this.root);
+    using journal = await Journal.open(this.root, this.#disk);
     const trial = new HealthCheck(journal, this.options);
     if (!this.options.repair) journal.refuseDamage();
     const bad = await trial.resume();
@@ -6483,14 +6576,14 @@ export abstract class OTA {
   /** The release the device is on; `""` when it has nothing. */
   #currentVersion(journal: Journal): string {
     const given = this.options.ver;
-    const recorded = journal.state.installed?.version ?? versionFromFile(this.root);
+    const recorded = journal.state.installed?.version ?? versionFromFile(this.#disk);
     if (recorded !== undefined) {
       if (given !== undefined && given !== recorded) {
         this.#note(`the device is on ${recorded} by its own record; --ver ${given} is not used`);
       }
       return recorded;
     }
-    if (given !== undefined && isEmptyRoot(this.root)) {
+    if (given !== undefined && isEmptyRoot(this.#disk)) {
       this.#note(`${this.root} is empty: everything is fetched, whatever --ver ${given} says`);
       return "";
     }
@@ -6503,7 +6596,7 @@ export abstract class OTA {
     const { installed } = journal.state;
     let has = examine(journal, installed, checkFiles);
     // An old `.ota` may have been put back: files of the release that was installed count, too.
-    const named = versionFromFile(this.root);
+    const named = versionFromFile(this.#disk);
     const isOther =
       named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
     const unknown = !installed?.stamps ? current : isOther ? named : "";
@@ -6621,8 +6714,8 @@ export abstract class OTA {
 }
 
 /** Whether a device has no file of its own yet. */
-function isEmptyRoot(root: string): boolean {
-  return fs.readdirSync(root).every((name) => name === OTA_DIR);
+function isEmptyRoot(disk: Disk): boolean {
+  return disk.list("").every((name) => name === OTA_DIR);
 }
 
 // ════ VI Transports ══════════════════════════════════════════════════════════════════════════════
