@@ -5525,8 +5525,7 @@ export async function rollBack(
   force = false,
   options: HealthCheckOptions = {},
 ): Promise<Outcome> {
-  const at = realRoot(root);
-  const { disk = new FileSystemDisk(at) } = options;
+  const { root: at, disk } = rootOf(root, options);
   if (!disk.stat("")) throw new OTAError(noRoot(at, "nothing is there; see --root"));
   using journal = await Journal.open(at, disk);
   return new HealthCheck(journal, options).rollBack(force);
@@ -5567,8 +5566,7 @@ export interface StatusOptions extends HealthCheckOptions {
  *   version of this tool
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
-  const at = realRoot(root);
-  const { disk = new FileSystemDisk(at) } = options;
+  const { root: at, disk } = rootOf(root, options);
   const describe = (state: State) => describeDevice(at, disk, state, options.examine);
   const kind = disk.stat("")?.kind;
   if (!kind) throw new OTAError(noRoot(at, "nothing is there; see --root"));
@@ -5643,9 +5641,11 @@ function sleep(seconds: number, ...signals: (AbortSignal | undefined)[]): Promis
   });
 }
 
-/** The absolute path of a device's root, links resolved; it need not be there. */
-function realRoot(root: string): string {
-  return fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
+/** The name and the disk of a device's root, which need not be there. */
+function rootOf(root: string, { disk }: HealthCheckOptions): { root: string; disk: Disk } {
+  if (disk) return { root, disk };
+  const real = fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
+  return { root: real, disk: new FileSystemDisk(real) };
 }
 
 // ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
@@ -6482,8 +6482,9 @@ export abstract class OTA {
 
   constructor(options: OTAOptions) {
     this.options = options;
-    this.root = realRoot(options.root);
-    this.#disk = options.disk ?? new FileSystemDisk(this.root);
+    const { root, disk } = rootOf(options.root, options);
+    this.root = root;
+    this.#disk = disk;
   }
 
   /**

@@ -12,7 +12,7 @@
  * Random trees with random changes follow the scenarios. Set SEED to repeat a run.
  */
 
-import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, describe, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -1419,6 +1419,21 @@ describe("opening", () => {
     disk.log = [];
     await Journal.open(ROOT, disk);
     expect(disk.log.map(({ name }) => name)).toEqual(["lock"]);
+  });
+
+  test("makes its root, and what is above it, durably", async () => {
+    const top = mkdtempSync(join(tmpdir(), "journal-"));
+    const sync = spyOn(FileSystemDisk.prototype, "sync");
+    try {
+      const root = `${top}/a/b`;
+      (await Journal.open(root, new FileSystemDisk(root)))[Symbol.dispose]();
+      const roots = sync.mock.contexts.map((disk) => (disk as unknown as { root: string }).root);
+      const synced = sync.mock.calls.map(([path], i) => join(roots[i]!, path));
+      expect(synced).toEqual([top, `${top}/a`, root, `${root}/.ota`]);
+    } finally {
+      sync.mockRestore();
+      rmSync(top, { recursive: true });
+    }
   });
 
   test("only one process has a root open; its end frees it", async () => {
