@@ -26,7 +26,8 @@
 // III  Server: from that to bytes on a socket.
 //      Encodings · Answers · Metrics · Sending · Content · Certificates and proxies · Service · Server
 // IV   Device disk: files changed as one transaction.
-//      Disk · Device files · State · Records · Examination · Tree · Repairs · Journal
+//      Disk · Files · Preflight · Staging · State · Records · Inventory · Preparation · Tree · Repairs ·
+//      Journal
 // V    Update: the workflow of a device.
 //      Health check · Status · Plan · Transfer · Fetch · Manifest client · Device
 // VI   Transports: bytes from somewhere, and nothing else.
@@ -276,6 +277,33 @@ export class SortedMap<V> {
   *[Symbol.iterator](): Generator<[string, V]> {
     for (const { map } of this.#parts) yield* map;
   }
+}
+
+/**
+ * Runs a task for every item, a few at a time. The first failure stops it, and is thrown when what
+ * was under way has ended.
+ *
+ * @param width tasks at once
+ * @param task gets a signal that another one has failed
+ */
+async function pool<T>(
+  items: Iterable<T>,
+  width: number,
+  task: (item: T, failed: AbortSignal) => Promise<void>,
+): Promise<void> {
+  const failure = new AbortController();
+  const queue = [...items].values();
+  const work = async () => {
+    for (const item of queue) {
+      if (failure.signal.aborted) return;
+      await task(item, failure.signal);
+    }
+  };
+  const workers = Array.from({ length: width }, () => {
+    return work().catch((error) => failure.abort(error));
+  });
+  await Promise.all(workers);
+  failure.signal.throwIfAborted();
 }
 
 // ──── Versions ──────────────────────────────────────────────────────────────────────────────────
@@ -3815,6 +3843,9 @@ function tidy(clean: () => void): void {
   }
 }
 
+// ──── Files ──────────────────────────────────────────────────────────────────────────────────────
+// Reading a device's files. Updates never follow symbolic links: `Disk.stat` does not.
+
 /** The whole of a small file, or `undefined` when it is not there. */
 function readText(disk: Disk, path: string): string | undefined {
   const stat = disk.stat(path);
@@ -3829,26 +3860,18 @@ async function replaceText(disk: Disk, path: string, text: string): Promise<void
   disk.rename(`${path}.new`, path);
 }
 
-/** Reads a file in pieces. */
-function readPieces(disk: Disk, path: string, take: (piece: Uint8Array) => void): void {
-  const length = 256 * 1024;
-  for (let offset = 0, piece; ; offset += piece.length) {
-    piece = disk.read(path, offset, length);
-    take(piece);
-    if (piece.length < length) return;
+/** @returns whether both names share one content, so that there is nothing to make durable */
+function linkOrCopy(disk: Disk, from: string, to: string): boolean {
+  try {
+    disk.link(from, to);
+    return true;
+  } catch (error) {
+    // FAT has no links, and some systems forbid them.
+    if (!["EPERM", "ENOTSUP", "ENOSYS", "EMLINK"].includes(errorCode(error) ?? "")) throw error;
+    disk.copy(from, to);
+    return false;
   }
 }
-
-/** The lowercase hex digest of a file's content. */
-function digestOf(disk: Disk, path: string, algorithm: "sha1" | "sha256"): string {
-  const hasher = new Bun.CryptoHasher(algorithm);
-  readPieces(disk, path, (piece) => hasher.update(piece));
-  return hasher.digest("hex");
-}
-
-// ──── Device files ───────────────────────────────────────────────────────────────────────────────
-// The files below one device's root: what is there, and content that is staged to become part of it.
-// Nothing here changes anything but `.ota/staged`.
 
 /** The active firmware. */
 export interface ActiveFirmware {
@@ -3856,55 +3879,57 @@ export interface ActiveFirmware {
   slot: 0 | 1;
 }
 
-const STAGED = `${OTA_DIR}/staged`;
-
-/** What is here of content that was not received whole. */
-interface Part {
-  size: number;
-  /** Without one it cannot be gone on with. */
-  etag: string | undefined;
-  encoding: Encoding;
+/** The image of a firmware slot. */
+function slotPath(slot: 0 | 1): string {
+  return `${OTA_DIR}/ota_${slot}.bin`;
 }
 
-/** How a part was sent, for resuming. */
-interface SentAs {
-  etag: string;
-  encoding: Encoding;
+/** The firmware that runs, as otadata says; `null` when none was ever flashed. */
+export function readFirmware(disk: Disk): ActiveFirmware | null {
+  const otadata = parseJSON(readText(disk, `${OTA_DIR}/otadata`) ?? "");
+  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
+  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
-/** The files of one device, for looking and for staging. All paths are below the root. */
-export class DeviceFiles {
-  /**
-   * @param root absolute, links resolved
-   */
+/** The files of one device, for looking at. */
+export class Files {
+  /** @param root what messages call the device's root */
   constructor(
     readonly root: string,
-    protected readonly disk: Disk,
+    readonly disk: Disk,
   ) {}
 
-  /** A name for this device, made at random once. */
-  async id(): Promise<string> {
-    const path = `${OTA_DIR}/id`;
-    const known = readText(this.disk, path)?.trim() ?? "";
-    if (isDeviceId(known)) return known;
-    const made = crypto.randomUUID();
-    await replaceText(this.disk, path, `${made}\n`);
-    await this.disk.sync(OTA_DIR);
-    return made;
-  }
-
-  /** Bytes free for staging. */
-  get free(): number {
-    return this.disk.free(OTA_DIR);
+  get firmware(): ActiveFirmware | null {
+    return readFirmware(this.disk);
   }
 
   stat(path: string): DiskStat | undefined {
     return this.disk.stat(path);
   }
 
+  isFile(path: string): boolean {
+    return this.stat(path)?.kind === "file";
+  }
+
+  isDirectory(path: string): boolean {
+    return this.stat(path)?.kind === "directory";
+  }
+
+  /** Reads a file in pieces. */
+  readPieces(path: string, take: (piece: Uint8Array) => void): void {
+    const length = 256 * 1024;
+    for (let offset = 0, piece; ; offset += piece.length) {
+      piece = this.disk.read(path, offset, length);
+      take(piece);
+      if (piece.length < length) return;
+    }
+  }
+
   /** The lowercase hex digest of a file's content. */
-  digest(path: string, algorithm: "sha1" | "sha256"): string {
-    return digestOf(this.disk, path, algorithm);
+  digest(path: string, algorithm: "sha1" | "sha256" = "sha256"): string {
+    const hasher = new Bun.CryptoHasher(algorithm);
+    this.readPieces(path, (piece) => hasher.update(piece));
+    return hasher.digest("hex");
   }
 
   /** Whether a file is there and has the content of that key (SHA-256 or SHA-1) and size. */
@@ -3920,228 +3945,221 @@ export class DeviceFiles {
     if (stat?.kind !== "file" || stat.size === 0 || stat.size > limit) return undefined;
     return this.disk.read(path, 0, stat.size);
   }
+}
 
-  /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
-  get firmware(): ActiveFirmware | null {
-    return readFirmware(this.disk);
+// ──── Preflight ──────────────────────────────────────────────────────────────────────────────────
+// What would make a change fail half way is found before anything is fetched for it.
+
+/**
+ * Refuses paths that are symbolic links, or go through one.
+ *
+ * @throws {OTAError} naming the first
+ */
+function refuseLinks(files: Files, paths: readonly string[]): void {
+  for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
+    if (files.stat(path)?.kind !== "link") continue;
+    throw new OTAError(`${path} below ${files.root} is a symbolic link; updates never follow one`);
+  }
+}
+
+/**
+ * Checks that files can be placed and removed.
+ *
+ * @param put paths that will hold new files
+ * @param remove paths that will be deleted
+ * @throws {OTAError} naming the first path that cannot be changed, and why
+ */
+export function preflight(files: Files, put: Iterable<string>, remove: Iterable<string>): void {
+  const { disk, root } = files;
+  const written = [...put];
+  const removed = new Set(remove);
+  const device = disk.stat(OTA_DIR)!.device;
+  const stop = (path: string, why: string): never => {
+    throw new OTAError(`cannot change ${path} below ${root}: ${why}; nothing was changed`);
+  };
+  const checkDirectory = (path: string) => {
+    const stat = disk.stat(path);
+    if (!stat || (stat.kind === "file" && removed.has(path))) return;
+    if (stat.kind !== "directory") stop(path, "it is in the way of a directory");
+    if (stat.device !== device) {
+      stop(path, `it is on another file system than ${OTA_DIR}, so it could not be taken back`);
+    }
+    if (!disk.writable(path)) stop(path, "no permission to write there");
+  };
+  const directories = new Set([...written, ...removed].flatMap(ancestors));
+  directories.forEach(checkDirectory);
+  const mounts = disk.mounts();
+  const mounted = [...written, ...removed, ...directories, OTA_DIR].find((path) =>
+    mounts.has(path),
+  );
+  if (mounted !== undefined) {
+    const why = "something is mounted there, and cannot be replaced; mount the whole root instead";
+    stop(mounted, why);
+  }
+  if (!disk.writable("")) stop("anything", "no permission to write there");
+  for (const path of removed) if (!files.isFile(path)) stop(path, "it is no regular file");
+  for (const path of written) {
+    const kind = disk.stat(path)?.kind;
+    if (kind === "other") stop(path, "it is no regular file");
+    const other = kind === "directory" && firstOther(files, path, removed);
+    if (other) stop(path, `it is a directory that holds ${other}, which is not the updater's`);
+  }
+}
+
+/** A file in a directory that a change does not remove. */
+function firstOther(
+  files: Files,
+  directory: string,
+  removed: ReadonlySet<string>,
+): string | undefined {
+  for (const name of files.disk.list(directory)) {
+    const path = `${directory}/${name}`;
+    const other = files.isDirectory(path) ? firstOther(files, path, removed) : path;
+    if (other && !removed.has(other)) return other;
+  }
+  return undefined;
+}
+
+// ──── Staging ────────────────────────────────────────────────────────────────────────────────────
+// New content, kept in `.ota/staged` until a change puts it in its place. It is named by its key,
+// the hash that it was asked for with: SHA-256, or SHA-1 where the server sends no other.
+
+const STAGED = `${OTA_DIR}/staged`;
+
+/** Content that is not here whole. It survives the process, and can be gone on with. */
+export class PartialDownload {
+  /** Bytes that are here. */
+  size: number;
+  /** The tag it was sent with; without one it cannot be resumed. */
+  etag: string | undefined;
+  encoding: Encoding;
+  readonly path: string;
+  readonly #sidecar: string;
+
+  constructor(
+    private readonly disk: Disk,
+    key: string,
+  ) {
+    this.path = `${STAGED}/${key}.part`;
+    this.#sidecar = `${this.path}.sent`;
+    this.size = disk.stat(this.path)?.size ?? 0;
+    const sent = parseJSON(readText(disk, this.#sidecar) ?? "");
+    const { etag, encoding } = (isObject(sent) ? sent : {}) as Partial<PartialDownload>;
+    this.etag = etag;
+    this.encoding = encoding ?? "identity";
   }
 
-  /**
-   * Refuses paths that are symbolic links, or go through one: updates never follow them.
-   *
-   * @throws {OTAError} naming the first
-   */
-  refuseLinks(paths: readonly string[]): void {
-    for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
-      if (this.stat(path)?.kind !== "link") continue;
-      throw new OTAError(`${path} below ${this.root} is a symbolic link; updates never follow one`);
-    }
+  /** Begins at the first byte. */
+  start(etag?: string, encoding: Encoding = "identity"): void {
+    // Removed first: the tag of an earlier download does not belong to this one.
+    ifThere(() => this.disk.unlink(this.#sidecar));
+    this.disk.write(this.path, new Uint8Array());
+    if (etag !== undefined)
+      this.disk.write(this.#sidecar, utf8(JSON.stringify({ etag, encoding })));
+    Object.assign(this, { size: 0, etag, encoding });
   }
 
-  /** Bytes needed to back up files. */
-  backupBytes(paths: readonly string[]): number {
-    const probe = `${STAGED}/probe`;
-    const remove = (name: string) => ifThere(() => this.disk.unlink(name));
-    remove(`${probe}.2`);
-    this.disk.write(`${probe}.1`, new Uint8Array());
-    const free = this.linkOrCopy(`${probe}.1`, `${probe}.2`);
-    remove(`${probe}.1`);
-    remove(`${probe}.2`);
-    return free ? 0 : paths.reduce((sum, path) => sum + (this.stat(path)?.size ?? 0), 0);
+  append(bytes: Uint8Array): void {
+    this.disk.append(this.path, bytes);
+    this.size += bytes.byteLength;
   }
 
-  /**
-   * Finds what would make a change fail half way, before anything is fetched for it.
-   *
-   * @param put paths that will hold new files
-   * @param remove paths that will be deleted
-   * @throws {OTAError} naming the first path that cannot be changed, and why
-   */
-  preflight(put: Iterable<string>, remove: Iterable<string>): void {
-    const written = [...put];
-    const device = this.stat(OTA_DIR)!.device;
-    const removed = new Set(remove);
-    const stop = (path: string, why: string): never => {
-      throw new OTAError(`cannot change ${path} below ${this.root}: ${why}; nothing was changed`);
-    };
-    const checkDirectory = (path: string) => {
-      const stat = this.stat(path);
-      if (!stat) return;
-      if (stat.kind === "file" && removed.has(path)) return;
-      if (stat.kind !== "directory") stop(path, "it is in the way of a directory");
-      if (stat.device !== device) {
-        stop(path, `it is on another file system than ${OTA_DIR}, so it could not be taken back`);
-      }
-      if (!this.disk.writable(path)) stop(path, "no permission to write there");
-    };
-    const directories = new Set([...written, ...removed].flatMap(ancestors));
-    directories.forEach(checkDirectory);
-    const mounted = this.disk.mounts();
-    for (const path of [...written, ...removed, ...directories, OTA_DIR]) {
-      if (mounted.has(path)) {
-        stop(
-          path,
-          "something is mounted there, and cannot be replaced; mount the whole root instead",
-        );
-      }
-    }
-    if (!this.disk.writable("")) stop("anything", "no permission to write there");
-    for (const path of removed) {
-      if (this.stat(path)?.kind !== "file") stop(path, "it is no regular file");
-    }
-    for (const path of written) {
-      const kind = this.stat(path)?.kind;
-      if (kind === "other") stop(path, "it is no regular file");
-      if (kind === "directory") {
-        const other = this.#firstOther(path, removed);
-        if (other) stop(path, `it is a directory that holds ${other}, which is not the updater's`);
-      }
-    }
+  drop(): void {
+    ifThere(() => this.disk.unlink(this.path));
+    ifThere(() => this.disk.unlink(this.#sidecar));
+    this.size = 0;
   }
 
-  /** A file in a directory that a change does not remove. */
-  #firstOther(directory: string, removed: ReadonlySet<string>): string | undefined {
-    for (const name of this.disk.list(directory)) {
-      const path = `${directory}/${name}`;
-      const isDirectory = this.stat(path)?.kind === "directory";
-      const other = isDirectory ? this.#firstOther(path, removed) : path;
-      if (other && !removed.has(other)) return other;
-    }
-    return undefined;
+  /** Makes it staged content. The caller has verified it. */
+  async finish(): Promise<void> {
+    await this.disk.sync(this.path);
+    this.disk.rename(this.path, this.path.replace(/\.part$/, ""));
+    if (this.disk.stat(this.#sidecar)) this.disk.unlink(this.#sidecar);
   }
+}
 
-  // ── Staging: content is named by its key, the hash that it was asked for with. ──
+/** The staged content of one device. */
+export class Staging {
+  /** Key → SHA-256 of content that is known by its SHA-1. */
+  readonly #sha256 = new Map<string, string>();
+
+  constructor(private readonly files: Files) {}
+
+  path(key: string): string {
+    return `${STAGED}/${key}`;
+  }
 
   /** Whether the content is here, whole and verified. */
-  isStaged(key: string): boolean {
-    return this.disk.stat(`${STAGED}/${key}`) !== undefined;
+  has(key: string): boolean {
+    return this.files.stat(this.path(key)) !== undefined;
   }
 
-  /** What is here of content that was not received whole; without anything, 0 bytes. */
-  part(key: string): Part {
-    const size = this.disk.stat(this.#part(key))?.size ?? 0;
-    const sent = parseJSON(readText(this.disk, `${this.#part(key)}.sent`) ?? "");
-    const { etag, encoding } = (isObject(sent) ? sent : {}) as Partial<SentAs>;
-    return { size, etag, encoding: encoding ?? "identity" };
+  partial(key: string): PartialDownload {
+    return new PartialDownload(this.files.disk, key);
   }
 
-  /** Begins to receive content from its first byte; without a tag it will not be resumed. */
-  startPart(key: string, etag?: string, encoding: Encoding = "identity"): void {
-    // Removed first: the tag of an earlier partial download does not belong to this one.
-    const sentAs = `${this.#part(key)}.sent`;
-    ifThere(() => this.disk.unlink(sentAs));
-    this.disk.write(this.#part(key), new Uint8Array());
-    if (etag === undefined) return;
-    const sent: SentAs = { etag, encoding };
-    this.disk.write(sentAs, utf8(JSON.stringify(sent)));
-  }
-
-  appendPart(key: string, bytes: Uint8Array): void {
-    this.disk.append(this.#part(key), bytes);
-  }
-
-  /** Reads what is here of a part. */
-  readPart(key: string, take: (piece: Uint8Array) => void): void {
-    readPieces(this.disk, this.#part(key), take);
-  }
-
-  dropPart(key: string): void {
-    ifThere(() => this.disk.unlink(this.#part(key)));
-    ifThere(() => this.disk.unlink(`${this.#part(key)}.sent`));
-  }
-
-  /** Makes a part, which the caller has verified, staged content. */
-  async finishPart(key: string): Promise<void> {
-    await this.disk.sync(this.#part(key));
-    this.disk.rename(this.#part(key), `${STAGED}/${key}`);
-    const sent = `${this.#part(key)}.sent`;
-    if (this.disk.stat(sent)) this.disk.unlink(sent);
-  }
-
-  /** Stages content that is made here, under its SHA-256, which is returned. */
-  async stage(bytes: Uint8Array): Promise<string> {
+  /** Stages content that is made here. @returns its key */
+  async add(bytes: Uint8Array): Promise<string> {
     const key = sha256(bytes);
-    this.disk.write(this.#part(key), bytes);
-    await this.finishPart(key);
+    const partial = this.partial(key);
+    this.files.disk.write(partial.path, bytes);
+    await partial.finish();
     return key;
   }
 
   /**
-   * Stages content that another file below the root has.
+   * Stages content that another file of the device has.
    *
    * @returns whether it does have it
    */
-  async stageCopy(key: string, path: string): Promise<boolean> {
-    if (!this.hasContent(path, key)) return false;
-    this.dropPart(key); // One of an earlier try may be there, and read-only.
-    this.disk.copy(path, this.#part(key));
-    if (!this.hasContent(`${STAGED}/${key}.part`, key)) {
-      this.dropPart(key);
-      return false;
-    }
-    await this.finishPart(key);
-    return true;
+  async addCopy(key: string, path: string): Promise<boolean> {
+    if (!this.files.hasContent(path, key)) return false;
+    const partial = this.partial(key);
+    partial.drop(); // One of an earlier try may be there, and read-only.
+    this.files.disk.copy(path, partial.path);
+    const isWhole = this.files.hasContent(partial.path, key);
+    if (isWhole) await partial.finish();
+    else partial.drop();
+    return isWhole;
   }
 
   /** The SHA-256 of staged content, whatever hash it was asked for with. */
-  stagedDigest(key: string): string {
-    return algorithmOf(key) === "sha256" ? key : this.digest(`${STAGED}/${key}`, "sha256");
+  sha256(key: string): string {
+    if (algorithmOf(key) === "sha256") return key;
+    const known = this.#sha256.get(key) ?? this.files.digest(this.path(key));
+    this.#sha256.set(key, known);
+    return known;
   }
 
   /** Drops what an update staged and did not use. */
-  dropStaged(): void {
-    tidy(() => {
-      for (const name of this.disk.list(STAGED)) {
-        this.disk.unlink(`${STAGED}/${name}`);
-      }
-    });
+  clear(): void {
+    const { disk } = this.files;
+    tidy(() => disk.list(STAGED).forEach((name) => disk.unlink(this.path(name))));
   }
 
-  /** @returns whether both names share one content, so that there is nothing to make durable */
-  protected linkOrCopy(from: string, to: string): boolean {
-    try {
-      this.disk.link(from, to);
-      return true;
-    } catch (error) {
-      // FAT has no links, and some systems forbid them.
-      if (!["EPERM", "ENOTSUP", "ENOSYS", "EMLINK"].includes(errorCode(error) ?? "")) throw error;
-      this.disk.copy(from, to);
-      return false;
-    }
+  /** Bytes that it takes to back files up: none where they can be linked. */
+  backupBytes(paths: readonly string[]): number {
+    const { disk } = this.files;
+    const probes = [`${STAGED}/probe.1`, `${STAGED}/probe.2`] as const;
+    const remove = (path: string) => ifThere(() => disk.unlink(path));
+    remove(probes[1]);
+    disk.write(probes[0], new Uint8Array());
+    const isFree = linkOrCopy(disk, ...probes);
+    probes.forEach(remove);
+    return isFree ? 0 : paths.reduce((sum, path) => sum + (disk.stat(path)?.size ?? 0), 0);
   }
-
-  #part(key: string): string {
-    return `${STAGED}/${key}.part`;
-  }
-}
-
-/** Whether text can name a device: at most 128 characters, printable and without spaces. */
-function isDeviceId(text: string): boolean {
-  return /^[!-~]{1,128}$/.test(text);
-}
-
-/** The image of a firmware slot, below the root. */
-function slotPath(slot: 0 | 1): string {
-  return `${OTA_DIR}/ota_${slot}.bin`;
-}
-
-/** The firmware that runs on a device; `null` when none was ever flashed. */
-export function readFirmware(disk: Disk): ActiveFirmware | null {
-  const otadata = parseJSON(readText(disk, `${OTA_DIR}/otadata`) ?? "");
-  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
-  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
 // ──── State ──────────────────────────────────────────────────────────────────────────────────────
-// What a device remembers, as JSON in `.ota`: what is installed and what failed; and transactions,
-// each a change of the tree with the way back from it.
+// What a device remembers, as JSON in `.ota`: what is installed, what failed, and the transactions
+// that changed the tree, each with its rollback plan.
 
 /** What is installed on a device. */
 export interface Installed {
   version: string;
   /** What it was updated from; `null` when it had nothing. */
   previous_version: string | null;
-  /** Path below the root → SHA-256, of every file that came from a release. */
+  /** Path → SHA-256, of every file that came from a release. */
   files: Record<string, string>;
   /** Those that the release makes executable. */
   executable?: string[];
@@ -4167,12 +4185,28 @@ export interface FailedRelease {
   firmware?: string;
 }
 
+/** Releases that are remembered as failed, at the most. */
+const FAILED_KEPT = 16;
+
 /** Whether two failures are of the same files with the same firmware. */
 function isSameFailure(a: FailedRelease, b: Pick<FailedRelease, "digest" | "image">): boolean {
   return a.digest === b.digest && a.image === b.image;
 }
 
-/** How a failed release is called: `1.0.1`, `firmware 1.0.1`. */
+function withFailure(failed: readonly FailedRelease[], one: FailedRelease): FailedRelease[] {
+  return [...failed.filter((other) => !isSameFailure(other, one)), one].slice(-FAILED_KEPT);
+}
+
+/** The failures that still count on a device with a version and a firmware version. */
+function newerFailures(failed: readonly FailedRelease[], on: string, image = ""): FailedRelease[] {
+  return failed.filter(({ version, firmware }) => {
+    return firmware === undefined
+      ? new LooseVersion(version).compare(on) > 0
+      : new LooseVersion(firmware).compare(image) > 0;
+  });
+}
+
+/** What a person is told of a failed release: `1.0.1`, `firmware 1.0.1`. */
 function failedName({ version, firmware }: FailedRelease): string {
   return firmware === undefined ? version : `firmware ${firmware}`;
 }
@@ -4185,7 +4219,7 @@ export interface Check {
   timeout: number;
 }
 
-/** One direction of a transaction; its steps are run in this order. Paths are below the root. */
+/** One direction of a transaction; its steps are run in this order. */
 interface Steps {
   unlink: string[];
   rmdir: string[];
@@ -4195,8 +4229,8 @@ interface Steps {
   modes?: Record<string, Pick<DiskStat, "mode" | "owner">>;
 }
 
-/** A way back from a release, and what is remembered of that release then. */
-interface WayBack {
+/** How to go back from a release, and what is remembered of that release then. */
+interface RollbackPlan {
   /** What was recorded before. */
   before: State;
   failed: FailedRelease;
@@ -4208,7 +4242,7 @@ interface WayBack {
 }
 
 /** A change of the tree. It is written once and never changed. */
-interface Transaction extends WayBack {
+interface Transaction extends RollbackPlan {
   format: number;
   id: string;
   to: Installed;
@@ -4219,8 +4253,8 @@ interface Transaction extends WayBack {
   restart: string | null;
   /** The damaged records, as they were set aside, in whose place this brings a good one. */
   repairs: string[];
-  /** Of a repair: the way back to the release before the one that it repaired, if any. */
-  release?: WayBack | null;
+  /** Of a repair: the plan for the release before the one that it repaired, if any. */
+  release?: RollbackPlan | null;
 }
 
 /** The content of state.json. */
@@ -4284,10 +4318,6 @@ function upgrade(transaction: Transaction): Transaction {
   return { ...{ failed, displaced: [] }, ...transaction };
 }
 
-/** A name under which a transaction stands; see `Records`. */
-type Stage = "commit" | "undo" | "journal" | "rollback";
-const STAGES: readonly Stage[] = ["commit", "undo", "journal", "rollback"];
-
 // ──── Records ────────────────────────────────────────────────────────────────────────────────────
 // The files in which state and transactions are kept. What was under way when a process died is seen
 // by their names:
@@ -4298,34 +4328,34 @@ const STAGES: readonly Stage[] = ["commit", "undo", "journal", "rollback"];
 //   undo.json (commit.json, renamed)               a commit failed: go back
 //   rollback.json (either, renamed)                the release is bad: go back
 //
-// So a commit that fails, and a release that fails its check, leave the older way back as it was. A
-// record that makes no sense is set aside and never overwritten.
+// So a commit that fails, and a release that fails its check, leave the older rollback plan as it
+// was. Undo and rollback are two names, not one: only a rollback remembers the release as failed, the
+// state can be the same before both, and a full disk has room for a rename and nothing more. A record
+// that makes no sense is set aside and never overwritten.
+
+/** A file of a transaction, without `.json`. */
+type RecordName = "commit" | "undo" | "journal" | "rollback";
+/** Why a transaction is taken back. */
+type Reversal = "undo" | "rollback";
+
+const RECORD_NAMES: readonly RecordName[] = ["commit", "undo", "journal", "rollback"];
+const recordPath = (name: RecordName | "state") => `${OTA_DIR}/${name}.json`;
 
 /** The records of one device. */
 class Records {
   state: State = EMPTY;
   /** A change that is under way, or on trial. */
   commit: Transaction | undefined;
-  /** The change that brought the release which stands: the way back from it. */
+  /** The change that brought the release which stands. */
   done: Transaction | undefined;
-  /** Whether rollback.json is of a way back that came to its end. */
-  isOver = false;
+  /** Paths of records that were set aside. */
+  damaged: readonly string[] = [];
+  /** Whether rollback.json is of a rollback that came to its end. */
+  isRollbackOver = false;
+  readonly #disk: Disk;
 
-  /** @param root the device's root, for messages */
-  constructor(
-    private readonly root: string,
-    private readonly disk: Disk,
-  ) {}
-
-  /** Paths of records that were set aside, below the root. */
-  get damaged(): string[] {
-    const names = this.disk.list(OTA_DIR).filter((name) => name.endsWith(".corrupt"));
-    return names.map((name) => `${OTA_DIR}/${name}`);
-  }
-
-  /** A way back that was under way. */
-  get goingBack(): "undo" | "rollback" | undefined {
-    return (["undo", "rollback"] as const).find((stage) => this.#has(stage));
+  constructor(private readonly files: Files) {
+    this.#disk = files.disk;
   }
 
   /**
@@ -4334,7 +4364,9 @@ class Records {
    * @throws {OTAError} when a newer version of this tool wrote one
    */
   load(): void {
-    const state = this.#read("state.json", isState);
+    const names = this.#disk.list(OTA_DIR).filter((name) => name.endsWith(".corrupt"));
+    this.damaged = names.map((name) => `${OTA_DIR}/${name}`);
+    const state = this.#read("state", isState);
     if (state) this.state = state;
     const undo = this.#readTransaction("undo");
     const rollback = this.#readTransaction("rollback");
@@ -4344,9 +4376,9 @@ class Records {
       if (this.state.trial) this.commit = rollback;
       else this.done = rollback;
     } else if (rollback) {
-      this.isOver = true;
+      this.isRollbackOver = true;
     } else if (!this.commit && this.done && isCommitOf010(this.done, this.state)) {
-      this.#move("journal", "commit");
+      this.#rename("journal", "commit");
       this.commit = this.done;
       this.done = undefined;
     }
@@ -4355,21 +4387,28 @@ class Records {
     if (isStateLost && this.damaged.length === 0) this.setAsideTransactions();
   }
 
-  #readTransaction(stage: Stage): Transaction | undefined {
-    const found = this.#read(`${stage}.json`, isTransaction);
+  /** What was under way when the records were written. */
+  get unfinished(): "commit" | Reversal | undefined {
+    const reversal = (["undo", "rollback"] as const).find((name) => this.#has(name));
+    const isCut = this.commit !== undefined && this.commit.id !== this.state.journal;
+    return reversal ?? (isCut ? "commit" : undefined);
+  }
+
+  #readTransaction(name: RecordName): Transaction | undefined {
+    const found = this.#read(name, isTransaction);
     return found && upgrade(found);
   }
 
-  #read<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
-    const path = `${OTA_DIR}/${name}`;
-    const text = readText(this.disk, path);
+  #read<T>(name: RecordName | "state", isRecord: (json: unknown) => json is T): T | undefined {
+    const path = recordPath(name);
+    const text = readText(this.#disk, path);
     if (text === undefined) return undefined;
     const json = parseJSON(text);
-    const format = (json as { format?: unknown } | null)?.format;
+    const format = isObject(json) ? json.format : undefined;
     if (typeof format === "number" && format > FORMAT) {
       throw new OTAError(
-        `${this.root}/${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows up to ${FORMAT}: ` +
-          "use the newer ota.ts that wrote it",
+        `${this.files.root}/${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows ` +
+          `up to ${FORMAT}: use the newer ota.ts that wrote it`,
       );
     }
     if (isRecord(json)) return json;
@@ -4377,20 +4416,33 @@ class Records {
     return undefined;
   }
 
-  /** Keeps a record that cannot be used, under a name that `damaged` finds. */
-  #setAside(name: string): void {
-    const path = `${OTA_DIR}/${name}`;
-    this.disk.rename(path, `${path}.${crypto.randomUUID()}.corrupt`);
+  /** Keeps a record that cannot be used. */
+  #setAside(name: RecordName | "state"): void {
+    const kept = `${recordPath(name)}.${crypto.randomUUID()}.corrupt`;
+    this.#disk.rename(recordPath(name), kept);
+    this.damaged = [...this.damaged, kept];
   }
 
   setAsideTransactions(): void {
-    for (const stage of STAGES) if (this.#has(stage)) this.#setAside(`${stage}.json`);
+    for (const name of RECORD_NAMES) if (this.#has(name)) this.#setAside(name);
     this.commit = this.done = undefined;
+  }
+
+  /** Deletes the damaged records that were set aside, once there is a good one again. */
+  dropDamaged(): void {
+    for (const path of this.damaged) tidy(() => this.#disk.unlink(path));
+    this.damaged = [];
+  }
+
+  /** Deletes the damaged records in whose place a transaction brought a good one. */
+  dropRepaired({ repairs }: Transaction): void {
+    for (const path of repairs) ifThere(() => this.#disk.unlink(path));
+    this.damaged = [];
   }
 
   /** Resolves when the state is durable, and with it all changes of names before. */
   async write(state: State): Promise<void> {
-    await replaceText(this.disk, `${OTA_DIR}/state.json`, JSON.stringify(state));
+    await replaceText(this.#disk, recordPath("state"), JSON.stringify(state));
     this.state = state; // Whether or not that can be made durable.
     await this.sync();
   }
@@ -4398,29 +4450,27 @@ class Records {
   /** Writes a transaction. It is durable after `sync`. */
   async begin(transaction: Transaction): Promise<void> {
     // Distinguishes a lost state from one that was never written.
-    if (!this.disk.stat(`${OTA_DIR}/state.json`)) await this.write(this.state);
-    await replaceText(this.disk, `${OTA_DIR}/commit.json`, JSON.stringify(transaction));
+    if (!this.#disk.stat(recordPath("state"))) await this.write(this.state);
+    await replaceText(this.#disk, recordPath("commit"), JSON.stringify(transaction));
     this.commit = transaction;
   }
 
   /** Marks the commit as done. Not durable at once: the next `open` would do it again. */
   settle(): void {
     if (!this.commit) return;
-    this.#move("commit", "journal");
+    this.#rename("commit", "journal");
     this.done = this.commit;
     this.commit = undefined;
   }
 
-  /** Marks durably that the commit under way, or the installed release, is being rolled back. */
-  async turnBack(why: "undo" | "rollback"): Promise<void> {
-    const stage = this.commit ? "commit" : "journal";
-    // A rename, since a full disk has no room for more.
-    if (!this.#has(why)) this.#move(stage, why);
+  /** Marks durably that the commit under way, or the installed release, is being taken back. */
+  async beginReversal(why: Reversal): Promise<void> {
+    if (!this.#has(why)) this.#rename(this.commit ? "commit" : "journal", why);
     await this.sync();
   }
 
-  /** Marks durably that a rollback is complete. */
-  async endTurningBack(why: "undo" | "rollback"): Promise<void> {
+  /** Marks durably that it was taken back. */
+  async endReversal(why: Reversal): Promise<void> {
     this.#remove(why);
     await this.sync();
     if (!this.commit) this.done = undefined;
@@ -4429,7 +4479,7 @@ class Records {
 
   /** Removes transactions that came to their end: no record names them. */
   dropEnded(): void {
-    if (this.isOver) this.#remove("rollback");
+    if (this.isRollbackOver) this.#remove("rollback");
     const name = this.commit?.before.journal ?? this.state.journal;
     if (!this.done || this.done.id === name) return;
     this.#remove("journal");
@@ -4438,25 +4488,25 @@ class Records {
 
   /** Removes all transactions, durably. */
   async forgetTransactions(): Promise<void> {
-    for (const stage of STAGES) this.#remove(stage);
+    for (const name of RECORD_NAMES) this.#remove(name);
     await this.sync();
     this.commit = this.done = undefined;
   }
 
   sync(): Promise<void> {
-    return this.disk.sync(OTA_DIR);
+    return this.#disk.sync(OTA_DIR);
   }
 
-  #has(stage: Stage): boolean {
-    return this.disk.stat(`${OTA_DIR}/${stage}.json`) !== undefined;
+  #has(name: RecordName): boolean {
+    return this.#disk.stat(recordPath(name)) !== undefined;
   }
 
-  #move(from: Stage, to: Stage): void {
-    this.disk.rename(`${OTA_DIR}/${from}.json`, `${OTA_DIR}/${to}.json`);
+  #rename(from: RecordName, to: RecordName): void {
+    this.#disk.rename(recordPath(from), recordPath(to));
   }
 
-  #remove(stage: Stage): void {
-    ifThere(() => this.disk.unlink(`${OTA_DIR}/${stage}.json`));
+  #remove(name: RecordName): void {
+    ifThere(() => this.#disk.unlink(recordPath(name)));
   }
 }
 
@@ -4465,7 +4515,29 @@ function isCommitOf010({ id, restored }: Transaction, { journal }: State): boole
   return restored === undefined && id !== journal;
 }
 
-// ──── Examination ────────────────────────────────────────────────────────────────────────────────
+/**
+ * Reads the recorded state without a lock, and so without ending anything.
+ *
+ * @throws {OTAError} when it is damaged, or of a newer version of this tool
+ */
+export function peekState({ root, disk }: Files): State {
+  const path = recordPath("state");
+  const text = readText(disk, path);
+  const state = parseJSON(text ?? "");
+  if (isState(state)) return state;
+  if (text === undefined) return EMPTY;
+  throw new OTAError(`${root}/${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
+}
+
+/** Whether nothing is left for `Journal.open` to end. */
+function isSettled(files: Files): boolean {
+  const read = (name: RecordName) => parseJSON(readText(files.disk, recordPath(name)) ?? "");
+  if (read("undo") || read("rollback")) return false;
+  const latest = read("commit") ?? read("journal");
+  return !isTransaction(latest) || latest.id === peekState(files).journal;
+}
+
+// ──── Inventory ──────────────────────────────────────────────────────────────────────────────────
 // What a device really has, beside what is recorded of it: files are edited, deleted and damaged by
 // others, and records are lost or put back.
 
@@ -4476,7 +4548,7 @@ export interface Difference {
 }
 
 /** What is really there of a release. */
-export interface Examined {
+export interface Inventory {
   /** The record, with the stamps of what was hashed just now; absent: nothing is recorded. */
   installed?: Installed;
   /** Path → SHA-256 of what is there of the record's paths; not of what has lost its mode. */
@@ -4493,61 +4565,55 @@ export interface Examined {
  *
  * @param thorough whether files are hashed although they look as they did when they were recorded
  */
-export function examine(
-  files: DeviceFiles,
+export function takeInventory(
+  files: Files,
   recorded: Installed | null,
   thorough = false,
-): Examined {
-  const examined: Examined = { files: new Map(), differences: [], isNewer: false };
+): Inventory {
+  const found: Inventory = { files: new Map(), differences: [], isNewer: false };
   if (recorded) {
-    examined.installed = { ...recorded, stamps: { ...recorded.stamps } };
-    for (const path of Object.keys(recorded.files)) examineFile(files, path, examined, thorough);
+    found.installed = { ...recorded, stamps: { ...recorded.stamps } };
+    for (const path of Object.keys(recorded.files)) checkFile(files, path, found, thorough);
   }
-  examineFirmware(files, examined, thorough);
-  return examined;
+  checkFirmware(files, found, thorough);
+  return found;
 }
 
-function examineFile(
-  files: DeviceFiles,
-  path: string,
-  examined: Examined,
-  thorough: boolean,
-): void {
-  const { files: recorded, stamps = {}, executable = [] } = examined.installed!;
-  const differ = (found: Difference["found"]) => void examined.differences.push({ path, found });
+function checkFile(files: Files, path: string, found: Inventory, thorough: boolean): void {
+  const { files: recorded, stamps = {}, executable = [] } = found.installed!;
+  const differ = (how: Difference["found"]) => void found.differences.push({ path, found: how });
   const stat = files.stat(path);
   if (stat?.kind !== "file") return differ(stat ? "no regular file" : "missing");
   const isSame = !thorough && stamps[path] === stat.stamp;
-  const found = isSame ? recorded[path]! : files.digest(path, "sha256");
-  if (found !== recorded[path]) differ("changed");
+  const digest = isSame ? recorded[path]! : files.digest(path);
+  if (digest !== recorded[path]) differ("changed");
   else if (!isExecutable(stat) && executable.includes(path)) return differ("not executable");
   else if (stamps[path] !== stat.stamp) {
     stamps[path] = stat.stamp;
-    examined.isNewer = true;
+    found.isNewer = true;
   }
-  examined.files.set(path, found);
+  found.files.set(path, digest);
 }
 
-function examineFirmware(files: DeviceFiles, examined: Examined, thorough: boolean): void {
+function checkFirmware(files: Files, found: Inventory, thorough: boolean): void {
   const active = files.firmware;
   if (!active) return;
   const path = slotPath(active.slot);
   const stat = files.stat(path);
-  const { installed, differences } = examined;
-  const known = installed?.image;
   if (stat?.kind !== "file") {
-    examined.image = sha256("");
-    differences.push({ path, found: "missing" });
+    found.image = sha256("");
+    found.differences.push({ path, found: "missing" });
     return;
   }
   const { stamp } = stat;
+  const { installed } = found;
+  const known = installed?.image;
   const isSame = !thorough && known?.stamp === stamp;
-  const found = isSame ? known!.sha256 : files.digest(path, "sha256");
-  examined.image = found;
-  if (known && found !== known.sha256) differences.push({ path, found: "changed" });
+  found.image = isSame ? known.sha256 : files.digest(path);
+  if (known && found.image !== known.sha256) found.differences.push({ path, found: "changed" });
   else if (installed && known?.stamp !== stamp) {
-    installed.image = { sha256: found, stamp };
-    examined.isNewer = true;
+    installed.image = { sha256: found.image, stamp };
+    found.isNewer = true;
   }
 }
 
@@ -4564,12 +4630,12 @@ function isExecutable({ mode }: Pick<DiskStat, "mode">): boolean {
  * @param recorded what is recorded already
  */
 export function adopt(
-  files: DeviceFiles,
+  files: Files,
   version: string,
   list: Manifest,
   recorded: Installed | null,
 ): Installed {
-  const adopted: Installed = {
+  const adopted = {
     ...{ version, previous_version: null, ...recorded },
     files: { ...recorded?.files },
     stamps: { ...recorded?.stamps },
@@ -4579,30 +4645,27 @@ export function adopt(
     const path = dst_path.slice(1);
     const stat = files.stat(path);
     if (stat?.kind !== "file") continue;
-    adopted.files[path] = files.digest(path, "sha256");
-    adopted.stamps![path] = stat.stamp;
+    adopted.files[path] = files.digest(path);
+    adopted.stamps[path] = stat.stamp;
     // A file without the bit here differs from the release, and is repaired.
     if (executable) runs.add(path);
   }
   return { ...adopted, executable: [...runs] };
 }
 
-// ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
-// Changing the files of a device by steps that can each be repeated. What is needed for the steps,
-// and for those of the way back, is at hand and durable before the first of them is run.
+// ──── Preparation ────────────────────────────────────────────────────────────────────────────────
+// Works out the steps of a change and those of its rollback. What they need, old content as well as
+// new, is at hand and durable before the first of them is run.
 
 /** What an update changes. Contents are named by the keys under which they were staged. */
 export interface Change {
   /** What the device is on, where there is no record of it. */
   from?: Installed;
   installed: Installed;
-  /** `targetDigest` of where this comes from. */
-  digest: string;
-  /** The key of a firmware image that is newer than what runs. */
-  image?: string;
-  /** Path below the root → staged key. */
+  /** What is remembered of the release, should it fail. */
+  failure: FailedRelease;
+  /** Path → staged key. */
   put: ReadonlyMap<string, string>;
-  /** Paths below the root. */
   remove: readonly string[];
   /** Those of `put` where the application has a file: it is moved aside and kept. */
   displace?: readonly string[];
@@ -4612,16 +4675,8 @@ export interface Change {
   check?: Check;
   /** Must be run whenever the tree has changed. */
   restart?: string;
-  /** Repairs the installed release: the way back still leads to the release before it. */
+  /** Repairs the installed release: the rollback still leads to the release before it. */
   repair?: boolean;
-}
-
-/** A change whose steps can be run. */
-interface PreparedChange extends Pick<
-  Transaction,
-  "id" | "to" | "forward" | "back" | "placed" | "displaced"
-> {
-  restored: Record<string, string>;
 }
 
 /** The directory that keeps the content which a change replaces. */
@@ -4629,136 +4684,152 @@ function backupPath(id: string): string {
   return `${OTA_DIR}/backup-${id}`;
 }
 
-/** The files of one device, for changing. */
-class DeviceTree extends DeviceFiles {
-  /** Files and directories that were moved aside: not part of any release, never deleted. */
-  displaced: [path: string, now: string][] = [];
+/** A change that is being prepared: most of a `Transaction`. */
+class Preparation {
+  readonly id = crypto.randomUUID();
+  readonly to: Installed;
+  readonly forward: Steps = { unlink: [], rmdir: [], mkdir: [], place: [] };
+  readonly back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [], modes: {} };
+  readonly placed: Record<string, string> = {};
+  readonly restored: Record<string, string> = {};
+  readonly displaced: [path: string, now: string][] = [];
+  readonly #files: Files;
+  readonly #staging: Staging;
+  readonly #before: Installed | null;
+  readonly #unsynced: string[] = [];
 
-  /**
-   * Copies and backs up what the steps will need, and writes the steps.
-   *
-   * @param before what is recorded of the tree
-   */
-  protected async prepare(change: Change, before: Installed | null): Promise<PreparedChange> {
-    const id = crypto.randomUUID();
-    this.disk.mkdir(backupPath(id));
+  /** @param before what is recorded of the tree */
+  constructor(files: Files, staging: Staging, before: Installed | null, to: Installed) {
+    this.#files = files;
+    this.#staging = staging;
+    this.#before = before;
+    this.to = { ...to, stamps: { ...to.stamps } };
+  }
+
+  async run(change: Change): Promise<void> {
+    const { disk } = this.#files;
+    disk.mkdir(backupPath(this.id));
     const put = new Map(change.put);
     if (change.firmware) {
-      const slot = this.firmware?.slot === 0 ? 1 : 0;
+      const slot = this.#files.firmware?.slot === 0 ? 1 : 0;
       const active: ActiveFirmware = { version: change.firmware.version, slot };
       put.set(slotPath(slot), change.firmware.key);
       const otadata = utf8(`${JSON.stringify(active)}\n`);
-      put.set(`${OTA_DIR}/otadata`, await this.stage(otadata));
+      put.set(`${OTA_DIR}/otadata`, await this.#staging.add(otadata));
     }
-    const forward: Steps = { unlink: [...change.remove], rmdir: [], mkdir: [], place: [] };
-    const back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [], modes: {} };
-    const prepared: PreparedChange = {
-      ...{ id, to: { ...change.installed }, forward, back },
-      ...{ placed: {}, restored: {}, displaced: [] },
-    };
-    const unsynced: string[] = [];
-    for (const path of change.remove) this.#backUp(path, prepared, before, unsynced);
-    for (const path of change.displace ?? []) this.#displaceLater(path, prepared, unsynced);
-    this.#place(put, prepared, before, unsynced);
-
-    const needed = new Set([...put.keys()].flatMap(ancestors));
-    forward.mkdir = [...needed].filter((path) => this.stat(path)?.kind !== "directory").sort();
-    const emptied = change.remove.flatMap(ancestors).filter((path) => path.includes("/"));
-    const replaced = [...put.keys()].flatMap((path) => this.#directoriesIn(path));
-    forward.rmdir = [...new Set([...emptied, ...replaced])]
-      .filter((path) => !needed.has(path))
-      .sort()
-      .reverse();
-    back.rmdir = forward.mkdir.toReversed();
-    back.mkdir = forward.rmdir.toReversed();
-    for (const path of back.mkdir) {
-      const directory = this.stat(path);
-      if (directory) back.modes![path] = { mode: directory.mode, owner: directory.owner };
-    }
-    await pool(unsynced, (path) => this.disk.sync(path));
-    const directories = [STAGED, backupPath(id), OTA_DIR];
-    await pool(directories, (path) => this.disk.sync(path));
-    return prepared;
-  }
-
-  /** Keeps the content of a file for the way back. */
-  #backUp(
-    path: string,
-    { id, back, restored }: PreparedChange,
-    before: Installed | null,
-    unsynced: string[],
-  ): void {
-    const backup = `${backupPath(id)}/${back.place.length}`;
-    if (!this.linkOrCopy(path, backup)) unsynced.push(backup);
-    back.place.push([backup, path]);
-    const isKnown = before?.stamps?.[path] === this.stat(path)!.stamp;
-    // Not copied: an inactive slot can be large, and nothing runs it.
-    if (/^\.ota\/ota_\d/.test(path)) return;
-    // A file that cannot be read can still be hard-linked.
-    tidy(() => (restored[path] = isKnown ? before!.files[path]! : this.digest(path, "sha256")));
-  }
-
-  /** Keeps a file of the application that makes way, for good: the way back removes it again. */
-  #displaceLater(
-    path: string,
-    { id, forward, back, placed, displaced }: PreparedChange,
-    unsynced: string[],
-  ): void {
-    const name = `${forward.place.length}`;
-    const source = `${backupPath(id)}/displaced-${name}`;
-    if (!this.linkOrCopy(path, source)) unsynced.push(source);
-    const now = `${OTA_DIR}/displaced-${id}-${name}`;
-    forward.place.push([source, now]);
-    back.unlink.push(now);
-    placed[now] = this.digest(path, "sha256");
-    displaced.push([path, now]);
-  }
-
-  /** Gets staged content ready for its place: one file each, with its mode and owner. */
-  #place(
-    put: ReadonlyMap<string, string>,
-    prepared: PreparedChange,
-    before: Installed | null,
-    unsynced: string[],
-  ): void {
-    const { to, forward, back, placed } = prepared;
-    const stamps: Record<string, string> = { ...to.stamps };
-    const [runs, ran] = [new Set(to.executable), new Set(before?.executable)];
+    this.forward.unlink.push(...change.remove);
+    for (const path of change.remove) this.#backUp(path);
+    for (const path of change.displace ?? []) this.#displace(path);
     const used = new Set<string>();
     for (const [path, key] of put) {
-      // The same content in two places becomes two files: changing one must not change the other.
-      const isAgain = used.has(key);
-      const source = isAgain ? `${STAGED}/${key}.${forward.place.length}` : `${STAGED}/${key}`;
-      if (isAgain) {
-        // One of an earlier try may be there, and read-only.
-        ifThere(() => this.disk.unlink(source));
-        this.disk.copy(`${STAGED}/${key}`, source);
-        unsynced.push(source);
-      }
+      this.#place(path, key, used.has(key));
       used.add(key);
-      forward.place.push([source, path]);
-      const old = this.stat(path);
-      const file = old?.kind === "file" ? old : undefined;
-      if (file) this.#backUp(path, prepared, before, unsynced);
-      else back.unlink.push(path);
-      let mode = file?.mode ?? 0o644;
-      // Execute permission for everyone who may read it; a bit that the owner set stays.
-      if (runs.has(path)) mode |= (mode & 0o444) >> 2;
-      else if (ran.has(path)) mode &= ~0o111;
-      this.disk.chmod(source, mode, file?.owner);
-      placed[path] = this.stagedDigest(key);
-      const { stamp } = this.stat(source)!;
-      if (to.files[path] === placed[path]) stamps[path] = stamp;
-      if (path.startsWith(`${OTA_DIR}/ota_`)) to.image = { sha256: placed[path], stamp };
     }
-    to.stamps = stamps;
+    this.#planDirectories([...put.keys()], change.remove);
+    await pool(this.#unsynced, SYNCS, (path) => disk.sync(path));
+    await pool([STAGED, backupPath(this.id), OTA_DIR], SYNCS, (path) => disk.sync(path));
+  }
+
+  /** Keeps the content of a file for the rollback. */
+  #backUp(path: string): void {
+    const backup = `${backupPath(this.id)}/${this.back.place.length}`;
+    if (!linkOrCopy(this.#files.disk, path, backup)) this.#unsynced.push(backup);
+    this.back.place.push([backup, path]);
+    // Not hashed: an inactive slot can be large, and nothing runs it.
+    if (/^\.ota\/ota_\d/.test(path)) return;
+    const before = this.#before;
+    const isKnown = before?.stamps?.[path] === this.#files.stat(path)!.stamp;
+    // A file that cannot be read can still be hard-linked.
+    tidy(() => {
+      this.restored[path] = isKnown ? before!.files[path]! : this.#files.digest(path);
+    });
+  }
+
+  /** Keeps a file of the application that makes way, for good: the rollback removes it again. */
+  #displace(path: string): void {
+    const name = `${this.forward.place.length}`;
+    const source = `${backupPath(this.id)}/displaced-${name}`;
+    const now = `${OTA_DIR}/displaced-${this.id}-${name}`;
+    if (!linkOrCopy(this.#files.disk, path, source)) this.#unsynced.push(source);
+    this.forward.place.push([source, now]);
+    this.back.unlink.push(now);
+    this.placed[now] = this.#files.digest(path);
+    this.displaced.push([path, now]);
+  }
+
+  /**
+   * Gets staged content ready for its place: with its mode and owner.
+   *
+   * @param isUsed whether it goes to another place, too: changing one must not change the other
+   */
+  #place(path: string, key: string, isUsed: boolean): void {
+    const { disk } = this.#files;
+    let source = this.#staging.path(key);
+    if (isUsed) {
+      const original = source;
+      source += `.${this.forward.place.length}`;
+      // One of an earlier try may be there, and read-only.
+      ifThere(() => disk.unlink(source));
+      disk.copy(original, source);
+      this.#unsynced.push(source);
+    }
+    this.forward.place.push([source, path]);
+    const old = this.#files.stat(path);
+    const file = old?.kind === "file" ? old : undefined;
+    if (file) this.#backUp(path);
+    else this.back.unlink.push(path);
+    let mode = file?.mode ?? 0o644;
+    // Execute permission for everyone who may read it; a bit that the owner set stays.
+    if (this.to.executable?.includes(path)) mode |= (mode & 0o444) >> 2;
+    else if (this.#before?.executable?.includes(path)) mode &= ~0o111;
+    disk.chmod(source, mode, file?.owner);
+    const digest = this.#staging.sha256(key);
+    const { stamp } = this.#files.stat(source)!;
+    this.placed[path] = digest;
+    if (this.to.files[path] === digest) this.to.stamps![path] = stamp;
+    if (path.startsWith(`${OTA_DIR}/ota_`)) this.to.image = { sha256: digest, stamp };
+  }
+
+  /** Directories that come, and those that go, emptied or replaced by a file. */
+  #planDirectories(put: readonly string[], remove: readonly string[]): void {
+    const needed = new Set(put.flatMap(ancestors));
+    const made = [...needed].filter((path) => !this.#files.isDirectory(path)).sort();
+    const emptied = remove.flatMap(ancestors).filter((path) => path.includes("/"));
+    const replaced = put.flatMap((path) => this.#directoriesIn(path));
+    const gone = [...new Set([...emptied, ...replaced])].filter((path) => !needed.has(path)).sort();
+    this.forward.mkdir = made;
+    this.back.rmdir = made.toReversed();
+    this.forward.rmdir = gone.toReversed();
+    this.back.mkdir = gone;
+    for (const path of gone) {
+      const directory = this.#files.stat(path);
+      if (!directory) continue;
+      this.back.modes![path] = { mode: directory.mode, owner: directory.owner };
+    }
   }
 
   /** A directory, and those below it. */
   #directoriesIn(path: string): string[] {
-    if (this.stat(path)?.kind !== "directory") return [];
-    const names = this.disk.list(path);
+    if (!this.#files.isDirectory(path)) return [];
+    const names = this.#files.disk.list(path);
     return [path, ...names.flatMap((name) => this.#directoriesIn(`${path}/${name}`))];
+  }
+}
+
+// ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
+// Changes the files of a device by steps that can each be repeated.
+
+/** Syncs at once. */
+const SYNCS = 16;
+
+/** The files of one device, for changing. */
+class Tree {
+  /** Files and directories that were moved aside: not part of any release, never deleted. */
+  displaced: [path: string, now: string][] = [];
+  readonly #disk: Disk;
+
+  constructor(private readonly files: Files) {
+    this.#disk = files.disk;
   }
 
   /**
@@ -4767,39 +4838,39 @@ class DeviceTree extends DeviceFiles {
    *
    * @param contents path → SHA-256 of what is placed there, where that is known
    */
-  protected findLost({ place }: Steps, contents: Readonly<Record<string, string>> = {}): string[] {
-    return place.flatMap(([from, to]) => {
-      if (this.stat(from)) return [];
+  findLost({ place }: Steps, contents: Readonly<Record<string, string>> = {}): string[] {
+    const lost = place.filter(([from, to]) => {
+      if (this.files.stat(from)) return false;
       const key = contents[to];
-      const isDone = key ? this.hasContent(to, key) : this.stat(to)?.kind === "file";
-      return isDone ? [] : [`${from} (for ${to})`];
+      return key ? !this.files.hasContent(to, key) : !this.files.isFile(to);
     });
+    return lost.map(([from, to]) => `${from} (for ${to})`);
   }
 
   /** Runs steps of which any may have been run before; afterwards all are durable. */
-  protected async run({ unlink, rmdir, mkdir, place, modes = {} }: Steps): Promise<void> {
+  async run({ unlink, rmdir, mkdir, place, modes = {} }: Steps): Promise<void> {
     for (const path of unlink) this.#unlink(path);
     for (const path of rmdir) this.#rmdir(path);
     for (const path of mkdir) this.#mkdir(path);
     for (const [from, to] of place) this.#move(from, to);
     // Modes last: nothing can be placed in a read-only directory.
     for (const [path, { mode, owner }] of Object.entries(modes)) {
-      this.disk.chmod(path, mode, owner);
+      this.#disk.chmod(path, mode, owner);
     }
     const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
     const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
-    await pool(directories, async (path) => {
-      if (this.stat(path)?.kind === "directory") await this.disk.sync(path);
+    await pool(directories, SYNCS, async (path) => {
+      if (this.files.isDirectory(path)) await this.#disk.sync(path);
     });
   }
 
   #unlink(path: string): void {
-    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(path));
+    if (!this.files.isDirectory(path)) ifThere(() => this.#disk.unlink(path));
   }
 
   #rmdir(path: string): void {
     try {
-      this.disk.rmdir(path);
+      this.#disk.rmdir(path);
     } catch (error) {
       const fine = ["ENOENT", "ENOTDIR", "ENOTEMPTY", "EEXIST", "EBUSY"];
       if (!fine.includes(errorCode(error) ?? "")) throw error;
@@ -4807,64 +4878,66 @@ class DeviceTree extends DeviceFiles {
   }
 
   #mkdir(path: string): void {
-    const kind = this.stat(path)?.kind;
+    const kind = this.files.stat(path)?.kind;
     if (kind === "directory") return;
     if (kind) this.#displace(path);
     // The application may have removed what was above it.
     else for (const above of ancestors(path).reverse()) this.#mkdir(above);
-    this.disk.mkdir(path);
+    this.#disk.mkdir(path);
   }
 
   #move(from: string, to: string): void {
     try {
-      this.disk.rename(from, to);
+      this.#disk.rename(from, to);
     } catch (error) {
-      if (!this.stat(from)) return; // It was moved before; see `findLost`.
+      if (!this.files.stat(from)) return; // It was moved before; see `findLost`.
       // The application removed the directory meanwhile, or made one with the file's name.
       for (const above of ancestors(to).reverse()) this.#mkdir(above);
-      if (this.stat(to)?.kind !== "directory") {
-        if (!isMissing(error)) throw error;
-      } else this.#displace(to);
-      this.disk.rename(from, to);
+      if (this.files.isDirectory(to)) this.#displace(to);
+      else if (!isMissing(error)) throw error;
+      this.#disk.rename(from, to);
     }
   }
 
   /** Moves aside what is in the way of a release and belongs to none. */
   #displace(path: string): void {
     const now = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
-    this.disk.rename(path, now);
+    this.#disk.rename(path, now);
     this.displaced.push([path, now]);
+  }
+
+  /** Deletes all backups but these. */
+  dropBackups(needed: ReadonlySet<string>): void {
+    tidy(() => {
+      for (const name of this.#disk.list(OTA_DIR)) {
+        const path = `${OTA_DIR}/${name}`;
+        if (!name.startsWith("backup-") || needed.has(path)) continue;
+        for (const file of this.#disk.list(path)) this.#disk.unlink(`${path}/${file}`);
+        this.#disk.rmdir(path);
+      }
+    });
   }
 }
 
-/** Runs a task for every item, a few at a time. */
-async function pool<T>(items: Iterable<T>, task: (item: T) => Promise<void>): Promise<void> {
-  const queue = [...items].values();
-  const worker = async () => {
-    for (const item of queue) await task(item);
-  };
-  await Promise.all(Array.from({ length: 16 }, worker));
-}
-
 // ──── Repairs ────────────────────────────────────────────────────────────────────────────────────
-// A repair puts the release right that stands, and is none itself: the way back from it leads to the
-// release before.
+// A repair puts the release right that stands, and is none itself: its rollback leads to the release
+// before.
 
-/** The way back from a release that stands; none from a repair of one that had none. */
-function releaseBefore(transaction: Transaction): WayBack | undefined {
+/** The plan for going back from a release that stands; none from a repair of one that had none. */
+function rollbackPlanOf(transaction: Transaction): RollbackPlan | undefined {
   const { release = transaction } = transaction;
   return release ?? undefined;
 }
 
 /**
- * Joins the ways back from a repair and from the release that it repairs.
+ * Joins the rollback plans of a repair and of the release that it repairs.
  *
- * @param way from that release, if there is one
- * @returns the way back to the release before
+ * @param plan of that release, if there is one
+ * @returns the plan for going back to the release before
  */
-function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | null {
-  if (!way) return null;
-  const { back, placed, restored } = way;
+function beforeRepair(repair: Transaction, plan: RollbackPlan | undefined): RollbackPlan | null {
+  if (!plan) return null;
+  const { back, placed, restored } = plan;
   const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
   // For files that the update left alone, the record also says what the release before had.
   const { files: old = {}, executable } = repair.before.installed ?? {};
@@ -4885,32 +4958,38 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   const needed = new Set(place.flatMap(([, path]) => ancestors(path)));
   const made = repair.back.mkdir.filter((path) => needed.has(path));
   const mkdir = [...new Set([...back.mkdir, ...made])].sort();
-  const modes = { ...repair.back.modes, ...back.modes };
+  const modes = Object.entries({ ...repair.back.modes, ...back.modes });
   return {
-    ...way,
+    ...plan,
     // When it is rolled back, the release that failed is the one there now.
-    failed: { ...way.failed, digest: repair.failed.digest },
+    failed: { ...plan.failed, digest: repair.failed.digest },
     back: {
       unlink: [...back.unlink, ...unlink],
       rmdir: [...new Set([...back.rmdir, ...repair.back.rmdir])].sort().reverse(),
       mkdir,
       place: [...back.place, ...place],
-      modes: Object.fromEntries(Object.entries(modes).filter(([path]) => mkdir.includes(path))),
+      modes: Object.fromEntries(modes.filter(([path]) => mkdir.includes(path))),
     },
     restored: { ...repair.restored, ...restored },
     placed: { ...placed, ...repair.placed },
   };
 }
 
-// ──── Journal ───────────────────────────────────────────────────────────────────────────────────
-// The files of one device, changed as one transaction. New content is staged, the old content gets a
+/** The directories of backups that the rollback plans of transactions need. */
+function backupsNeeded(transactions: readonly Transaction[]): Set<string> {
+  const needed = transactions.flatMap((one) => {
+    const others = one.release?.back.place.map(([from]) => dirname(from)) ?? [];
+    return [backupPath(one.id), ...others];
+  });
+  return new Set(needed);
+}
+
+// ──── Journal ────────────────────────────────────────────────────────────────────────────────────
+// Changes the files of one device as one transaction. New content is staged, the old content gets a
 // second name in `.ota/backup-ID`, and a transaction that says how to go forward and how to go back
 // is made durable; only then the tree is touched, by steps that can each be repeated. So whenever
 // the process or the power dies, the next `Journal.open` finds out what was under way (see Records)
 // and ends it. It is assumed of the file system that a rename happens whole or not at all.
-
-/** Releases that are remembered as failed, at the most. */
-const FAILED_KEPT = 16;
 
 function noRoot(root: string, why: string): string {
   return `cannot use ${root} as a device's root: ${why}`;
@@ -4926,55 +5005,61 @@ export class BusyError extends OTAError {
   override name = "BusyError";
 }
 
-/** The files of one device root. Only one process at a time has it open. */
-export class Journal extends DeviceTree implements Disposable {
-  /** Whether opening it ended a commit or a way back that had been cut off. */
+/** Makes the updater's own directories, durably. */
+async function makeDirectories({ root, disk }: Files): Promise<void> {
+  try {
+    await disk.makeRoot();
+    for (const path of [OTA_DIR, STAGED]) {
+      if (disk.stat(path)?.kind === "directory") continue;
+      disk.mkdir(path);
+      await disk.sync(ancestors(path)[0] ?? "");
+    }
+  } catch (error) {
+    const isFile = ["ENOTDIR", "EEXIST"].includes(errorCode(error) ?? "");
+    const why = isFile ? "it is no directory" : errorText(error);
+    throw new OTAError(noRoot(root, why), 1, { cause: error });
+  }
+  for (const path of ["", OTA_DIR, STAGED]) {
+    if (disk.writable(path)) continue;
+    const at = path === "" ? root : `${root}/${path}`;
+    throw new UnwritableError(`cannot write in ${at}: no permission, or it is read-only`);
+  }
+}
+
+/** The transactions of one device. Only one process at a time has it open. */
+export class Journal implements Disposable {
+  readonly staging: Staging;
+  /** Whether opening it ended a commit or a rollback that had been cut off. */
   recovered = false;
-  /** Files that a damaged record was set aside as; only a repair makes a new record. */
-  damaged: string[] = [];
   readonly #records: Records;
+  readonly #tree: Tree;
   /** What a change that was cut off needs, and that is gone. */
   #lost: string[] = [];
 
   private constructor(
-    root: string,
-    disk: Disk,
+    readonly files: Files,
     private readonly lock: Disposable,
   ) {
-    super(root, disk);
-    this.#records = new Records(root, disk);
+    this.staging = new Staging(files);
+    this.#records = new Records(files);
+    this.#tree = new Tree(files);
   }
 
   /**
-   * Opens a device root, made when it is not there, locks it, and ends what was cut off.
+   * Opens a device, whose root is made when it is not there, locks it, and ends what was cut off.
    *
-   * @param root how messages call it
    * @throws {OTAError} when another process has it open, it cannot be written, or `.ota` was
    *   written by a newer version of this tool
    */
-  static async open(root: string, disk: Disk): Promise<Journal> {
-    try {
-      await disk.makeRoot();
-      for (const path of [OTA_DIR, STAGED]) {
-        if (disk.stat(path)?.kind === "directory") continue;
-        disk.mkdir(path);
-        await disk.sync(ancestors(path)[0] ?? "");
-      }
-    } catch (error) {
-      const hint = { ENOTDIR: "it is no directory", EEXIST: "it is no directory" };
-      const why = hint[errorCode(error) as keyof typeof hint] ?? errorText(error);
-      throw new OTAError(noRoot(root, why), 1, { cause: error });
-    }
-    for (const path of ["", OTA_DIR, STAGED]) {
-      if (disk.writable(path)) continue;
-      const at = path === "" ? root : `${root}/${path}`;
-      throw new UnwritableError(`cannot write in ${at}: no permission, or it is read-only`);
-    }
-    const lock = disk.lock(`${OTA_DIR}/lock`);
+  static async open(files: Files): Promise<Journal> {
+    await makeDirectories(files);
+    const lock = files.disk.lock(`${OTA_DIR}/lock`);
     if (!lock) {
-      throw new BusyError(`${root} is in use by another ota.ts; wait until it ends, or end it`);
+      throw new BusyError(
+        `${files.root} is in use by another ota.ts; wait until it ends, or end it`,
+      );
     }
-    const journal = new Journal(root, disk, lock);
+    const journal = new Journal(files, lock);
     try {
       await journal.#recover();
       return journal;
@@ -4984,27 +5069,14 @@ export class Journal extends DeviceTree implements Disposable {
     }
   }
 
-  /** Reads the recorded state without a lock, and so without ending anything. */
-  static peek(root: string, disk: Disk): State {
-    const path = `${OTA_DIR}/state.json`;
-    const text = readText(disk, path);
-    const state = parseJSON(text ?? "");
-    if (isState(state)) return state;
-    if (text === undefined) return EMPTY;
-    throw new OTAError(`${root}/${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
-  }
-
-  /** Whether nothing is left for `open` to end. */
-  static isSettled(root: string, disk: Disk): boolean {
-    const read = (stage: Stage) => parseJSON(readText(disk, `${OTA_DIR}/${stage}.json`) ?? "");
-    if (read("undo") || read("rollback")) return false;
-    const latest = read("commit") ?? read("journal");
-    return !isTransaction(latest) || latest.id === Journal.peek(root, disk).journal;
-  }
-
   /** Releases the lock. */
   [Symbol.dispose](): void {
     this.lock[Symbol.dispose]();
+  }
+
+  /** Damaged records, as they were set aside; only a repair makes a new one. */
+  get damaged(): readonly string[] {
+    return this.#records.damaged;
   }
 
   /** @throws {OTAError} when what is installed is not known, until a repair */
@@ -5028,45 +5100,57 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Whether `rollBack` can go back to a release before this one. */
   get canRollBack(): boolean {
-    return this.#wayBack !== undefined;
+    return this.#rollbackPlan !== undefined;
   }
 
   /** From a release on trial to what stood before; else to the release before. */
-  get #wayBack(): WayBack | undefined {
+  get #rollbackPlan(): RollbackPlan | undefined {
     const { commit, done, state } = this.#records;
     if (commit) return commit;
-    return done && done.id === state.journal ? releaseBefore(done) : undefined;
+    return done && done.id === state.journal ? rollbackPlanOf(done) : undefined;
   }
 
-  // ── Changing: commit, confirm, roll back. ──
+  /** What was moved aside since this was last asked: where it was, and where it is. */
+  takeDisplaced(): [path: string, now: string][] {
+    return this.#tree.displaced.splice(0);
+  }
+
+  /** Files that the application changed since the commit and that `rollBack` would overwrite. */
+  changedSinceCommit(): string[] {
+    if (!this.#rollbackPlan) return [];
+    const { back, placed } = this.#rollbackPlan;
+    const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
+    return atRisk.filter((path) => {
+      if (path.startsWith(`${OTA_DIR}/`) || !this.files.isFile(path)) return false;
+      return this.files.digest(path) !== placed[path];
+    });
+  }
+
+  // ── Changing ──
 
   /**
-   * Makes a change, all of whose content is staged. When it fails, everything is as it was, the way
-   * back to an older release included; when it is cut off, the next `open` ends it.
+   * Makes a change, all of whose content is staged. When it fails, everything is as it was, the
+   * older rollback plan included; when it is cut off, the next `open` ends it.
    *
    * @throws whatever the disk threw, after going back
    */
   async commit(change: Change): Promise<void> {
-    const before = { ...this.state, installed: this.state.installed ?? change.from ?? null };
-    const { version } = change.installed;
-    const isFirmware = change.firmware && version === before.installed?.version && !change.repair;
-    const failed: FailedRelease = { version, digest: change.digest };
-    if (change.image !== undefined) failed.image = change.image;
-    if (isFirmware) failed.firmware = change.firmware!.version;
+    const installed = this.state.installed ?? change.from ?? null;
+    const preparation = new Preparation(this.files, this.staging, installed, change.installed);
+    await preparation.run(change);
     const transaction: Transaction = {
-      format: FORMAT,
-      ...(await this.prepare(change, before.installed)),
-      ...{ before, failed },
+      ...{ ...preparation, format: FORMAT, failed: change.failure },
+      before: { ...this.state, installed },
       check: change.check ?? null,
       restart: change.restart ?? null,
-      repairs: this.damaged,
+      repairs: [...this.damaged],
     };
-    if (change.repair) transaction.release = beforeRepair(transaction, this.#wayBack);
+    if (change.repair) transaction.release = beforeRepair(transaction, this.#rollbackPlan);
     if (this.damaged.length > 0) await this.#records.forgetTransactions();
     await this.#records.begin(transaction);
     try {
       await this.#records.sync();
-      await this.#finishCommit(transaction);
+      await this.#goForward(transaction);
     } catch (error) {
       await this.#goBack("undo").catch((second) => {
         const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
@@ -5076,9 +5160,8 @@ export class Journal extends DeviceTree implements Disposable {
     }
   }
 
-  async #finishCommit(transaction: Transaction): Promise<void> {
-    const { id, to, forward, check, restart, displaced } = transaction;
-    await this.run(forward);
+  async #goForward({ id, to, forward, check, restart, displaced }: Transaction): Promise<void> {
+    await this.#tree.run(forward);
     await this.#records.write({
       ...this.state,
       installed: to,
@@ -5087,10 +5170,10 @@ export class Journal extends DeviceTree implements Disposable {
       failed: check ? this.state.failed : this.#failuresAfter(to),
       restart,
     });
-    this.displaced.push(...displaced);
+    this.#tree.displaced.push(...displaced);
     if (!check) this.#records.settle();
-    this.#setRight();
-    this.dropStaged();
+    this.#cleanUp();
+    this.staging.clear();
   }
 
   /** Records what is installed where no file needs to change. */
@@ -5100,8 +5183,8 @@ export class Journal extends DeviceTree implements Disposable {
     const journal = isOther ? null : this.state.journal;
     await this.#records.write({ ...this.state, installed, journal });
     this.#records.dropEnded();
-    this.#setRight();
-    this.dropStaged();
+    this.#cleanUp();
+    this.staging.clear();
   }
 
   /** Completes or refreshes the record of the release that stands. */
@@ -5123,23 +5206,12 @@ export class Journal extends DeviceTree implements Disposable {
   async #endTrial(failed: FailedRelease[]): Promise<void> {
     await this.#records.write({ ...this.state, trial: null, failed });
     this.#records.settle();
-    this.#clean();
+    this.#dropBackups();
   }
 
   /** Records that the pending restart command was run. */
   async restarted(): Promise<void> {
     if (this.state.restart !== null) await this.#records.write({ ...this.state, restart: null });
-  }
-
-  /** Files that the application changed since the commit and that `rollback` would overwrite. */
-  changedSinceCommit(): string[] {
-    if (!this.#wayBack) return [];
-    const { back, placed } = this.#wayBack;
-    const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
-    return atRisk.filter((path) => {
-      if (path.startsWith(`${OTA_DIR}/`)) return false;
-      return this.stat(path)?.kind === "file" && this.digest(path, "sha256") !== placed[path];
-    });
   }
 
   /**
@@ -5149,121 +5221,88 @@ export class Journal extends DeviceTree implements Disposable {
    *   then nothing was done
    */
   async rollBack(): Promise<void> {
-    const way = this.#wayBack;
-    if (!way) throw new OTAError(`${this.root} has no previous release to go back to`);
-    const lost = this.findLost(way.back, way.restored);
+    const plan = this.#rollbackPlan;
+    if (!plan) throw new OTAError(`${this.files.root} has no previous release to go back to`);
+    const lost = this.#tree.findLost(plan.back, plan.restored);
     if (lost.length === 0) return this.#goBack("rollback");
     // A bad release that cannot be rolled back must not block the next one.
-    if (this.state.trial) await this.#endTrial(this.#withFailure(way.failed));
-    const release = way.before.installed?.version ?? "0";
+    if (this.state.trial) await this.#endTrial(withFailure(this.state.failed, plan.failed));
+    const release = plan.before.installed?.version ?? "0";
     throw new OTAError(
       `cannot go back to ${release}: ${lost.join(", ")} is gone.\n` +
         "Nothing was changed; client brings the newest release",
     );
   }
 
-  /** Goes back: `undo`, since a commit failed; `rollback`, since the release is bad. */
-  async #goBack(why: "undo" | "rollback"): Promise<void> {
+  /** Takes back a commit that failed (`undo`), or a release that is bad (`rollback`). */
+  async #goBack(why: Reversal): Promise<void> {
     const { commit, done } = this.#records;
     const transaction = (commit ?? done)!;
-    const way = commit ?? releaseBefore(transaction)!;
-    await this.#records.turnBack(why);
-    const lost = this.findLost(way.back, way.restored);
+    const plan = commit ?? rollbackPlanOf(transaction)!;
+    await this.#records.beginReversal(why);
+    const lost = this.#tree.findLost(plan.back, plan.restored);
     if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
-    await this.run(way.back);
+    await this.#tree.run(plan.back);
     if (this.state.journal === transaction.id) {
-      if (why === "rollback") {
-        // Before the marker goes: without a transaction, a damaged record that is still there counts.
-        for (const path of transaction.repairs) ifThere(() => this.disk.unlink(path));
-        this.damaged = [];
-      }
-      const { installed, journal } = way.before;
+      // Before the mark goes: without a transaction, a damaged record that is still there counts.
+      if (why === "rollback") this.#records.dropRepaired(transaction);
+      const { installed, journal } = plan.before;
       const after: State = {
         ...{ ...this.state, installed, trial: null, restart: transaction.restart },
-        failed: this.#withFailure(way.failed),
+        failed: withFailure(this.state.failed, plan.failed),
         journal: commit ? journal : null,
       };
-      await this.#records.write(why === "undo" ? way.before : after);
+      await this.#records.write(why === "undo" ? plan.before : after);
     }
-    await this.#records.endTurningBack(why);
-    this.#clean();
+    await this.#records.endReversal(why);
+    this.#dropBackups();
   }
 
   #failuresAfter(installed: Installed | null): FailedRelease[] {
-    const current = installed?.version ?? "";
-    const active = this.firmware?.version ?? "";
-    return this.state.failed.filter(({ version, firmware }) => {
-      return firmware === undefined
-        ? new LooseVersion(version).compare(current) > 0
-        : new LooseVersion(firmware).compare(active) > 0;
-    });
-  }
-
-  #withFailure(failure: FailedRelease): FailedRelease[] {
-    const others = this.state.failed.filter((other) => !isSameFailure(other, failure));
-    return [...others, failure].slice(-FAILED_KEPT);
+    return newerFailures(this.state.failed, installed?.version ?? "", this.files.firmware?.version);
   }
 
   // ── Opening ──
 
   /** Reads the records, and ends what was cut off. */
   async #recover(): Promise<void> {
-    this.#records.load();
-    const { commit, done, state } = this.#records;
-    this.damaged = this.#records.damaged;
+    const records = this.#records;
+    records.load();
+    const { commit, done, state } = records;
     const { repairs = [] } = commit ?? done ?? {};
     if (!this.damaged.every((path) => repairs.includes(path))) return;
     // What was cut off may not have made durable what we found.
-    if (commit || done || this.#records.isOver) await this.#records.sync();
-    this.#records.dropEnded();
-    const way = this.#records.goingBack;
-    const isCut = commit !== undefined && commit.id !== state.journal;
-    this.recovered = way !== undefined || isCut;
-    if (way) return this.#endWayBack(way);
-    if (isCut) {
-      const isWhole = this.findLost(commit.forward, commit.placed).length === 0;
-      return isWhole ? this.#finishCommit(commit) : this.#endWayBack("undo");
+    if (commit || done || records.isRollbackOver) await records.sync();
+    records.dropEnded();
+    const { unfinished } = records;
+    this.recovered = unfinished !== undefined;
+    if (unfinished === "commit") {
+      const isWhole = this.#tree.findLost(commit!.forward, commit!.placed).length === 0;
+      return isWhole ? this.#goForward(commit!) : this.#endReversal("undo");
     }
-    if (!state.trial) this.#records.settle();
-    this.#setRight();
+    if (unfinished) return this.#endReversal(unfinished);
+    if (!state.trial) records.settle();
+    this.#cleanUp();
   }
 
   /** Goes back; where that cannot be done, only a repair helps. */
-  async #endWayBack(why: "undo" | "rollback"): Promise<void> {
+  async #endReversal(why: Reversal): Promise<void> {
     const { commit, done } = this.#records;
-    const way = commit ?? releaseBefore(done!)!;
-    this.#lost = this.findLost(way.back, way.restored);
+    const plan = commit ?? rollbackPlanOf(done!)!;
+    this.#lost = this.#tree.findLost(plan.back, plan.restored);
     if (this.#lost.length === 0) return this.#goBack(why);
     this.#records.setAsideTransactions();
-    this.damaged = this.#records.damaged;
   }
 
-  /** Deletes the damaged records that were set aside, once there is a good one again. */
-  #setRight(): void {
-    for (const path of this.damaged) tidy(() => this.disk.unlink(path));
-    this.damaged = [];
-    this.#clean();
+  /** Deletes what nothing needs once there is a good record. Staged content is for the next try. */
+  #cleanUp(): void {
+    this.#records.dropDamaged();
+    this.#dropBackups();
   }
 
-  /** Removes what no transaction needs. Staged content stays while nothing was made of it. */
-  #clean(): void {
+  #dropBackups(): void {
     const { commit, done } = this.#records;
-    const ways = [commit, commit?.release, done && releaseBefore(done)];
-    const needed = ways.flatMap((way) => way?.back.place.map(([from]) => ancestors(from)[0]) ?? []);
-    for (const one of [commit, done]) if (one) needed.push(backupPath(one.id));
-    tidy(() => {
-      for (const name of this.disk.list(OTA_DIR)) {
-        const path = `${OTA_DIR}/${name}`;
-        if (name.startsWith("backup-") && !needed.includes(path)) this.#removeAll(path);
-      }
-    });
-  }
-
-  #removeAll(directory: string): void {
-    for (const name of this.disk.list(directory)) {
-      this.disk.unlink(`${directory}/${name}`);
-    }
-    this.disk.rmdir(directory);
+    this.#tree.dropBackups(backupsNeeded([commit, done].filter((one) => one !== undefined)));
   }
 }
 
@@ -5423,7 +5462,10 @@ class HealthCheck {
     const outcome: Outcome = { result: "rolled back", from: installed?.version ?? "0", to };
     const flashed = failed.at(-1)?.firmware;
     if (flashed === undefined) return outcome;
-    return { ...outcome, firmware: { from: this.journal.firmware?.version ?? "0", to: flashed } };
+    return {
+      ...outcome,
+      firmware: { from: this.journal.files.firmware?.version ?? "0", to: flashed },
+    };
   }
 
   async #takeBack(): Promise<void> {
@@ -5468,7 +5510,7 @@ class HealthCheck {
       OTA_PREVIOUS_VERSION: installed?.previous_version ?? "0",
     };
     try {
-      return await run(command, { cwd: this.journal.root, env, timeout, kill, signal });
+      return await run(command, { cwd: this.journal.files.root, env, timeout, kill, signal });
     } catch (error) {
       if (!signal?.aborted) throw error;
       const what = `interrupted; the device is on ${env.OTA_VERSION}`;
@@ -5484,7 +5526,7 @@ class HealthCheck {
   }
 
   #reportDisplaced(): void {
-    for (const [path, now] of this.journal.displaced.splice(0)) {
+    for (const [path, now] of this.journal.takeDisplaced()) {
       this.#note(`${path} was not of a release and stood in its way: it is kept as ${now}`);
     }
   }
@@ -5525,9 +5567,9 @@ export async function rollBack(
   force = false,
   options: HealthCheckOptions = {},
 ): Promise<Outcome> {
-  const { root: at, disk } = rootOf(root, options);
-  if (!disk.stat("")) throw new OTAError(noRoot(at, "nothing is there; see --root"));
-  using journal = await Journal.open(at, disk);
+  const files = filesOf(root, options);
+  if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
+  using journal = await Journal.open(files);
   return new HealthCheck(journal, options).rollBack(force);
 }
 
@@ -5566,19 +5608,17 @@ export interface StatusOptions extends HealthCheckOptions {
  *   version of this tool
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
-  const { root: at, disk } = rootOf(root, options);
-  const describe = (state: State) => describeDevice(at, disk, state, options.examine);
-  const kind = disk.stat("")?.kind;
-  if (!kind) throw new OTAError(noRoot(at, "nothing is there; see --root"));
-  if (kind === "file") throw new OTAError(noRoot(at, "it is no directory"));
-  if (!disk.stat(OTA_DIR)) return describe(EMPTY);
+  const files = filesOf(root, options);
+  const describe = (state: State) => describeDevice(files, state, options.examine);
+  if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
+  if (files.isFile("")) throw new OTAError(noRoot(files.root, "it is no directory"));
+  if (!files.stat(OTA_DIR)) return describe(EMPTY);
   let journal: Journal;
   try {
-    journal = await Journal.open(at, disk);
+    journal = await Journal.open(files);
   } catch (error) {
-    if (error instanceof BusyError) return { ...describe(Journal.peek(at, disk)), busy: true };
-    const isSettled = error instanceof UnwritableError && Journal.isSettled(at, disk);
-    if (isSettled) return describe(Journal.peek(at, disk));
+    if (error instanceof BusyError) return { ...describe(peekState(files)), busy: true };
+    if (error instanceof UnwritableError && isSettled(files)) return describe(peekState(files));
     throw error;
   }
   using open = journal;
@@ -5588,20 +5628,18 @@ export async function status(root: string, options: StatusOptions = {}): Promise
 }
 
 function describeDevice(
-  root: string,
-  disk: Disk,
+  files: Files,
   { installed, trial, failed }: State,
   isExamined = false,
 ): Status {
-  const firmware = readFirmware(disk);
-  const files = new DeviceFiles(root, disk);
+  const { firmware, disk } = files;
   return {
     version: installed?.version ?? versionFromFile(disk) ?? null,
     previous_version: installed?.previous_version ?? null,
     firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
     pending: trial !== null,
     failed: failed.map(failedName),
-    ...(isExamined && { differs: examine(files, installed, true).differences }),
+    ...(isExamined && { differs: takeInventory(files, installed, true).differences }),
   };
 }
 
@@ -5641,11 +5679,11 @@ function sleep(seconds: number, ...signals: (AbortSignal | undefined)[]): Promis
   });
 }
 
-/** The name and the disk of a device's root, which need not be there. */
-function rootOf(root: string, { disk }: HealthCheckOptions): { root: string; disk: Disk } {
-  if (disk) return { root, disk };
+/** The files of a device; its root need not be there. */
+function filesOf(root: string, { disk }: HealthCheckOptions): Files {
+  if (disk) return new Files(root, disk);
   const real = fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
-  return { root: real, disk: new FileSystemDisk(real) };
+  return new Files(real, new FileSystemDisk(real));
 }
 
 // ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
@@ -5742,9 +5780,9 @@ function newImage({ firmware }: Manifest, active: ActiveFirmware | null): string
  * @throws {OTAError} naming the first path that cannot be changed, and why
  */
 export async function makePlan(
-  files: DeviceFiles,
+  { files, staging }: Journal,
   manifest: Manifest,
-  has: Examined,
+  has: Inventory,
   full: boolean,
 ): Promise<Plan> {
   const { installed: recorded } = has;
@@ -5753,10 +5791,10 @@ export async function makePlan(
   const listed = new Set(entries.map(({ path }) => path));
   const gone = full ? Object.keys(old).filter((path) => !listed.has(path)) : [];
   const remove = [...new Set([...manifest.delete, ...gone])];
-  files.refuseLinks([...listed, ...remove]);
+  refuseLinks(files, [...listed, ...remove]);
   const plan: Plan = {
     ...{ put: new Map(), displace: [], downloads: [], stamps: { ...recorded?.stamps } },
-    remove: remove.filter((path) => files.stat(path)?.kind === "file"),
+    remove: remove.filter((path) => files.isFile(path)),
     ...releaseAfter(manifest, recorded, full),
   };
   const ran = new Set(recorded?.executable);
@@ -5768,7 +5806,7 @@ export async function makePlan(
     const isRight = stat?.kind === "file" && (runs ? isExecutable(stat) : !ran.has(path));
     const isHere = hasContent(files, entry, has);
     if (isHere) {
-      plan.after.set(path, entry.sha256 ?? files.digest(path, "sha256"));
+      plan.after.set(path, entry.sha256 ?? files.digest(path));
       plan.stamps[path] = stat!.stamp;
       if (isRight) continue;
     }
@@ -5778,14 +5816,14 @@ export async function makePlan(
   }
   planDownloads(files, plan, entries, old);
   planFirmware(files, plan, manifest);
-  await planVersionFile(files, plan, manifest.version);
-  files.preflight(plan.put.keys(), plan.remove);
-  checkSpace(files, plan);
+  await planVersionFile(files, staging, plan, manifest.version);
+  preflight(files, plan.put.keys(), plan.remove);
+  checkSpace(files, staging, plan);
   return plan;
 }
 
 /** Whether a path has the content that is listed for it. */
-function hasContent(files: DeviceFiles, { path, key, size }: Listed, has: Examined): boolean {
+function hasContent(files: Files, { path, key, size }: Listed, has: Inventory): boolean {
   const known = has.files.get(path);
   if (known !== undefined && algorithmOf(key) === "sha256") return known === key;
   return files.hasContent(path, key, size);
@@ -5793,7 +5831,7 @@ function hasContent(files: DeviceFiles, { path, key, size }: Listed, has: Examin
 
 /** Finds what has to be fetched, and what on the device may spare that. */
 function planDownloads(
-  files: DeviceFiles,
+  files: Files,
   plan: Plan,
   entries: readonly Listed[],
   old: Readonly<Record<string, string>>,
@@ -5801,7 +5839,7 @@ function planDownloads(
   const wanted = new Map<string, Download>();
   for (const { path, key, URL: url, size } of entries) {
     if (!plan.put.has(path) || wanted.has(key)) continue;
-    const replaced = files.stat(path)?.kind === "file" ? path : undefined;
+    const replaced = files.isFile(path) ? path : undefined;
     wanted.set(key, { key, url, path, size, localCopies: [], ...(replaced && { old: replaced }) });
   }
   const paths = new Map<string, string[]>();
@@ -5813,15 +5851,15 @@ function planDownloads(
   if (wanted.size > 0) {
     // A device without a record has to hash what is there.
     const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in old));
-    for (const path of changing.filter((path) => files.stat(path)?.kind === "file")) {
-      note(path, files.digest(path, "sha256"));
+    for (const path of changing.filter((path) => files.isFile(path))) {
+      note(path, files.digest(path));
     }
   }
   for (const item of wanted.values()) item.localCopies = paths.get(item.key) ?? [];
   plan.downloads = [...wanted.values()];
 }
 
-function planFirmware(files: DeviceFiles, plan: Plan, { firmware }: Manifest): void {
+function planFirmware(files: Files, plan: Plan, { firmware }: Manifest): void {
   if (!firmware) return;
   const key = firmware.sha256 ?? firmware.hash;
   const { URL: url, size } = firmware;
@@ -5836,27 +5874,32 @@ function planFirmware(files: DeviceFiles, plan: Plan, { firmware }: Manifest): v
  * Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`; where a release makes a file
  * of that directory, it goes.
  */
-async function planVersionFile(files: DeviceFiles, plan: Plan, version: string): Promise<void> {
+async function planVersionFile(
+  files: Files,
+  staging: Staging,
+  plan: Plan,
+  version: string,
+): Promise<void> {
   if (plan.after.has("flash")) {
-    if (files.stat(VERSION_FILE)?.kind === "file") plan.remove.push(VERSION_FILE);
+    if (files.isFile(VERSION_FILE)) plan.remove.push(VERSION_FILE);
     return;
   }
   const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
-  if (!hasFlash && files.stat("flash")?.kind !== "directory") return;
-  files.refuseLinks([VERSION_FILE]);
+  if (!hasFlash && !files.isDirectory("flash")) return;
+  refuseLinks(files, [VERSION_FILE]);
   const bytes = utf8(`VERSION = '${version}'\n`);
   const key = sha256(bytes);
   if (files.hasContent(VERSION_FILE, key, bytes.byteLength)) return;
-  await files.stage(bytes);
+  await staging.add(bytes);
   plan.put.set(VERSION_FILE, key);
 }
 
 /** @throws {OTAError} with both numbers, when a plan needs more space than there is */
-function checkSpace(files: DeviceFiles, plan: Plan): void {
+function checkSpace(files: Files, staging: Staging, plan: Plan): void {
   const sizes = new Map(plan.downloads.map(({ key, size }) => [key, size ?? 0]));
-  let needed = files.backupBytes([...plan.put.keys(), ...plan.remove]);
+  let needed = staging.backupBytes([...plan.put.keys(), ...plan.remove]);
   for (const { key, size } of plan.downloads) {
-    if (!files.isStaged(key)) needed += Math.max(0, (size ?? 0) - files.part(key).size);
+    if (!staging.has(key)) needed += Math.max(0, (size ?? 0) - staging.partial(key).size);
   }
   const once = new Set<string>();
   for (const key of plan.put.values()) {
@@ -5866,7 +5909,7 @@ function checkSpace(files: DeviceFiles, plan: Plan): void {
   }
   // The journal, the record, and the directories: some 200 bytes a file, and a margin.
   needed += 64 * 1024 + 200 * (plan.put.size + plan.remove.length + plan.after.size);
-  const { free } = files;
+  const free = files.disk.free(OTA_DIR);
   if (needed > free) {
     throw new OTAError(
       `not enough space in ${files.root}: this update needs ${needed} bytes, and ${free} are ` +
@@ -6096,8 +6139,7 @@ class Attempt {
   /** The most bytes that it may have. */
   readonly #limit: number;
   readonly #dictionary: Uint8Array | undefined;
-  readonly #part: Part;
-  #encoding: Encoding;
+  readonly #partial: PartialDownload;
   /** The bytes that come, where that is known. */
   #total: number | undefined;
 
@@ -6106,7 +6148,8 @@ class Attempt {
    * @param progress is told of bytes as they come
    */
   constructor(
-    private readonly files: DeviceFiles,
+    private readonly files: Files,
+    staging: Staging,
     private readonly item: Download,
     plain: boolean,
     private readonly progress: (bytes: number) => void,
@@ -6114,15 +6157,14 @@ class Attempt {
     const { key, size, old } = item;
     this.#hasher = new Bun.CryptoHasher(algorithmOf(key));
     this.#limit = size ?? MAX_UNSIZED_BYTES;
-    this.#part = files.part(key);
-    this.#encoding = this.#part.encoding;
+    this.#partial = staging.partial(key);
     this.#total = size;
     const codable = !plain && size !== undefined && size <= MAX_CODED;
     const dictionary = codable && old ? files.readWhole(old, MAX_CODED) : undefined;
     this.#dictionary = dictionary;
     this.want = {
-      ...(this.#part.size > 0 &&
-        this.#part.etag && { offset: this.#part.size, etag: this.#part.etag }),
+      ...(this.#partial.size > 0 &&
+        this.#partial.etag && { offset: this.#partial.size, etag: this.#partial.etag }),
       ...(codable && { accept: dictionary ? ["dcz", "zstd", "gzip"] : ["zstd", "gzip"] }),
       ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
     };
@@ -6130,17 +6172,17 @@ class Attempt {
 
   /** Whether an earlier try has received all of it already; then that is staged. */
   takeAll(): boolean {
-    const { key, size } = this.item;
-    if (size === 0) this.files.startPart(key);
-    else if (this.#part.size === size && this.#encoding === "identity") this.#keep();
+    const { size } = this.item;
+    if (size === 0) this.#partial.start();
+    else if (this.#partial.size === size && this.#partial.encoding === "identity") this.#keep();
     else return false;
     return true;
   }
 
   /** Resumes what an earlier try left. */
   #keep(): void {
-    this.#count(this.#part.size);
-    this.files.readPart(this.item.key, (piece) => this.#hasher.update(piece));
+    this.#count(this.#partial.size);
+    this.files.readPieces(this.#partial.path, (piece) => this.#hasher.update(piece));
   }
 
   /**
@@ -6150,36 +6192,35 @@ class Attempt {
    * @throws {TransferError} when it is not what was wanted
    */
   begin(data: TransferResponse): (piece: Uint8Array) => void {
-    const { key, path, size } = this.item;
+    const { path, size } = this.item;
     if (data.encoding === "identity" && size !== undefined && (data.total ?? size) < size) {
-      this.files.dropPart(key);
+      this.#partial.drop();
       throw new ContentError(`${path} has ${data.total} bytes, and ${size} were expected`, true);
     }
     const continues = data.offset > 0 && data.offset === this.want.offset;
-    if (continues && data.encoding === this.#encoding) this.#keep();
+    if (continues && data.encoding === this.#partial.encoding) this.#keep();
     else if (data.offset === 0) {
       // For small content, a sidecar file for resuming costs more than starting again.
       const etag = this.#limit < MIN_RESUMED ? undefined : data.etag;
-      this.files.startPart(key, etag, data.encoding);
+      this.#partial.start(etag, data.encoding);
     } else {
-      this.files.dropPart(key);
+      this.#partial.drop();
       throw new TransferError(`${path}: other bytes came than were asked for`, true);
     }
-    this.#encoding = data.encoding;
     if (data.encoding !== "identity") this.#total = data.total;
     return (piece) => this.#add(piece);
   }
 
   #add(piece: Uint8Array): void {
-    const { key, path } = this.item;
+    const { path } = this.item;
     this.#count(piece.byteLength);
     // Coded, little content may grow a little.
-    if (this.received > this.#limit + (this.#encoding === "identity" ? 0 : 1024)) {
-      this.files.dropPart(key);
+    if (this.received > this.#limit + (this.#partial.encoding === "identity" ? 0 : 1024)) {
+      this.#partial.drop();
       throw new ContentError(`${path} is longer than the ${this.#limit} bytes expected`, true);
     }
     this.#hasher.update(piece);
-    this.files.appendPart(key, piece);
+    this.#partial.append(piece);
   }
 
   #count(bytes: number): void {
@@ -6198,34 +6239,34 @@ class Attempt {
       const found = `${this.received} of ${this.#total} bytes`;
       throw new TransferError(`${path} was cut off after ${found}`, true);
     }
-    if (this.#encoding === "identity") {
+    if (this.#partial.encoding === "identity") {
       const found = this.#hasher.digest("hex");
       if (found !== key) {
-        this.files.dropPart(key);
+        this.#partial.drop();
         throw new ContentError(`${path} does not verify: expected ${key}, found ${found}`, true);
       }
     } else {
       this.#decode();
       this.#count(this.#limit - this.received);
     }
-    await this.files.finishPart(key);
+    await this.#partial.finish();
   }
 
   /** Puts what a part decodes to in its place. */
   #decode(): void {
     const { key, path } = this.item;
     try {
-      const coded = this.files.readWhole(`${STAGED}/${key}.part`, MAX_CODED)!;
-      const content = decodeContent(this.#encoding, coded, this.#limit, this.#dictionary);
+      const coded = this.files.readWhole(this.#partial.path, MAX_CODED)!;
+      const content = decodeContent(this.#partial.encoding, coded, this.#limit, this.#dictionary);
       const found = hexDigest(algorithmOf(key), content);
       if (found !== key) throw new Error(`expected ${key}, found ${found}`);
-      this.files.startPart(key);
-      this.files.appendPart(key, content);
+      this.#partial.start();
+      this.#partial.append(content);
     } catch (error) {
       // A full disk is not a decoding error.
       if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
-      this.files.dropPart(key);
-      const what = `${path} does not decode from ${this.#encoding}`;
+      this.#partial.drop();
+      const what = `${path} does not decode from ${this.#partial.encoding}`;
       throw new CodingError(`${what}: ${errorText(error)}`, false);
     }
   }
@@ -6241,7 +6282,8 @@ class Fetcher {
    * @param report is told of progress
    */
   constructor(
-    private readonly files: DeviceFiles,
+    private readonly files: Files,
+    private readonly staging: Staging,
     private readonly receiver: Receiver,
     private readonly traffic: Traffic,
     private readonly report: (event: OTAEvent) => void,
@@ -6259,18 +6301,7 @@ class Fetcher {
       this.#received += bytes;
       this.report({ kind: "progress", received: this.#received, total });
     };
-    const failure = new AbortController();
-    const queue = downloads.values();
-    const worker = async () => {
-      for (const item of queue) {
-        failure.signal.throwIfAborted();
-        await this.#fetch(item, progress, failure.signal);
-      }
-    };
-    const workers = Array.from({ length: jobs }, worker);
-    for (const running of workers) running.catch((error) => failure.abort(error));
-    const ends = await Promise.allSettled(workers);
-    if (ends.some((end) => end.status === "rejected")) throw failure.signal.reason;
+    await pool(downloads, jobs, (item, failed) => this.#fetch(item, progress, failed));
   }
 
   /** Gets one content staged. */
@@ -6298,15 +6329,15 @@ class Fetcher {
       this.report({ kind: "note", text: `${error.message}; fetching it plain` });
       await get(true);
     }
-    const staged = size ?? this.files.stat(`${STAGED}/${key}`)!.size;
+    const staged = size ?? this.files.stat(this.staging.path(key))!.size;
     if (size === undefined) this.traffic.content += staged;
     this.report({ kind: "fetched", path, size: staged });
   }
 
   /** Whether content is staged already, or can be from another file of the device. */
   async #isHere({ key, localCopies }: Download): Promise<boolean> {
-    if (this.files.isStaged(key)) return true;
-    for (const twin of localCopies) if (await this.files.stageCopy(key, twin)) return true;
+    if (this.staging.has(key)) return true;
+    for (const path of localCopies) if (await this.staging.addCopy(key, path)) return true;
     return false;
   }
 
@@ -6316,7 +6347,7 @@ class Fetcher {
     progress: (bytes: number) => void,
     signal: AbortSignal,
   ): Promise<void> {
-    const attempt = new Attempt(this.files, item, plain, progress);
+    const attempt = new Attempt(this.files, this.staging, item, plain, progress);
     try {
       if (!attempt.takeAll()) {
         const want = { ...attempt.want, signal };
@@ -6454,7 +6485,7 @@ export interface OTAOptions extends HealthCheckOptions {
 interface Staged {
   plan: Plan;
   manifest: Manifest;
-  has: Examined;
+  has: Inventory;
   /** `targetDigest` of it. */
   digest: string;
   /** `newImage` of it. */
@@ -6478,13 +6509,12 @@ interface Staged {
 export abstract class OTA {
   readonly root: string;
   protected readonly options: Readonly<OTAOptions>;
-  readonly #disk: Disk;
+  readonly #files: Files;
 
   constructor(options: OTAOptions) {
     this.options = options;
-    const { root, disk } = rootOf(options.root, options);
-    this.root = root;
-    this.#disk = disk;
+    this.#files = filesOf(options.root, options);
+    this.root = this.#files.root;
   }
 
   /**
@@ -6511,7 +6541,7 @@ export abstract class OTA {
    * @throws {OTAError} when that failed, for whatever reason; the device is as it was
    */
   async update(): Promise<Outcome> {
-    using journal = await Journal.open(this.root, this.#disk);
+    using journal = await Journal.open(this.#files);
     const trial = new HealthCheck(journal, this.options);
     if (!this.options.repair) journal.refuseDamage();
     const bad = await trial.resume();
@@ -6536,7 +6566,9 @@ export abstract class OTA {
     const get = (path: string, want: TransferRequest) => this.getData(path, want);
     const note = (text: string) => this.#note(text);
     const receiver = new Receiver(get, { timeout, slowest, signal, note });
-    const fetcher = new Fetcher(journal, receiver, traffic, (event) => this.#report(event));
+    const fetcher = new Fetcher(journal.files, journal.staging, receiver, traffic, (event) =>
+      this.#report(event),
+    );
     const manifests = new ManifestClient(receiver, verify);
     const from = current || "0";
     const has = await this.#look(journal, manifests, current);
@@ -6549,11 +6581,11 @@ export abstract class OTA {
       }
       const full = manifest.full ?? repair;
       const digest = targetDigest(manifest, has.installed, full);
-      const image = newImage(manifest, journal.firmware);
+      const image = newImage(manifest, this.#files.firmware);
       const failed = journal.state.failed.find((one) => isSameFailure(one, { digest, image }));
       if (failed && !retry) {
         const { firmware: to } = failed;
-        const firmware = to && { from: journal.firmware?.version ?? "0", to };
+        const firmware = to && { from: this.#files.firmware?.version ?? "0", to };
         return { result: "not tried", from, to: manifest.version, ...(firmware && { firmware }) };
       }
       const plan = await makePlan(journal, manifest, has, full);
@@ -6564,7 +6596,7 @@ export abstract class OTA {
         return { plan, manifest, has, digest, image };
       } catch (error) {
         // On a full disk, what was staged must not block the next try.
-        if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.dropStaged();
+        if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.staging.clear();
         // The release may have changed since the manifest was made.
         if (!isFirst || !(error instanceof TransferError)) throw error;
         note(`${error.message}; asking for a new manifest`);
@@ -6577,14 +6609,14 @@ export abstract class OTA {
   /** The release the device is on; `""` when it has nothing. */
   #currentVersion(journal: Journal): string {
     const given = this.options.ver;
-    const recorded = journal.state.installed?.version ?? versionFromFile(this.#disk);
+    const recorded = journal.state.installed?.version ?? versionFromFile(this.#files.disk);
     if (recorded !== undefined) {
       if (given !== undefined && given !== recorded) {
         this.#note(`the device is on ${recorded} by its own record; --ver ${given} is not used`);
       }
       return recorded;
     }
-    if (given !== undefined && isEmptyRoot(this.#disk)) {
+    if (given !== undefined && isEmptyRoot(this.#files.disk)) {
       this.#note(`${this.root} is empty: everything is fetched, whatever --ver ${given} says`);
       return "";
     }
@@ -6592,19 +6624,19 @@ export abstract class OTA {
   }
 
   /** What the device really has. A record that is not whole is made so, with the server's help. */
-  async #look(journal: Journal, manifests: ManifestClient, current: string): Promise<Examined> {
+  async #look(journal: Journal, manifests: ManifestClient, current: string): Promise<Inventory> {
     const { repair, checkFiles = repair } = this.options;
     const { installed } = journal.state;
-    let has = examine(journal, installed, checkFiles);
+    let has = takeInventory(journal.files, installed, checkFiles);
     // An old `.ota` may have been put back: files of the release that was installed count, too.
-    const named = versionFromFile(this.#disk);
+    const named = versionFromFile(this.#files.disk);
     const isOther =
       named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
     const unknown = !installed?.stamps ? current : isOther ? named : "";
     const list = unknown === "" ? null : await this.#askForList(manifests, journal, unknown);
     if (list) {
-      const adopted = adopt(journal, current, list, installed);
-      has = examine(journal, isOther ? { ...adopted, alsoNamed: named } : adopted);
+      const adopted = adopt(journal.files, current, list, installed);
+      has = takeInventory(journal.files, isOther ? { ...adopted, alsoNamed: named } : adopted);
       this.#tellDifferences(list, has);
     }
     const isBetter = list !== null || has.isNewer;
@@ -6630,7 +6662,7 @@ export abstract class OTA {
   }
 
   /** Says what of a release is not here as that release has it. */
-  #tellDifferences(list: Manifest, { files }: Examined): void {
+  #tellDifferences(list: Manifest, { files }: Inventory): void {
     const other = listedFiles(list).filter(({ path, sha256 }) => files.get(path) !== sha256);
     if (other.length === 0) return;
     const some = other.slice(0, 3).map(({ path }) => path);
@@ -6639,10 +6671,10 @@ export abstract class OTA {
     this.#note(`${count} are missing here or have other content: ${paths}`);
   }
 
-  async #query(journal: Journal, current: string, has: Examined): Promise<ManifestQuery> {
+  async #query(journal: Journal, current: string, has: Inventory): Promise<ManifestQuery> {
     const query: ManifestQuery = {
       current_ver: current,
-      firmware_ver: journal.firmware?.version ?? "",
+      firmware_ver: this.#files.firmware?.version ?? "",
       ...(has.image !== undefined && { firmware_sha256: has.image }),
       hash: "sha256",
       devid: await this.#id(journal),
@@ -6656,7 +6688,7 @@ export abstract class OTA {
   }
 
   async #id(journal: Journal): Promise<string> {
-    return this.options.id ?? (await journal.id());
+    return this.options.id ?? (await deviceId(journal.files.disk));
   }
 
   // ── Committing ──
@@ -6670,7 +6702,7 @@ export abstract class OTA {
     const { check, restart } = this.options;
     const { put, remove, displace, firmware } = plan;
     const files = [...plan.after].map(([path, key]) => {
-      return [path, put.has(path) ? journal.stagedDigest(key) : key] as const;
+      return [path, put.has(path) ? journal.staging.sha256(key) : key] as const;
     });
     const { version } = manifest;
     const before = has.installed;
@@ -6691,14 +6723,17 @@ export abstract class OTA {
       return isSame ? { ...outcome, result: "up to date" } : outcome;
     }
     if (firmware) {
-      outcome.firmware = { from: journal.firmware?.version ?? "0", to: firmware.version };
+      outcome.firmware = { from: this.#files.firmware?.version ?? "0", to: firmware.version };
     }
     const repair = isSame && image === undefined && journal.damaged.length === 0;
     if (repair) outcome.result = "repaired";
     const from =
       before ?? (current ? { version: current, previous_version: null, files: {} } : undefined);
+    const failure: FailedRelease = { version, digest };
+    if (image !== undefined) failure.image = image;
+    if (firmware && isSame && !repair) failure.firmware = firmware.version;
     await journal.commit({
-      ...{ from, installed, digest, image, put, remove, displace, firmware },
+      ...{ from, installed, failure, put, remove, displace, firmware },
       ...{ check, restart, repair },
     });
     const good = await trial.start(check);
@@ -6712,6 +6747,18 @@ export abstract class OTA {
   #report(event: OTAEvent): void {
     this.options.report?.(event);
   }
+}
+
+/** A name for a device, made at random once. */
+async function deviceId(disk: Disk): Promise<string> {
+  const path = `${OTA_DIR}/id`;
+  const known = readText(disk, path)?.trim() ?? "";
+  // Printable and without spaces.
+  if (/^[!-~]{1,128}$/.test(known)) return known;
+  const made = crypto.randomUUID();
+  await replaceText(disk, path, `${made}\n`);
+  await disk.sync(OTA_DIR);
+  return made;
 }
 
 /** Whether a device has no file of its own yet. */

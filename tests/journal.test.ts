@@ -17,7 +17,16 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { ActiveFirmware, Change, Disk, Installed } from "../ota.ts";
-import { FileSystemDisk, Journal, LooseVersion, OTAError, readFirmware } from "../ota.ts";
+import {
+  Files as DeviceFiles,
+  FileSystemDisk,
+  Journal,
+  LooseVersion,
+  OTAError,
+  peekState,
+  preflight,
+  readFirmware,
+} from "../ota.ts";
 import type { Fault, PowerCut } from "./helpers/memory-disk.ts";
 import { Crash, MemoryDisk } from "./helpers/memory-disk.ts";
 import { Random } from "./helpers/random.ts";
@@ -319,6 +328,11 @@ function look(disk: MemoryDisk, journal: Journal): Record<string, unknown> {
   return { ...visible(world), canRollBack: journal.canRollBack };
 }
 
+/** Opens the journal of a device. */
+function open(disk: Disk, root = ROOT): Promise<Journal> {
+  return Journal.open(new DeviceFiles(root, disk));
+}
+
 /** What does the steps: a device with a journal that is open. */
 interface Player {
   disk: MemoryDisk;
@@ -335,15 +349,16 @@ interface Step {
 }
 
 /** Gets content staged: in pieces, as from a network, or at once. */
-async function stage(journal: Journal, text: string): Promise<string> {
+async function stage({ staging }: Journal, text: string): Promise<string> {
   const key = sha256(text);
-  if (journal.isStaged(key)) return key;
-  if (text.length % 2 === 0) return journal.stage(encode(text));
+  if (staging.has(key)) return key;
+  if (text.length % 2 === 0) return staging.add(encode(text));
   const bytes = encode(text);
-  journal.startPart(key, '"tag"');
-  journal.appendPart(key, bytes.subarray(0, bytes.length >> 1));
-  journal.appendPart(key, bytes.subarray(bytes.length >> 1));
-  await journal.finishPart(key);
+  const partial = staging.partial(key);
+  partial.start('"tag"');
+  partial.append(bytes.subarray(0, bytes.length >> 1));
+  partial.append(bytes.subarray(bytes.length >> 1));
+  await partial.finish();
   return key;
 }
 
@@ -353,13 +368,13 @@ async function update(
   options: UpdateOptions,
 ): Promise<void> {
   const { put, remove, displace } = difference(world, release, options);
-  journal.preflight(put.keys(), remove);
+  preflight(journal.files, put.keys(), remove);
   const keys = new Map<string, string>();
   for (const [path, text] of put) keys.set(path, await stage(journal, text));
   const { firmware: image, version } = release;
   const change: Change = {
     installed: installedBy(world, release),
-    digest: digestOf(release),
+    failure: { version: release.version, digest: digestOf(release) },
     put: keys,
     remove,
     displace,
@@ -424,7 +439,7 @@ const steps = {
     name: "reopen",
     do: async (player) => {
       player.journal[Symbol.dispose]();
-      player.journal = await Journal.open(ROOT, player.disk);
+      player.journal = await open(player.disk);
     },
     then: (world) => world,
   }),
@@ -476,7 +491,7 @@ const steps = {
       player.journal[Symbol.dispose]();
       if (isGoingBack) disk.rename(at("journal.json"), at("rollback.json"));
       disk.write(at(record), encode('{"format":1,"ins'));
-      player.journal = await Journal.open(ROOT, disk);
+      player.journal = await open(disk);
       disk.settle();
     },
     then: (world) => {
@@ -543,7 +558,7 @@ async function play(
   let player: Player | undefined;
   let step: Step | undefined;
   try {
-    player = { disk, journal: await Journal.open(ROOT, disk), world: worlds[progress]! };
+    player = { disk, journal: await open(disk), world: worlds[progress]! };
     for (; progress < steps.length; progress++) {
       step = steps[progress]!;
       player.world = worlds[progress]!;
@@ -655,7 +670,7 @@ async function recover(
   allowed: readonly number[],
   where: string,
 ): Promise<number[]> {
-  const journal = await Journal.open(ROOT, disk);
+  const journal = await open(disk);
   const found = look(disk, journal);
   journal[Symbol.dispose]();
   const expected = allowed.map((i) => visible(worlds[i]!));
@@ -675,7 +690,7 @@ async function playOn(
 ): Promise<void> {
   const { error } = await play(disk, scenario.steps, worlds, from);
   if (error) wrong(where, `going on at step ${from} failed: ${Bun.inspect(error)}`);
-  const journal = await Journal.open(ROOT, disk);
+  const journal = await open(disk);
   const found = look(disk, journal);
   const expected = visible(worlds.at(-1)!);
   if (!same(found, expected)) wrong(where, `going on at step ${from}`, found, [expected]);
@@ -723,7 +738,7 @@ async function survive(
       counts.recoveries++;
       const second = left.clone();
       second.crashAt(at, random.chance(0.5));
-      await Journal.open(ROOT, second).catch(() => {});
+      await open(second).catch(() => {});
       const then = random.pick(HOWS);
       const there = `${here}; recovery at ${at}, ${then}`;
       if (!second.isDead) wrong(there, "it did not crash");
@@ -1315,7 +1330,7 @@ class CountingDisk extends MemoryDisk {
 async function syncsOf(from: Release, to: Release, links = true) {
   const disk = new CountingDisk({ links });
   const world = updated(EMPTY_WORLD, from);
-  const player = { disk, journal: await Journal.open(ROOT, disk), world: EMPTY_WORLD };
+  const player = { disk, journal: await open(disk), world: EMPTY_WORLD };
   await update(player, from, {});
   disk.log = [];
   disk.most = 0;
@@ -1401,7 +1416,7 @@ describe("syncs", () => {
 /** A journal on a new disk, with a release installed. */
 async function opened(release?: Release, options?: UpdateOptions) {
   const disk = new MemoryDisk();
-  const journal = await Journal.open(ROOT, disk);
+  const journal = await open(disk);
   const player = { disk, journal, world: EMPTY_WORLD };
   if (release) {
     await update(player, release, options ?? {});
@@ -1417,7 +1432,7 @@ describe("opening", () => {
     expect(syncs).toEqual(["", ".ota"]);
     journal[Symbol.dispose]();
     disk.log = [];
-    await Journal.open(ROOT, disk);
+    await open(disk);
     expect(disk.log.map(({ name }) => name)).toEqual(["lock"]);
   });
 
@@ -1426,7 +1441,7 @@ describe("opening", () => {
     const sync = spyOn(FileSystemDisk.prototype, "sync");
     try {
       const root = `${top}/a/b`;
-      (await Journal.open(root, new FileSystemDisk(root)))[Symbol.dispose]();
+      (await open(new FileSystemDisk(root), root))[Symbol.dispose]();
       const roots = sync.mock.contexts.map((disk) => (disk as unknown as { root: string }).root);
       const synced = sync.mock.calls.map(([path], i) => join(roots[i]!, path));
       expect(synced).toEqual([top, `${top}/a`, root, `${root}/.ota`]);
@@ -1438,26 +1453,26 @@ describe("opening", () => {
 
   test("only one process has a root open; its end frees it", async () => {
     const { disk, journal } = await opened(v1);
-    await expect(Journal.open(ROOT, disk)).rejects.toThrow(`${ROOT} is in use by another ota.ts`);
-    expect(Journal.peek(ROOT, disk).installed?.version).toBe("1.0.0");
+    await expect(open(disk)).rejects.toThrow(`${ROOT} is in use by another ota.ts`);
+    expect(peekState(new DeviceFiles(ROOT, disk)).installed?.version).toBe("1.0.0");
     journal[Symbol.dispose]();
-    (await Journal.open(ROOT, disk))[Symbol.dispose]();
+    (await open(disk))[Symbol.dispose]();
     const { disk: killed } = await opened(v1);
-    expect((await Journal.open(ROOT, killed.kill())).state.installed?.version).toBe("1.0.0");
+    expect((await open(killed.kill())).state.installed?.version).toBe("1.0.0");
   });
 
   test("a root that is a file, or cannot be written", async () => {
     const directory = mkdtempSync(join(tmpdir(), "journal-"));
     const file = `${directory}/file`;
     writeFileSync(file, "text");
-    const opening = Journal.open(file, new FileSystemDisk(file));
+    const opening = open(new FileSystemDisk(file), file);
     await expect(opening).rejects.toThrow(
       `cannot use ${file} as a device's root: it is no directory`,
     );
     rmSync(directory, { recursive: true });
     const disk = new MemoryDisk();
     disk.chmod("", 0o555);
-    await expect(Journal.open(ROOT, disk)).rejects.toThrow(OTAError);
+    await expect(open(disk)).rejects.toThrow(OTAError);
   });
 
   test("records of a newer ota.ts are left alone", async () => {
@@ -1465,10 +1480,10 @@ describe("opening", () => {
     journal[Symbol.dispose]();
     const path = ".ota/state.json";
     disk.write(path, encode('{"format":2}'));
-    await expect(Journal.open(ROOT, disk)).rejects.toThrow(/format 2.*newer ota\.ts/);
+    await expect(open(disk)).rejects.toThrow(/format 2.*newer ota\.ts/);
     expect(decode(disk.read(path, 0, 100))).toBe('{"format":2}');
     disk.unlink(path); // The lock was given back.
-    (await Journal.open(ROOT, disk))[Symbol.dispose]();
+    (await open(disk))[Symbol.dispose]();
   });
 
   test("a record that makes no sense is set aside as it was", async () => {
@@ -1476,7 +1491,7 @@ describe("opening", () => {
       const { disk, journal } = await opened(v1);
       journal[Symbol.dispose]();
       disk.write(".ota/state.json", encode(text));
-      const again = await Journal.open(ROOT, disk);
+      const again = await open(disk);
       expect(again.damaged).toHaveLength(1);
       expect(decode(disk.read(again.damaged[0]!, 0, 100))).toBe(text);
       expect(again.canRollBack).toBe(false);
@@ -1489,14 +1504,14 @@ describe("what a change that was cut off needs is gone", () => {
   /** A device on v1 that was killed in an update to v2, with files of it in place. */
   async function cutOff(): Promise<MemoryDisk> {
     const disk = new MemoryDisk();
-    const player = { disk, journal: await Journal.open(ROOT, disk), world: EMPTY_WORLD };
+    const player = { disk, journal: await open(disk), world: EMPTY_WORLD };
     await update(player, v1, {});
     player.world = updated(EMPTY_WORLD, v1);
     const placing = (path: string): boolean => disk.stat(path) !== undefined;
     for (let at = 1; ; at++) {
       const left = disk.clone();
       left.crashAt(at, false);
-      const journal = await Journal.open(ROOT, left).catch(() => undefined);
+      const journal = await open(left).catch(() => undefined);
       if (journal) await update({ ...player, disk: left, journal }, v2, {}).catch(() => {});
       const killed = left.kill();
       const names = killed.list(".ota");
@@ -1515,7 +1530,7 @@ describe("what a change that was cut off needs is gone", () => {
   test("new content: it goes back", async () => {
     const disk = await cutOff();
     remove(disk, "staged");
-    const journal = await Journal.open(ROOT, disk);
+    const journal = await open(disk);
     expect(journal.state.installed?.version).toBe("1.0.0");
     expect([...lookAtTree(disk).files].sort()).toEqual(
       Object.entries(v1.files)
@@ -1530,7 +1545,7 @@ describe("what a change that was cut off needs is gone", () => {
     remove(disk, "staged");
     remove(disk, "backup");
     const before = lookAtTree(disk);
-    const journal = await Journal.open(ROOT, disk);
+    const journal = await open(disk);
     expect(lookAtTree(disk)).toEqual(before);
     expect(() => journal.refuseDamage()).toThrow(/\.ota\/backup-.* is gone.*\n.*--repair/);
     await update({ disk, journal, world: EMPTY_WORLD }, v2, { whole: true });
@@ -1543,18 +1558,21 @@ describe("staging", () => {
   test("a part is taken up where it ended, in another process", async () => {
     const { disk, journal } = await opened();
     const key = sha256("all of it");
-    expect(journal.part(key).size).toBe(0);
-    journal.startPart(key, '"tag"');
-    journal.appendPart(key, encode("all"));
-    const later = await Journal.open(ROOT, disk.kill());
-    expect(later.part(key)).toMatchObject({ size: 3, etag: '"tag"' });
-    expect(later.isStaged(key)).toBe(false);
-    later.appendPart(key, encode(" of it"));
-    await later.finishPart(key);
-    expect(later.isStaged(key)).toBe(true);
-    expect(later.part(key).size).toBe(0);
-    later.startPart(sha256("x"), undefined);
-    later.dropPart(sha256("x"));
+    const partial = journal.staging.partial(key);
+    expect(partial.size).toBe(0);
+    partial.start('"tag"');
+    partial.append(encode("all"));
+    const { staging } = await open(disk.kill());
+    const later = staging.partial(key);
+    expect(later).toMatchObject({ size: 3, etag: '"tag"' });
+    expect(staging.has(key)).toBe(false);
+    later.append(encode(" of it"));
+    await later.finish();
+    expect(staging.has(key)).toBe(true);
+    expect(staging.partial(key).size).toBe(0);
+    const other = staging.partial(sha256("x"));
+    other.start();
+    other.drop();
     expect(disk.list(".ota/staged").length).toBe(2);
   });
 
@@ -1593,18 +1611,18 @@ describe("preflight", () => {
   for (const [name, make, put, error] of refusals) {
     test(name, async () => {
       const { disk, journal } = await opened(v1);
-      journal.preflight(put, []);
+      preflight(journal.files, put, []);
       make(disk);
-      expect(() => journal.preflight(put, [])).toThrow(error);
-      expect(() => journal.preflight(put, [])).toThrow(OTAError);
+      expect(() => preflight(journal.files, put, [])).toThrow(error);
+      expect(() => preflight(journal.files, put, [])).toThrow(OTAError);
     });
   }
 
   test("what is to be deleted must be a file", async () => {
     const { disk, journal } = await opened(v1);
-    journal.preflight([], ["boot.py"]);
-    expect(() => journal.preflight([], ["flash"])).toThrow(/flash .*no regular file/);
-    expect(() => journal.preflight([], ["nothing"])).toThrow(/nothing .*no regular file/);
+    preflight(journal.files, [], ["boot.py"]);
+    expect(() => preflight(journal.files, [], ["flash"])).toThrow(/flash .*no regular file/);
+    expect(() => preflight(journal.files, [], ["nothing"])).toThrow(/nothing .*no regular file/);
     appChange(disk, "flash/own/", "");
   });
 });
