@@ -26,7 +26,7 @@
 // III  Server: from that to bytes on a socket.
 //      Encodings · Answers · Metrics · Sending · Content · Certificates and proxies · Service · Server
 // IV   Device disk: files changed as one transaction.
-//      Disk · Files · Preflight · Staging · State · Records · Inventory · Preparation · Tree · Repairs ·
+//      Disk · Files · Preflight · Staging · State · Records · Inventory · Preparation · Tree · Repairs
 //      Journal
 // V    Update: the workflow of a device.
 //      Health check · Status · Plan · Transfer · Fetch · Manifest client · Device
