@@ -29,7 +29,8 @@
 //      Disk · Files · Preflight · Staging · State · Records · Inventory · Preparation · Tree · Repairs
 //      Journal
 // V    Update: the workflow of a device.
-//      Health check · Status · Plan · Transfer · Fetch · Manifest client · Device
+//      Device options · Waiting · Health check · Status · Plan · Transfer · Fetch · Manifest client
+//      Survey · Device
 // VI   Transports: bytes from somewhere, and nothing else.
 //      Transports
 // VII  Command line: the way in.
@@ -5307,15 +5308,14 @@ export class Journal implements Disposable {
 }
 
 // ════ V Update ═══════════════════════════════════════════════════════════════════════════════════
-// How a device gets to another release: ask for a manifest (Manifest client), work out the change and check
-// that it can be made (Plan), stage all content and verify it (Transfer, Fetch), commit it (part IV),
-// and let its check decide whether it stays (Health check). Up to the commit nothing but `.ota` is touched,
-// and a failure at any point leaves the device as it was. `OTA` (Device) is these steps in order.
+// How a device gets to another release: see what it has (Survey), ask for a manifest (Manifest client),
+// work out the change and check that it can be made (Plan), stage all content and verify it (Transfer,
+// Fetch), commit it (part IV), and let its check decide whether it stays (Health check). Up to the
+// commit nothing but `.ota` is touched, and a failure at any point leaves the device as it was. `OTA`
+// (Device) is these steps in order.
 
-// ──── Health check ───────────────────────────────────────────────────────────────────────────────
-// What decides whether a release stays. A release with a check is on trial until its check ends
-// well; a check that fails, hangs, or was started three times without an end (a release that kills
-// the device is such a one) takes the device back.
+// ──── Device options ─────────────────────────────────────────────────────────────────────────────
+// What a device is told to do, and what it tells.
 
 /** Progress events of an update. */
 export type OTAEvent =
@@ -5324,6 +5324,16 @@ export type OTAEvent =
   | { kind: "progress"; received: number; total: number }
   /** One content is here, whole and verified. */
   | { kind: "fetched"; path: string; size: number };
+
+/** What an update cost on the air. */
+export interface Traffic {
+  /** Bytes of all bodies, as they came. */
+  received: number;
+  /** Bytes of the content that the release needed and the tree did not have in place. */
+  content: number;
+  /** Contents that were on the device under another name, or staged before. */
+  reused: number;
+}
 
 /** How an update ended. */
 export interface Outcome {
@@ -5338,18 +5348,7 @@ export interface Outcome {
   traffic?: Traffic;
 }
 
-/**
- * Runs a command for `sh -c` on the device. What it prints goes to stderr.
- *
- * @returns its exit code; `undefined` when it did not end in time
- * @throws the reason of the signal, when that ended it
- */
-export type CommandRunner = (
-  command: string,
-  options: CommandOptions,
-) => Promise<number | undefined>;
-
-/** How a command is run. */
+/** How a command is run on a device. */
 export interface CommandOptions {
   /** The directory to run it in: the device's root. */
   cwd: string;
@@ -5359,11 +5358,22 @@ export interface CommandOptions {
   timeout: number;
   /** Whether to end it, with its whole process group, when it is late or fails; else it goes on. */
   kill: boolean;
-  signal: AbortSignal | undefined;
+  signal: AbortSignal;
 }
 
-/** How releases are tried, and on what device. */
-export interface HealthCheckOptions {
+/**
+ * Runs a command for `sh -c` on the device.
+ *
+ * @returns its exit code; `undefined` when it did not end in time
+ * @throws the reason of the signal, when that aborts
+ */
+export type CommandRunner = (
+  command: string,
+  options: CommandOptions,
+) => Promise<number | undefined>;
+
+/** What `rollBack`, `status` and `OTA` all need. */
+export interface DeviceOptions {
   /** The device's files, when they are not a directory of this machine; `root` only names them. */
   disk?: Disk;
   /** Runs the check and the restart command; a shell of this machine. */
@@ -5374,9 +5384,107 @@ export interface HealthCheckOptions {
   restart?: string;
   /** Called with each event. */
   report?: (event: OTAEvent) => void;
-  /** Ends running commands. */
+  /** Ends everything. */
   signal?: AbortSignal;
 }
+
+/** What an update is told to do; every field but `root` has the default of the command line. */
+export interface OTAOptions extends DeviceOptions {
+  /** The directory that is the device's file system. */
+  root: string;
+  /** The release it is on, for as long as it has no record of its own. */
+  ver?: string;
+  /** A name for this device, instead of the one kept in `.ota`. */
+  id?: string;
+  /** Downloads at once; 4. */
+  jobs?: number;
+  /** Seconds without a byte after which a transfer is given up and tried again; 30. */
+  timeout?: number;
+  /** Fewer bytes a second than this, over so many seconds, count as silence; 10 over 300. */
+  slowest?: { rate: number; seconds: number };
+  /** Hashes every file of the release, also those that look unchanged. */
+  checkFiles?: boolean;
+  /** Asks for the full list, hashes everything, fetches what differs, and makes a new record. */
+  repair?: boolean;
+  /** Tries a release even if it failed before. */
+  retry?: boolean;
+  /** Ed25519 public keys, one of which must have signed the manifest. */
+  verify?: readonly KeyObject[];
+}
+
+/** The files of a device; its root need not be there. */
+function filesOf(root: string, { disk }: DeviceOptions): Files {
+  if (disk) return new Files(root, disk);
+  const real = fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
+  return new Files(real, new FileSystemDisk(real));
+}
+
+// ──── Waiting ────────────────────────────────────────────────────────────────────────────────────
+// Whatever a device waits for, a command or another side, may never end.
+
+/** The longest timer in milliseconds (2^31 - 1, 24 days): one with more fires at once. */
+const MAX_TIMER = 2 ** 31 - 1;
+/** Of who cannot be interrupted. */
+const NEVER = new AbortController().signal;
+
+/**
+ * Waits for a promise, but not for ever.
+ *
+ * @returns what it resolves to; `undefined` when it has not after so many seconds
+ * @throws what it rejects with; the reason of the signal, when that aborts first
+ */
+async function within<T>(
+  seconds: number,
+  promise: Promise<T>,
+  signal: AbortSignal,
+): Promise<T | undefined> {
+  const { promise: ended, resolve, reject } = Promise.withResolvers<T | undefined>();
+  const stop = () => reject(signal.reason);
+  const timer = setTimeout(() => resolve(undefined), Math.min(seconds * 1000, MAX_TIMER));
+  signal.addEventListener("abort", stop);
+  if (signal.aborted) stop();
+  promise.then(resolve, reject);
+  try {
+    return await ended;
+  } finally {
+    clearTimeout(timer);
+    signal.removeEventListener("abort", stop);
+  }
+}
+
+/** Resolves after some seconds; throws the reason of the signal, when that aborts first. */
+async function sleep(seconds: number, signal: AbortSignal): Promise<void> {
+  await within(seconds, new Promise(() => {}), signal);
+}
+
+/** Runs a command in a shell of this machine. What it prints goes to stderr. */
+const runShell: CommandRunner = async (command, { cwd, env, timeout, kill, signal }) => {
+  const child = Bun.spawn(["sh", "-c", command], {
+    ...{ cwd, env: { ...process.env, ...env } },
+    stdio: ["ignore", 2, 2],
+    detached: true,
+  });
+  let code: number | undefined;
+  try {
+    return (code = await within(timeout, child.exited, signal));
+  } finally {
+    child.unref();
+    if (kill && code !== 0) endGroup(child.pid);
+  }
+};
+
+function endGroup(pid: number): void {
+  try {
+    process.kill(-pid, "SIGKILL");
+  } catch (error) {
+    if (errorCode(error) !== "ESRCH") throw error;
+  }
+}
+
+// ──── Health check ───────────────────────────────────────────────────────────────────────────────
+// What decides whether a release stays. A release with a check is on trial until its check ends
+// well; a check that fails, hangs, or was started three times without an end (a release that kills
+// the device is such a one) takes the device back.
 
 const MAX_STARTS = 3;
 /** Seconds after which a restart command is no longer waited for. */
@@ -5386,7 +5494,7 @@ const RESTART_TIMEOUT = 60;
 class HealthCheck {
   constructor(
     private readonly journal: Journal,
-    private readonly options: HealthCheckOptions,
+    private readonly options: DeviceOptions,
   ) {
     this.#reportDisplaced();
   }
@@ -5423,9 +5531,8 @@ class HealthCheck {
     const { trial, installed } = this.journal.state;
     if (!trial) return true;
     if (trial.starts >= MAX_STARTS) {
-      this.#note(
-        `the check of ${installed!.version} was started ${MAX_STARTS} times and never ended`,
-      );
+      const often = `was started ${MAX_STARTS} times and never ended`;
+      this.#note(`the check of ${installed!.version} ${often}`);
     } else {
       await this.journal.countStart();
       if (!check || (await this.#passes(check, installed!))) {
@@ -5458,14 +5565,11 @@ class HealthCheck {
 
   /** The outcome, once the device was taken back from a version. */
   #rolledBack(to: string): Outcome {
-    const { installed, failed } = this.journal.state;
-    const outcome: Outcome = { result: "rolled back", from: installed?.version ?? "0", to };
-    const flashed = failed.at(-1)?.firmware;
+    const { files, state } = this.journal;
+    const outcome: Outcome = { result: "rolled back", from: state.installed?.version ?? "0", to };
+    const flashed = state.failed.at(-1)?.firmware;
     if (flashed === undefined) return outcome;
-    return {
-      ...outcome,
-      firmware: { from: this.journal.files.firmware?.version ?? "0", to: flashed },
-    };
+    return { ...outcome, firmware: { from: files.firmware?.version ?? "0", to: flashed } };
   }
 
   async #takeBack(): Promise<void> {
@@ -5474,12 +5578,11 @@ class HealthCheck {
     await this.#restart();
   }
 
-  async #passes(check: Check, installed: Installed): Promise<boolean> {
-    const code = await this.#run(check.command, check.timeout, installed, true);
+  async #passes({ command, timeout }: Check, { version }: Installed): Promise<boolean> {
+    const code = await this.#run(command, timeout, true);
     if (code === 0) return true;
-    const why =
-      code === undefined ? `did not end within ${check.timeout} s` : `ended with code ${code}`;
-    this.#note(`${installed.version} is bad: its check ${why}`);
+    const why = code === undefined ? `did not end within ${timeout} s` : `ended with code ${code}`;
+    this.#note(`${version} is bad: its check ${why}`);
     return false;
   }
 
@@ -5487,34 +5590,27 @@ class HealthCheck {
   async #restart(): Promise<void> {
     const command = this.options.restart ?? this.journal.state.restart;
     if (command) {
-      const code = await this.#run(command, RESTART_TIMEOUT, this.journal.state.installed, false);
-      if (code === undefined) {
-        this.#note(
-          `the restart command did not end within ${RESTART_TIMEOUT} s; it is left running`,
-        );
-      } else if (code !== 0) this.#note(`the restart command ended with code ${code}`);
+      const code = await this.#run(command, RESTART_TIMEOUT, false);
+      const late = `did not end within ${RESTART_TIMEOUT} s; it is left running`;
+      const how = code === undefined ? late : `ended with code ${code}`;
+      if (code !== 0) this.#note(`the restart command ${how}`);
     }
     await this.journal.restarted();
   }
 
-  /** @returns the exit code; `undefined` when it did not end within `timeout` seconds */
-  async #run(
-    command: string,
-    timeout: number,
-    installed: Installed | null,
-    kill: boolean,
-  ): Promise<number | undefined> {
-    const { run = runShell, signal } = this.options;
+  async #run(command: string, timeout: number, kill: boolean): Promise<number | undefined> {
+    const { run = runShell, signal = NEVER } = this.options;
+    const { files, state } = this.journal;
     const env = {
-      OTA_VERSION: installed?.version ?? "0",
-      OTA_PREVIOUS_VERSION: installed?.previous_version ?? "0",
+      OTA_VERSION: state.installed?.version ?? "0",
+      OTA_PREVIOUS_VERSION: state.installed?.previous_version ?? "0",
     };
     try {
-      return await run(command, { cwd: this.journal.files.root, env, timeout, kill, signal });
+      return await run(command, { cwd: files.root, env, timeout, kill, signal });
     } catch (error) {
-      if (!signal?.aborted) throw error;
+      if (!signal.aborted) throw error;
       const what = `interrupted; the device is on ${env.OTA_VERSION}`;
-      const next = this.journal.state.trial
+      const next = state.trial
         ? "on trial: the next client starts its check again"
         : "and its restart command is run by the next client";
       throw new OTAError(`${what}, ${next}`, 1, { cause: error });
@@ -5532,29 +5628,6 @@ class HealthCheck {
   }
 }
 
-/** Runs a command in a shell of this machine; see `CommandRunner`. */
-async function runShell(
-  command: string,
-  { cwd, env, timeout, kill, signal }: CommandOptions,
-): Promise<number | undefined> {
-  const child = Bun.spawn(["sh", "-c", command], {
-    cwd,
-    env: { ...process.env, ...env },
-    stdio: ["ignore", 2, 2],
-    detached: true,
-  });
-  const done = new AbortController();
-  let code: number | undefined;
-  try {
-    code = await Promise.race([child.exited, sleep(timeout, done.signal, signal)]);
-  } finally {
-    done.abort();
-    child.unref();
-    if (kill && code !== 0) endGroup(child.pid);
-  }
-  return code;
-}
-
 /**
  * Takes a device back to the release before, once, and remembers the one it left as failed.
  *
@@ -5565,7 +5638,7 @@ async function runShell(
 export async function rollBack(
   root: string,
   force = false,
-  options: HealthCheckOptions = {},
+  options: DeviceOptions = {},
 ): Promise<Outcome> {
   const files = filesOf(root, options);
   if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
@@ -5594,14 +5667,14 @@ export interface Status {
 }
 
 /** What `status` is to do. */
-export interface StatusOptions extends HealthCheckOptions {
+export interface StatusOptions extends DeviceOptions {
   /** Hashes every file, and tells which are other than recorded. */
   examine?: boolean;
 }
 
 /**
- * Tells what a device is on. A commit or a way back that was cut off is ended first, unless
- * another process is at work: then what is recorded is told.
+ * Tells what a device is on. A commit or a rollback that was cut off is ended first, unless another
+ * process is at work: then what is recorded is told.
  *
  * @param root the device's root; nothing is made there
  * @throws {OTAError} when there is no such directory, or the record is damaged, or of a newer
@@ -5627,14 +5700,11 @@ export async function status(root: string, options: StatusOptions = {}): Promise
   return describe(open.state);
 }
 
-function describeDevice(
-  files: Files,
-  { installed, trial, failed }: State,
-  isExamined = false,
-): Status {
-  const { firmware, disk } = files;
+function describeDevice(files: Files, state: State, isExamined = false): Status {
+  const { installed, trial, failed } = state;
+  const { firmware } = files;
   return {
-    version: installed?.version ?? versionFromFile(disk) ?? null,
+    version: installed?.version ?? versionFromFile(files) ?? null,
     previous_version: installed?.previous_version ?? null,
     firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
     pending: trial !== null,
@@ -5644,51 +5714,30 @@ function describeDevice(
 }
 
 /** The version in `flash/OTA_VERSION.py`, if it is there and is one. */
-function versionFromFile(disk: Disk): string | undefined {
+function versionFromFile({ disk }: Files): string | undefined {
   const text = readText(disk, VERSION_FILE) ?? "";
   const version = /^\s*VERSION\s*=\s*(['"])(.*?)\1/m.exec(text)?.[2];
   return version !== undefined && isReleaseName(version) ? version : undefined;
 }
 
-function endGroup(pid: number): void {
-  try {
-    process.kill(-pid, "SIGKILL");
-  } catch (error) {
-    if (errorCode(error) !== "ESRCH") throw error;
-  }
-}
-
-/** The longest timeout in milliseconds (2^31 - 1, 24 days): with more, a timer fires at once. */
-const MAX_TIMER = 2 ** 31 - 1;
-
-/** Resolves after some seconds; rejects with the reason of the first signal that aborts. */
-function sleep(seconds: number, ...signals: (AbortSignal | undefined)[]): Promise<undefined> {
-  const signal = AbortSignal.any(signals.filter((one) => one !== undefined));
-  return new Promise((done, fail) => {
-    const stop = () => {
-      clearTimeout(timer);
-      fail(signal.reason);
-    };
-    const milliseconds = Math.min(seconds * 1000, MAX_TIMER);
-    const timer = setTimeout(() => {
-      signal.removeEventListener("abort", stop);
-      done(undefined);
-    }, milliseconds);
-    if (signal.aborted) stop();
-    else signal.addEventListener("abort", stop, { once: true });
-  });
-}
-
-/** The files of a device; its root need not be there. */
-function filesOf(root: string, { disk }: HealthCheckOptions): Files {
-  if (disk) return new Files(root, disk);
-  const real = fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
-  return new Files(real, new FileSystemDisk(real));
-}
-
 // ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
 // What an update will do, worked out and checked before anything is fetched: a change that cannot
-// be made whole is not begun.
+// be made whole is not begun. It is all derived from the release that the device will have afterwards.
+
+/** A file of a release, as a device has it or will. */
+interface ReleaseFile {
+  /** SHA-256, or SHA-1 of content that is still to be staged. */
+  key: string;
+  executable: boolean;
+  /** `DiskStat.stamp` of a file that is in its place already. */
+  stamp?: string;
+}
+
+/** The release that a device will have. */
+interface Target {
+  version: string;
+  files: Map<string, ReleaseFile>;
+}
 
 /** One content to fetch. */
 interface Download {
@@ -5704,8 +5753,9 @@ interface Download {
   old?: string;
 }
 
-/** What an update will do, worked out before anything is fetched. */
+/** What an update will do. */
 interface Plan {
+  after: Target;
   /** Path → key of what is put there. */
   put: Map<string, string>;
   remove: string[];
@@ -5713,12 +5763,6 @@ interface Plan {
   displace: string[];
   firmware?: { key: string; version: string };
   downloads: Download[];
-  /** What the release consists of afterwards: path → key. */
-  after: Map<string, string>;
-  /** Those of them that the release makes executable. */
-  executable: Set<string>;
-  /** Stamps of what is there already (`Installed.stamps`). */
-  stamps: Record<string, string>;
 }
 
 /** A file of a manifest. */
@@ -5733,90 +5777,100 @@ function listedFiles({ new: added, update }: Manifest): Listed[] {
   });
 }
 
-/** What a release consists of once a manifest is done: path → key, and what is executable of it. */
-function releaseAfter(
+/**
+ * What a device will have once a manifest is done.
+ *
+ * @param recorded what it has
+ * @param full whether the manifest lists all of it
+ */
+export function targetOf(
   manifest: Manifest,
   recorded: Installed | undefined,
   full: boolean,
-): Pick<Plan, "after" | "executable"> {
-  const entries = listedFiles(manifest);
-  const gone = new Set(manifest.delete);
-  const old = Object.entries(recorded?.files ?? {});
-  const after = new Map(full ? [] : old.filter(([path]) => !gone.has(path)));
-  const executable = new Set(recorded?.executable?.filter((path) => after.has(path)));
-  for (const { path, key, sha256, executable: runs } of entries) {
-    after.set(path, key);
-    if (runs) executable.add(path);
-    // A server that sends no SHA-256 sends no modes either.
-    else if (sha256 !== undefined) executable.delete(path);
+): Target {
+  const files = new Map<string, ReleaseFile>();
+  const runs = new Set(recorded?.executable);
+  for (const [path, key] of full ? [] : Object.entries(recorded?.files ?? {})) {
+    files.set(path, { key, executable: runs.has(path), stamp: recorded!.stamps?.[path] });
   }
-  return { after, executable };
+  for (const path of manifest.delete) files.delete(path);
+  for (const { path, key, sha256, executable = false } of listedFiles(manifest)) {
+    // A server that sends no SHA-256 sends no modes either.
+    const ran = sha256 === undefined && files.get(path)?.executable === true;
+    files.set(path, { key, executable: executable || ran });
+  }
+  return { version: manifest.version, files };
 }
 
 /**
- * The digest of the files that a manifest leads to, by which a release that failed is known again:
- * the same from whatever the device has, and whether or not the list is full.
+ * The digest by which a release that failed is known again: the same from whatever the device has,
+ * and whether or not the list is full.
  */
-export function targetDigest(
-  manifest: Manifest,
-  recorded: Installed | undefined,
-  full: boolean,
-): string {
-  const { after, executable } = releaseAfter(manifest, recorded, full);
-  return sha256(JSON.stringify([manifest.version, [...after].sort(), [...executable].sort()]));
+export function targetDigest({ version, files }: Target): string {
+  const keys = [...files].map(([path, { key }]) => [path, key]).sort();
+  const executable = [...files].filter(([, file]) => file.executable).map(([path]) => path);
+  return sha256(JSON.stringify([version, keys, executable.sort()]));
 }
 
-/** The key of the image that a manifest brings, unless it is the one that runs, made right. */
-function newImage({ firmware }: Manifest, active: ActiveFirmware | null): string | undefined {
-  if (!firmware || firmware.version === active?.version) return undefined;
-  return firmware.sha256 ?? firmware.hash;
+/** What is remembered of a release, should it fail. */
+function failureOf(
+  target: Target,
+  { firmware }: Manifest,
+  active: ActiveFirmware | null,
+): FailedRelease {
+  const failure: FailedRelease = { version: target.version, digest: targetDigest(target) };
+  // The image that runs is put right, and is not new.
+  if (!firmware || firmware.version === active?.version) return failure;
+  return { ...failure, image: firmware.sha256 ?? firmware.hash };
 }
 
 /**
  * Compares what a manifest lists with what is there.
  *
+ * @param after `targetOf` it; what is in its place is noted there
  * @param has what is really there of what the updater has installed
  * @param full whether of that, what the manifest lacks is to go
  * @throws {OTAError} naming the first path that cannot be changed, and why
  */
-export async function makePlan(
+async function makePlan(
   { files, staging }: Journal,
   manifest: Manifest,
+  after: Target,
   has: Inventory,
   full: boolean,
 ): Promise<Plan> {
-  const { installed: recorded } = has;
-  const old = recorded?.files ?? {};
+  const old = has.installed?.files ?? {};
+  const ran = new Set(has.installed?.executable);
   const entries = listedFiles(manifest);
   const listed = new Set(entries.map(({ path }) => path));
   const gone = full ? Object.keys(old).filter((path) => !listed.has(path)) : [];
   const remove = [...new Set([...manifest.delete, ...gone])];
   refuseLinks(files, [...listed, ...remove]);
   const plan: Plan = {
-    ...{ put: new Map(), displace: [], downloads: [], stamps: { ...recorded?.stamps } },
+    ...{ after, put: new Map(), displace: [], downloads: [] },
     remove: remove.filter((path) => files.isFile(path)),
-    ...releaseAfter(manifest, recorded, full),
   };
-  const ran = new Set(recorded?.executable);
   const updated = new Set(manifest.update.map(({ dst_path }) => dst_path.slice(1)));
   for (const entry of entries) {
-    const { path, key } = entry;
+    const { path, key, sha256 } = entry;
+    const target = after.files.get(path)!;
     const stat = files.stat(path);
-    const runs = plan.executable.has(path);
-    const isRight = stat?.kind === "file" && (runs ? isExecutable(stat) : !ran.has(path));
+    const file = stat?.kind === "file" ? stat : undefined;
     const isHere = hasContent(files, entry, has);
     if (isHere) {
-      plan.after.set(path, entry.sha256 ?? files.digest(path));
-      plan.stamps[path] = stat!.stamp;
-      if (isRight) continue;
+      target.key = sha256 ?? files.digest(path);
+      const isRight = target.executable ? isExecutable(file!) : !ran.has(path);
+      if (isRight) {
+        target.stamp = file!.stamp;
+        continue;
+      }
     }
     plan.put.set(path, key);
-    const isOwn = stat?.kind === "file" && !(path in old) && !updated.has(path) && !isHere;
-    if (isOwn) plan.displace.push(path);
+    if (file && !(path in old) && !updated.has(path) && !isHere) plan.displace.push(path);
   }
   planDownloads(files, plan, entries, old);
   planFirmware(files, plan, manifest);
-  await planVersionFile(files, staging, plan, manifest.version);
+  await planVersionFile(files, staging, plan);
   preflight(files, plan.put.keys(), plan.remove);
   checkSpace(files, staging, plan);
   return plan;
@@ -5839,15 +5893,15 @@ function planDownloads(
   const wanted = new Map<string, Download>();
   for (const { path, key, URL: url, size } of entries) {
     if (!plan.put.has(path) || wanted.has(key)) continue;
-    const replaced = files.isFile(path) ? path : undefined;
-    wanted.set(key, { key, url, path, size, localCopies: [], ...(replaced && { old: replaced }) });
+    const item: Download = { key, url, path, size, localCopies: [] };
+    wanted.set(key, files.isFile(path) ? { ...item, old: path } : item);
   }
   const paths = new Map<string, string[]>();
   const note = (path: string, sha256: string) => {
     paths.set(sha256, [...(paths.get(sha256) ?? []), path]);
   };
   for (const [path, sha256] of Object.entries(old)) note(path, sha256);
-  for (const [path, key] of plan.after) if (!plan.put.has(path)) note(path, key);
+  for (const [path, { key }] of plan.after.files) if (!plan.put.has(path)) note(path, key);
   if (wanted.size > 0) {
     // A device without a record has to hash what is there.
     const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in old));
@@ -5866,56 +5920,65 @@ function planFirmware(files: Files, plan: Plan, { firmware }: Manifest): void {
   const active = files.firmware && slotPath(files.firmware.slot);
   plan.firmware = { key, version: firmware.version! };
   const image = { key, url, path: basename(url), size, localCopies: [] };
-  const known = plan.downloads.filter((item) => item.key !== key);
-  plan.downloads = [...known, active ? { ...image, old: active } : image];
+  const others = plan.downloads.filter((item) => item.key !== key);
+  plan.downloads = [...others, active ? { ...image, old: active } : image];
 }
 
 /**
  * Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`; where a release makes a file
  * of that directory, it goes.
  */
-async function planVersionFile(
-  files: Files,
-  staging: Staging,
-  plan: Plan,
-  version: string,
-): Promise<void> {
-  if (plan.after.has("flash")) {
+async function planVersionFile(files: Files, staging: Staging, plan: Plan): Promise<void> {
+  if (plan.after.files.has("flash")) {
     if (files.isFile(VERSION_FILE)) plan.remove.push(VERSION_FILE);
     return;
   }
   const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
   if (!hasFlash && !files.isDirectory("flash")) return;
   refuseLinks(files, [VERSION_FILE]);
-  const bytes = utf8(`VERSION = '${version}'\n`);
-  const key = sha256(bytes);
-  if (files.hasContent(VERSION_FILE, key, bytes.byteLength)) return;
-  await staging.add(bytes);
-  plan.put.set(VERSION_FILE, key);
+  const bytes = utf8(`VERSION = '${plan.after.version}'\n`);
+  if (files.hasContent(VERSION_FILE, sha256(bytes), bytes.byteLength)) return;
+  plan.put.set(VERSION_FILE, await staging.add(bytes));
 }
 
 /** @throws {OTAError} with both numbers, when a plan needs more space than there is */
-function checkSpace(files: Files, staging: Staging, plan: Plan): void {
-  const sizes = new Map(plan.downloads.map(({ key, size }) => [key, size ?? 0]));
-  let needed = staging.backupBytes([...plan.put.keys(), ...plan.remove]);
-  for (const { key, size } of plan.downloads) {
-    if (!staging.has(key)) needed += Math.max(0, (size ?? 0) - staging.partial(key).size);
+function checkSpace({ root, disk }: Files, staging: Staging, plan: Plan): void {
+  const { put, remove, after, downloads } = plan;
+  const sizes = new Map(downloads.map(({ key, size }) => [key, size ?? 0]));
+  let needed = staging.backupBytes([...put.keys(), ...remove]);
+  for (const [key, size] of sizes) {
+    if (!staging.has(key)) needed += Math.max(0, size - staging.partial(key).size);
   }
   const once = new Set<string>();
-  for (const key of plan.put.values()) {
+  for (const key of put.values()) {
     // The same content in two places is stored twice.
     if (once.has(key)) needed += sizes.get(key) ?? 0;
     once.add(key);
   }
   // The journal, the record, and the directories: some 200 bytes a file, and a margin.
-  needed += 64 * 1024 + 200 * (plan.put.size + plan.remove.length + plan.after.size);
-  const free = files.disk.free(OTA_DIR);
+  needed += 64 * 1024 + 200 * (put.size + remove.length + after.files.size);
+  const free = disk.free(OTA_DIR);
   if (needed > free) {
     throw new OTAError(
-      `not enough space in ${files.root}: this update needs ${needed} bytes, and ${free} are ` +
+      `not enough space in ${root}: this update needs ${needed} bytes, and ${free} are ` +
         "free; nothing was fetched",
     );
   }
+}
+
+/** The record of a release once it is in place, without the stamps of what is put there. */
+function recordOf(
+  { after, put }: Plan,
+  staging: Staging,
+): Pick<Installed, "version" | "files" | "executable" | "stamps"> {
+  const files: Record<string, string> = {};
+  const stamps: Record<string, string> = {};
+  for (const [path, { key, stamp }] of after.files) {
+    files[path] = staging.sha256(key);
+    if (stamp !== undefined && !put.has(path)) stamps[path] = stamp;
+  }
+  const executable = [...after.files.keys()].filter((path) => after.files.get(path)!.executable);
+  return { version: after.version, files, executable, stamps };
 }
 
 // ──── Transfer ──────────────────────────────────────────────────────────────────────────────────
@@ -5978,33 +6041,28 @@ const TRIES = 5;
 /** Slower than this many bytes a second over so many seconds counts as stalled. */
 const SLOWEST = { rate: 10, seconds: 300 };
 
+/** How bodies are received. */
+interface ReceiverOptions {
+  /** Seconds without a byte after which a transfer is given up. */
+  timeout: number;
+  slowest: { rate: number; seconds: number } | undefined;
+  /** Ends everything. */
+  signal: AbortSignal;
+  /** Is told of every try that failed. */
+  note: (text: string) => void;
+}
+
 /** Receives bodies for one update. */
 class Receiver {
   /** Bytes of all bodies so far, as they came. */
   received = 0;
+  readonly signal: AbortSignal;
 
-  readonly #timeout: number;
-  readonly #slowest: { rate: number; seconds: number };
-  readonly #signal: AbortSignal | undefined;
-  readonly #note: (text: string) => void;
-
-  /**
-   * @param options when a transfer is given up (`timeout` in seconds), what ends everything, and
-   *   what is told of every try that failed
-   */
   constructor(
     private readonly getData: (path: string, want: TransferRequest) => Promise<TransferResponse>,
-    options: {
-      timeout: number;
-      slowest: { rate: number; seconds: number } | undefined;
-      signal: AbortSignal | undefined;
-      note: (text: string) => void;
-    },
+    private readonly options: ReceiverOptions,
   ) {
-    this.#timeout = options.timeout;
-    this.#slowest = options.slowest ?? SLOWEST;
-    this.#signal = options.signal;
-    this.#note = options.note;
+    this.signal = options.signal;
   }
 
   /**
@@ -6014,11 +6072,11 @@ class Receiver {
    */
   async receive(
     path: string,
-    want: Omit<TransferRequest, "signal"> & { signal?: AbortSignal },
+    want: TransferRequest,
     begin: (data: TransferResponse) => (piece: Uint8Array) => void,
   ): Promise<TransferResponse> {
     const stalled = new AbortController();
-    const signal = anySignal(stalled.signal, want.signal, this.#signal);
+    const signal = AbortSignal.any([stalled.signal, want.signal]);
     const [name] = path.split("?", 1) as [string];
     let cancel = async (_: unknown) => {};
     try {
@@ -6031,7 +6089,7 @@ class Receiver {
         throw new TransferError(`${name} came coded as ${data.encoding}, unasked`, true);
       }
       const take = begin(data);
-      const isSlow = slownessWatch(this.#slowest);
+      const isSlow = slownessWatch(this.options.slowest);
       for (;;) {
         const { done, value } = await this.#wait(name, reader.read(), signal);
         if (done) return data;
@@ -6047,50 +6105,41 @@ class Receiver {
   }
 
   /** Waits for something from the other side, which may never come, or come as an error. */
-  #wait<T>(name: string, promise: Promise<T>, signal: AbortSignal): Promise<T> {
-    return new Promise((done, fail) => {
-      const stop = () => fail(signal.reason);
-      const late = () => {
-        fail(new TransferError(`${name}: nothing came for ${this.#timeout} s`, true));
-      };
-      const timer = setTimeout(late, this.#timeout * 1000);
-      signal.addEventListener("abort", stop, { once: true });
-      promise
-        .then(done, (error) => {
-          // Broken connections give system errors, and `fetch` TypeErrors with a code.
-          const isMistake = error instanceof TypeError && errorCode(error) === undefined;
-          const isOurs = error instanceof OTAError || signal.aborted || isMistake;
-          fail(isOurs ? error : new TransferError(`${name}: ${errorText(error)}`, true));
-        })
-        .finally(() => {
-          clearTimeout(timer);
-          signal.removeEventListener("abort", stop);
-        });
-      if (signal.aborted) stop();
-    });
+  async #wait<T extends object>(
+    name: string,
+    promise: Promise<T>,
+    signal: AbortSignal,
+  ): Promise<T> {
+    const { timeout } = this.options;
+    try {
+      const got = await within(timeout, promise, signal);
+      if (got) return got;
+    } catch (error) {
+      // Broken connections give system errors, and `fetch` TypeErrors with a code.
+      const isMistake = error instanceof TypeError && errorCode(error) === undefined;
+      if (error instanceof OTAError || signal.aborted || isMistake) throw error;
+      throw new TransferError(`${name}: ${errorText(error)}`, true);
+    }
+    throw new TransferError(`${name}: nothing came for ${timeout} s`, true);
   }
 
   /** Tries up to five times, with growing pauses. */
-  async withRetries<T>(task: () => Promise<T>, signal?: AbortSignal): Promise<T> {
+  async withRetries<T>(task: () => Promise<T>, signal = this.signal): Promise<T> {
     for (let [tries, wrong] = [1, 0]; ; tries++) {
       try {
         return await task();
       } catch (error) {
-        anySignal(signal, this.#signal).throwIfAborted();
+        signal.throwIfAborted();
         if (!(error instanceof TransferError) || !error.retry) throw error;
         // The same wrong content twice is not a transmission error.
         if (error instanceof ContentError && (++wrong === 2 || tries === TRIES)) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
-        this.#note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
-        await sleep(pause, signal, this.#signal);
+        this.options.note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
+        await sleep(pause, signal);
       }
     }
   }
-}
-
-function anySignal(...signals: (AbortSignal | undefined)[]): AbortSignal {
-  return AbortSignal.any(signals.filter((signal) => signal !== undefined));
 }
 
 /**
@@ -6111,26 +6160,16 @@ export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => b
   };
 }
 
-// ──── Fetch ─────────────────────────────────────────────────────────────────────────────────────
+// ──── Fetch ──────────────────────────────────────────────────────────────────────────────────────
 // Staging all content of a plan, at the least cost in bytes: from what the device has, else as a
 // delta against it, else coded, else plain; and never twice what is here already.
-
-/** What an update cost on the air. */
-export interface Traffic {
-  /** Bytes of all bodies, as they came. */
-  received: number;
-  /** Bytes of the content that the release needed and the tree did not have in place. */
-  content: number;
-  /** Contents that were on the device under another name, or staged before. */
-  reused: number;
-}
 
 /** Content shorter than this is fetched from its first byte again when it breaks. */
 const MIN_RESUMED = 16 * 1024;
 /** Content without a known size is not received beyond this. */
 const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
 
-/** One try to get one content: what of it is here, and whether what comes is what was wanted. */
+/** One try to get one content: whether what comes is what was wanted. */
 class Attempt {
   /** Bytes of it, those of earlier tries included. */
   received = 0;
@@ -6139,50 +6178,49 @@ class Attempt {
   /** The most bytes that it may have. */
   readonly #limit: number;
   readonly #dictionary: Uint8Array | undefined;
-  readonly #partial: PartialDownload;
   /** The bytes that come, where that is known. */
   #total: number | undefined;
 
   /**
-   * @param plain whether it must not be coded
+   * @param partial what is here of it
+   * @param isPlain whether it must not be coded
    * @param progress is told of bytes as they come
    */
   constructor(
     private readonly files: Files,
-    staging: Staging,
     private readonly item: Download,
-    plain: boolean,
+    private readonly partial: PartialDownload,
+    isPlain: boolean,
     private readonly progress: (bytes: number) => void,
   ) {
     const { key, size, old } = item;
     this.#hasher = new Bun.CryptoHasher(algorithmOf(key));
     this.#limit = size ?? MAX_UNSIZED_BYTES;
-    this.#partial = staging.partial(key);
     this.#total = size;
-    const codable = !plain && size !== undefined && size <= MAX_CODED;
+    const codable = !isPlain && size !== undefined && size <= MAX_CODED;
     const dictionary = codable && old ? files.readWhole(old, MAX_CODED) : undefined;
     this.#dictionary = dictionary;
+    const { size: offset, etag } = partial;
     this.want = {
-      ...(this.#partial.size > 0 &&
-        this.#partial.etag && { offset: this.#partial.size, etag: this.#partial.etag }),
+      ...(offset > 0 && etag && { offset, etag }),
       ...(codable && { accept: dictionary ? ["dcz", "zstd", "gzip"] : ["zstd", "gzip"] }),
       ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
     };
   }
 
-  /** Whether an earlier try has received all of it already; then that is staged. */
+  /** Takes what an earlier try has received, if that is all of it. */
   takeAll(): boolean {
     const { size } = this.item;
-    if (size === 0) this.#partial.start();
-    else if (this.#partial.size === size && this.#partial.encoding === "identity") this.#keep();
+    if (size === 0) this.partial.start();
+    else if (this.partial.size === size && this.partial.encoding === "identity") this.#resume();
     else return false;
     return true;
   }
 
-  /** Resumes what an earlier try left. */
-  #keep(): void {
-    this.#count(this.#partial.size);
-    this.files.readPieces(this.#partial.path, (piece) => this.#hasher.update(piece));
+  /** Goes on with what an earlier try left. */
+  #resume(): void {
+    this.#count(this.partial.size);
+    this.files.readPieces(this.partial.path, (piece) => this.#hasher.update(piece));
   }
 
   /**
@@ -6191,41 +6229,42 @@ class Attempt {
    * @returns what takes its bytes
    * @throws {TransferError} when it is not what was wanted
    */
-  begin(data: TransferResponse): (piece: Uint8Array) => void {
+  begin({ encoding, offset, total, etag }: TransferResponse): (piece: Uint8Array) => void {
     const { path, size } = this.item;
-    if (data.encoding === "identity" && size !== undefined && (data.total ?? size) < size) {
-      this.#partial.drop();
-      throw new ContentError(`${path} has ${data.total} bytes, and ${size} were expected`, true);
+    if (encoding === "identity" && size !== undefined && (total ?? size) < size) {
+      this.#refuse(`${path} has ${total} bytes, and ${size} were expected`);
     }
-    const continues = data.offset > 0 && data.offset === this.want.offset;
-    if (continues && data.encoding === this.#partial.encoding) this.#keep();
-    else if (data.offset === 0) {
+    const isRest = offset > 0 && offset === this.want.offset && encoding === this.partial.encoding;
+    if (isRest) this.#resume();
+    else if (offset === 0) {
       // For small content, a sidecar file for resuming costs more than starting again.
-      const etag = this.#limit < MIN_RESUMED ? undefined : data.etag;
-      this.#partial.start(etag, data.encoding);
+      this.partial.start(this.#limit < MIN_RESUMED ? undefined : etag, encoding);
     } else {
-      this.#partial.drop();
+      this.partial.drop();
       throw new TransferError(`${path}: other bytes came than were asked for`, true);
     }
-    if (data.encoding !== "identity") this.#total = data.total;
-    return (piece) => this.#add(piece);
+    if (encoding !== "identity") this.#total = total;
+    return (piece) => this.#take(piece);
   }
 
-  #add(piece: Uint8Array): void {
-    const { path } = this.item;
+  #take(piece: Uint8Array): void {
     this.#count(piece.byteLength);
     // Coded, little content may grow a little.
-    if (this.received > this.#limit + (this.#partial.encoding === "identity" ? 0 : 1024)) {
-      this.#partial.drop();
-      throw new ContentError(`${path} is longer than the ${this.#limit} bytes expected`, true);
+    if (this.received > this.#limit + (this.partial.encoding === "identity" ? 0 : 1024)) {
+      this.#refuse(`${this.item.path} is longer than the ${this.#limit} bytes expected`);
     }
     this.#hasher.update(piece);
-    this.#partial.append(piece);
+    this.partial.append(piece);
   }
 
   #count(bytes: number): void {
     this.received += bytes;
     this.progress(bytes);
+  }
+
+  #refuse(why: string): never {
+    this.partial.drop();
+    throw new ContentError(why, true);
   }
 
   /**
@@ -6239,53 +6278,48 @@ class Attempt {
       const found = `${this.received} of ${this.#total} bytes`;
       throw new TransferError(`${path} was cut off after ${found}`, true);
     }
-    if (this.#partial.encoding === "identity") {
+    if (this.partial.encoding === "identity") {
       const found = this.#hasher.digest("hex");
-      if (found !== key) {
-        this.#partial.drop();
-        throw new ContentError(`${path} does not verify: expected ${key}, found ${found}`, true);
-      }
+      if (found !== key) this.#refuse(`${path} does not verify: expected ${key}, found ${found}`);
     } else {
       this.#decode();
       this.#count(this.#limit - this.received);
     }
-    await this.#partial.finish();
+    await this.partial.finish();
   }
 
-  /** Puts what a part decodes to in its place. */
+  /** Replaces what came by what it decodes to. */
   #decode(): void {
     const { key, path } = this.item;
+    const { encoding } = this.partial;
     try {
-      const coded = this.files.readWhole(this.#partial.path, MAX_CODED)!;
-      const content = decodeContent(this.#partial.encoding, coded, this.#limit, this.#dictionary);
+      const coded = this.files.readWhole(this.partial.path, MAX_CODED)!;
+      const content = decodeContent(encoding, coded, this.#limit, this.#dictionary);
       const found = hexDigest(algorithmOf(key), content);
       if (found !== key) throw new Error(`expected ${key}, found ${found}`);
-      this.#partial.start();
-      this.#partial.append(content);
+      this.partial.start();
+      this.partial.append(content);
     } catch (error) {
       // A full disk is not a decoding error.
       if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
-      this.#partial.drop();
-      const what = `${path} does not decode from ${this.#partial.encoding}`;
-      throw new CodingError(`${what}: ${errorText(error)}`, false);
+      this.partial.drop();
+      throw new CodingError(`${path} does not decode from ${encoding}: ${errorText(error)}`, false);
     }
   }
 }
 
 /** Fetches what a plan needs. */
 class Fetcher {
-  #received = 0;
+  readonly #traffic = { content: 0, reused: 0 };
   /** What was not here when it was first asked for. */
   readonly #fetched = new Set<string>();
+  #progress = (_: number) => {};
 
-  /**
-   * @param report is told of progress
-   */
+  /** @param report is told of progress */
   constructor(
     private readonly files: Files,
     private readonly staging: Staging,
     private readonly receiver: Receiver,
-    private readonly traffic: Traffic,
     private readonly report: (event: OTAEvent) => void,
   ) {}
 
@@ -6295,32 +6329,31 @@ class Fetcher {
    * @param jobs downloads at once
    * @throws {TransferError} when content is not to be had as the manifest has it
    */
-  async fetchAll({ downloads }: Plan, jobs: number): Promise<void> {
+  async fetchAll({ downloads }: Plan, jobs: number): Promise<Traffic> {
     const total = downloads.reduce((sum, { size }) => sum + (size ?? NaN), 0);
-    const progress = (bytes: number) => {
-      this.#received += bytes;
-      this.report({ kind: "progress", received: this.#received, total });
+    let received = 0;
+    this.#progress = (bytes) => {
+      received += bytes;
+      this.report({ kind: "progress", received, total });
     };
-    await pool(downloads, jobs, (item, failed) => this.#fetch(item, progress, failed));
+    Object.assign(this.#traffic, { content: 0, reused: 0 });
+    await pool(downloads, jobs, (item, failed) => {
+      return this.#fetch(item, AbortSignal.any([failed, this.receiver.signal]));
+    });
+    return { ...this.#traffic, received: this.receiver.received };
   }
 
   /** Gets one content staged. */
-  async #fetch(
-    item: Download,
-    progress: (bytes: number) => void,
-    signal: AbortSignal,
-  ): Promise<void> {
+  async #fetch(item: Download, signal: AbortSignal): Promise<void> {
     const { key, path, size } = item;
-    this.traffic.content += size ?? 0;
+    this.#traffic.content += size ?? 0;
     if (await this.#isHere(item)) {
-      if (!this.#fetched.has(key)) this.traffic.reused++;
-      return progress(size ?? 0);
+      if (!this.#fetched.has(key)) this.#traffic.reused++;
+      return this.#progress(size ?? 0);
     }
     this.#fetched.add(key);
-    const get = (plain: boolean) => {
-      return this.receiver.withRetries(() => {
-        return this.#fetchOnce(item, plain, progress, signal);
-      }, signal);
+    const get = (isPlain: boolean) => {
+      return this.receiver.withRetries(() => this.#fetchOnce(item, isPlain, signal), signal);
     };
     try {
       await get(false);
@@ -6330,7 +6363,7 @@ class Fetcher {
       await get(true);
     }
     const staged = size ?? this.files.stat(this.staging.path(key))!.size;
-    if (size === undefined) this.traffic.content += staged;
+    if (size === undefined) this.#traffic.content += staged;
     this.report({ kind: "fetched", path, size: staged });
   }
 
@@ -6341,13 +6374,9 @@ class Fetcher {
     return false;
   }
 
-  async #fetchOnce(
-    item: Download,
-    plain: boolean,
-    progress: (bytes: number) => void,
-    signal: AbortSignal,
-  ): Promise<void> {
-    const attempt = new Attempt(this.files, this.staging, item, plain, progress);
+  async #fetchOnce(item: Download, isPlain: boolean, signal: AbortSignal): Promise<void> {
+    const partial = this.staging.partial(item.key);
+    const attempt = new Attempt(this.files, item, partial, isPlain, this.#progress);
     try {
       if (!attempt.takeAll()) {
         const want = { ...attempt.want, signal };
@@ -6355,7 +6384,7 @@ class Fetcher {
       }
       await attempt.finish();
     } catch (error) {
-      progress(-attempt.received);
+      this.#progress(-attempt.received);
       throw error;
     }
   }
@@ -6395,7 +6424,7 @@ class ManifestClient {
     const pieces: Uint8Array[] = [];
     let size = 0;
     const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
-    const want = { accept: ["zstd", "gzip"] as const };
+    const want = { accept: ["zstd", "gzip"] as const, signal: this.receiver.signal };
     const { headers, encoding } = await this.receiver.receive(path, want, () => (piece) => {
       size += piece.byteLength;
       if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
@@ -6453,43 +6482,131 @@ function checkNewer(
   refuse(`its firmware ${version} is not newer than the active one, ${firmware_ver}`);
 }
 
-// ──── Device ────────────────────────────────────────────────────────────────────────────────────
+// ──── Survey ─────────────────────────────────────────────────────────────────────────────────────
+// What a device has, found out before it asks for a release, and told to the server when it does.
+
+/** Finds out what one device has. */
+class Survey {
+  /** The release the device is on; `""` when it has nothing. */
+  readonly current: string;
+  readonly #files: Files;
+
+  constructor(
+    private readonly journal: Journal,
+    private readonly options: OTAOptions,
+  ) {
+    this.#files = journal.files;
+    this.current = this.#currentVersion();
+  }
+
+  #currentVersion(): string {
+    const { ver } = this.options;
+    const recorded = this.journal.state.installed?.version ?? versionFromFile(this.#files);
+    if (recorded !== undefined) {
+      if (ver !== undefined && ver !== recorded) {
+        this.#note(`the device is on ${recorded} by its own record; --ver ${ver} is not used`);
+      }
+      return recorded;
+    }
+    const isEmpty = () => this.#files.disk.list("").every((name) => name === OTA_DIR);
+    if (ver !== undefined && isEmpty()) {
+      const { root } = this.#files;
+      this.#note(`${root} is empty: everything is fetched, whatever --ver ${ver} says`);
+      return "";
+    }
+    return ver ?? "";
+  }
+
+  /** What the device really has. A record that is not whole is made so, with the server's help. */
+  async take(manifests: ManifestClient): Promise<Inventory> {
+    const { repair, checkFiles = repair } = this.options;
+    const { installed } = this.journal.state;
+    let has = takeInventory(this.#files, installed, checkFiles);
+    // An old `.ota` may have been put back: files of the release that was installed count, too.
+    const named = versionFromFile(this.#files);
+    const isOther =
+      named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
+    const unknown = !installed?.stamps ? this.current : isOther ? named : "";
+    const list = unknown === "" ? null : await this.#askForList(manifests, unknown);
+    if (list) {
+      const adopted = adopt(this.#files, this.current, list, installed);
+      has = takeInventory(this.#files, isOther ? { ...adopted, alsoNamed: named } : adopted);
+      this.#noteDifferences(list, has);
+    }
+    const isBetter = list !== null || has.isNewer;
+    if (isBetter && this.journal.damaged.length === 0) await this.journal.remember(has.installed!);
+    return has;
+  }
+
+  /** All files of a release, if the server has it and says what they are by SHA-256. */
+  async #askForList(manifests: ManifestClient, version: string): Promise<Manifest | null> {
+    const query = { list: version, hash: "sha256", devid: await this.#id() };
+    const list = await manifests.ask(query);
+    // A server that knows no `list` answers with its newest release.
+    const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
+    if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
+      this.#note(`the server does not have ${version}: what it consists of is not known`);
+      return null;
+    }
+    return list;
+  }
+
+  /** Says what of a release is not here as that release has it. */
+  #noteDifferences(list: Manifest, { files }: Inventory): void {
+    const other = listedFiles(list).filter(({ path, sha256 }) => files.get(path) !== sha256);
+    if (other.length === 0) return;
+    const some = other.slice(0, 3).map(({ path }) => path);
+    const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
+    const count = `${other.length} of the ${list.new.length} files of ${list.version}`;
+    this.#note(`${count} are missing here or have other content: ${paths}`);
+  }
+
+  /** What to ask for a release with. */
+  async query(has: Inventory): Promise<ManifestQuery> {
+    const query: ManifestQuery = {
+      current_ver: this.current,
+      firmware_ver: this.#files.firmware?.version ?? "",
+      ...(has.image !== undefined && { firmware_sha256: has.image }),
+      hash: "sha256",
+      devid: await this.#id(),
+    };
+    // Without a version the answer is the full list.
+    if (this.options.repair) delete query.current_ver;
+    else if (has.installed) query.base = releaseDigest(has.files);
+    const failed = this.journal.state.failed.at(-1);
+    if (failed) query.failed = failed.firmware ?? failed.version;
+    return query;
+  }
+
+  /** The name of the device, made at random once where none was given. */
+  async #id(): Promise<string> {
+    if (this.options.id !== undefined) return this.options.id;
+    const { disk } = this.#files;
+    const path = `${OTA_DIR}/id`;
+    const known = readText(disk, path)?.trim() ?? "";
+    // Printable and without spaces.
+    if (/^[!-~]{1,128}$/.test(known)) return known;
+    const made = crypto.randomUUID();
+    await replaceText(disk, path, `${made}\n`);
+    await disk.sync(OTA_DIR);
+    return made;
+  }
+
+  #note(text: string): void {
+    this.options.report?.({ kind: "note", text });
+  }
+}
+
+// ──── Device ─────────────────────────────────────────────────────────────────────────────────────
 // The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
 // `OTA` with `connect` and `getData`, and gets everything else from here.
-
-/** What an update is told to do; every field but `root` has the default of the command line. */
-export interface OTAOptions extends HealthCheckOptions {
-  /** The directory that is the device's file system. */
-  root: string;
-  /** The release it is on, for as long as it has no record of its own. */
-  ver?: string;
-  /** A name for this device, instead of the one kept in `.ota`. */
-  id?: string;
-  /** Downloads at once; 4. */
-  jobs?: number;
-  /** Seconds without a byte after which a transfer is given up and tried again; 30. */
-  timeout?: number;
-  /** Fewer bytes a second than this, over so many seconds, count as silence; 10 over 300. */
-  slowest?: { rate: number; seconds: number };
-  /** Hashes every file of the release, also those that look unchanged. */
-  checkFiles?: boolean;
-  /** Asks for the full list, hashes everything, fetches what differs, and makes a new record. */
-  repair?: boolean;
-  /** Tries a release even if it failed before. */
-  retry?: boolean;
-  /** Ed25519 public keys, one of which must have signed the manifest. */
-  verify?: readonly KeyObject[];
-}
 
 /** All that a commit needs is here. */
 interface Staged {
   plan: Plan;
-  manifest: Manifest;
   has: Inventory;
-  /** `targetDigest` of it. */
-  digest: string;
-  /** `newImage` of it. */
-  image: string | undefined;
+  failure: FailedRelease;
+  traffic: Traffic;
 }
 
 /**
@@ -6547,53 +6664,50 @@ export abstract class OTA {
     const bad = await trial.resume();
     if (bad) return bad;
 
-    const current = this.#currentVersion(journal);
-    const traffic: Traffic = { received: 0, content: 0, reused: 0 };
+    const survey = new Survey(journal, this.options);
     await this.connect();
     let staged: Staged | Outcome;
     try {
-      staged = await this.#stage(journal, current, traffic);
+      staged = await this.#stage(journal, survey);
     } finally {
       await this.disconnect();
     }
     if ("result" in staged) return staged;
-    return { ...(await this.#commit(journal, trial, staged, current)), traffic };
+    const outcome = await this.#commit(journal, trial, staged, survey.current);
+    return { ...outcome, traffic: staged.traffic };
   }
 
   /** Asks, and gets everything here that the answer needs. */
-  async #stage(journal: Journal, current: string, traffic: Traffic): Promise<Staged | Outcome> {
-    const { jobs = 4, timeout = 30, slowest, repair = false, retry, signal, verify } = this.options;
+  async #stage(journal: Journal, survey: Survey): Promise<Staged | Outcome> {
+    const { jobs = 4, timeout = 30, slowest, repair = false, retry, verify } = this.options;
+    const { signal = NEVER, report = () => {} } = this.options;
+    const note = (text: string) => report({ kind: "note", text });
     const get = (path: string, want: TransferRequest) => this.getData(path, want);
-    const note = (text: string) => this.#note(text);
     const receiver = new Receiver(get, { timeout, slowest, signal, note });
-    const fetcher = new Fetcher(journal.files, journal.staging, receiver, traffic, (event) =>
-      this.#report(event),
-    );
+    const fetcher = new Fetcher(this.#files, journal.staging, receiver, report);
     const manifests = new ManifestClient(receiver, verify);
-    const from = current || "0";
-    const has = await this.#look(journal, manifests, current);
+    const from = survey.current || "0";
+    const has = await survey.take(manifests);
     for (let isFirst = true; ; isFirst = false) {
-      const query = await this.#query(journal, current, has);
-      const manifest = await manifests.ask(query, current || undefined);
+      const query = await survey.query(has);
+      const manifest = await manifests.ask(query, survey.current || undefined);
       if (!manifest) {
         if (journal.damaged.length === 0) return { result: "up to date", from, to: from };
         throw new OTAError("the server has no release to repair from: the record stays damaged");
       }
       const full = manifest.full ?? repair;
-      const digest = targetDigest(manifest, has.installed, full);
-      const image = newImage(manifest, this.#files.firmware);
-      const failed = journal.state.failed.find((one) => isSameFailure(one, { digest, image }));
+      const target = targetOf(manifest, has.installed, full);
+      const active = this.#files.firmware;
+      const failure = failureOf(target, manifest, active);
+      const failed = journal.state.failed.find((one) => isSameFailure(one, failure));
       if (failed && !retry) {
-        const { firmware: to } = failed;
-        const firmware = to && { from: this.#files.firmware?.version ?? "0", to };
-        return { result: "not tried", from, to: manifest.version, ...(firmware && { firmware }) };
+        const to = failed.firmware;
+        const firmware = to && { from: active?.version ?? "0", to };
+        return { result: "not tried", from, to: target.version, ...(firmware && { firmware }) };
       }
-      const plan = await makePlan(journal, manifest, has, full);
-      Object.assign(traffic, { content: 0, reused: 0 });
+      const plan = await makePlan(journal, manifest, target, has, full);
       try {
-        await fetcher.fetchAll(plan, jobs);
-        traffic.received = receiver.received;
-        return { plan, manifest, has, digest, image };
+        return { plan, has, failure, traffic: await fetcher.fetchAll(plan, jobs) };
       } catch (error) {
         // On a full disk, what was staged must not block the next try.
         if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.staging.clear();
@@ -6604,117 +6718,21 @@ export abstract class OTA {
     }
   }
 
-  // ── Looking and asking ──
-
-  /** The release the device is on; `""` when it has nothing. */
-  #currentVersion(journal: Journal): string {
-    const given = this.options.ver;
-    const recorded = journal.state.installed?.version ?? versionFromFile(this.#files.disk);
-    if (recorded !== undefined) {
-      if (given !== undefined && given !== recorded) {
-        this.#note(`the device is on ${recorded} by its own record; --ver ${given} is not used`);
-      }
-      return recorded;
-    }
-    if (given !== undefined && isEmptyRoot(this.#files.disk)) {
-      this.#note(`${this.root} is empty: everything is fetched, whatever --ver ${given} says`);
-      return "";
-    }
-    return given ?? "";
-  }
-
-  /** What the device really has. A record that is not whole is made so, with the server's help. */
-  async #look(journal: Journal, manifests: ManifestClient, current: string): Promise<Inventory> {
-    const { repair, checkFiles = repair } = this.options;
-    const { installed } = journal.state;
-    let has = takeInventory(journal.files, installed, checkFiles);
-    // An old `.ota` may have been put back: files of the release that was installed count, too.
-    const named = versionFromFile(this.#files.disk);
-    const isOther =
-      named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
-    const unknown = !installed?.stamps ? current : isOther ? named : "";
-    const list = unknown === "" ? null : await this.#askForList(manifests, journal, unknown);
-    if (list) {
-      const adopted = adopt(journal.files, current, list, installed);
-      has = takeInventory(journal.files, isOther ? { ...adopted, alsoNamed: named } : adopted);
-      this.#tellDifferences(list, has);
-    }
-    const isBetter = list !== null || has.isNewer;
-    if (isBetter && journal.damaged.length === 0) await journal.remember(has.installed!);
-    return has;
-  }
-
-  /** All files of a release, if the server has it and says what they are by SHA-256. */
-  async #askForList(
-    manifests: ManifestClient,
-    journal: Journal,
-    version: string,
-  ): Promise<Manifest | null> {
-    const query = { list: version, hash: "sha256", devid: await this.#id(journal) };
-    const list = await manifests.ask(query);
-    // A server that knows no `list` answers with its newest release.
-    const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
-    if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
-      this.#note(`the server does not have ${version}: what it consists of is not known`);
-      return null;
-    }
-    return list;
-  }
-
-  /** Says what of a release is not here as that release has it. */
-  #tellDifferences(list: Manifest, { files }: Inventory): void {
-    const other = listedFiles(list).filter(({ path, sha256 }) => files.get(path) !== sha256);
-    if (other.length === 0) return;
-    const some = other.slice(0, 3).map(({ path }) => path);
-    const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
-    const count = `${other.length} of the ${list.new.length} files of ${list.version}`;
-    this.#note(`${count} are missing here or have other content: ${paths}`);
-  }
-
-  async #query(journal: Journal, current: string, has: Inventory): Promise<ManifestQuery> {
-    const query: ManifestQuery = {
-      current_ver: current,
-      firmware_ver: this.#files.firmware?.version ?? "",
-      ...(has.image !== undefined && { firmware_sha256: has.image }),
-      hash: "sha256",
-      devid: await this.#id(journal),
-    };
-    // Without a version the answer is the full list.
-    if (this.options.repair) delete query.current_ver;
-    else if (has.installed) query.base = releaseDigest(has.files);
-    const failed = journal.state.failed.at(-1);
-    if (failed) query.failed = failed.firmware ?? failed.version;
-    return query;
-  }
-
-  async #id(journal: Journal): Promise<string> {
-    return this.options.id ?? (await deviceId(journal.files.disk));
-  }
-
-  // ── Committing ──
-
+  /** Makes the change that was staged, and tries the release. */
   async #commit(
     journal: Journal,
     trial: HealthCheck,
-    { plan, manifest, has, digest, image }: Staged,
+    { plan, has, failure }: Staged,
     current: string,
   ): Promise<Outcome> {
     const { check, restart } = this.options;
     const { put, remove, displace, firmware } = plan;
-    const files = [...plan.after].map(([path, key]) => {
-      return [path, put.has(path) ? journal.staging.sha256(key) : key] as const;
-    });
-    const { version } = manifest;
+    const { version } = plan.after;
     const before = has.installed;
     const isSame = version === current;
     const installed: Installed = {
-      version,
+      ...recordOf(plan, journal.staging),
       previous_version: (isSame && before?.previous_version) || current || null,
-      files: Object.fromEntries(files),
-      executable: [...plan.executable],
-      stamps: Object.fromEntries(
-        Object.entries(plan.stamps).filter(([path]) => plan.after.has(path) && !put.has(path)),
-      ),
       image: before?.image,
     };
     const outcome: Outcome = { result: "updated", from: current || "0", to: version };
@@ -6725,13 +6743,11 @@ export abstract class OTA {
     if (firmware) {
       outcome.firmware = { from: this.#files.firmware?.version ?? "0", to: firmware.version };
     }
-    const repair = isSame && image === undefined && journal.damaged.length === 0;
+    const repair = isSame && failure.image === undefined && journal.damaged.length === 0;
     if (repair) outcome.result = "repaired";
+    else if (isSame && firmware) failure.firmware = firmware.version;
     const from =
       before ?? (current ? { version: current, previous_version: null, files: {} } : undefined);
-    const failure: FailedRelease = { version, digest };
-    if (image !== undefined) failure.image = image;
-    if (firmware && isSame && !repair) failure.firmware = firmware.version;
     await journal.commit({
       ...{ from, installed, failure, put, remove, displace, firmware },
       ...{ check, restart, repair },
@@ -6739,31 +6755,6 @@ export abstract class OTA {
     const good = await trial.start(check);
     return good ? outcome : { ...outcome, result: "rolled back" };
   }
-
-  #note(text: string): void {
-    this.#report({ kind: "note", text });
-  }
-
-  #report(event: OTAEvent): void {
-    this.options.report?.(event);
-  }
-}
-
-/** A name for a device, made at random once. */
-async function deviceId(disk: Disk): Promise<string> {
-  const path = `${OTA_DIR}/id`;
-  const known = readText(disk, path)?.trim() ?? "";
-  // Printable and without spaces.
-  if (/^[!-~]{1,128}$/.test(known)) return known;
-  const made = crypto.randomUUID();
-  await replaceText(disk, path, `${made}\n`);
-  await disk.sync(OTA_DIR);
-  return made;
-}
-
-/** Whether a device has no file of its own yet. */
-function isEmptyRoot(disk: Disk): boolean {
-  return disk.list("").every((name) => name === OTA_DIR);
 }
 
 // ════ VI Transports ══════════════════════════════════════════════════════════════════════════════
