@@ -27,9 +27,9 @@
 //      Encodings · Answers · Metrics · Sending · Content · Certificates and proxies · Service · Server
 // IV   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State · Records · Inventory · Preparation · Tree · Repairs
-//      Journal
+//      Transactions · Journal
 // V    Update: the workflow of a device.
-//      Device options · Waiting · Health check · Status · Plan · Transfer · Fetch · Manifest client
+//      Device options · Waiting · Health check · Status · Target · Plan · Transfer · Fetch · Manifest client
 //      Survey · Device
 // VI   Transports: bytes from somewhere, and nothing else.
 //      Transports
@@ -3633,7 +3633,6 @@ export interface Disk {
   makeRoot(): Promise<void>;
   /** `undefined` when nothing is there, or what is above it is no directory. */
   stat(path: string): DiskStat | undefined;
-  /** The names in a directory. */
   list(path: string): string[];
   /** Up to `length` bytes from `offset`; fewer at the end of the file. */
   read(path: string, offset: number, length: number): Uint8Array;
@@ -3649,7 +3648,6 @@ export interface Disk {
   rename(from: string, to: string): void;
   unlink(path: string): void;
   mkdir(path: string): void;
-  /** Removes an empty directory. */
   rmdir(path: string): void;
   /** Gives a file or a directory its permission bits and, as far as we may, its owner. */
   chmod(path: string, mode: number, owner?: { uid: number; gid: number }): void;
@@ -3672,137 +3670,109 @@ export interface Disk {
   sync(path: string): Promise<void>;
 }
 
-/** A device whose files are in a directory of this machine. */
-export class FileSystemDisk implements Disk {
-  /** @param root absolute, links resolved */
-  constructor(private readonly root: string) {}
+/**
+ * The disk of a device whose files are in a directory of this machine.
+ *
+ * @param root absolute, links resolved
+ */
+export function fileSystem(root: string): Disk {
+  const at = (path: string) => (path === "" ? root : `${root}/${path}`);
+  return {
+    makeRoot: () => makeDirectory(root),
+    stat: (path) => statFile(at(path)),
+    list: (path) => fs.readdirSync(at(path)),
+    read: (path, offset, length) => readAt(at(path), offset, length),
+    write: (path, data) => fs.writeFileSync(at(path), data),
+    append: (path, data) => fs.appendFileSync(at(path), data),
+    link: (from, to) => fs.linkSync(at(from), at(to)),
+    copy: (from, to) => fs.copyFileSync(at(from), at(to)),
+    rename: (from, to) => fs.renameSync(at(from), at(to)),
+    unlink: (path) => fs.unlinkSync(at(path)),
+    mkdir: (path) => void fs.mkdirSync(at(path)),
+    rmdir: (path) => fs.rmdirSync(at(path)),
+    chmod(path, mode, owner) {
+      // Before the mode, of which it clears bits. Only root may.
+      if (owner) tidy(() => fs.chownSync(at(path), owner.uid, owner.gid));
+      fs.chmodSync(at(path), mode);
+    },
+    writable(path) {
+      try {
+        fs.accessSync(at(path), fs.constants.W_OK | fs.constants.X_OK);
+        return true;
+      } catch {
+        return false;
+      }
+    },
+    lock: (path) => lockFile(at(path)),
+    free(path) {
+      const { bavail, bsize } = fs.statfsSync(at(path));
+      return bavail * bsize;
+    },
+    mounts: () => mountPoints(root),
+    sync: (path) => syncFile(at(path)),
+  };
+}
 
-  #at(path: string): string {
-    return path === "" ? this.root : `${this.root}/${path}`;
+async function makeDirectory(path: string): Promise<void> {
+  const kind = statFile(path)?.kind;
+  if (kind === "directory") return;
+  if (kind) throw Object.assign(new Error(`${path} is no directory`), { code: "ENOTDIR" });
+  const above = dirname(path);
+  await makeDirectory(above);
+  fs.mkdirSync(path);
+  await syncFile(above);
+}
+
+function statFile(path: string): DiskStat | undefined {
+  try {
+    const stat = fs.lstatSync(path);
+    const { size, dev: device, uid, gid } = stat;
+    const kind = stat.isFile()
+      ? "file"
+      : stat.isDirectory()
+        ? "directory"
+        : stat.isSymbolicLink()
+          ? "link"
+          : "other";
+    const stamp = `${size} ${stat.mtimeMs} ${stat.ino}`;
+    return { kind, size, device, mode: stat.mode & 0o7777, owner: { uid, gid }, stamp };
+  } catch (error) {
+    if (isMissing(error)) return undefined;
+    throw error;
   }
+}
 
-  async makeRoot(): Promise<void> {
-    const kind = this.stat("")?.kind;
-    if (kind === "directory") return;
-    if (kind) throw Object.assign(new Error(`${this.root} is no directory`), { code: "ENOTDIR" });
-    const above = new FileSystemDisk(dirname(this.root));
-    await above.makeRoot();
-    this.mkdir("");
-    await above.sync("");
+function readAt(path: string, offset: number, length: number): Uint8Array {
+  const fd = fs.openSync(path, "r");
+  try {
+    const piece = new Uint8Array(length);
+    return piece.subarray(0, fs.readSync(fd, piece, 0, length, offset));
+  } finally {
+    fs.closeSync(fd);
   }
+}
 
-  stat(path: string): DiskStat | undefined {
-    try {
-      const stat = fs.lstatSync(this.#at(path));
-      const { size, dev: device, uid, gid } = stat;
-      const kind = stat.isFile()
-        ? "file"
-        : stat.isDirectory()
-          ? "directory"
-          : stat.isSymbolicLink()
-            ? "link"
-            : "other";
-      const stamp = `${size} ${stat.mtimeMs} ${stat.ino}`;
-      return { kind, size, device, mode: stat.mode & 0o7777, owner: { uid, gid }, stamp };
-    } catch (error) {
-      if (isMissing(error)) return undefined;
-      throw error;
-    }
+function lockFile(path: string): Disposable | undefined {
+  // SQLite's lock is the kernel's; there is never anything in this database. Its journal is kept in
+  // memory, since a full disk has no room for a file.
+  if (fs.existsSync(path) && fs.statSync(path).size > 0) fs.truncateSync(path);
+  const database = new Database(path, { create: true, readwrite: true });
+  try {
+    database.run("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE");
+    return { [Symbol.dispose]: () => database.close() };
+  } catch (error) {
+    database.close();
+    if (errorCode(error)?.startsWith("SQLITE_BUSY")) return undefined;
+    throw error;
   }
+}
 
-  list(path: string): string[] {
-    return fs.readdirSync(this.#at(path));
-  }
-
-  read(path: string, offset: number, length: number): Uint8Array {
-    const fd = fs.openSync(this.#at(path), "r");
-    try {
-      const piece = new Uint8Array(length);
-      return piece.subarray(0, fs.readSync(fd, piece, 0, length, offset));
-    } finally {
-      fs.closeSync(fd);
-    }
-  }
-
-  write(path: string, data: Uint8Array): void {
-    fs.writeFileSync(this.#at(path), data);
-  }
-
-  append(path: string, data: Uint8Array): void {
-    fs.appendFileSync(this.#at(path), data);
-  }
-
-  link(from: string, to: string): void {
-    fs.linkSync(this.#at(from), this.#at(to));
-  }
-
-  copy(from: string, to: string): void {
-    fs.copyFileSync(this.#at(from), this.#at(to));
-  }
-
-  rename(from: string, to: string): void {
-    fs.renameSync(this.#at(from), this.#at(to));
-  }
-
-  unlink(path: string): void {
-    fs.unlinkSync(this.#at(path));
-  }
-
-  mkdir(path: string): void {
-    fs.mkdirSync(this.#at(path));
-  }
-
-  rmdir(path: string): void {
-    fs.rmdirSync(this.#at(path));
-  }
-
-  chmod(path: string, mode: number, owner?: { uid: number; gid: number }): void {
-    // Before the mode, of which it clears bits. Only root may.
-    if (owner) tidy(() => fs.chownSync(this.#at(path), owner.uid, owner.gid));
-    fs.chmodSync(this.#at(path), mode);
-  }
-
-  writable(path: string): boolean {
-    try {
-      fs.accessSync(this.#at(path), fs.constants.W_OK | fs.constants.X_OK);
-      return true;
-    } catch {
-      return false;
-    }
-  }
-
-  lock(path: string): Disposable | undefined {
-    const file = this.#at(path);
-    // SQLite's lock is the kernel's; there is never anything in this database. Its journal is kept
-    // in memory, since a full disk has no room for a file.
-    if (fs.existsSync(file) && fs.statSync(file).size > 0) fs.truncateSync(file);
-    const database = new Database(file, { create: true, readwrite: true });
-    try {
-      database.run("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE");
-      return { [Symbol.dispose]: () => database.close() };
-    } catch (error) {
-      database.close();
-      if (errorCode(error)?.startsWith("SQLITE_BUSY")) return undefined;
-      throw error;
-    }
-  }
-
-  free(path: string): number {
-    const { bavail, bsize } = fs.statfsSync(this.#at(path));
-    return bavail * bsize;
-  }
-
-  mounts(): Set<string> {
-    return mountPoints(this.root);
-  }
-
-  async sync(path: string): Promise<void> {
-    const file = await fs.promises.open(this.#at(path), "r");
-    try {
-      await file.sync();
-    } finally {
-      await file.close();
-    }
+async function syncFile(path: string): Promise<void> {
+  const file = await fs.promises.open(path, "r");
+  try {
+    await file.sync();
+  } finally {
+    await file.close();
   }
 }
 
@@ -3814,11 +3784,8 @@ export class FileSystemDisk implements Disk {
 export function mountPoints(root: string): Set<string> {
   const below = root.endsWith("/") ? root : `${root}/`;
   let table = "";
-  try {
-    table = fs.readFileSync("/proc/self/mountinfo", "utf8");
-  } catch {
-    // Not Linux, or no /proc.
-  }
+  // Not Linux, or no /proc: empty.
+  tidy(() => (table = fs.readFileSync("/proc/self/mountinfo", "utf8")));
   const points = table.split("\n").map((line) => {
     const escaped = line.split(" ")[4] ?? "";
     return escaped.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(parseInt(octal, 8)));
@@ -3835,12 +3802,12 @@ function ifThere(remove: () => void): void {
   }
 }
 
-/** Runs a cleanup. A failure is ignored: the cleanup runs again when the root is next opened. */
-function tidy(clean: () => void): void {
+/** Does what may fail: a cleanup that the next run does again, a refinement. */
+function tidy(task: () => void): void {
   try {
-    clean();
+    task();
   } catch {
-    // It runs again.
+    // See above.
   }
 }
 
@@ -3874,7 +3841,6 @@ function linkOrCopy(disk: Disk, from: string, to: string): boolean {
   }
 }
 
-/** The active firmware. */
 export interface ActiveFirmware {
   version: string;
   slot: 0 | 1;
@@ -3892,7 +3858,7 @@ export function readFirmware(disk: Disk): ActiveFirmware | null {
   return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
-/** The files of one device, for looking at. */
+/** A device's files, to be read. */
 export class Files {
   /** @param root what messages call the device's root */
   constructor(
@@ -3916,7 +3882,6 @@ export class Files {
     return this.stat(path)?.kind === "directory";
   }
 
-  /** Reads a file in pieces. */
   readPieces(path: string, take: (piece: Uint8Array) => void): void {
     const length = 256 * 1024;
     for (let offset = 0, piece; ; offset += piece.length) {
@@ -4027,9 +3992,8 @@ function firstOther(
 
 const STAGED = `${OTA_DIR}/staged`;
 
-/** Content that is not here whole. It survives the process, and can be gone on with. */
+/** Content that was received in part. It outlives the process and can be resumed. */
 export class PartialDownload {
-  /** Bytes that are here. */
   size: number;
   /** The tag it was sent with; without one it cannot be resumed. */
   etag: string | undefined;
@@ -4050,7 +4014,7 @@ export class PartialDownload {
     this.encoding = encoding ?? "identity";
   }
 
-  /** Begins at the first byte. */
+  /** Starts over from the first byte. */
   start(etag?: string, encoding: Encoding = "identity"): void {
     // Removed first: the tag of an earlier download does not belong to this one.
     ifThere(() => this.disk.unlink(this.#sidecar));
@@ -4071,7 +4035,7 @@ export class PartialDownload {
     this.size = 0;
   }
 
-  /** Makes it staged content. The caller has verified it. */
+  /** Turns it into staged content; the caller has verified it. */
   async finish(): Promise<void> {
     await this.disk.sync(this.path);
     this.disk.rename(this.path, this.path.replace(/\.part$/, ""));
@@ -4079,7 +4043,6 @@ export class PartialDownload {
   }
 }
 
-/** The staged content of one device. */
 export class Staging {
   /** Key → SHA-256 of content that is known by its SHA-1. */
   readonly #sha256 = new Map<string, string>();
@@ -4090,7 +4053,7 @@ export class Staging {
     return `${STAGED}/${key}`;
   }
 
-  /** Whether the content is here, whole and verified. */
+  /** Whether the content is there, complete and verified. */
   has(key: string): boolean {
     return this.files.stat(this.path(key)) !== undefined;
   }
@@ -4099,7 +4062,7 @@ export class Staging {
     return new PartialDownload(this.files.disk, key);
   }
 
-  /** Stages content that is made here. @returns its key */
+  /** Stages generated content. @returns its key */
   async add(bytes: Uint8Array): Promise<string> {
     const key = sha256(bytes);
     const partial = this.partial(key);
@@ -4111,7 +4074,7 @@ export class Staging {
   /**
    * Stages content that another file of the device has.
    *
-   * @returns whether it does have it
+   * @returns whether that file has it
    */
   async addCopy(key: string, path: string): Promise<boolean> {
     if (!this.files.hasContent(path, key)) return false;
@@ -4175,7 +4138,7 @@ export interface Installed {
   image?: { sha256: string; stamp: string };
 }
 
-/** A release that was tried and taken back. */
+/** A release that failed and was rolled back. */
 export interface FailedRelease {
   version: string;
   /** `targetDigest` of its files. */
@@ -4258,7 +4221,6 @@ interface Transaction extends RollbackPlan {
   release?: RollbackPlan | null;
 }
 
-/** The content of state.json. */
 export interface State {
   format: number;
   installed: Installed | null;
@@ -4342,7 +4304,6 @@ type Reversal = "undo" | "rollback";
 const RECORD_NAMES: readonly RecordName[] = ["commit", "undo", "journal", "rollback"];
 const recordPath = (name: RecordName | "state") => `${OTA_DIR}/${name}.json`;
 
-/** The records of one device. */
 class Records {
   state: State = EMPTY;
   /** A change that is under way, or on trial. */
@@ -4351,7 +4312,7 @@ class Records {
   done: Transaction | undefined;
   /** Paths of records that were set aside. */
   damaged: readonly string[] = [];
-  /** Whether rollback.json is of a rollback that came to its end. */
+  /** Whether rollback.json is left from a rollback that has finished. */
   isRollbackOver = false;
   readonly #disk: Disk;
 
@@ -4388,7 +4349,7 @@ class Records {
     if (isStateLost && this.damaged.length === 0) this.setAsideTransactions();
   }
 
-  /** What was under way when the records were written. */
+  /** What was interrupted. */
   get unfinished(): "commit" | Reversal | undefined {
     const reversal = (["undo", "rollback"] as const).find((name) => this.#has(name));
     const isCut = this.commit !== undefined && this.commit.id !== this.state.journal;
@@ -4470,7 +4431,7 @@ class Records {
     await this.sync();
   }
 
-  /** Marks durably that it was taken back. */
+  /** Marks durably that this is done. */
   async endReversal(why: Reversal): Promise<void> {
     this.#remove(why);
     await this.sync();
@@ -4478,7 +4439,7 @@ class Records {
     this.commit = undefined;
   }
 
-  /** Removes transactions that came to their end: no record names them. */
+  /** Removes finished transactions, which no record names. */
   dropEnded(): void {
     if (this.isRollbackOver) this.#remove("rollback");
     const name = this.commit?.before.journal ?? this.state.journal;
@@ -4517,7 +4478,7 @@ function isCommitOf010({ id, restored }: Transaction, { journal }: State): boole
 }
 
 /**
- * Reads the recorded state without a lock, and so without ending anything.
+ * Reads the recorded state without a lock, and so without finishing anything.
  *
  * @throws {OTAError} when it is damaged, or of a newer version of this tool
  */
@@ -4530,7 +4491,7 @@ export function peekState({ root, disk }: Files): State {
   throw new OTAError(`${root}/${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
 }
 
-/** Whether nothing is left for `Journal.open` to end. */
+/** Whether `Journal.open` would find nothing to finish. */
 function isSettled(files: Files): boolean {
   const read = (name: RecordName) => parseJSON(readText(files.disk, recordPath(name)) ?? "");
   if (read("undo") || read("rollback")) return false;
@@ -4542,7 +4503,7 @@ function isSettled(files: Files): boolean {
 // What a device really has, beside what is recorded of it: files are edited, deleted and damaged by
 // others, and records are lost or put back.
 
-/** How a file is other than recorded. */
+/** How a file differs from its record. */
 export interface Difference {
   path: string;
   found: "missing" | "changed" | "not executable" | "no regular file";
@@ -4670,7 +4631,6 @@ export interface Change {
   remove: readonly string[];
   /** Those of `put` where the application has a file: it is moved aside and kept. */
   displace?: readonly string[];
-  /** Goes to the inactive slot, which becomes the active one. */
   firmware?: { key: string; version: string };
   /** Puts the release on trial. */
   check?: Check;
@@ -4679,6 +4639,9 @@ export interface Change {
   /** Repairs the installed release: the rollback still leads to the release before it. */
   repair?: boolean;
 }
+
+/** Syncs at once. */
+const SYNCS = 16;
 
 /** The directory that keeps the content which a change replaces. */
 function backupPath(id: string): string {
@@ -4746,7 +4709,7 @@ class Preparation {
     });
   }
 
-  /** Keeps a file of the application that makes way, for good: the rollback removes it again. */
+  /** Keeps a copy of an application's file that makes way; the rollback removes it again. */
   #displace(path: string): void {
     const name = `${this.forward.place.length}`;
     const source = `${backupPath(this.id)}/displaced-${name}`;
@@ -4820,10 +4783,6 @@ class Preparation {
 // ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
 // Changes the files of a device by steps that can each be repeated.
 
-/** Syncs at once. */
-const SYNCS = 16;
-
-/** The files of one device, for changing. */
 class Tree {
   /** Files and directories that were moved aside: not part of any release, never deleted. */
   displaced: [path: string, now: string][] = [];
@@ -4924,7 +4883,7 @@ class Tree {
 // A repair puts the release right that stands, and is none itself: its rollback leads to the release
 // before.
 
-/** The plan for going back from a release that stands; none from a repair of one that had none. */
+/** The rollback plan of the installed release; none for a repair of one that had none. */
 function rollbackPlanOf(transaction: Transaction): RollbackPlan | undefined {
   const { release = transaction } = transaction;
   return release ?? undefined;
@@ -4985,12 +4944,145 @@ function backupsNeeded(transactions: readonly Transaction[]): Set<string> {
   return new Set(needed);
 }
 
+// ──── Transactions ───────────────────────────────────────────────────────────────────────────────
+// Runs a transaction to one of its two ends, also after an interruption. Before the tree is touched,
+// the new content is staged, the old content has a second name in `.ota/backup-ID`, and the
+// transaction itself is durable; then come steps of which each can be repeated. So whenever the
+// process or the power dies, the next process finds out what was under way (see Records) and finishes
+// it. All this needs of the file system is that a rename is atomic.
+
+class Transactions {
+  readonly records: Records;
+  readonly tree: Tree;
+  /** What an interrupted change needs and no longer finds. */
+  lost: string[] = [];
+
+  constructor(
+    private readonly files: Files,
+    private readonly staging: Staging,
+  ) {
+    this.records = new Records(files);
+    this.tree = new Tree(files);
+  }
+
+  /**
+   * Finishes what was interrupted.
+   *
+   * @returns whether there was something to finish
+   */
+  async recover(): Promise<boolean> {
+    const { records } = this;
+    records.load();
+    const { commit, done, state } = records;
+    const { repairs = [] } = commit ?? done ?? {};
+    if (!records.damaged.every((path) => repairs.includes(path))) return false;
+    // What was cut off may not have made durable what we found.
+    if (commit || done || records.isRollbackOver) await records.sync();
+    records.dropEnded();
+    const { unfinished } = records;
+    if (!unfinished) {
+      if (!state.trial) records.settle();
+      this.cleanUp();
+      return false;
+    }
+    const isWhole = () => this.tree.findLost(commit!.forward, commit!.placed).length === 0;
+    if (unfinished === "commit" && isWhole()) await this.#goForward(commit!);
+    else await this.#endReversal(unfinished === "commit" ? "undo" : unfinished);
+    return true;
+  }
+
+  /** Goes back; where that cannot be done, only a repair helps. */
+  async #endReversal(why: Reversal): Promise<void> {
+    const { commit, done } = this.records;
+    const plan = commit ?? rollbackPlanOf(done!)!;
+    this.lost = this.tree.findLost(plan.back, plan.restored);
+    if (this.lost.length === 0) return this.goBack(why);
+    this.records.setAsideTransactions();
+  }
+
+  /**
+   * Makes a change that is prepared.
+   *
+   * @throws whatever the disk threw, after going back
+   */
+  async run(transaction: Transaction): Promise<void> {
+    if (this.records.damaged.length > 0) await this.records.forgetTransactions();
+    await this.records.begin(transaction);
+    try {
+      await this.records.sync();
+      await this.#goForward(transaction);
+    } catch (error) {
+      await this.goBack("undo").catch((second) => {
+        const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
+        throw new OTAError(`${both}; what is left to do is done by the next command`);
+      });
+      throw error;
+    }
+  }
+
+  async #goForward({ id, to, forward, check, restart, displaced }: Transaction): Promise<void> {
+    const { records } = this;
+    await this.tree.run(forward);
+    await records.write({
+      ...records.state,
+      installed: to,
+      journal: id,
+      trial: check ? { starts: 0 } : null,
+      failed: check ? records.state.failed : this.failuresAfter(to),
+      restart,
+    });
+    this.tree.displaced.push(...displaced);
+    if (!check) records.settle();
+    this.cleanUp();
+    this.staging.clear();
+  }
+
+  /** Takes back a commit that failed (`undo`), or a release that is bad (`rollback`). */
+  async goBack(why: Reversal): Promise<void> {
+    const { records } = this;
+    const { commit, done, state } = records;
+    const transaction = (commit ?? done)!;
+    const plan = commit ?? rollbackPlanOf(transaction)!;
+    await records.beginReversal(why);
+    const lost = this.tree.findLost(plan.back, plan.restored);
+    if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
+    await this.tree.run(plan.back);
+    if (state.journal === transaction.id) {
+      // Before the mark goes: without a transaction, a damaged record that is still there counts.
+      if (why === "rollback") records.dropRepaired(transaction);
+      const { installed, journal } = plan.before;
+      const after: State = {
+        ...{ ...state, installed, trial: null, restart: transaction.restart },
+        failed: withFailure(state.failed, plan.failed),
+        journal: commit ? journal : null,
+      };
+      await records.write(why === "undo" ? plan.before : after);
+    }
+    await records.endReversal(why);
+    this.dropBackups();
+  }
+
+  /** The failures that still count once this is installed. */
+  failuresAfter(installed: Installed | null): FailedRelease[] {
+    const image = this.files.firmware?.version;
+    return newerFailures(this.records.state.failed, installed?.version ?? "", image);
+  }
+
+  /** Deletes what nothing needs once there is a good record. Staged content is for the next try. */
+  cleanUp(): void {
+    this.records.dropDamaged();
+    this.dropBackups();
+  }
+
+  dropBackups(): void {
+    const { commit, done } = this.records;
+    this.tree.dropBackups(backupsNeeded([commit, done].filter((one) => one !== undefined)));
+  }
+}
+
 // ──── Journal ────────────────────────────────────────────────────────────────────────────────────
-// Changes the files of one device as one transaction. New content is staged, the old content gets a
-// second name in `.ota/backup-ID`, and a transaction that says how to go forward and how to go back
-// is made durable; only then the tree is touched, by steps that can each be repeated. So whenever
-// the process or the power dies, the next `Journal.open` finds out what was under way (see Records)
-// and ends it. It is assumed of the file system that a rename happens whole or not at all.
+// An open device: its files, its state, and every change that can be made to them. Whatever fails or
+// is interrupted, the device is on the old release or on the new one.
 
 function noRoot(root: string, why: string): string {
   return `cannot use ${root} as a device's root: ${why}`;
@@ -5027,27 +5119,25 @@ async function makeDirectories({ root, disk }: Files): Promise<void> {
   }
 }
 
-/** The transactions of one device. Only one process at a time has it open. */
+/** An open device. Only one process at a time can open it. */
 export class Journal implements Disposable {
   readonly staging: Staging;
-  /** Whether opening it ended a commit or a rollback that had been cut off. */
+  /** Whether opening it finished a commit or a rollback that had been interrupted. */
   recovered = false;
+  readonly #transactions: Transactions;
   readonly #records: Records;
-  readonly #tree: Tree;
-  /** What a change that was cut off needs, and that is gone. */
-  #lost: string[] = [];
 
   private constructor(
     readonly files: Files,
     private readonly lock: Disposable,
   ) {
     this.staging = new Staging(files);
-    this.#records = new Records(files);
-    this.#tree = new Tree(files);
+    this.#transactions = new Transactions(files, this.staging);
+    this.#records = this.#transactions.records;
   }
 
   /**
-   * Opens a device, whose root is made when it is not there, locks it, and ends what was cut off.
+   * Opens and locks a device, whose root is created if need be, and finishes what was interrupted.
    *
    * @throws {OTAError} when another process has it open, it cannot be written, or `.ota` was
    *   written by a newer version of this tool
@@ -5062,7 +5152,7 @@ export class Journal implements Disposable {
     }
     const journal = new Journal(files, lock);
     try {
-      await journal.#recover();
+      journal.recovered = await journal.#transactions.recover();
       return journal;
     } catch (error) {
       journal[Symbol.dispose]();
@@ -5070,9 +5160,12 @@ export class Journal implements Disposable {
     }
   }
 
-  /** Releases the lock. */
   [Symbol.dispose](): void {
     this.lock[Symbol.dispose]();
+  }
+
+  get state(): State {
+    return this.#records.state;
   }
 
   /** Damaged records, as they were set aside; only a repair makes a new one. */
@@ -5083,15 +5176,12 @@ export class Journal implements Disposable {
   /** @throws {OTAError} when what is installed is not known, until a repair */
   refuseDamage(): void {
     if (this.damaged.length === 0) return;
-    const lost = this.#lost.length > 0 ? `, and ${this.#lost.join(", ")} is gone` : "";
+    const { lost } = this.#transactions;
+    const gone = lost.length > 0 ? `, and ${lost.join(", ")} is gone` : "";
     throw new OTAError(
-      `the record of what is installed was damaged; it is kept as ${this.damaged.join(", ")}${lost}.\n` +
+      `the record of what is installed was damaged; it is kept as ${this.damaged.join(", ")}${gone}.\n` +
         "Nothing is done before it is made anew: run client with --repair",
     );
-  }
-
-  get state(): State {
-    return this.#records.state;
   }
 
   /** The check that a release on trial came with, if any. */
@@ -5113,7 +5203,7 @@ export class Journal implements Disposable {
 
   /** What was moved aside since this was last asked: where it was, and where it is. */
   takeDisplaced(): [path: string, now: string][] {
-    return this.#tree.displaced.splice(0);
+    return this.#transactions.tree.displaced.splice(0);
   }
 
   /** Files that the application changed since the commit and that `rollBack` would overwrite. */
@@ -5127,11 +5217,9 @@ export class Journal implements Disposable {
     });
   }
 
-  // ── Changing ──
-
   /**
    * Makes a change, all of whose content is staged. When it fails, everything is as it was, the
-   * older rollback plan included; when it is cut off, the next `open` ends it.
+   * older rollback plan included; when it is interrupted, the next `open` finishes it.
    *
    * @throws whatever the disk threw, after going back
    */
@@ -5147,34 +5235,7 @@ export class Journal implements Disposable {
       repairs: [...this.damaged],
     };
     if (change.repair) transaction.release = beforeRepair(transaction, this.#rollbackPlan);
-    if (this.damaged.length > 0) await this.#records.forgetTransactions();
-    await this.#records.begin(transaction);
-    try {
-      await this.#records.sync();
-      await this.#goForward(transaction);
-    } catch (error) {
-      await this.#goBack("undo").catch((second) => {
-        const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
-        throw new OTAError(`${both}; what is left to do is done by the next command`);
-      });
-      throw error;
-    }
-  }
-
-  async #goForward({ id, to, forward, check, restart, displaced }: Transaction): Promise<void> {
-    await this.#tree.run(forward);
-    await this.#records.write({
-      ...this.state,
-      installed: to,
-      journal: id,
-      trial: check ? { starts: 0 } : null,
-      failed: check ? this.state.failed : this.#failuresAfter(to),
-      restart,
-    });
-    this.#tree.displaced.push(...displaced);
-    if (!check) this.#records.settle();
-    this.#cleanUp();
-    this.staging.clear();
+    await this.#transactions.run(transaction);
   }
 
   /** Records what is installed where no file needs to change. */
@@ -5184,7 +5245,7 @@ export class Journal implements Disposable {
     const journal = isOther ? null : this.state.journal;
     await this.#records.write({ ...this.state, installed, journal });
     this.#records.dropEnded();
-    this.#cleanUp();
+    this.#transactions.cleanUp();
     this.staging.clear();
   }
 
@@ -5201,13 +5262,13 @@ export class Journal implements Disposable {
 
   /** Confirms the release on trial. Failures of it and of older releases are forgotten. */
   async confirm(): Promise<void> {
-    await this.#endTrial(this.#failuresAfter(this.state.installed));
+    await this.#endTrial(this.#transactions.failuresAfter(this.state.installed));
   }
 
   async #endTrial(failed: FailedRelease[]): Promise<void> {
     await this.#records.write({ ...this.state, trial: null, failed });
     this.#records.settle();
-    this.#dropBackups();
+    this.#transactions.dropBackups();
   }
 
   /** Records that the pending restart command was run. */
@@ -5224,8 +5285,8 @@ export class Journal implements Disposable {
   async rollBack(): Promise<void> {
     const plan = this.#rollbackPlan;
     if (!plan) throw new OTAError(`${this.files.root} has no previous release to go back to`);
-    const lost = this.#tree.findLost(plan.back, plan.restored);
-    if (lost.length === 0) return this.#goBack("rollback");
+    const lost = this.#transactions.tree.findLost(plan.back, plan.restored);
+    if (lost.length === 0) return this.#transactions.goBack("rollback");
     // A bad release that cannot be rolled back must not block the next one.
     if (this.state.trial) await this.#endTrial(withFailure(this.state.failed, plan.failed));
     const release = plan.before.installed?.version ?? "0";
@@ -5233,77 +5294,6 @@ export class Journal implements Disposable {
       `cannot go back to ${release}: ${lost.join(", ")} is gone.\n` +
         "Nothing was changed; client brings the newest release",
     );
-  }
-
-  /** Takes back a commit that failed (`undo`), or a release that is bad (`rollback`). */
-  async #goBack(why: Reversal): Promise<void> {
-    const { commit, done } = this.#records;
-    const transaction = (commit ?? done)!;
-    const plan = commit ?? rollbackPlanOf(transaction)!;
-    await this.#records.beginReversal(why);
-    const lost = this.#tree.findLost(plan.back, plan.restored);
-    if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
-    await this.#tree.run(plan.back);
-    if (this.state.journal === transaction.id) {
-      // Before the mark goes: without a transaction, a damaged record that is still there counts.
-      if (why === "rollback") this.#records.dropRepaired(transaction);
-      const { installed, journal } = plan.before;
-      const after: State = {
-        ...{ ...this.state, installed, trial: null, restart: transaction.restart },
-        failed: withFailure(this.state.failed, plan.failed),
-        journal: commit ? journal : null,
-      };
-      await this.#records.write(why === "undo" ? plan.before : after);
-    }
-    await this.#records.endReversal(why);
-    this.#dropBackups();
-  }
-
-  #failuresAfter(installed: Installed | null): FailedRelease[] {
-    return newerFailures(this.state.failed, installed?.version ?? "", this.files.firmware?.version);
-  }
-
-  // ── Opening ──
-
-  /** Reads the records, and ends what was cut off. */
-  async #recover(): Promise<void> {
-    const records = this.#records;
-    records.load();
-    const { commit, done, state } = records;
-    const { repairs = [] } = commit ?? done ?? {};
-    if (!this.damaged.every((path) => repairs.includes(path))) return;
-    // What was cut off may not have made durable what we found.
-    if (commit || done || records.isRollbackOver) await records.sync();
-    records.dropEnded();
-    const { unfinished } = records;
-    this.recovered = unfinished !== undefined;
-    if (unfinished === "commit") {
-      const isWhole = this.#tree.findLost(commit!.forward, commit!.placed).length === 0;
-      return isWhole ? this.#goForward(commit!) : this.#endReversal("undo");
-    }
-    if (unfinished) return this.#endReversal(unfinished);
-    if (!state.trial) records.settle();
-    this.#cleanUp();
-  }
-
-  /** Goes back; where that cannot be done, only a repair helps. */
-  async #endReversal(why: Reversal): Promise<void> {
-    const { commit, done } = this.#records;
-    const plan = commit ?? rollbackPlanOf(done!)!;
-    this.#lost = this.#tree.findLost(plan.back, plan.restored);
-    if (this.#lost.length === 0) return this.#goBack(why);
-    this.#records.setAsideTransactions();
-  }
-
-  /** Deletes what nothing needs once there is a good record. Staged content is for the next try. */
-  #cleanUp(): void {
-    this.#records.dropDamaged();
-    this.#dropBackups();
-  }
-
-  #dropBackups(): void {
-    const { commit, done } = this.#records;
-    this.#tree.dropBackups(backupsNeeded([commit, done].filter((one) => one !== undefined)));
   }
 }
 
@@ -5416,7 +5406,7 @@ export interface OTAOptions extends DeviceOptions {
 function filesOf(root: string, { disk }: DeviceOptions): Files {
   if (disk) return new Files(root, disk);
   const real = fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
-  return new Files(real, new FileSystemDisk(real));
+  return new Files(real, fileSystem(real));
 }
 
 // ──── Waiting ────────────────────────────────────────────────────────────────────────────────────
@@ -5424,7 +5414,7 @@ function filesOf(root: string, { disk }: DeviceOptions): Files {
 
 /** The longest timer in milliseconds (2^31 - 1, 24 days): one with more fires at once. */
 const MAX_TIMER = 2 ** 31 - 1;
-/** Of who cannot be interrupted. */
+/** The signal of those who cannot be interrupted. */
 const NEVER = new AbortController().signal;
 
 /**
@@ -5490,7 +5480,6 @@ const MAX_STARTS = 3;
 /** Seconds after which a restart command is no longer waited for. */
 const RESTART_TIMEOUT = 60;
 
-/** The trials of one device. */
 class HealthCheck {
   constructor(
     private readonly journal: Journal,
@@ -5500,7 +5489,7 @@ class HealthCheck {
   }
 
   /**
-   * Ends what an earlier run left: a restart that is owed, a release on trial.
+   * Finishes what an earlier run left: a pending restart, a release on trial.
    *
    * @returns the outcome, when that release was bad
    */
@@ -5515,7 +5504,7 @@ class HealthCheck {
     return good ? undefined : this.#rolledBack(version);
   }
 
-  /** Runs the restart that is owed, where opening the journal has changed the tree. */
+  /** Runs a pending restart, also where opening the journal has changed the tree. */
   async settle(): Promise<void> {
     if (this.journal.recovered || this.journal.state.restart !== null) await this.#restart();
   }
@@ -5647,8 +5636,8 @@ export async function rollBack(
 }
 
 // ──── Status ─────────────────────────────────────────────────────────────────────────────────────
-// What a device is on, told without a server. Run at boot, before the application, it ends what a
-// reset has cut off.
+// What a device is on, told without a server. Run at boot, before the application, it finishes what a
+// reset has interrupted.
 
 /** What `status` tells of a device. */
 export interface Status {
@@ -5660,7 +5649,7 @@ export interface Status {
   pending: boolean;
   /** Releases that failed and are not tried again. */
   failed: string[];
-  /** How the files are other than recorded; only where that was asked for. */
+  /** How the files differ from their record; only where that was asked for. */
   differs?: Difference[];
   /** Only there while another process works on the device. */
   busy?: true;
@@ -5668,13 +5657,13 @@ export interface Status {
 
 /** What `status` is to do. */
 export interface StatusOptions extends DeviceOptions {
-  /** Hashes every file, and tells which are other than recorded. */
+  /** Hashes every file, and tells which differ from their record. */
   examine?: boolean;
 }
 
 /**
- * Tells what a device is on. A commit or a rollback that was cut off is ended first, unless another
- * process is at work: then what is recorded is told.
+ * Tells what a device is on. An interrupted commit or rollback is finished first, unless another
+ * process is at work: then this is what is recorded.
  *
  * @param root the device's root; nothing is made there
  * @throws {OTAError} when there is no such directory, or the record is damaged, or of a newer
@@ -5720,9 +5709,8 @@ function versionFromFile({ disk }: Files): string | undefined {
   return version !== undefined && isReleaseName(version) ? version : undefined;
 }
 
-// ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
-// What an update will do, worked out and checked before anything is fetched: a change that cannot
-// be made whole is not begun. It is all derived from the release that the device will have afterwards.
+// ──── Target ─────────────────────────────────────────────────────────────────────────────────────
+// The release that a manifest leads to, from what a device has.
 
 /** A file of a release, as a device has it or will. */
 interface ReleaseFile {
@@ -5739,33 +5727,6 @@ interface Target {
   files: Map<string, ReleaseFile>;
 }
 
-/** One content to fetch. */
-interface Download {
-  /** SHA-256, or SHA-1 where the server does not send that. */
-  key: string;
-  url: string;
-  /** Where it goes, for messages. */
-  path: string;
-  size: number | undefined;
-  /** Files on the device that may have the same content. */
-  localCopies: readonly string[];
-  /** A file on the device that it is to replace: the dictionary for a delta. */
-  old?: string;
-}
-
-/** What an update will do. */
-interface Plan {
-  after: Target;
-  /** Path → key of what is put there. */
-  put: Map<string, string>;
-  remove: string[];
-  /** Those of `put` where a file of the application is. */
-  displace: string[];
-  firmware?: { key: string; version: string };
-  downloads: Download[];
-}
-
-/** A file of a manifest. */
 interface Listed extends Omit<ManifestEntry, "dst_path"> {
   path: string;
   key: string;
@@ -5812,7 +5773,6 @@ export function targetDigest({ version, files }: Target): string {
   return sha256(JSON.stringify([version, keys, executable.sort()]));
 }
 
-/** What is remembered of a release, should it fail. */
 function failureOf(
   target: Target,
   { firmware }: Manifest,
@@ -5822,6 +5782,34 @@ function failureOf(
   // The image that runs is put right, and is not new.
   if (!firmware || firmware.version === active?.version) return failure;
   return { ...failure, image: firmware.sha256 ?? firmware.hash };
+}
+
+// ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
+// What an update will do, worked out and checked before anything is fetched: a change that cannot
+// be made whole is not begun.
+
+interface Download {
+  /** SHA-256, or SHA-1 where the server does not send that. */
+  key: string;
+  url: string;
+  /** Where it goes, for messages. */
+  path: string;
+  size: number | undefined;
+  /** Files on the device that may have the same content. */
+  localCopies: readonly string[];
+  /** A file on the device that it is to replace: the dictionary for a delta. */
+  old?: string;
+}
+
+interface Plan {
+  after: Target;
+  /** Path → key of what is put there. */
+  put: Map<string, string>;
+  remove: string[];
+  /** Those of `put` where a file of the application is. */
+  displace: string[];
+  firmware?: { key: string; version: string };
+  downloads: Download[];
 }
 
 /**
@@ -6041,7 +6029,6 @@ const TRIES = 5;
 /** Slower than this many bytes a second over so many seconds counts as stalled. */
 const SLOWEST = { rate: 10, seconds: 300 };
 
-/** How bodies are received. */
 interface ReceiverOptions {
   /** Seconds without a byte after which a transfer is given up. */
   timeout: number;
@@ -6052,7 +6039,6 @@ interface ReceiverOptions {
   note: (text: string) => void;
 }
 
-/** Receives bodies for one update. */
 class Receiver {
   /** Bytes of all bodies so far, as they came. */
   received = 0;
@@ -6175,10 +6161,10 @@ class Attempt {
   received = 0;
   readonly want: Omit<TransferRequest, "signal">;
   readonly #hasher: Bun.CryptoHasher;
-  /** The most bytes that it may have. */
+  /** The size at most. */
   readonly #limit: number;
   readonly #dictionary: Uint8Array | undefined;
-  /** The bytes that come, where that is known. */
+  /** Bytes to expect, where that is known. */
   #total: number | undefined;
 
   /**
@@ -6217,7 +6203,6 @@ class Attempt {
     return true;
   }
 
-  /** Goes on with what an earlier try left. */
   #resume(): void {
     this.#count(this.partial.size);
     this.files.readPieces(this.partial.path, (piece) => this.#hasher.update(piece));
@@ -6288,7 +6273,7 @@ class Attempt {
     await this.partial.finish();
   }
 
-  /** Replaces what came by what it decodes to. */
+  /** Replaces coded content by what it decodes to. */
   #decode(): void {
     const { key, path } = this.item;
     const { encoding } = this.partial;
@@ -6308,7 +6293,6 @@ class Attempt {
   }
 }
 
-/** Fetches what a plan needs. */
 class Fetcher {
   readonly #traffic = { content: 0, reused: 0 };
   /** What was not here when it was first asked for. */
@@ -6343,7 +6327,6 @@ class Fetcher {
     return { ...this.#traffic, received: this.receiver.received };
   }
 
-  /** Gets one content staged. */
   async #fetch(item: Download, signal: AbortSignal): Promise<void> {
     const { key, path, size } = item;
     this.#traffic.content += size ?? 0;
@@ -6393,7 +6376,6 @@ class Fetcher {
 // ──── Manifest client ────────────────────────────────────────────────────────────────────────────
 // Getting a manifest: whole, signed by whom it should be, and an answer to what was asked.
 
-/** Asks for manifests. */
 class ManifestClient {
   /** @param keys one of which must have signed every answer; absent: nobody must */
   constructor(
@@ -6485,7 +6467,6 @@ function checkNewer(
 // ──── Survey ─────────────────────────────────────────────────────────────────────────────────────
 // What a device has, found out before it asks for a release, and told to the server when it does.
 
-/** Finds out what one device has. */
 class Survey {
   /** The release the device is on; `""` when it has nothing. */
   readonly current: string;
@@ -6551,7 +6532,7 @@ class Survey {
     return list;
   }
 
-  /** Says what of a release is not here as that release has it. */
+  /** Reports how the device differs from the release that it claims. */
   #noteDifferences(list: Manifest, { files }: Inventory): void {
     const other = listedFiles(list).filter(({ path, sha256 }) => files.get(path) !== sha256);
     if (other.length === 0) return;
@@ -6561,7 +6542,6 @@ class Survey {
     this.#note(`${count} are missing here or have other content: ${paths}`);
   }
 
-  /** What to ask for a release with. */
   async query(has: Inventory): Promise<ManifestQuery> {
     const query: ManifestQuery = {
       current_ver: this.current,
@@ -6601,7 +6581,7 @@ class Survey {
 // The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
 // `OTA` with `connect` and `getData`, and gets everything else from here.
 
-/** All that a commit needs is here. */
+/** What a commit needs, once all content is staged. */
 interface Staged {
   plan: Plan;
   has: Inventory;
@@ -6612,8 +6592,8 @@ interface Staged {
 /**
  * A device. One `update` is one transaction:
  *
- *  1. Open the journal; what was cut off before is ended, and a release on trial is tried.
- *  2. Look at what the device really has; at first contact, ask what its release consists of.
+ *  1. Open the journal, which finishes what was interrupted; a release on trial is tried.
+ *  2. Survey what the device really has; at first contact, ask what its release consists of.
  *  3. Ask for a manifest, saying what the device has. `null`: there is nothing to do.
  *  4. Stage: fetch what is not there, by hash, with retries and resume. The tree is untouched.
  *  5. Commit: the journal makes the change whole or not at all.
@@ -6677,7 +6657,7 @@ export abstract class OTA {
     return { ...outcome, traffic: staged.traffic };
   }
 
-  /** Asks, and gets everything here that the answer needs. */
+  /** Asks for a manifest, and stages all content that it needs. */
   async #stage(journal: Journal, survey: Survey): Promise<Staged | Outcome> {
     const { jobs = 4, timeout = 30, slowest, repair = false, retry, verify } = this.options;
     const { signal = NEVER, report = () => {} } = this.options;
@@ -6718,7 +6698,7 @@ export abstract class OTA {
     }
   }
 
-  /** Makes the change that was staged, and tries the release. */
+  /** Commits what was staged, and tries the release. */
   async #commit(
     journal: Journal,
     trial: HealthCheck,
@@ -6766,7 +6746,7 @@ export abstract class OTA {
 
 const MAX_REDIRECTS = 5;
 
-/** What `HttpOTA` needs beside the rest. */
+/** Options that only `HttpOTA` has. */
 export interface HttpOptions extends OTAOptions {
   /** Sent as `Authorization: Bearer`, to the origin of the server only. */
   token?: string;
@@ -6795,7 +6775,7 @@ export class HttpOTA extends OTA {
     this.#tls = options.ca === undefined ? undefined : { ca: readCertificates(options.ca).pem };
   }
 
-  /** There is nothing to get ready: connections are made as they are needed. */
+  /** Nothing to do: connections are made as they are needed. */
   override async connect(): Promise<void> {}
 
   override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
@@ -6833,7 +6813,7 @@ export class HttpOTA extends OTA {
     };
   }
 
-  /** Follows redirects, a few, and none to elsewhere. */
+  /** Follows a few redirects, all to the same origin. */
   async #get(url: URL, want: TransferRequest): Promise<Response> {
     const headers: Record<string, string> = {
       // Otherwise Bun offers every coding that it knows.

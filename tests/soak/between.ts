@@ -2,7 +2,7 @@
 
 import { connect, createServer, type AddressInfo, type Socket } from "node:net";
 import { constants } from "node:os";
-import { FileSystemDisk, type Disk } from "../../ota.ts";
+import { fileSystem, type Disk } from "../../ota.ts";
 
 /** A line that breaks: one connection after another passes so many bytes, and then no more. */
 export class Line implements AsyncDisposable {
@@ -100,7 +100,7 @@ const GROWING = new Set<string>(["write", "append", "link", "copy", "mkdir"]);
 
 /** The disk of a device when it is in trouble. Once it is killed, nothing reaches the disk. */
 export function troubled(root: string, { at, kind }: Trouble): Disk {
-  const real = new FileSystemDisk(root);
+  const real = fileSystem(root);
   let count = 0;
   const trouble = (name: keyof Disk, args: unknown[]): unknown => {
     const call = (...args: unknown[]): unknown => Reflect.apply(real[name], real, args);
