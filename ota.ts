@@ -28,9 +28,11 @@
 //      Encoding · Answers · Contacts · Sending · Content · Certificates and proxies · Requests
 //      Manifest answers · Service · Server
 // IV   Device disk: files changed as one transaction.
-//      Disk · Device files · State · Records · Examination · Tree · Repairs · Journal
+//      Disk · Files · Preflight · Staging · State · Records · Inventory · Preparation · Tree · Repairs
+//      Transactions · Journal
 // V    Update: the workflow of a device.
-//      Health check · Status · Plan · Transfer · Fetch · Manifest client · Device
+//      Device options · Waiting · Health check · Status · Target · Plan · Transfer · Fetch · Manifest client
+//      Survey · Device
 // VI   Transports: bytes from somewhere, and nothing else.
 //      Transports
 // VII  Command line: the way in.
@@ -265,6 +267,33 @@ export class SortedMap<V> {
   *[Symbol.iterator](): Generator<[string, V]> {
     for (const { map } of this.#chunks) yield* map;
   }
+}
+
+/**
+ * Runs a task for every item, a few at a time. The first failure stops it, and is thrown when what
+ * was under way has ended.
+ *
+ * @param width tasks at once
+ * @param task gets a signal that another one has failed
+ */
+async function pool<T>(
+  items: Iterable<T>,
+  width: number,
+  task: (item: T, failed: AbortSignal) => Promise<void>,
+): Promise<void> {
+  const failure = new AbortController();
+  const queue = [...items].values();
+  const work = async () => {
+    for (const item of queue) {
+      if (failure.signal.aborted) return;
+      await task(item, failure.signal);
+    }
+  };
+  const workers = Array.from({ length: width }, () => {
+    return work().catch((error) => failure.abort(error));
+  });
+  await Promise.all(workers);
+  failure.signal.throwIfAborted();
 }
 
 // ──── JSON ────────────────────────────────────────────────────────────────────────────────────────
@@ -4005,7 +4034,7 @@ function baseURL(given: string): string {
 }
 
 /** A request target, parsed. */
-interface Target {
+interface RequestTarget {
   path: string;
   query: ManifestQuery;
   /** Of path and query. */
@@ -4017,7 +4046,7 @@ interface Target {
  *
  * @param prefix the path of `--url`, with a slash at both ends, which is dropped
  */
-function parseTarget(url: string, prefix: string): Target {
+function parseTarget(url: string, prefix: string): RequestTarget {
   const start = url.startsWith("/") ? 0 : Math.max(0, url.indexOf("/", url.indexOf("//") + 2));
   const length = url.length - start;
   const mark = url.indexOf("?", start);
@@ -4031,7 +4060,7 @@ function parseTarget(url: string, prefix: string): Target {
 /** Refuses a request that is wrong whatever it asks for. */
 function refuseRequest(
   { method, headers }: Request,
-  { query, length }: Target,
+  { query, length }: RequestTarget,
   token: string | undefined,
 ): Answer | undefined {
   if (length > LIMITS.target) return plain(414, "the address is too long");
@@ -4407,11 +4436,15 @@ export interface DiskStat {
   stamp: string;
 }
 
-/** The file operations of a device. All paths are absolute. Failures throw errors with a `code`. */
+/**
+ * The files of a device. All paths are below its root, `/`-separated; `""` is the root itself.
+ * Failures throw errors with a `code`, as those of `node:fs` have.
+ */
 export interface Disk {
+  /** Makes the root and what is above it, durably, where it is not there. */
+  makeRoot(): Promise<void>;
   /** `undefined` when nothing is there, or what is above it is not a directory. */
   stat(path: string): DiskStat | undefined;
-  /** The names in a directory. */
   list(path: string): string[];
   /** Up to `length` bytes from `offset`; fewer at the end of the file. */
   read(path: string, offset: number, length: number): Uint8Array;
@@ -4427,7 +4460,6 @@ export interface Disk {
   rename(from: string, to: string): void;
   unlink(path: string): void;
   mkdir(path: string): void;
-  /** Removes an empty directory. */
   rmdir(path: string): void;
   /** Gives a file or a directory its permission bits and, as far as we may, its owner. */
   chmod(path: string, mode: number, owner?: { uid: number; gid: number }): void;
@@ -4440,104 +4472,132 @@ export interface Disk {
   lock(path: string): Disposable | undefined;
   /** Bytes free for us on the file system of a path. */
   free(path: string): number;
+  /**
+   * What is mounted below the root: other file systems, and files and directories of the same one
+   * (`mount --bind`), which `DiskStat.device` does not tell. Nothing can be renamed over them or
+   * out of them.
+   */
+  mounts(): Set<string>;
   /** Resolves when what was done to this file's content, or this directory's entries, is durable. */
   sync(path: string): Promise<void>;
 }
 
-/** The file system of this machine. */
-export const fileSystem: Disk = {
-  stat(path) {
-    try {
-      const stat = fs.lstatSync(path);
-      const kind = stat.isFile()
-        ? "file"
-        : stat.isDirectory()
-          ? "directory"
-          : stat.isSymbolicLink()
-            ? "link"
-            : "other";
-      const owner = { uid: stat.uid, gid: stat.gid };
-      const stamp = `${stat.size} ${stat.mtimeMs} ${stat.ino}`;
-      return { kind, size: stat.size, device: stat.dev, mode: stat.mode & 0o7777, owner, stamp };
-    } catch (error) {
-      if (isMissing(error)) return undefined;
-      throw error;
-    }
-  },
-  list: (path) => fs.readdirSync(path),
-  read(path, offset, length) {
-    const fd = fs.openSync(path, "r");
-    try {
-      const piece = new Uint8Array(length);
-      return piece.subarray(0, fs.readSync(fd, piece, 0, length, offset));
-    } finally {
-      fs.closeSync(fd);
-    }
-  },
-  write: (path, data) => fs.writeFileSync(path, data),
-  append: (path, data) => fs.appendFileSync(path, data),
-  link: fs.linkSync,
-  copy: (from, to) => fs.copyFileSync(from, to),
-  rename: fs.renameSync,
-  unlink: fs.unlinkSync,
-  mkdir: (path) => void fs.mkdirSync(path),
-  rmdir: (path) => fs.rmdirSync(path),
-  chmod(path, mode, owner) {
-    // Before the mode, of which it clears bits. Only root may.
-    if (owner) tidy(() => fs.chownSync(path, owner.uid, owner.gid));
-    fs.chmodSync(path, mode);
-  },
-  writable(path) {
-    try {
-      fs.accessSync(path, fs.constants.W_OK | fs.constants.X_OK);
-      return true;
-    } catch {
-      return false;
-    }
-  },
-  lock(path) {
-    // SQLite's lock is the kernel's; there is never anything in this database. Its journal is kept
-    // in memory, since a full disk has no room for a file.
-    if (fs.existsSync(path) && fs.statSync(path).size > 0) fs.truncateSync(path);
-    const database = new Database(path, { create: true, readwrite: true });
-    try {
-      database.run("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE");
-      return { [Symbol.dispose]: () => database.close() };
-    } catch (error) {
-      database.close();
-      if (errorCode(error)?.startsWith("SQLITE_BUSY")) return undefined;
-      throw error;
-    }
-  },
-  free(path) {
-    const { bavail, bsize } = fs.statfsSync(path);
-    return bavail * bsize;
-  },
-  async sync(path) {
-    const file = await fs.promises.open(path, "r");
-    try {
-      await file.sync();
-    } finally {
-      await file.close();
-    }
-  },
-};
+/**
+ * The disk of a device whose files are in a directory of this machine.
+ *
+ * @param root absolute, links resolved
+ */
+export function fileSystem(root: string): Disk {
+  const at = (path: string) => (path === "" ? root : `${root}/${path}`);
+  return {
+    makeRoot: () => makeDirectory(root),
+    stat: (path) => statFile(at(path)),
+    list: (path) => fs.readdirSync(at(path)),
+    read: (path, offset, length) => readAt(at(path), offset, length),
+    write: (path, data) => fs.writeFileSync(at(path), data),
+    append: (path, data) => fs.appendFileSync(at(path), data),
+    link: (from, to) => fs.linkSync(at(from), at(to)),
+    copy: (from, to) => fs.copyFileSync(at(from), at(to)),
+    rename: (from, to) => fs.renameSync(at(from), at(to)),
+    unlink: (path) => fs.unlinkSync(at(path)),
+    mkdir: (path) => void fs.mkdirSync(at(path)),
+    rmdir: (path) => fs.rmdirSync(at(path)),
+    chmod(path, mode, owner) {
+      // Before the mode, of which it clears bits. Only root may.
+      if (owner) tidy(() => fs.chownSync(at(path), owner.uid, owner.gid));
+      fs.chmodSync(at(path), mode);
+    },
+    writable(path) {
+      try {
+        fs.accessSync(at(path), fs.constants.W_OK | fs.constants.X_OK);
+        return true;
+      } catch {
+        return false;
+      }
+    },
+    lock: (path) => lockFile(at(path)),
+    free(path) {
+      const { bavail, bsize } = fs.statfsSync(at(path));
+      return bavail * bsize;
+    },
+    mounts: () => mountPoints(root),
+    sync: (path) => syncFile(at(path)),
+  };
+}
+
+async function makeDirectory(path: string): Promise<void> {
+  const kind = statFile(path)?.kind;
+  if (kind === "directory") return;
+  if (kind) throw Object.assign(new Error(`${path} is not a directory`), { code: "ENOTDIR" });
+  const above = dirname(path);
+  await makeDirectory(above);
+  fs.mkdirSync(path);
+  await syncFile(above);
+}
+
+function statFile(path: string): DiskStat | undefined {
+  try {
+    const stat = fs.lstatSync(path);
+    const { size, dev: device, uid, gid } = stat;
+    const kind = stat.isFile()
+      ? "file"
+      : stat.isDirectory()
+        ? "directory"
+        : stat.isSymbolicLink()
+          ? "link"
+          : "other";
+    const stamp = `${size} ${stat.mtimeMs} ${stat.ino}`;
+    return { kind, size, device, mode: stat.mode & 0o7777, owner: { uid, gid }, stamp };
+  } catch (error) {
+    if (isMissing(error)) return undefined;
+    throw error;
+  }
+}
+
+function readAt(path: string, offset: number, length: number): Uint8Array {
+  const fd = fs.openSync(path, "r");
+  try {
+    const piece = new Uint8Array(length);
+    return piece.subarray(0, fs.readSync(fd, piece, 0, length, offset));
+  } finally {
+    fs.closeSync(fd);
+  }
+}
+
+function lockFile(path: string): Disposable | undefined {
+  // SQLite's lock is the kernel's; there is never anything in this database. Its journal is kept in
+  // memory, since a full disk has no room for a file.
+  if (fs.existsSync(path) && fs.statSync(path).size > 0) fs.truncateSync(path);
+  const database = new Database(path, { create: true, readwrite: true });
+  try {
+    database.run("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE");
+    return { [Symbol.dispose]: () => database.close() };
+  } catch (error) {
+    database.close();
+    if (errorCode(error)?.startsWith("SQLITE_BUSY")) return undefined;
+    throw error;
+  }
+}
+
+async function syncFile(path: string): Promise<void> {
+  const file = await fs.promises.open(path, "r");
+  try {
+    await file.sync();
+  } finally {
+    await file.close();
+  }
+}
 
 /**
- * What is mounted below a directory, as paths below it: other file systems, and files and
- * directories of the same one (`mount --bind`), which `DiskStat.device` does not tell. Nothing can
- * be renamed over them or out of them. Empty where the system does not tell.
+ * What is mounted below a directory, as paths below it. Empty where the system does not tell.
  *
  * @param root absolute, links resolved
  */
 export function mountPoints(root: string): Set<string> {
   const below = root.endsWith("/") ? root : `${root}/`;
   let table = "";
-  try {
-    table = fs.readFileSync("/proc/self/mountinfo", "utf8");
-  } catch {
-    // Not Linux, or no /proc.
-  }
+  // Not Linux, or no /proc: empty.
+  tidy(() => (table = fs.readFileSync("/proc/self/mountinfo", "utf8")));
   const points = table.split("\n").map((line) => {
     const escaped = line.split(" ")[4] ?? "";
     return escaped.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(parseInt(octal, 8)));
@@ -4554,14 +4614,17 @@ function ifThere(remove: () => void): void {
   }
 }
 
-/** Runs a cleanup. A failure is ignored: the cleanup runs again when the root is next opened. */
-function tidy(clean: () => void): void {
+/** Does what may fail: a cleanup that the next run does again, a refinement. */
+function tidy(task: () => void): void {
   try {
-    clean();
+    task();
   } catch {
-    // It runs again.
+    // See above.
   }
 }
+
+// ──── Files ──────────────────────────────────────────────────────────────────────────────────────
+// Reading a device's files. Updates never follow symbolic links: `Disk.stat` does not.
 
 /** The whole of a small file, or `undefined` when it is not there. */
 function readText(disk: Disk, path: string): string | undefined {
@@ -4577,82 +4640,74 @@ async function replaceText(disk: Disk, path: string, text: string): Promise<void
   disk.rename(`${path}.new`, path);
 }
 
-/** Reads a file in pieces. */
-function readPieces(disk: Disk, path: string, take: (piece: Uint8Array) => void): void {
-  const length = 256 * 1024;
-  for (let offset = 0, piece; ; offset += piece.length) {
-    piece = disk.read(path, offset, length);
-    take(piece);
-    if (piece.length < length) return;
+/** @returns whether both names share one content, so that there is nothing to make durable */
+function linkOrCopy(disk: Disk, from: string, to: string): boolean {
+  try {
+    disk.link(from, to);
+    return true;
+  } catch (error) {
+    // FAT has no links, and some systems forbid them.
+    if (!["EPERM", "ENOTSUP", "ENOSYS", "EMLINK"].includes(errorCode(error) ?? "")) throw error;
+    disk.copy(from, to);
+    return false;
   }
 }
 
-/** The lowercase hex digest of a file's content. */
-function digestOf(disk: Disk, path: string, algorithm: "sha1" | "sha256"): string {
-  const hasher = new Bun.CryptoHasher(algorithm);
-  readPieces(disk, path, (piece) => hasher.update(piece));
-  return hasher.digest("hex");
-}
-
-// ──── Device files ───────────────────────────────────────────────────────────────────────────────
-// The files below one device's root: what is there, and content that is staged to become part of it.
-// Nothing here changes anything but `.ota/staged`.
-
-/** The active firmware. */
 export interface ActiveFirmware {
   version: string;
   slot: 0 | 1;
 }
 
-const STAGED = `${OTA_DIR}/staged`;
-
-/** What is here of content that was not received whole. */
-interface Part {
-  size: number;
-  /** Without one it cannot be gone on with. */
-  etag: string | undefined;
-  encoding: Encoding;
+/** The image of a firmware slot. */
+function slotPath(slot: 0 | 1): string {
+  return `${OTA_DIR}/ota_${slot}.bin`;
 }
 
-/** How a part was sent, for resuming. */
-interface SentAs {
-  etag: string;
-  encoding: Encoding;
+/** The firmware that runs, as otadata says; `null` when none was ever flashed. */
+export function readFirmware(disk: Disk): ActiveFirmware | null {
+  const otadata = parseJSON(readText(disk, `${OTA_DIR}/otadata`) ?? "");
+  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
+  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
-/** The files of one device, for looking and for staging. All paths are below the root. */
-export class DeviceFiles {
-  /**
-   * @param root absolute, links resolved
-   */
+/** A device's files, to be read. */
+export class Files {
+  /** @param root what messages call the device's root */
   constructor(
     readonly root: string,
-    protected readonly disk: Disk,
+    readonly disk: Disk,
   ) {}
 
-  /** A name for this device, made at random once. */
-  async id(): Promise<string> {
-    const path = this.at(`${OTA_DIR}/id`);
-    const known = readText(this.disk, path)?.trim() ?? "";
-    if (isDeviceId(known)) return known;
-    const made = crypto.randomUUID();
-    await replaceText(this.disk, path, `${made}\n`);
-    await this.disk.sync(this.at(OTA_DIR));
-    return made;
-  }
-
-  /** Bytes free for staging. */
-  get free(): number {
-    return this.disk.free(this.at(OTA_DIR));
+  get firmware(): ActiveFirmware | null {
+    return readFirmware(this.disk);
   }
 
   stat(path: string): DiskStat | undefined {
-    return this.disk.stat(this.at(path));
+    return this.disk.stat(path);
+  }
+
+  isFile(path: string): boolean {
+    return this.stat(path)?.kind === "file";
+  }
+
+  isDirectory(path: string): boolean {
+    return this.stat(path)?.kind === "directory";
+  }
+
+  readPieces(path: string, take: (piece: Uint8Array) => void): void {
+    const length = 256 * 1024;
+    for (let offset = 0, piece; ; offset += piece.length) {
+      piece = this.disk.read(path, offset, length);
+      take(piece);
+      if (piece.length < length) return;
+    }
   }
 
   /** The lowercase hex digest of a file's content. */
-  digest(path: string, algorithm: "sha1" | "sha256"): string {
-    return digestOf(this.disk, this.at(path), algorithm);
+  digest(path: string, algorithm: "sha1" | "sha256" = "sha256"): string {
+    const hasher = new Bun.CryptoHasher(algorithm);
+    this.readPieces(path, (piece) => hasher.update(piece));
+    return hasher.digest("hex");
   }
 
   /** Whether a file is there and has the content of that key (SHA-256 or SHA-1) and size. */
@@ -4666,234 +4721,221 @@ export class DeviceFiles {
   readWhole(path: string, limit: number): Uint8Array | undefined {
     const stat = this.stat(path);
     if (stat?.kind !== "file" || stat.size === 0 || stat.size > limit) return undefined;
-    return this.disk.read(this.at(path), 0, stat.size);
+    return this.disk.read(path, 0, stat.size);
   }
+}
 
-  /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
-  get firmware(): ActiveFirmware | null {
-    return readFirmware(this.root, this.disk);
+// ──── Preflight ──────────────────────────────────────────────────────────────────────────────────
+// What would make a change fail half way is found before anything is fetched for it.
+
+/**
+ * Refuses paths that are symbolic links, or go through one.
+ *
+ * @throws {OTAError} naming the first
+ */
+function refuseLinks(files: Files, paths: readonly string[]): void {
+  for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
+    if (files.stat(path)?.kind !== "link") continue;
+    throw new OTAError(`${path} below ${files.root} is a symbolic link; updates never follow one`);
   }
+}
 
-  /**
-   * Refuses paths that are symbolic links, or go through one: updates never follow them.
-   *
-   * @throws {OTAError} naming the first
-   */
-  refuseLinks(paths: readonly string[]): void {
-    for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
-      if (this.stat(path)?.kind !== "link") continue;
-      throw new OTAError(`${path} below ${this.root} is a symbolic link; updates never follow one`);
+/**
+ * Checks that files can be placed and removed.
+ *
+ * @param put paths that will hold new files
+ * @param remove paths that will be deleted
+ * @throws {OTAError} naming the first path that cannot be changed, and why
+ */
+export function preflight(files: Files, put: Iterable<string>, remove: Iterable<string>): void {
+  const { disk, root } = files;
+  const written = [...put];
+  const removed = new Set(remove);
+  const device = disk.stat(OTA_DIR)!.device;
+  const stop = (path: string, why: string): never => {
+    throw new OTAError(`cannot change ${path} below ${root}: ${why}; nothing was changed`);
+  };
+  const checkDirectory = (path: string) => {
+    const stat = disk.stat(path);
+    if (!stat || (stat.kind === "file" && removed.has(path))) return;
+    if (stat.kind !== "directory") stop(path, "it is in the way of a directory");
+    if (stat.device !== device) {
+      stop(path, `it is on another file system than ${OTA_DIR}, so it could not be taken back`);
     }
+    if (!disk.writable(path)) stop(path, "no permission to write there");
+  };
+  const directories = new Set([...written, ...removed].flatMap(ancestors));
+  directories.forEach(checkDirectory);
+  const mounts = disk.mounts();
+  const mounted = [...written, ...removed, ...directories, OTA_DIR].find((path) =>
+    mounts.has(path),
+  );
+  if (mounted !== undefined) {
+    const why = "something is mounted there, and cannot be replaced; mount the whole root instead";
+    stop(mounted, why);
+  }
+  if (!disk.writable("")) stop("anything", "no permission to write there");
+  for (const path of removed) if (!files.isFile(path)) stop(path, "it is not a regular file");
+  for (const path of written) {
+    const kind = disk.stat(path)?.kind;
+    if (kind === "other") stop(path, "it is not a regular file");
+    const other = kind === "directory" && firstOther(files, path, removed);
+    if (other) stop(path, `it is a directory that holds ${other}, which is not the updater's`);
+  }
+}
+
+/** A file in a directory that a change does not remove. */
+function firstOther(
+  files: Files,
+  directory: string,
+  removed: ReadonlySet<string>,
+): string | undefined {
+  for (const name of files.disk.list(directory)) {
+    const path = `${directory}/${name}`;
+    const other = files.isDirectory(path) ? firstOther(files, path, removed) : path;
+    if (other && !removed.has(other)) return other;
+  }
+  return undefined;
+}
+
+// ──── Staging ────────────────────────────────────────────────────────────────────────────────────
+// New content, kept in `.ota/staged` until a change puts it in its place. It is named by its key,
+// the hash that it was asked for with: SHA-256, or SHA-1 where the server sends no other.
+
+const STAGED = `${OTA_DIR}/staged`;
+
+/** Content that was received in part. It outlives the process and can be resumed. */
+export class PartialDownload {
+  size: number;
+  /** The tag it was sent with; without one it cannot be resumed. */
+  etag: string | undefined;
+  encoding: Encoding;
+  readonly path: string;
+  readonly #sidecar: string;
+
+  constructor(
+    private readonly disk: Disk,
+    key: string,
+  ) {
+    this.path = `${STAGED}/${key}.part`;
+    this.#sidecar = `${this.path}.sent`;
+    this.size = disk.stat(this.path)?.size ?? 0;
+    const sent = parseJSON(readText(disk, this.#sidecar) ?? "");
+    const { etag, encoding } = (isObject(sent) ? sent : {}) as Partial<PartialDownload>;
+    this.etag = etag;
+    this.encoding = encoding ?? "identity";
   }
 
-  /** Bytes needed to back up files. */
-  backupBytes(paths: readonly string[]): number {
-    const probe = `${STAGED}/probe`;
-    const remove = (name: string) => ifThere(() => this.disk.unlink(this.at(name)));
-    remove(`${probe}.2`);
-    this.disk.write(this.at(`${probe}.1`), new Uint8Array());
-    const free = this.linkOrCopy(`${probe}.1`, `${probe}.2`);
-    remove(`${probe}.1`);
-    remove(`${probe}.2`);
-    return free ? 0 : paths.reduce((sum, path) => sum + (this.stat(path)?.size ?? 0), 0);
+  /** Starts over from the first byte. */
+  start(etag?: string, encoding: Encoding = "identity"): void {
+    // Removed first: the tag of an earlier download does not belong to this one.
+    ifThere(() => this.disk.unlink(this.#sidecar));
+    this.disk.write(this.path, new Uint8Array());
+    if (etag !== undefined)
+      this.disk.write(this.#sidecar, utf8(JSON.stringify({ etag, encoding })));
+    Object.assign(this, { size: 0, etag, encoding });
   }
 
-  /**
-   * Finds what would make a change fail half way, before anything is fetched for it.
-   *
-   * @param put paths that will hold new files
-   * @param remove paths that will be deleted
-   * @throws {OTAError} naming the first path that cannot be changed, and why
-   */
-  preflight(put: Iterable<string>, remove: Iterable<string>): void {
-    const written = [...put];
-    const device = this.stat(OTA_DIR)!.device;
-    const removed = new Set(remove);
-    const stop = (path: string, why: string): never => {
-      throw new OTAError(`cannot change ${path} below ${this.root}: ${why}; nothing was changed`);
-    };
-    const checkDirectory = (path: string) => {
-      const stat = this.stat(path);
-      if (!stat) return;
-      if (stat.kind === "file" && removed.has(path)) return;
-      if (stat.kind !== "directory") stop(path, "it is in the way of a directory");
-      if (stat.device !== device) {
-        stop(path, `it is on another file system than ${OTA_DIR}, so it could not be taken back`);
-      }
-      if (!this.disk.writable(this.at(path))) stop(path, "no permission to write there");
-    };
-    const directories = new Set([...written, ...removed].flatMap(ancestors));
-    directories.forEach(checkDirectory);
-    const mounted = mountPoints(this.root);
-    for (const path of [...written, ...removed, ...directories, OTA_DIR]) {
-      if (mounted.has(path)) {
-        stop(
-          path,
-          "something is mounted there, and cannot be replaced; mount the whole root instead",
-        );
-      }
-    }
-    if (!this.disk.writable(this.root)) stop("anything", "no permission to write there");
-    for (const path of removed) {
-      if (this.stat(path)?.kind !== "file") stop(path, "it is not a regular file");
-    }
-    for (const path of written) {
-      const kind = this.stat(path)?.kind;
-      if (kind === "other") stop(path, "it is not a regular file");
-      if (kind === "directory") {
-        const other = this.#firstOther(path, removed);
-        if (other) stop(path, `it is a directory that holds ${other}, which is not the updater's`);
-      }
-    }
+  append(bytes: Uint8Array): void {
+    this.disk.append(this.path, bytes);
+    this.size += bytes.byteLength;
   }
 
-  /** A file in a directory that a change does not remove. */
-  #firstOther(directory: string, removed: ReadonlySet<string>): string | undefined {
-    for (const name of this.disk.list(this.at(directory))) {
-      const path = `${directory}/${name}`;
-      const isDirectory = this.stat(path)?.kind === "directory";
-      const other = isDirectory ? this.#firstOther(path, removed) : path;
-      if (other && !removed.has(other)) return other;
-    }
-    return undefined;
+  drop(): void {
+    ifThere(() => this.disk.unlink(this.path));
+    ifThere(() => this.disk.unlink(this.#sidecar));
+    this.size = 0;
   }
 
-  // ── Staging: content is named by its key, the hash that it was asked for with. ──
+  /** Turns it into staged content; the caller has verified it. */
+  async finish(): Promise<void> {
+    await this.disk.sync(this.path);
+    this.disk.rename(this.path, this.path.replace(/\.part$/, ""));
+    if (this.disk.stat(this.#sidecar)) this.disk.unlink(this.#sidecar);
+  }
+}
 
-  /** Whether the content is here, whole and verified. */
-  isStaged(key: string): boolean {
-    return this.disk.stat(this.at(`${STAGED}/${key}`)) !== undefined;
+export class Staging {
+  /** Key → SHA-256 of content that is known by its SHA-1. */
+  readonly #sha256 = new Map<string, string>();
+
+  constructor(private readonly files: Files) {}
+
+  path(key: string): string {
+    return `${STAGED}/${key}`;
   }
 
-  /** What is here of content that was not received whole; without anything, 0 bytes. */
-  part(key: string): Part {
-    const size = this.disk.stat(this.#part(key))?.size ?? 0;
-    const sent = parseJSON(readText(this.disk, `${this.#part(key)}.sent`) ?? "");
-    const { etag, encoding } = (isObject(sent) ? sent : {}) as Partial<SentAs>;
-    return { size, etag, encoding: encoding ?? "identity" };
+  /** Whether the content is there, complete and verified. */
+  has(key: string): boolean {
+    return this.files.stat(this.path(key)) !== undefined;
   }
 
-  /** Begins to receive content from its first byte; without a tag it will not be resumed. */
-  startPart(key: string, etag?: string, encoding: Encoding = "identity"): void {
-    // Removed first: the tag of an earlier partial download does not belong to this one.
-    const sentAs = `${this.#part(key)}.sent`;
-    ifThere(() => this.disk.unlink(sentAs));
-    this.disk.write(this.#part(key), new Uint8Array());
-    if (etag === undefined) return;
-    const sent: SentAs = { etag, encoding };
-    this.disk.write(sentAs, utf8(JSON.stringify(sent)));
+  partial(key: string): PartialDownload {
+    return new PartialDownload(this.files.disk, key);
   }
 
-  appendPart(key: string, bytes: Uint8Array): void {
-    this.disk.append(this.#part(key), bytes);
-  }
-
-  /** Reads what is here of a part. */
-  readPart(key: string, take: (piece: Uint8Array) => void): void {
-    readPieces(this.disk, this.#part(key), take);
-  }
-
-  dropPart(key: string): void {
-    ifThere(() => this.disk.unlink(this.#part(key)));
-    ifThere(() => this.disk.unlink(`${this.#part(key)}.sent`));
-  }
-
-  /** Makes a part, which the caller has verified, staged content. */
-  async finishPart(key: string): Promise<void> {
-    await this.disk.sync(this.#part(key));
-    this.disk.rename(this.#part(key), this.at(`${STAGED}/${key}`));
-    const sent = `${this.#part(key)}.sent`;
-    if (this.disk.stat(sent)) this.disk.unlink(sent);
-  }
-
-  /** Stages content that is made here, under its SHA-256, which is returned. */
-  async stage(bytes: Uint8Array): Promise<string> {
+  /** Stages generated content. @returns its key */
+  async add(bytes: Uint8Array): Promise<string> {
     const key = sha256(bytes);
-    this.disk.write(this.#part(key), bytes);
-    await this.finishPart(key);
+    const partial = this.partial(key);
+    this.files.disk.write(partial.path, bytes);
+    await partial.finish();
     return key;
   }
 
   /**
-   * Stages content that another file below the root has.
+   * Stages content that another file of the device has.
    *
-   * @returns whether it does have it
+   * @returns whether that file has it
    */
-  async stageCopy(key: string, path: string): Promise<boolean> {
-    if (!this.hasContent(path, key)) return false;
-    this.dropPart(key); // One of an earlier try may be there, and read-only.
-    this.disk.copy(this.at(path), this.#part(key));
-    if (!this.hasContent(`${STAGED}/${key}.part`, key)) {
-      this.dropPart(key);
-      return false;
-    }
-    await this.finishPart(key);
-    return true;
+  async addCopy(key: string, path: string): Promise<boolean> {
+    if (!this.files.hasContent(path, key)) return false;
+    const partial = this.partial(key);
+    partial.drop(); // One of an earlier try may be there, and read-only.
+    this.files.disk.copy(path, partial.path);
+    const isWhole = this.files.hasContent(partial.path, key);
+    if (isWhole) await partial.finish();
+    else partial.drop();
+    return isWhole;
   }
 
   /** The SHA-256 of staged content, whatever hash it was asked for with. */
-  stagedDigest(key: string): string {
-    return algorithmOf(key) === "sha256" ? key : this.digest(`${STAGED}/${key}`, "sha256");
+  sha256(key: string): string {
+    if (algorithmOf(key) === "sha256") return key;
+    const known = this.#sha256.get(key) ?? this.files.digest(this.path(key));
+    this.#sha256.set(key, known);
+    return known;
   }
 
   /** Drops what an update staged and did not use. */
-  dropStaged(): void {
-    tidy(() => {
-      for (const name of this.disk.list(this.at(STAGED))) {
-        this.disk.unlink(this.at(`${STAGED}/${name}`));
-      }
-    });
+  clear(): void {
+    const { disk } = this.files;
+    tidy(() => disk.list(STAGED).forEach((name) => disk.unlink(this.path(name))));
   }
 
-  /** @returns whether both names share one content, so that there is nothing to make durable */
-  protected linkOrCopy(from: string, to: string): boolean {
-    try {
-      this.disk.link(this.at(from), this.at(to));
-      return true;
-    } catch (error) {
-      // FAT has no links, and some systems forbid them.
-      if (!["EPERM", "ENOTSUP", "ENOSYS", "EMLINK"].includes(errorCode(error) ?? "")) throw error;
-      this.disk.copy(this.at(from), this.at(to));
-      return false;
-    }
+  /** Bytes that it takes to back files up: none where they can be linked. */
+  backupBytes(paths: readonly string[]): number {
+    const { disk } = this.files;
+    const probes = [`${STAGED}/probe.1`, `${STAGED}/probe.2`] as const;
+    const remove = (path: string) => ifThere(() => disk.unlink(path));
+    remove(probes[1]);
+    disk.write(probes[0], new Uint8Array());
+    const isFree = linkOrCopy(disk, ...probes);
+    probes.forEach(remove);
+    return isFree ? 0 : paths.reduce((sum, path) => sum + (disk.stat(path)?.size ?? 0), 0);
   }
-
-  protected at(path: string): string {
-    return `${this.root}/${path}`;
-  }
-
-  #part(key: string): string {
-    return this.at(`${STAGED}/${key}.part`);
-  }
-}
-
-/** Whether text can name a device: at most 128 characters, printable and without spaces. */
-function isDeviceId(text: string): boolean {
-  return /^[!-~]{1,128}$/.test(text);
-}
-
-/** The image of a firmware slot, below the root. */
-function slotPath(slot: 0 | 1): string {
-  return `${OTA_DIR}/ota_${slot}.bin`;
-}
-
-/** The firmware that runs on a device; `null` when none was ever flashed. */
-export function readFirmware(root: string, disk: Disk = fileSystem): ActiveFirmware | null {
-  const otadata = parseJSON(readText(disk, `${root}/${OTA_DIR}/otadata`) ?? "");
-  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
-  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
 }
 
 // ──── State ──────────────────────────────────────────────────────────────────────────────────────
-// What a device remembers, as JSON in `.ota`: what is installed and what failed; and transactions,
-// each a change of the tree with the way back from it.
+// What a device remembers, as JSON in `.ota`: what is installed, what failed, and the transactions
+// that changed the tree, each with its rollback plan.
 
 /** What is installed on a device. */
 export interface Installed {
   version: string;
   /** What it was updated from; `null` when it had nothing. */
   previous_version: string | null;
-  /** Path below the root → SHA-256, of every file that came from a release. */
+  /** Path → SHA-256, of every file that came from a release. */
   files: Record<string, string>;
   /** Those that the release makes executable. */
   executable?: string[];
@@ -4908,7 +4950,7 @@ export interface Installed {
   image?: { sha256: string; stamp: string };
 }
 
-/** A release that was tried and taken back. */
+/** A release that failed and was rolled back. */
 export interface FailedRelease {
   version: string;
   /** `targetDigest` of its files. */
@@ -4919,12 +4961,28 @@ export interface FailedRelease {
   firmware?: string;
 }
 
+/** Releases that are remembered as failed, at the most. */
+const FAILED_KEPT = 16;
+
 /** Whether two failures are of the same files with the same firmware. */
 function isSameFailure(a: FailedRelease, b: Pick<FailedRelease, "digest" | "image">): boolean {
   return a.digest === b.digest && a.image === b.image;
 }
 
-/** How a failed release is called: `1.0.1`, `firmware 1.0.1`. */
+function withFailure(failed: readonly FailedRelease[], one: FailedRelease): FailedRelease[] {
+  return [...failed.filter((other) => !isSameFailure(other, one)), one].slice(-FAILED_KEPT);
+}
+
+/** The failures that still count on a device with a version and a firmware version. */
+function newerFailures(failed: readonly FailedRelease[], on: string, image = ""): FailedRelease[] {
+  return failed.filter(({ version, firmware }) => {
+    return firmware === undefined
+      ? new LooseVersion(version).compare(on) > 0
+      : new LooseVersion(firmware).compare(image) > 0;
+  });
+}
+
+/** What a person is told of a failed release: `1.0.1`, `firmware 1.0.1`. */
 function failedName({ version, firmware }: FailedRelease): string {
   return firmware === undefined ? version : `firmware ${firmware}`;
 }
@@ -4937,7 +4995,7 @@ export interface Check {
   timeout: number;
 }
 
-/** One direction of a transaction; its steps are run in this order. Paths are below the root. */
+/** One direction of a transaction; its steps are run in this order. */
 interface Steps {
   unlink: string[];
   rmdir: string[];
@@ -4947,8 +5005,8 @@ interface Steps {
   modes?: Record<string, Pick<DiskStat, "mode" | "owner">>;
 }
 
-/** A way back from a release, and what is remembered of that release then. */
-interface WayBack {
+/** How to go back from a release, and what is remembered of that release then. */
+interface RollbackPlan {
   /** What was recorded before. */
   before: State;
   failed: FailedRelease;
@@ -4960,7 +5018,7 @@ interface WayBack {
 }
 
 /** A change of the tree. It is written once and never changed. */
-interface Transaction extends WayBack {
+interface Transaction extends RollbackPlan {
   format: number;
   id: string;
   to: Installed;
@@ -4971,11 +5029,10 @@ interface Transaction extends WayBack {
   restart: string | null;
   /** The damaged records, as they were set aside, in whose place this brings a good one. */
   repairs: string[];
-  /** Of a repair: the way back to the release before the one that it repaired, if any. */
-  release?: WayBack | null;
+  /** Of a repair: the plan for the release before the one that it repaired, if any. */
+  release?: RollbackPlan | null;
 }
 
-/** The content of state.json. */
 export interface State {
   format: number;
   installed: Installed | null;
@@ -5036,10 +5093,6 @@ function upgrade(transaction: Transaction): Transaction {
   return { ...{ failed, displaced: [] }, ...transaction };
 }
 
-/** A name under which a transaction stands; see `Records`. */
-type Stage = "commit" | "undo" | "journal" | "rollback";
-const STAGES: readonly Stage[] = ["commit", "undo", "journal", "rollback"];
-
 // ──── Records ────────────────────────────────────────────────────────────────────────────────────
 // The files in which state and transactions are kept. What was under way when a process died is seen
 // by their names:
@@ -5050,37 +5103,33 @@ const STAGES: readonly Stage[] = ["commit", "undo", "journal", "rollback"];
 //   undo.json (commit.json, renamed)               a commit failed: go back
 //   rollback.json (either, renamed)                the release is bad: go back
 //
-// So a commit that fails, and a release that fails its check, leave the older way back as it was. A
-// record that makes no sense is set aside and never overwritten.
+// So a commit that fails, and a release that fails its check, leave the older rollback plan as it
+// was. Undo and rollback are two names, not one: only a rollback remembers the release as failed, the
+// state can be the same before both, and a full disk has room for a rename and nothing more. A record
+// that makes no sense is set aside and never overwritten.
 
-/** The records of one device. */
+/** A file of a transaction, without `.json`. */
+type RecordName = "commit" | "undo" | "journal" | "rollback";
+/** Why a transaction is taken back. */
+type Reversal = "undo" | "rollback";
+
+const RECORD_NAMES: readonly RecordName[] = ["commit", "undo", "journal", "rollback"];
+const recordPath = (name: RecordName | "state") => `${OTA_DIR}/${name}.json`;
+
 class Records {
   state: State = EMPTY;
   /** A change that is under way, or on trial. */
   commit: Transaction | undefined;
-  /** The change that brought the release which stands: the way back from it. */
+  /** The change that brought the release which stands. */
   done: Transaction | undefined;
-  readonly #directory: string;
-  /** Whether rollback.json is of a way back that came to its end. */
-  isOver = false;
+  /** Paths of records that were set aside. */
+  damaged: readonly string[] = [];
+  /** Whether rollback.json is left from a rollback that has finished. */
+  isRollbackOver = false;
+  readonly #disk: Disk;
 
-  /** @param root the device's root, absolute */
-  constructor(
-    root: string,
-    private readonly disk: Disk,
-  ) {
-    this.#directory = `${root}/${OTA_DIR}`;
-  }
-
-  /** Paths of records that were set aside, below the root. */
-  get damaged(): string[] {
-    const names = this.disk.list(this.#directory).filter((name) => name.endsWith(".corrupt"));
-    return names.map((name) => `${OTA_DIR}/${name}`);
-  }
-
-  /** A way back that was under way. */
-  get goingBack(): "undo" | "rollback" | undefined {
-    return (["undo", "rollback"] as const).find((stage) => this.#has(stage));
+  constructor(private readonly files: Files) {
+    this.#disk = files.disk;
   }
 
   /**
@@ -5089,7 +5138,9 @@ class Records {
    * @throws {OTAError} when a newer version of this tool wrote one
    */
   load(): void {
-    const state = this.#read("state.json", isState);
+    const names = this.#disk.list(OTA_DIR).filter((name) => name.endsWith(".corrupt"));
+    this.damaged = names.map((name) => `${OTA_DIR}/${name}`);
+    const state = this.#read("state", isState);
     if (state) this.state = state;
     const undo = this.#readTransaction("undo");
     const rollback = this.#readTransaction("rollback");
@@ -5099,9 +5150,9 @@ class Records {
       if (this.state.trial) this.commit = rollback;
       else this.done = rollback;
     } else if (rollback) {
-      this.isOver = true;
+      this.isRollbackOver = true;
     } else if (!this.commit && this.done && isCommitOf010(this.done, this.state)) {
-      this.#move("journal", "commit");
+      this.#rename("journal", "commit");
       this.commit = this.done;
       this.done = undefined;
     }
@@ -5110,21 +5161,28 @@ class Records {
     if (isStateLost && this.damaged.length === 0) this.setAsideTransactions();
   }
 
-  #readTransaction(stage: Stage): Transaction | undefined {
-    const found = this.#read(`${stage}.json`, isTransaction);
+  /** What was interrupted. */
+  get unfinished(): "commit" | Reversal | undefined {
+    const reversal = (["undo", "rollback"] as const).find((name) => this.#has(name));
+    const isCut = this.commit !== undefined && this.commit.id !== this.state.journal;
+    return reversal ?? (isCut ? "commit" : undefined);
+  }
+
+  #readTransaction(name: RecordName): Transaction | undefined {
+    const found = this.#read(name, isTransaction);
     return found && upgrade(found);
   }
 
-  #read<T>(name: string, isRecord: (json: unknown) => json is T): T | undefined {
-    const path = `${this.#directory}/${name}`;
-    const text = readText(this.disk, path);
+  #read<T>(name: RecordName | "state", isRecord: (json: unknown) => json is T): T | undefined {
+    const path = recordPath(name);
+    const text = readText(this.#disk, path);
     if (text === undefined) return undefined;
     const json = parseJSON(text);
-    const format = (json as { format?: unknown } | null)?.format;
+    const format = isObject(json) ? json.format : undefined;
     if (typeof format === "number" && format > FORMAT) {
       throw new OTAError(
-        `${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows up to ${FORMAT}: ` +
-          "use the newer ota.ts that wrote it",
+        `${this.files.root}/${path} has format ${format}, and this ota.ts (${TOOL_VERSION}) knows ` +
+          `up to ${FORMAT}: use the newer ota.ts that wrote it`,
       );
     }
     if (isRecord(json)) return json;
@@ -5132,20 +5190,33 @@ class Records {
     return undefined;
   }
 
-  /** Keeps a record that cannot be used, under a name that `damaged` finds. */
-  #setAside(name: string): void {
-    const path = `${this.#directory}/${name}`;
-    this.disk.rename(path, `${path}.${crypto.randomUUID()}.corrupt`);
+  /** Keeps a record that cannot be used. */
+  #setAside(name: RecordName | "state"): void {
+    const kept = `${recordPath(name)}.${crypto.randomUUID()}.corrupt`;
+    this.#disk.rename(recordPath(name), kept);
+    this.damaged = [...this.damaged, kept];
   }
 
   setAsideTransactions(): void {
-    for (const stage of STAGES) if (this.#has(stage)) this.#setAside(`${stage}.json`);
+    for (const name of RECORD_NAMES) if (this.#has(name)) this.#setAside(name);
     this.commit = this.done = undefined;
+  }
+
+  /** Deletes the damaged records that were set aside, once there is a good one again. */
+  dropDamaged(): void {
+    for (const path of this.damaged) tidy(() => this.#disk.unlink(path));
+    this.damaged = [];
+  }
+
+  /** Deletes the damaged records in whose place a transaction brought a good one. */
+  dropRepaired({ repairs }: Transaction): void {
+    for (const path of repairs) ifThere(() => this.#disk.unlink(path));
+    this.damaged = [];
   }
 
   /** Resolves when the state is durable, and with it all changes of names before. */
   async write(state: State): Promise<void> {
-    await replaceText(this.disk, `${this.#directory}/state.json`, JSON.stringify(state));
+    await replaceText(this.#disk, recordPath("state"), JSON.stringify(state));
     this.state = state; // Whether or not that can be made durable.
     await this.sync();
   }
@@ -5153,38 +5224,36 @@ class Records {
   /** Writes a transaction. It is durable after `sync`. */
   async begin(transaction: Transaction): Promise<void> {
     // Distinguishes a lost state from one that was never written.
-    if (!this.disk.stat(`${this.#directory}/state.json`)) await this.write(this.state);
-    await replaceText(this.disk, `${this.#directory}/commit.json`, JSON.stringify(transaction));
+    if (!this.#disk.stat(recordPath("state"))) await this.write(this.state);
+    await replaceText(this.#disk, recordPath("commit"), JSON.stringify(transaction));
     this.commit = transaction;
   }
 
   /** Marks the commit as done. Not durable at once: the next `open` would do it again. */
   settle(): void {
     if (!this.commit) return;
-    this.#move("commit", "journal");
+    this.#rename("commit", "journal");
     this.done = this.commit;
     this.commit = undefined;
   }
 
-  /** Marks durably that the commit under way, or the installed release, is being rolled back. */
-  async turnBack(why: "undo" | "rollback"): Promise<void> {
-    const stage = this.commit ? "commit" : "journal";
-    // A rename, since a full disk has no room for more.
-    if (!this.#has(why)) this.#move(stage, why);
+  /** Marks durably that the commit under way, or the installed release, is being taken back. */
+  async beginReversal(why: Reversal): Promise<void> {
+    if (!this.#has(why)) this.#rename(this.commit ? "commit" : "journal", why);
     await this.sync();
   }
 
-  /** Marks durably that a rollback is complete. */
-  async endTurningBack(why: "undo" | "rollback"): Promise<void> {
+  /** Marks durably that this is done. */
+  async endReversal(why: Reversal): Promise<void> {
     this.#remove(why);
     await this.sync();
     if (!this.commit) this.done = undefined;
     this.commit = undefined;
   }
 
-  /** Removes transactions that came to their end: no record names them. */
+  /** Removes finished transactions, which no record names. */
   dropEnded(): void {
-    if (this.isOver) this.#remove("rollback");
+    if (this.isRollbackOver) this.#remove("rollback");
     const name = this.commit?.before.journal ?? this.state.journal;
     if (!this.done || this.done.id === name) return;
     this.#remove("journal");
@@ -5193,25 +5262,25 @@ class Records {
 
   /** Removes all transactions, durably. */
   async forgetTransactions(): Promise<void> {
-    for (const stage of STAGES) this.#remove(stage);
+    for (const name of RECORD_NAMES) this.#remove(name);
     await this.sync();
     this.commit = this.done = undefined;
   }
 
   sync(): Promise<void> {
-    return this.disk.sync(this.#directory);
+    return this.#disk.sync(OTA_DIR);
   }
 
-  #has(stage: Stage): boolean {
-    return this.disk.stat(`${this.#directory}/${stage}.json`) !== undefined;
+  #has(name: RecordName): boolean {
+    return this.#disk.stat(recordPath(name)) !== undefined;
   }
 
-  #move(from: Stage, to: Stage): void {
-    this.disk.rename(`${this.#directory}/${from}.json`, `${this.#directory}/${to}.json`);
+  #rename(from: RecordName, to: RecordName): void {
+    this.#disk.rename(recordPath(from), recordPath(to));
   }
 
-  #remove(stage: Stage): void {
-    ifThere(() => this.disk.unlink(`${this.#directory}/${stage}.json`));
+  #remove(name: RecordName): void {
+    ifThere(() => this.#disk.unlink(recordPath(name)));
   }
 }
 
@@ -5220,18 +5289,40 @@ function isCommitOf010({ id, restored }: Transaction, { journal }: State): boole
   return restored === undefined && id !== journal;
 }
 
-// ──── Examination ────────────────────────────────────────────────────────────────────────────────
+/**
+ * Reads the recorded state without a lock, and so without finishing anything.
+ *
+ * @throws {OTAError} when it is damaged, or of a newer version of this tool
+ */
+export function peekState({ root, disk }: Files): State {
+  const path = recordPath("state");
+  const text = readText(disk, path);
+  const state = parseJSON(text ?? "");
+  if (isState(state)) return state;
+  if (text === undefined) return EMPTY;
+  throw new OTAError(`${root}/${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
+}
+
+/** Whether `Journal.open` would find nothing to finish. */
+function isSettled(files: Files): boolean {
+  const read = (name: RecordName) => parseJSON(readText(files.disk, recordPath(name)) ?? "");
+  if (read("undo") || read("rollback")) return false;
+  const latest = read("commit") ?? read("journal");
+  return !isTransaction(latest) || latest.id === peekState(files).journal;
+}
+
+// ──── Inventory ──────────────────────────────────────────────────────────────────────────────────
 // What a device really has, beside what is recorded of it: files are edited, deleted and damaged by
 // others, and records are lost or put back.
 
-/** How a file is other than recorded. */
+/** How a file differs from its record. */
 export interface Difference {
   path: string;
   found: "missing" | "changed" | "not executable" | "no regular file";
 }
 
 /** What is really there of a release. */
-export interface Examined {
+export interface Inventory {
   /** The record, with the stamps of what was hashed just now; absent: nothing is recorded. */
   installed?: Installed;
   /** Path → SHA-256 of what is there of the record's paths; not of what has lost its mode. */
@@ -5248,61 +5339,55 @@ export interface Examined {
  *
  * @param thorough whether files are hashed although they look as they did when they were recorded
  */
-export function examine(
-  files: DeviceFiles,
+export function takeInventory(
+  files: Files,
   recorded: Installed | null,
   thorough = false,
-): Examined {
-  const examined: Examined = { files: new Map(), differences: [], isNewer: false };
+): Inventory {
+  const found: Inventory = { files: new Map(), differences: [], isNewer: false };
   if (recorded) {
-    examined.installed = { ...recorded, stamps: { ...recorded.stamps } };
-    for (const path of Object.keys(recorded.files)) examineFile(files, path, examined, thorough);
+    found.installed = { ...recorded, stamps: { ...recorded.stamps } };
+    for (const path of Object.keys(recorded.files)) checkFile(files, path, found, thorough);
   }
-  examineFirmware(files, examined, thorough);
-  return examined;
+  checkFirmware(files, found, thorough);
+  return found;
 }
 
-function examineFile(
-  files: DeviceFiles,
-  path: string,
-  examined: Examined,
-  thorough: boolean,
-): void {
-  const { files: recorded, stamps = {}, executable = [] } = examined.installed!;
-  const differ = (found: Difference["found"]) => void examined.differences.push({ path, found });
+function checkFile(files: Files, path: string, found: Inventory, thorough: boolean): void {
+  const { files: recorded, stamps = {}, executable = [] } = found.installed!;
+  const differ = (how: Difference["found"]) => void found.differences.push({ path, found: how });
   const stat = files.stat(path);
   if (stat?.kind !== "file") return differ(stat ? "no regular file" : "missing");
   const isSame = !thorough && stamps[path] === stat.stamp;
-  const found = isSame ? recorded[path]! : files.digest(path, "sha256");
-  if (found !== recorded[path]) differ("changed");
+  const digest = isSame ? recorded[path]! : files.digest(path);
+  if (digest !== recorded[path]) differ("changed");
   else if (!isExecutable(stat) && executable.includes(path)) return differ("not executable");
   else if (stamps[path] !== stat.stamp) {
     stamps[path] = stat.stamp;
-    examined.isNewer = true;
+    found.isNewer = true;
   }
-  examined.files.set(path, found);
+  found.files.set(path, digest);
 }
 
-function examineFirmware(files: DeviceFiles, examined: Examined, thorough: boolean): void {
+function checkFirmware(files: Files, found: Inventory, thorough: boolean): void {
   const active = files.firmware;
   if (!active) return;
   const path = slotPath(active.slot);
   const stat = files.stat(path);
-  const { installed, differences } = examined;
-  const known = installed?.image;
   if (stat?.kind !== "file") {
-    examined.image = sha256("");
-    differences.push({ path, found: "missing" });
+    found.image = sha256("");
+    found.differences.push({ path, found: "missing" });
     return;
   }
   const { stamp } = stat;
+  const { installed } = found;
+  const known = installed?.image;
   const isSame = !thorough && known?.stamp === stamp;
-  const found = isSame ? known!.sha256 : files.digest(path, "sha256");
-  examined.image = found;
-  if (known && found !== known.sha256) differences.push({ path, found: "changed" });
+  found.image = isSame ? known.sha256 : files.digest(path);
+  if (known && found.image !== known.sha256) found.differences.push({ path, found: "changed" });
   else if (installed && known?.stamp !== stamp) {
-    installed.image = { sha256: found, stamp };
-    examined.isNewer = true;
+    installed.image = { sha256: found.image, stamp };
+    found.isNewer = true;
   }
 }
 
@@ -5319,12 +5404,12 @@ function isExecutable({ mode }: Pick<DiskStat, "mode">): boolean {
  * @param recorded what is recorded already
  */
 export function adopt(
-  files: DeviceFiles,
+  files: Files,
   version: string,
   list: Manifest,
   recorded: Installed | null,
 ): Installed {
-  const adopted: Installed = {
+  const adopted = {
     ...{ version, previous_version: null, ...recorded },
     files: { ...recorded?.files },
     stamps: { ...recorded?.stamps },
@@ -5334,186 +5419,189 @@ export function adopt(
     const path = dst_path.slice(1);
     const stat = files.stat(path);
     if (stat?.kind !== "file") continue;
-    adopted.files[path] = files.digest(path, "sha256");
-    adopted.stamps![path] = stat.stamp;
+    adopted.files[path] = files.digest(path);
+    adopted.stamps[path] = stat.stamp;
     // A file without the bit here differs from the release, and is repaired.
     if (executable) runs.add(path);
   }
   return { ...adopted, executable: [...runs] };
 }
 
-// ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
-// Changing the files of a device by steps that can each be repeated. What is needed for the steps,
-// and for those of the way back, is at hand and durable before the first of them is run.
+// ──── Preparation ────────────────────────────────────────────────────────────────────────────────
+// Works out the steps of a change and those of its rollback. What they need, old content as well as
+// new, is at hand and durable before the first of them is run.
 
 /** What an update changes. Contents are named by the keys under which they were staged. */
 export interface Change {
   /** What the device is on, where there is no record of it. */
   from?: Installed;
   installed: Installed;
-  /** `targetDigest` of where this comes from. */
-  digest: string;
-  /** The key of a firmware image that is newer than what runs. */
-  image?: string;
-  /** Path below the root → staged key. */
+  /** What is remembered of the release, should it fail. */
+  failure: FailedRelease;
+  /** Path → staged key. */
   put: ReadonlyMap<string, string>;
-  /** Paths below the root. */
   remove: readonly string[];
   /** Those of `put` where the application has a file: it is moved aside and kept. */
   displace?: readonly string[];
-  /** Goes to the inactive slot, which becomes the active one. */
   firmware?: { key: string; version: string };
   /** Puts the release on trial. */
   check?: Check;
   /** Must be run whenever the tree has changed. */
   restart?: string;
-  /** Repairs the installed release: the way back still leads to the release before it. */
+  /** Repairs the installed release: the rollback still leads to the release before it. */
   repair?: boolean;
 }
 
-/** A change whose steps can be run. */
-interface PreparedChange extends Pick<
-  Transaction,
-  "id" | "to" | "forward" | "back" | "placed" | "displaced"
-> {
-  restored: Record<string, string>;
-}
+/** Syncs at once. */
+const SYNCS = 16;
 
 /** The directory that keeps the content which a change replaces. */
 function backupPath(id: string): string {
   return `${OTA_DIR}/backup-${id}`;
 }
 
-/** The files of one device, for changing. */
-class DeviceTree extends DeviceFiles {
-  /** Files and directories that were moved aside: not part of any release, never deleted. */
-  displaced: [path: string, now: string][] = [];
+/** A change that is being prepared: most of a `Transaction`. */
+class Preparation {
+  readonly id = crypto.randomUUID();
+  readonly to: Installed;
+  readonly forward: Steps = { unlink: [], rmdir: [], mkdir: [], place: [] };
+  readonly back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [], modes: {} };
+  readonly placed: Record<string, string> = {};
+  readonly restored: Record<string, string> = {};
+  readonly displaced: [path: string, now: string][] = [];
+  readonly #files: Files;
+  readonly #staging: Staging;
+  readonly #before: Installed | null;
+  readonly #unsynced: string[] = [];
 
-  /**
-   * Copies and backs up what the steps will need, and writes the steps.
-   *
-   * @param before what is recorded of the tree
-   */
-  protected async prepare(change: Change, before: Installed | null): Promise<PreparedChange> {
-    const id = crypto.randomUUID();
-    this.disk.mkdir(this.at(backupPath(id)));
+  /** @param before what is recorded of the tree */
+  constructor(files: Files, staging: Staging, before: Installed | null, to: Installed) {
+    this.#files = files;
+    this.#staging = staging;
+    this.#before = before;
+    this.to = { ...to, stamps: { ...to.stamps } };
+  }
+
+  async run(change: Change): Promise<void> {
+    const { disk } = this.#files;
+    disk.mkdir(backupPath(this.id));
     const put = new Map(change.put);
     if (change.firmware) {
-      const slot = this.firmware?.slot === 0 ? 1 : 0;
+      const slot = this.#files.firmware?.slot === 0 ? 1 : 0;
       const active: ActiveFirmware = { version: change.firmware.version, slot };
       put.set(slotPath(slot), change.firmware.key);
       const otadata = utf8(`${JSON.stringify(active)}\n`);
-      put.set(`${OTA_DIR}/otadata`, await this.stage(otadata));
+      put.set(`${OTA_DIR}/otadata`, await this.#staging.add(otadata));
     }
-    const forward: Steps = { unlink: [...change.remove], rmdir: [], mkdir: [], place: [] };
-    const back: Steps = { unlink: [], rmdir: [], mkdir: [], place: [], modes: {} };
-    const prepared: PreparedChange = {
-      ...{ id, to: { ...change.installed }, forward, back },
-      ...{ placed: {}, restored: {}, displaced: [] },
-    };
-    const unsynced: string[] = [];
-    for (const path of change.remove) this.#backUp(path, prepared, before, unsynced);
-    for (const path of change.displace ?? []) this.#displaceLater(path, prepared, unsynced);
-    this.#place(put, prepared, before, unsynced);
-
-    const needed = new Set([...put.keys()].flatMap(ancestors));
-    forward.mkdir = [...needed].filter((path) => this.stat(path)?.kind !== "directory").sort();
-    const emptied = change.remove.flatMap(ancestors).filter((path) => path.includes("/"));
-    const replaced = [...put.keys()].flatMap((path) => this.#directoriesIn(path));
-    forward.rmdir = [...new Set([...emptied, ...replaced])]
-      .filter((path) => !needed.has(path))
-      .sort()
-      .reverse();
-    back.rmdir = forward.mkdir.toReversed();
-    back.mkdir = forward.rmdir.toReversed();
-    for (const path of back.mkdir) {
-      const directory = this.stat(path);
-      if (directory) back.modes![path] = { mode: directory.mode, owner: directory.owner };
-    }
-    await pool(unsynced, (path) => this.disk.sync(this.at(path)));
-    const directories = [STAGED, backupPath(id), OTA_DIR];
-    await pool(directories, (path) => this.disk.sync(this.at(path)));
-    return prepared;
-  }
-
-  /** Keeps the content of a file for the way back. */
-  #backUp(
-    path: string,
-    { id, back, restored }: PreparedChange,
-    before: Installed | null,
-    unsynced: string[],
-  ): void {
-    const backup = `${backupPath(id)}/${back.place.length}`;
-    if (!this.linkOrCopy(path, backup)) unsynced.push(backup);
-    back.place.push([backup, path]);
-    const isKnown = before?.stamps?.[path] === this.stat(path)!.stamp;
-    // Not copied: an inactive slot can be large, and nothing runs it.
-    if (/^\.ota\/ota_\d/.test(path)) return;
-    // A file that cannot be read can still be hard-linked.
-    tidy(() => (restored[path] = isKnown ? before!.files[path]! : this.digest(path, "sha256")));
-  }
-
-  /** Keeps a file of the application that makes way, for good: the way back removes it again. */
-  #displaceLater(
-    path: string,
-    { id, forward, back, placed, displaced }: PreparedChange,
-    unsynced: string[],
-  ): void {
-    const name = `${forward.place.length}`;
-    const source = `${backupPath(id)}/displaced-${name}`;
-    if (!this.linkOrCopy(path, source)) unsynced.push(source);
-    const now = `${OTA_DIR}/displaced-${id}-${name}`;
-    forward.place.push([source, now]);
-    back.unlink.push(now);
-    placed[now] = this.digest(path, "sha256");
-    displaced.push([path, now]);
-  }
-
-  /** Gets staged content ready for its place: one file each, with its mode and owner. */
-  #place(
-    put: ReadonlyMap<string, string>,
-    prepared: PreparedChange,
-    before: Installed | null,
-    unsynced: string[],
-  ): void {
-    const { to, forward, back, placed } = prepared;
-    const stamps: Record<string, string> = { ...to.stamps };
-    const [runs, ran] = [new Set(to.executable), new Set(before?.executable)];
+    this.forward.unlink.push(...change.remove);
+    for (const path of change.remove) this.#backUp(path);
+    for (const path of change.displace ?? []) this.#displace(path);
     const used = new Set<string>();
     for (const [path, key] of put) {
-      // The same content in two places becomes two files: changing one must not change the other.
-      const isAgain = used.has(key);
-      const source = isAgain ? `${STAGED}/${key}.${forward.place.length}` : `${STAGED}/${key}`;
-      if (isAgain) {
-        // One of an earlier try may be there, and read-only.
-        ifThere(() => this.disk.unlink(this.at(source)));
-        this.disk.copy(this.at(`${STAGED}/${key}`), this.at(source));
-        unsynced.push(source);
-      }
+      this.#place(path, key, used.has(key));
       used.add(key);
-      forward.place.push([source, path]);
-      const old = this.stat(path);
-      const file = old?.kind === "file" ? old : undefined;
-      if (file) this.#backUp(path, prepared, before, unsynced);
-      else back.unlink.push(path);
-      let mode = file?.mode ?? 0o644;
-      // Execute permission for everyone who may read it; a bit that the owner set stays.
-      if (runs.has(path)) mode |= (mode & 0o444) >> 2;
-      else if (ran.has(path)) mode &= ~0o111;
-      this.disk.chmod(this.at(source), mode, file?.owner);
-      placed[path] = this.stagedDigest(key);
-      const { stamp } = this.stat(source)!;
-      if (to.files[path] === placed[path]) stamps[path] = stamp;
-      if (path.startsWith(`${OTA_DIR}/ota_`)) to.image = { sha256: placed[path], stamp };
     }
-    to.stamps = stamps;
+    this.#planDirectories([...put.keys()], change.remove);
+    await pool(this.#unsynced, SYNCS, (path) => disk.sync(path));
+    await pool([STAGED, backupPath(this.id), OTA_DIR], SYNCS, (path) => disk.sync(path));
+  }
+
+  /** Keeps the content of a file for the rollback. */
+  #backUp(path: string): void {
+    const backup = `${backupPath(this.id)}/${this.back.place.length}`;
+    if (!linkOrCopy(this.#files.disk, path, backup)) this.#unsynced.push(backup);
+    this.back.place.push([backup, path]);
+    // Not hashed: an inactive slot can be large, and nothing runs it.
+    if (/^\.ota\/ota_\d/.test(path)) return;
+    const before = this.#before;
+    const isKnown = before?.stamps?.[path] === this.#files.stat(path)!.stamp;
+    // A file that cannot be read can still be hard-linked.
+    tidy(() => {
+      this.restored[path] = isKnown ? before!.files[path]! : this.#files.digest(path);
+    });
+  }
+
+  /** Keeps a copy of an application's file that makes way; the rollback removes it again. */
+  #displace(path: string): void {
+    const name = `${this.forward.place.length}`;
+    const source = `${backupPath(this.id)}/displaced-${name}`;
+    const now = `${OTA_DIR}/displaced-${this.id}-${name}`;
+    if (!linkOrCopy(this.#files.disk, path, source)) this.#unsynced.push(source);
+    this.forward.place.push([source, now]);
+    this.back.unlink.push(now);
+    this.placed[now] = this.#files.digest(path);
+    this.displaced.push([path, now]);
+  }
+
+  /**
+   * Gets staged content ready for its place: with its mode and owner.
+   *
+   * @param isUsed whether it goes to another place, too: changing one must not change the other
+   */
+  #place(path: string, key: string, isUsed: boolean): void {
+    const { disk } = this.#files;
+    let source = this.#staging.path(key);
+    if (isUsed) {
+      const original = source;
+      source += `.${this.forward.place.length}`;
+      // One of an earlier try may be there, and read-only.
+      ifThere(() => disk.unlink(source));
+      disk.copy(original, source);
+      this.#unsynced.push(source);
+    }
+    this.forward.place.push([source, path]);
+    const old = this.#files.stat(path);
+    const file = old?.kind === "file" ? old : undefined;
+    if (file) this.#backUp(path);
+    else this.back.unlink.push(path);
+    let mode = file?.mode ?? 0o644;
+    // Execute permission for everyone who may read it; a bit that the owner set stays.
+    if (this.to.executable?.includes(path)) mode |= (mode & 0o444) >> 2;
+    else if (this.#before?.executable?.includes(path)) mode &= ~0o111;
+    disk.chmod(source, mode, file?.owner);
+    const digest = this.#staging.sha256(key);
+    const { stamp } = this.#files.stat(source)!;
+    this.placed[path] = digest;
+    if (this.to.files[path] === digest) this.to.stamps![path] = stamp;
+    if (path.startsWith(`${OTA_DIR}/ota_`)) this.to.image = { sha256: digest, stamp };
+  }
+
+  /** Directories that come, and those that go, emptied or replaced by a file. */
+  #planDirectories(put: readonly string[], remove: readonly string[]): void {
+    const needed = new Set(put.flatMap(ancestors));
+    const made = [...needed].filter((path) => !this.#files.isDirectory(path)).sort();
+    const emptied = remove.flatMap(ancestors).filter((path) => path.includes("/"));
+    const replaced = put.flatMap((path) => this.#directoriesIn(path));
+    const gone = [...new Set([...emptied, ...replaced])].filter((path) => !needed.has(path)).sort();
+    this.forward.mkdir = made;
+    this.back.rmdir = made.toReversed();
+    this.forward.rmdir = gone.toReversed();
+    this.back.mkdir = gone;
+    for (const path of gone) {
+      const directory = this.#files.stat(path);
+      if (!directory) continue;
+      this.back.modes![path] = { mode: directory.mode, owner: directory.owner };
+    }
   }
 
   /** A directory, and those below it. */
   #directoriesIn(path: string): string[] {
-    if (this.stat(path)?.kind !== "directory") return [];
-    const names = this.disk.list(this.at(path));
+    if (!this.#files.isDirectory(path)) return [];
+    const names = this.#files.disk.list(path);
     return [path, ...names.flatMap((name) => this.#directoriesIn(`${path}/${name}`))];
+  }
+}
+
+// ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
+// Changes the files of a device by steps that can each be repeated.
+
+class Tree {
+  /** Files and directories that were moved aside: not part of any release, never deleted. */
+  displaced: [path: string, now: string][] = [];
+  readonly #disk: Disk;
+
+  constructor(private readonly files: Files) {
+    this.#disk = files.disk;
   }
 
   /**
@@ -5522,39 +5610,39 @@ class DeviceTree extends DeviceFiles {
    *
    * @param contents path → SHA-256 of what is placed there, where that is known
    */
-  protected findLost({ place }: Steps, contents: Readonly<Record<string, string>> = {}): string[] {
-    return place.flatMap(([from, to]) => {
-      if (this.stat(from)) return [];
+  findLost({ place }: Steps, contents: Readonly<Record<string, string>> = {}): string[] {
+    const lost = place.filter(([from, to]) => {
+      if (this.files.stat(from)) return false;
       const key = contents[to];
-      const isDone = key ? this.hasContent(to, key) : this.stat(to)?.kind === "file";
-      return isDone ? [] : [`${from} (for ${to})`];
+      return key ? !this.files.hasContent(to, key) : !this.files.isFile(to);
     });
+    return lost.map(([from, to]) => `${from} (for ${to})`);
   }
 
   /** Runs steps of which any may have been run before; afterwards all are durable. */
-  protected async run({ unlink, rmdir, mkdir, place, modes = {} }: Steps): Promise<void> {
+  async run({ unlink, rmdir, mkdir, place, modes = {} }: Steps): Promise<void> {
     for (const path of unlink) this.#unlink(path);
     for (const path of rmdir) this.#rmdir(path);
     for (const path of mkdir) this.#mkdir(path);
     for (const [from, to] of place) this.#move(from, to);
     // Modes last: nothing can be placed in a read-only directory.
     for (const [path, { mode, owner }] of Object.entries(modes)) {
-      this.disk.chmod(this.at(path), mode, owner);
+      this.#disk.chmod(path, mode, owner);
     }
     const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
     const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
-    await pool(directories, async (path) => {
-      if (this.stat(path)?.kind === "directory") await this.disk.sync(this.at(path));
+    await pool(directories, SYNCS, async (path) => {
+      if (this.files.isDirectory(path)) await this.#disk.sync(path);
     });
   }
 
   #unlink(path: string): void {
-    if (this.stat(path)?.kind !== "directory") ifThere(() => this.disk.unlink(this.at(path)));
+    if (!this.files.isDirectory(path)) ifThere(() => this.#disk.unlink(path));
   }
 
   #rmdir(path: string): void {
     try {
-      this.disk.rmdir(this.at(path));
+      this.#disk.rmdir(path);
     } catch (error) {
       const fine = ["ENOENT", "ENOTDIR", "ENOTEMPTY", "EEXIST", "EBUSY"];
       if (!fine.includes(errorCode(error) ?? "")) throw error;
@@ -5562,64 +5650,66 @@ class DeviceTree extends DeviceFiles {
   }
 
   #mkdir(path: string): void {
-    const kind = this.stat(path)?.kind;
+    const kind = this.files.stat(path)?.kind;
     if (kind === "directory") return;
     if (kind) this.#displace(path);
     // The application may have removed what was above it.
     else for (const above of ancestors(path).reverse()) this.#mkdir(above);
-    this.disk.mkdir(this.at(path));
+    this.#disk.mkdir(path);
   }
 
   #move(from: string, to: string): void {
     try {
-      this.disk.rename(this.at(from), this.at(to));
+      this.#disk.rename(from, to);
     } catch (error) {
-      if (!this.stat(from)) return; // It was moved before; see `findLost`.
+      if (!this.files.stat(from)) return; // It was moved before; see `findLost`.
       // The application removed the directory meanwhile, or made one with the file's name.
       for (const above of ancestors(to).reverse()) this.#mkdir(above);
-      if (this.stat(to)?.kind !== "directory") {
-        if (!isMissing(error)) throw error;
-      } else this.#displace(to);
-      this.disk.rename(this.at(from), this.at(to));
+      if (this.files.isDirectory(to)) this.#displace(to);
+      else if (!isMissing(error)) throw error;
+      this.#disk.rename(from, to);
     }
   }
 
   /** Moves aside what is in the way of a release and belongs to none. */
   #displace(path: string): void {
     const now = `${OTA_DIR}/displaced-${crypto.randomUUID()}`;
-    this.disk.rename(this.at(path), this.at(now));
+    this.#disk.rename(path, now);
     this.displaced.push([path, now]);
+  }
+
+  /** Deletes all backups but these. */
+  dropBackups(needed: ReadonlySet<string>): void {
+    tidy(() => {
+      for (const name of this.#disk.list(OTA_DIR)) {
+        const path = `${OTA_DIR}/${name}`;
+        if (!name.startsWith("backup-") || needed.has(path)) continue;
+        for (const file of this.#disk.list(path)) this.#disk.unlink(`${path}/${file}`);
+        this.#disk.rmdir(path);
+      }
+    });
   }
 }
 
-/** Runs a task for every item, a few at a time. */
-async function pool<T>(items: Iterable<T>, task: (item: T) => Promise<void>): Promise<void> {
-  const queue = [...items].values();
-  const worker = async () => {
-    for (const item of queue) await task(item);
-  };
-  await Promise.all(Array.from({ length: 16 }, worker));
-}
-
 // ──── Repairs ────────────────────────────────────────────────────────────────────────────────────
-// A repair puts the release right that stands, and is none itself: the way back from it leads to the
-// release before.
+// A repair puts the release right that stands, and is none itself: its rollback leads to the release
+// before.
 
-/** The way back from a release that stands; none from a repair of one that had none. */
-function releaseBefore(transaction: Transaction): WayBack | undefined {
+/** The rollback plan of the installed release; none for a repair of one that had none. */
+function rollbackPlanOf(transaction: Transaction): RollbackPlan | undefined {
   const { release = transaction } = transaction;
   return release ?? undefined;
 }
 
 /**
- * Joins the ways back from a repair and from the release that it repairs.
+ * Joins the rollback plans of a repair and of the release that it repairs.
  *
- * @param way from that release, if there is one
- * @returns the way back to the release before
+ * @param plan of that release, if there is one
+ * @returns the plan for going back to the release before
  */
-function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | null {
-  if (!way) return null;
-  const { back, placed, restored } = way;
+function beforeRepair(repair: Transaction, plan: RollbackPlan | undefined): RollbackPlan | null {
+  if (!plan) return null;
+  const { back, placed, restored } = plan;
   const covered = new Set([...back.unlink, ...back.place.map(([, to]) => to)]);
   // For files that the update left alone, the record also says what the release before had.
   const { files: old = {}, executable } = repair.before.installed ?? {};
@@ -5640,32 +5730,171 @@ function beforeRepair(repair: Transaction, way: WayBack | undefined): WayBack | 
   const needed = new Set(place.flatMap(([, path]) => ancestors(path)));
   const made = repair.back.mkdir.filter((path) => needed.has(path));
   const mkdir = [...new Set([...back.mkdir, ...made])].sort();
-  const modes = { ...repair.back.modes, ...back.modes };
+  const modes = Object.entries({ ...repair.back.modes, ...back.modes });
   return {
-    ...way,
+    ...plan,
     // When it is rolled back, the release that failed is the one there now.
-    failed: { ...way.failed, digest: repair.failed.digest },
+    failed: { ...plan.failed, digest: repair.failed.digest },
     back: {
       unlink: [...back.unlink, ...unlink],
       rmdir: [...new Set([...back.rmdir, ...repair.back.rmdir])].sort().reverse(),
       mkdir,
       place: [...back.place, ...place],
-      modes: Object.fromEntries(Object.entries(modes).filter(([path]) => mkdir.includes(path))),
+      modes: Object.fromEntries(modes.filter(([path]) => mkdir.includes(path))),
     },
     restored: { ...repair.restored, ...restored },
     placed: { ...placed, ...repair.placed },
   };
 }
 
-// ──── Journal ───────────────────────────────────────────────────────────────────────────────────
-// The files of one device, changed as one transaction. New content is staged, the old content gets a
-// second name in `.ota/backup-ID`, and a transaction that says how to go forward and how to go back
-// is made durable; only then the tree is touched, by steps that can each be repeated. So whenever
-// the process or the power dies, the next `Journal.open` finds out what was under way (see Records)
-// and ends it. It is assumed of the file system that a rename happens whole or not at all.
+/** The directories of backups that the rollback plans of transactions need. */
+function backupsNeeded(transactions: readonly Transaction[]): Set<string> {
+  const needed = transactions.flatMap((one) => {
+    const others = one.release?.back.place.map(([from]) => dirname(from)) ?? [];
+    return [backupPath(one.id), ...others];
+  });
+  return new Set(needed);
+}
 
-/** Releases that are remembered as failed, at the most. */
-const FAILED_KEPT = 16;
+// ──── Transactions ───────────────────────────────────────────────────────────────────────────────
+// Runs a transaction to one of its two ends, also after an interruption. Before the tree is touched,
+// the new content is staged, the old content has a second name in `.ota/backup-ID`, and the
+// transaction itself is durable; then come steps of which each can be repeated. So whenever the
+// process or the power dies, the next process finds out what was under way (see Records) and finishes
+// it. All this needs of the file system is that a rename is atomic.
+
+class Transactions {
+  readonly records: Records;
+  readonly tree: Tree;
+  /** What an interrupted change needs and no longer finds. */
+  lost: string[] = [];
+
+  constructor(
+    private readonly files: Files,
+    private readonly staging: Staging,
+  ) {
+    this.records = new Records(files);
+    this.tree = new Tree(files);
+  }
+
+  /**
+   * Finishes what was interrupted.
+   *
+   * @returns whether there was something to finish
+   */
+  async recover(): Promise<boolean> {
+    const { records } = this;
+    records.load();
+    const { commit, done, state } = records;
+    const { repairs = [] } = commit ?? done ?? {};
+    if (!records.damaged.every((path) => repairs.includes(path))) return false;
+    // What was cut off may not have made durable what we found.
+    if (commit || done || records.isRollbackOver) await records.sync();
+    records.dropEnded();
+    const { unfinished } = records;
+    if (!unfinished) {
+      if (!state.trial) records.settle();
+      this.cleanUp();
+      return false;
+    }
+    const isWhole = () => this.tree.findLost(commit!.forward, commit!.placed).length === 0;
+    if (unfinished === "commit" && isWhole()) await this.#goForward(commit!);
+    else await this.#endReversal(unfinished === "commit" ? "undo" : unfinished);
+    return true;
+  }
+
+  /** Goes back; where that cannot be done, only a repair helps. */
+  async #endReversal(why: Reversal): Promise<void> {
+    const { commit, done } = this.records;
+    const plan = commit ?? rollbackPlanOf(done!)!;
+    this.lost = this.tree.findLost(plan.back, plan.restored);
+    if (this.lost.length === 0) return this.goBack(why);
+    this.records.setAsideTransactions();
+  }
+
+  /**
+   * Makes a change that is prepared.
+   *
+   * @throws whatever the disk threw, after going back
+   */
+  async run(transaction: Transaction): Promise<void> {
+    if (this.records.damaged.length > 0) await this.records.forgetTransactions();
+    await this.records.begin(transaction);
+    try {
+      await this.records.sync();
+      await this.#goForward(transaction);
+    } catch (error) {
+      await this.goBack("undo").catch((second) => {
+        const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
+        throw new OTAError(`${both}; the next command does what is left`);
+      });
+      throw error;
+    }
+  }
+
+  async #goForward({ id, to, forward, check, restart, displaced }: Transaction): Promise<void> {
+    const { records } = this;
+    await this.tree.run(forward);
+    await records.write({
+      ...records.state,
+      installed: to,
+      journal: id,
+      trial: check ? { starts: 0 } : null,
+      failed: check ? records.state.failed : this.failuresAfter(to),
+      restart,
+    });
+    this.tree.displaced.push(...displaced);
+    if (!check) records.settle();
+    this.cleanUp();
+    this.staging.clear();
+  }
+
+  /** Takes back a commit that failed (`undo`), or a release that is bad (`rollback`). */
+  async goBack(why: Reversal): Promise<void> {
+    const { records } = this;
+    const { commit, done, state } = records;
+    const transaction = (commit ?? done)!;
+    const plan = commit ?? rollbackPlanOf(transaction)!;
+    await records.beginReversal(why);
+    const lost = this.tree.findLost(plan.back, plan.restored);
+    if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
+    await this.tree.run(plan.back);
+    if (state.journal === transaction.id) {
+      // Before the mark goes: without a transaction, a damaged record that is still there counts.
+      if (why === "rollback") records.dropRepaired(transaction);
+      const { installed, journal } = plan.before;
+      const after: State = {
+        ...{ ...state, installed, trial: null, restart: transaction.restart },
+        failed: withFailure(state.failed, plan.failed),
+        journal: commit ? journal : null,
+      };
+      await records.write(why === "undo" ? plan.before : after);
+    }
+    await records.endReversal(why);
+    this.dropBackups();
+  }
+
+  /** The failures that still count once this is installed. */
+  failuresAfter(installed: Installed | null): FailedRelease[] {
+    const image = this.files.firmware?.version;
+    return newerFailures(this.records.state.failed, installed?.version ?? "", image);
+  }
+
+  /** Deletes what nothing needs once there is a good record. Staged content is for the next try. */
+  cleanUp(): void {
+    this.records.dropDamaged();
+    this.dropBackups();
+  }
+
+  dropBackups(): void {
+    const { commit, done } = this.records;
+    this.tree.dropBackups(backupsNeeded([commit, done].filter((one) => one !== undefined)));
+  }
+}
+
+// ──── Journal ────────────────────────────────────────────────────────────────────────────────────
+// An open device: its files, its state, and every change that can be made to them. Whatever fails or
+// is interrupted, the device is on the old release or on the new one.
 
 function noRoot(root: string, why: string): string {
   return `cannot use ${root} as a device's root: ${why}`;
@@ -5681,50 +5910,61 @@ export class BusyError extends OTAError {
   override name = "BusyError";
 }
 
-/** The files of one device root. Only one process at a time has it open. */
-export class Journal extends DeviceTree implements Disposable {
-  /** Whether opening it ended a commit or a way back that had been cut off. */
+/** Makes the updater's own directories, durably. */
+async function makeDirectories({ root, disk }: Files): Promise<void> {
+  try {
+    await disk.makeRoot();
+    for (const path of [OTA_DIR, STAGED]) {
+      if (disk.stat(path)?.kind === "directory") continue;
+      disk.mkdir(path);
+      await disk.sync(ancestors(path)[0] ?? "");
+    }
+  } catch (error) {
+    const isFile = ["ENOTDIR", "EEXIST"].includes(errorCode(error) ?? "");
+    const why = isFile ? "it is not a directory" : errorText(error);
+    throw new OTAError(noRoot(root, why), 1, { cause: error });
+  }
+  for (const path of ["", OTA_DIR, STAGED]) {
+    if (disk.writable(path)) continue;
+    const at = path === "" ? root : `${root}/${path}`;
+    throw new UnwritableError(`cannot write in ${at}: no permission, or it is read-only`);
+  }
+}
+
+/** An open device. Only one process at a time can open it. */
+export class Journal implements Disposable {
+  readonly staging: Staging;
+  /** Whether opening it finished a commit or a rollback that had been interrupted. */
   recovered = false;
-  /** Files that a damaged record was set aside as; only a repair makes a new record. */
-  damaged: string[] = [];
+  readonly #transactions: Transactions;
   readonly #records: Records;
-  /** What a change that was cut off needs, and that is gone. */
-  #lost: string[] = [];
 
   private constructor(
-    root: string,
-    disk: Disk,
+    readonly files: Files,
     private readonly lock: Disposable,
   ) {
-    super(root, disk);
-    this.#records = new Records(root, disk);
+    this.staging = new Staging(files);
+    this.#transactions = new Transactions(files, this.staging);
+    this.#records = this.#transactions.records;
   }
 
   /**
-   * Opens a device root, made when it is not there, locks it, and ends what was cut off.
+   * Opens and locks a device, whose root is created if need be, and finishes what was interrupted.
    *
    * @throws {OTAError} when another process has it open, it cannot be written, or `.ota` was
    *   written by a newer version of this tool
    */
-  static async open(root: string, disk: Disk = fileSystem): Promise<Journal> {
-    try {
-      await makeDirectories(disk, `${root}/${STAGED}`);
-    } catch (error) {
-      const hint = { ENOTDIR: "it is not a directory", EEXIST: "it is not a directory" };
-      const why = hint[errorCode(error) as keyof typeof hint] ?? errorText(error);
-      throw new OTAError(noRoot(root, why), 1, { cause: error });
-    }
-    for (const path of [root, `${root}/${OTA_DIR}`, `${root}/${STAGED}`]) {
-      if (disk.writable(path)) continue;
-      throw new UnwritableError(`cannot write in ${path}: no permission, or it is read-only`);
-    }
-    const lock = disk.lock(`${root}/${OTA_DIR}/lock`);
+  static async open(files: Files): Promise<Journal> {
+    await makeDirectories(files);
+    const lock = files.disk.lock(`${OTA_DIR}/lock`);
     if (!lock) {
-      throw new BusyError(`${root} is in use by another ota.ts; wait until it ends, or end it`);
+      throw new BusyError(
+        `${files.root} is in use by another ota.ts; wait until it ends, or end it`,
+      );
     }
-    const journal = new Journal(root, disk, lock);
+    const journal = new Journal(files, lock);
     try {
-      await journal.#recover();
+      journal.recovered = await journal.#transactions.recover();
       return journal;
     } catch (error) {
       journal[Symbol.dispose]();
@@ -5732,42 +5972,28 @@ export class Journal extends DeviceTree implements Disposable {
     }
   }
 
-  /** Reads the recorded state without a lock, and so without ending anything. */
-  static peek(root: string, disk: Disk = fileSystem): State {
-    const path = `${root}/${OTA_DIR}/state.json`;
-    const text = readText(disk, path);
-    const state = parseJSON(text ?? "");
-    if (isState(state)) return state;
-    if (text === undefined) return EMPTY;
-    throw new OTAError(`${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
-  }
-
-  /** Whether nothing is left for `open` to end. */
-  static isSettled(root: string, disk: Disk = fileSystem): boolean {
-    const read = (stage: Stage) =>
-      parseJSON(readText(disk, `${root}/${OTA_DIR}/${stage}.json`) ?? "");
-    if (read("undo") || read("rollback")) return false;
-    const latest = read("commit") ?? read("journal");
-    return !isTransaction(latest) || latest.id === Journal.peek(root, disk).journal;
-  }
-
-  /** Releases the lock. */
   [Symbol.dispose](): void {
     this.lock[Symbol.dispose]();
+  }
+
+  get state(): State {
+    return this.#records.state;
+  }
+
+  /** Damaged records, as they were set aside; only a repair makes a new one. */
+  get damaged(): readonly string[] {
+    return this.#records.damaged;
   }
 
   /** @throws {OTAError} when what is installed is not known, until a repair */
   refuseDamage(): void {
     if (this.damaged.length === 0) return;
-    const lost = this.#lost.length > 0 ? `, and ${this.#lost.join(", ")} is gone` : "";
+    const { lost } = this.#transactions;
+    const gone = lost.length > 0 ? `, and ${lost.join(", ")} is gone` : "";
     throw new OTAError(
-      `the record of what is installed was damaged; it is kept as ${this.damaged.join(", ")}${lost}.\n` +
+      `the record of what is installed was damaged; it is kept as ${this.damaged.join(", ")}${gone}.\n` +
         "Nothing is done until there is a new one: run client with --repair",
     );
-  }
-
-  get state(): State {
-    return this.#records.state;
   }
 
   /** The check that a release on trial came with, if any. */
@@ -5777,69 +6003,51 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Whether `rollBack` can go back to a release before this one. */
   get canRollBack(): boolean {
-    return this.#wayBack !== undefined;
+    return this.#rollbackPlan !== undefined;
   }
 
   /** From a release on trial to what stood before; else to the release before. */
-  get #wayBack(): WayBack | undefined {
+  get #rollbackPlan(): RollbackPlan | undefined {
     const { commit, done, state } = this.#records;
     if (commit) return commit;
-    return done && done.id === state.journal ? releaseBefore(done) : undefined;
+    return done && done.id === state.journal ? rollbackPlanOf(done) : undefined;
   }
 
-  // ── Changing: commit, confirm, roll back. ──
+  /** What was moved aside since this was last asked: where it was, and where it is. */
+  takeDisplaced(): [path: string, now: string][] {
+    return this.#transactions.tree.displaced.splice(0);
+  }
+
+  /** Files that the application changed since the commit and that `rollBack` would overwrite. */
+  changedSinceCommit(): string[] {
+    if (!this.#rollbackPlan) return [];
+    const { back, placed } = this.#rollbackPlan;
+    const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
+    return atRisk.filter((path) => {
+      if (path.startsWith(`${OTA_DIR}/`) || !this.files.isFile(path)) return false;
+      return this.files.digest(path) !== placed[path];
+    });
+  }
 
   /**
-   * Makes a change, all of whose content is staged. When it fails, everything is as it was, the way
-   * back to an older release included; when it is cut off, the next `open` ends it.
+   * Makes a change, all of whose content is staged. When it fails, everything is as it was, the
+   * older rollback plan included; when it is interrupted, the next `open` finishes it.
    *
    * @throws whatever the disk threw, after going back
    */
   async commit(change: Change): Promise<void> {
-    const before = { ...this.state, installed: this.state.installed ?? change.from ?? null };
-    const { version } = change.installed;
-    const isFirmware = change.firmware && version === before.installed?.version && !change.repair;
-    const failed: FailedRelease = { version, digest: change.digest };
-    if (change.image !== undefined) failed.image = change.image;
-    if (isFirmware) failed.firmware = change.firmware!.version;
+    const installed = this.state.installed ?? change.from ?? null;
+    const preparation = new Preparation(this.files, this.staging, installed, change.installed);
+    await preparation.run(change);
     const transaction: Transaction = {
-      format: FORMAT,
-      ...(await this.prepare(change, before.installed)),
-      ...{ before, failed },
+      ...{ ...preparation, format: FORMAT, failed: change.failure },
+      before: { ...this.state, installed },
       check: change.check ?? null,
       restart: change.restart ?? null,
-      repairs: this.damaged,
+      repairs: [...this.damaged],
     };
-    if (change.repair) transaction.release = beforeRepair(transaction, this.#wayBack);
-    if (this.damaged.length > 0) await this.#records.forgetTransactions();
-    await this.#records.begin(transaction);
-    try {
-      await this.#records.sync();
-      await this.#finishCommit(transaction);
-    } catch (error) {
-      await this.#goBack("undo").catch((second) => {
-        const both = `${errorText(error)}; going back failed as well: ${errorText(second)}`;
-        throw new OTAError(`${both}; the next command does what is left`);
-      });
-      throw error;
-    }
-  }
-
-  async #finishCommit(transaction: Transaction): Promise<void> {
-    const { id, to, forward, check, restart, displaced } = transaction;
-    await this.run(forward);
-    await this.#records.write({
-      ...this.state,
-      installed: to,
-      journal: id,
-      trial: check ? { starts: 0 } : null,
-      failed: check ? this.state.failed : this.#failuresAfter(to),
-      restart,
-    });
-    this.displaced.push(...displaced);
-    if (!check) this.#records.settle();
-    this.#setRight();
-    this.dropStaged();
+    if (change.repair) transaction.release = beforeRepair(transaction, this.#rollbackPlan);
+    await this.#transactions.run(transaction);
   }
 
   /** Records what is installed where no file needs to change. */
@@ -5849,8 +6057,8 @@ export class Journal extends DeviceTree implements Disposable {
     const journal = isOther ? null : this.state.journal;
     await this.#records.write({ ...this.state, installed, journal });
     this.#records.dropEnded();
-    this.#setRight();
-    this.dropStaged();
+    this.#transactions.cleanUp();
+    this.staging.clear();
   }
 
   /** Completes or refreshes the record of the release that stands. */
@@ -5866,29 +6074,18 @@ export class Journal extends DeviceTree implements Disposable {
 
   /** Confirms the release on trial. Failures of it and of older releases are forgotten. */
   async confirm(): Promise<void> {
-    await this.#endTrial(this.#failuresAfter(this.state.installed));
+    await this.#endTrial(this.#transactions.failuresAfter(this.state.installed));
   }
 
   async #endTrial(failed: FailedRelease[]): Promise<void> {
     await this.#records.write({ ...this.state, trial: null, failed });
     this.#records.settle();
-    this.#clean();
+    this.#transactions.dropBackups();
   }
 
   /** Records that the pending restart command was run. */
   async restarted(): Promise<void> {
     if (this.state.restart !== null) await this.#records.write({ ...this.state, restart: null });
-  }
-
-  /** Files that the application changed since the commit and that `rollback` would overwrite. */
-  changedSinceCommit(): string[] {
-    if (!this.#wayBack) return [];
-    const { back, placed } = this.#wayBack;
-    const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
-    return atRisk.filter((path) => {
-      if (path.startsWith(`${OTA_DIR}/`)) return false;
-      return this.stat(path)?.kind === "file" && this.digest(path, "sha256") !== placed[path];
-    });
   }
 
   /**
@@ -5898,145 +6095,29 @@ export class Journal extends DeviceTree implements Disposable {
    *   then nothing was done
    */
   async rollBack(): Promise<void> {
-    const way = this.#wayBack;
-    if (!way) throw new OTAError(`${this.root} has no previous release to go back to`);
-    const lost = this.findLost(way.back, way.restored);
-    if (lost.length === 0) return this.#goBack("rollback");
+    const plan = this.#rollbackPlan;
+    if (!plan) throw new OTAError(`${this.files.root} has no previous release to go back to`);
+    const lost = this.#transactions.tree.findLost(plan.back, plan.restored);
+    if (lost.length === 0) return this.#transactions.goBack("rollback");
     // A bad release that cannot be rolled back must not block the next one.
-    if (this.state.trial) await this.#endTrial(this.#withFailure(way.failed));
-    const release = way.before.installed?.version ?? "0";
+    if (this.state.trial) await this.#endTrial(withFailure(this.state.failed, plan.failed));
+    const release = plan.before.installed?.version ?? "0";
     throw new OTAError(
       `cannot go back to ${release}: ${lost.join(", ")} is gone.\n` +
         "Nothing was changed; client brings the newest release",
     );
   }
-
-  /** Goes back: `undo`, since a commit failed; `rollback`, since the release is bad. */
-  async #goBack(why: "undo" | "rollback"): Promise<void> {
-    const { commit, done } = this.#records;
-    const transaction = (commit ?? done)!;
-    const way = commit ?? releaseBefore(transaction)!;
-    await this.#records.turnBack(why);
-    const lost = this.findLost(way.back, way.restored);
-    if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
-    await this.run(way.back);
-    if (this.state.journal === transaction.id) {
-      if (why === "rollback") {
-        // Before the marker goes: without a transaction, a damaged record that is still there counts.
-        for (const path of transaction.repairs) ifThere(() => this.disk.unlink(this.at(path)));
-        this.damaged = [];
-      }
-      const { installed, journal } = way.before;
-      const after: State = {
-        ...{ ...this.state, installed, trial: null, restart: transaction.restart },
-        failed: this.#withFailure(way.failed),
-        journal: commit ? journal : null,
-      };
-      await this.#records.write(why === "undo" ? way.before : after);
-    }
-    await this.#records.endTurningBack(why);
-    this.#clean();
-  }
-
-  #failuresAfter(installed: Installed | null): FailedRelease[] {
-    const current = installed?.version ?? "";
-    const active = this.firmware?.version ?? "";
-    return this.state.failed.filter(({ version, firmware }) => {
-      return firmware === undefined
-        ? new LooseVersion(version).compare(current) > 0
-        : new LooseVersion(firmware).compare(active) > 0;
-    });
-  }
-
-  #withFailure(failure: FailedRelease): FailedRelease[] {
-    const others = this.state.failed.filter((other) => !isSameFailure(other, failure));
-    return [...others, failure].slice(-FAILED_KEPT);
-  }
-
-  // ── Opening ──
-
-  /** Reads the records, and ends what was cut off. */
-  async #recover(): Promise<void> {
-    this.#records.load();
-    const { commit, done, state } = this.#records;
-    this.damaged = this.#records.damaged;
-    const { repairs = [] } = commit ?? done ?? {};
-    if (!this.damaged.every((path) => repairs.includes(path))) return;
-    // What was cut off may not have made durable what we found.
-    if (commit || done || this.#records.isOver) await this.#records.sync();
-    this.#records.dropEnded();
-    const way = this.#records.goingBack;
-    const isCut = commit !== undefined && commit.id !== state.journal;
-    this.recovered = way !== undefined || isCut;
-    if (way) return this.#endWayBack(way);
-    if (isCut) {
-      const isWhole = this.findLost(commit.forward, commit.placed).length === 0;
-      return isWhole ? this.#finishCommit(commit) : this.#endWayBack("undo");
-    }
-    if (!state.trial) this.#records.settle();
-    this.#setRight();
-  }
-
-  /** Goes back; where that cannot be done, only a repair helps. */
-  async #endWayBack(why: "undo" | "rollback"): Promise<void> {
-    const { commit, done } = this.#records;
-    const way = commit ?? releaseBefore(done!)!;
-    this.#lost = this.findLost(way.back, way.restored);
-    if (this.#lost.length === 0) return this.#goBack(why);
-    this.#records.setAsideTransactions();
-    this.damaged = this.#records.damaged;
-  }
-
-  /** Deletes the damaged records that were set aside, once there is a good one again. */
-  #setRight(): void {
-    for (const path of this.damaged) tidy(() => this.disk.unlink(this.at(path)));
-    this.damaged = [];
-    this.#clean();
-  }
-
-  /** Removes what no transaction needs. Staged content stays while nothing was made of it. */
-  #clean(): void {
-    const { commit, done } = this.#records;
-    const ways = [commit, commit?.release, done && releaseBefore(done)];
-    const needed = ways.flatMap((way) => way?.back.place.map(([from]) => ancestors(from)[0]) ?? []);
-    for (const one of [commit, done]) if (one) needed.push(backupPath(one.id));
-    tidy(() => {
-      for (const name of this.disk.list(this.at(OTA_DIR))) {
-        const path = `${OTA_DIR}/${name}`;
-        if (name.startsWith("backup-") && !needed.includes(path)) this.#removeAll(path);
-      }
-    });
-  }
-
-  #removeAll(directory: string): void {
-    for (const name of this.disk.list(this.at(directory))) {
-      this.disk.unlink(this.at(`${directory}/${name}`));
-    }
-    this.disk.rmdir(this.at(directory));
-  }
-}
-
-/** Makes a directory and those above it, durably. */
-async function makeDirectories(disk: Disk, path: string): Promise<void> {
-  const kind = disk.stat(path)?.kind;
-  if (kind === "directory") return;
-  if (kind) throw Object.assign(new Error(`${path} is not a directory`), { code: "ENOTDIR" });
-  const above = dirname(path);
-  await makeDirectories(disk, above);
-  disk.mkdir(path);
-  await disk.sync(above);
 }
 
 // ════ V Update ═══════════════════════════════════════════════════════════════════════════════════
-// How a device gets to another release: ask for a manifest (Manifest client), work out the change and check
-// that it can be made (Plan), stage all content and verify it (Transfer, Fetch), commit it (part IV),
-// and let its check decide whether it stays (Health check). Up to the commit nothing but `.ota` is touched,
-// and a failure at any point leaves the device as it was. `OTA` (Device) is these steps in order.
+// How a device gets to another release: see what it has (Survey), ask for a manifest (Manifest client),
+// work out the change and check that it can be made (Plan), stage all content and verify it (Transfer,
+// Fetch), commit it (part IV), and let its check decide whether it stays (Health check). Up to the
+// commit nothing but `.ota` is touched, and a failure at any point leaves the device as it was. `OTA`
+// (Device) is these steps in order.
 
-// ──── Health check ───────────────────────────────────────────────────────────────────────────────
-// What decides whether a release stays. A release with a check is on trial until its check ends
-// well; a check that fails, hangs, or was started three times without an end (a release that kills
-// the device is such a one) takes the device back.
+// ──── Device options ─────────────────────────────────────────────────────────────────────────────
+// What a device is told to do, and what it tells.
 
 /** Progress events of an update. */
 export type OTAEvent =
@@ -6045,6 +6126,16 @@ export type OTAEvent =
   | { kind: "progress"; received: number; total: number }
   /** One content is here, whole and verified. */
   | { kind: "fetched"; path: string; size: number };
+
+/** What an update cost on the air. */
+export interface Traffic {
+  /** Bytes of all bodies, as they came. */
+  received: number;
+  /** Bytes of the content that the release needed and the tree did not have in place. */
+  content: number;
+  /** Contents that were on the device under another name, or staged before. */
+  reused: number;
+}
 
 /** How an update ended. */
 export interface Outcome {
@@ -6059,33 +6150,158 @@ export interface Outcome {
   traffic?: Traffic;
 }
 
-/** How releases are tried. */
-export interface HealthCheckOptions {
+/** How a command is run on a device. */
+export interface CommandOptions {
+  /** The directory to run it in: the device's root. */
+  cwd: string;
+  /** Variables of its environment, beside those of this process. */
+  env: Record<string, string>;
+  /** Seconds after which it is no longer waited for. */
+  timeout: number;
+  /** Whether to end it, with its whole process group, when it is late or fails; else it goes on. */
+  kill: boolean;
+  signal: AbortSignal;
+}
+
+/**
+ * Runs a command for `sh -c` on the device.
+ *
+ * @returns its exit code; `undefined` when it did not end in time
+ * @throws the reason of the signal, when that aborts
+ */
+export type CommandRunner = (
+  command: string,
+  options: CommandOptions,
+) => Promise<number | undefined>;
+
+/** What `rollBack`, `status` and `OTA` all need. */
+export interface DeviceOptions {
+  /** The device's files, when they are not a directory of this machine; `root` only names them. */
+  disk?: Disk;
+  /** Runs the check and the restart command; a shell of this machine. */
+  run?: CommandRunner;
   /** Decides whether a new release is good; without one, every release is. */
   check?: Check;
   /** A command for `sh -c`, run whenever the tree has changed. */
   restart?: string;
   /** Called with each event. */
   report?: (event: OTAEvent) => void;
-  /** Ends running commands. */
+  /** Ends everything. */
   signal?: AbortSignal;
 }
+
+/** What an update is told to do; every field but `root` has the default of the command line. */
+export interface OTAOptions extends DeviceOptions {
+  /** The directory that is the device's file system. */
+  root: string;
+  /** The release it is on, for as long as it has no record of its own. */
+  ver?: string;
+  /** A name for this device, instead of the one kept in `.ota`. */
+  id?: string;
+  /** Downloads at once; 4. */
+  jobs?: number;
+  /** Seconds without a byte after which a transfer is given up and tried again; 30. */
+  timeout?: number;
+  /** Fewer bytes a second than this, over so many seconds, count as silence; 10 over 300. */
+  slowest?: { rate: number; seconds: number };
+  /** Hashes every file of the release, also those that look unchanged. */
+  checkFiles?: boolean;
+  /** Asks for the full list, hashes everything, fetches what differs, and makes a new record. */
+  repair?: boolean;
+  /** Tries a release even if it failed before. */
+  retry?: boolean;
+  /** Ed25519 public keys, one of which must have signed the manifest. */
+  verify?: readonly KeyObject[];
+}
+
+/** The files of a device; its root need not be there. */
+function filesOf(root: string, { disk }: DeviceOptions): Files {
+  if (disk) return new Files(root, disk);
+  const real = fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
+  return new Files(real, fileSystem(real));
+}
+
+// ──── Waiting ────────────────────────────────────────────────────────────────────────────────────
+// Whatever a device waits for, a command or another side, may never end.
+
+/** The longest timer in milliseconds (2^31 - 1, 24 days): one with more fires at once. */
+const MAX_TIMER = 2 ** 31 - 1;
+/** The signal of those who cannot be interrupted. */
+const NEVER = new AbortController().signal;
+
+/**
+ * Waits for a promise, but not for ever.
+ *
+ * @returns what it resolves to; `undefined` when it has not after so many seconds
+ * @throws what it rejects with; the reason of the signal, when that aborts first
+ */
+async function within<T>(
+  seconds: number,
+  promise: Promise<T>,
+  signal: AbortSignal,
+): Promise<T | undefined> {
+  const { promise: ended, resolve, reject } = Promise.withResolvers<T | undefined>();
+  const stop = () => reject(signal.reason);
+  const timer = setTimeout(() => resolve(undefined), Math.min(seconds * 1000, MAX_TIMER));
+  signal.addEventListener("abort", stop);
+  if (signal.aborted) stop();
+  promise.then(resolve, reject);
+  try {
+    return await ended;
+  } finally {
+    clearTimeout(timer);
+    signal.removeEventListener("abort", stop);
+  }
+}
+
+/** Resolves after some seconds; throws the reason of the signal, when that aborts first. */
+async function sleep(seconds: number, signal: AbortSignal): Promise<void> {
+  await within(seconds, new Promise(() => {}), signal);
+}
+
+/** Runs a command in a shell of this machine. What it prints goes to stderr. */
+const runShell: CommandRunner = async (command, { cwd, env, timeout, kill, signal }) => {
+  const child = Bun.spawn(["sh", "-c", command], {
+    ...{ cwd, env: { ...process.env, ...env } },
+    stdio: ["ignore", 2, 2],
+    detached: true,
+  });
+  let code: number | undefined;
+  try {
+    return (code = await within(timeout, child.exited, signal));
+  } finally {
+    child.unref();
+    if (kill && code !== 0) endGroup(child.pid);
+  }
+};
+
+function endGroup(pid: number): void {
+  try {
+    process.kill(-pid, "SIGKILL");
+  } catch (error) {
+    if (errorCode(error) !== "ESRCH") throw error;
+  }
+}
+
+// ──── Health check ───────────────────────────────────────────────────────────────────────────────
+// What decides whether a release stays. A release with a check is on trial until its check ends
+// well; a check that fails, hangs, or was started three times without an end (a release that kills
+// the device is such a one) takes the device back.
 
 const MAX_STARTS = 3;
 /** Seconds after which a restart command is no longer waited for. */
 const RESTART_TIMEOUT = 60;
 
-/** The trials of one device. */
 class HealthCheck {
   constructor(
     private readonly journal: Journal,
-    private readonly options: HealthCheckOptions,
+    private readonly options: DeviceOptions,
   ) {
     this.#reportDisplaced();
   }
 
   /**
-   * Ends what an earlier run left: a restart that is owed, a release on trial.
+   * Finishes what an earlier run left: a pending restart, a release on trial.
    *
    * @returns the outcome, when that release was bad
    */
@@ -6100,7 +6316,7 @@ class HealthCheck {
     return good ? undefined : this.#rolledBack(version);
   }
 
-  /** Runs the restart that is owed, where opening the journal has changed the tree. */
+  /** Runs a pending restart, also where opening the journal has changed the tree. */
   async settle(): Promise<void> {
     if (this.journal.recovered || this.journal.state.restart !== null) await this.#restart();
   }
@@ -6116,9 +6332,8 @@ class HealthCheck {
     const { trial, installed } = this.journal.state;
     if (!trial) return true;
     if (trial.starts >= MAX_STARTS) {
-      this.#note(
-        `the check of ${installed!.version} was started ${MAX_STARTS} times and never ended`,
-      );
+      const often = `was started ${MAX_STARTS} times and never ended`;
+      this.#note(`the check of ${installed!.version} ${often}`);
     } else {
       await this.journal.countStart();
       if (!check || (await this.#passes(check, installed!))) {
@@ -6151,11 +6366,11 @@ class HealthCheck {
 
   /** The outcome, once the device was taken back from a version. */
   #rolledBack(to: string): Outcome {
-    const { installed, failed } = this.journal.state;
-    const outcome: Outcome = { result: "rolled back", from: installed?.version ?? "0", to };
-    const flashed = failed.at(-1)?.firmware;
+    const { files, state } = this.journal;
+    const outcome: Outcome = { result: "rolled back", from: state.installed?.version ?? "0", to };
+    const flashed = state.failed.at(-1)?.firmware;
     if (flashed === undefined) return outcome;
-    return { ...outcome, firmware: { from: this.journal.firmware?.version ?? "0", to: flashed } };
+    return { ...outcome, firmware: { from: files.firmware?.version ?? "0", to: flashed } };
   }
 
   async #takeBack(): Promise<void> {
@@ -6164,12 +6379,11 @@ class HealthCheck {
     await this.#restart();
   }
 
-  async #passes(check: Check, installed: Installed): Promise<boolean> {
-    const code = await this.#run(check.command, check.timeout, installed, true);
+  async #passes({ command, timeout }: Check, { version }: Installed): Promise<boolean> {
+    const code = await this.#run(command, timeout, true);
     if (code === 0) return true;
-    const why =
-      code === undefined ? `did not end within ${check.timeout} s` : `ended with code ${code}`;
-    this.#note(`${installed.version} is bad: its check ${why}`);
+    const why = code === undefined ? `did not end within ${timeout} s` : `ended with code ${code}`;
+    this.#note(`${version} is bad: its check ${why}`);
     return false;
   }
 
@@ -6177,54 +6391,31 @@ class HealthCheck {
   async #restart(): Promise<void> {
     const command = this.options.restart ?? this.journal.state.restart;
     if (command) {
-      const code = await this.#run(command, RESTART_TIMEOUT, this.journal.state.installed, false);
-      if (code === undefined) {
-        this.#note(
-          `the restart command did not end within ${RESTART_TIMEOUT} s; it is left running`,
-        );
-      } else if (code !== 0) this.#note(`the restart command ended with code ${code}`);
+      const code = await this.#run(command, RESTART_TIMEOUT, false);
+      const late = `did not end within ${RESTART_TIMEOUT} s; it is left running`;
+      const how = code === undefined ? late : `ended with code ${code}`;
+      if (code !== 0) this.#note(`the restart command ${how}`);
     }
     await this.journal.restarted();
   }
 
-  /**
-   * Runs a shell command in the root. What it prints goes to stderr.
-   *
-   * @param end whether to end it, with its whole process group, when it is late or fails
-   * @returns its exit code; `undefined` when it did not end within `timeout` seconds
-   */
-  async #run(
-    command: string,
-    timeout: number,
-    installed: Installed | null,
-    end: boolean,
-  ): Promise<number | undefined> {
-    const child = Bun.spawn(["sh", "-c", command], {
-      cwd: this.journal.root,
-      env: {
-        ...process.env,
-        OTA_VERSION: installed?.version ?? "0",
-        OTA_PREVIOUS_VERSION: installed?.previous_version ?? "0",
-      },
-      stdio: ["ignore", 2, 2],
-      detached: true,
-    });
-    const done = new AbortController();
-    let code: number | undefined;
+  async #run(command: string, timeout: number, kill: boolean): Promise<number | undefined> {
+    const { run = runShell, signal = NEVER } = this.options;
+    const { files, state } = this.journal;
+    const env = {
+      OTA_VERSION: state.installed?.version ?? "0",
+      OTA_PREVIOUS_VERSION: state.installed?.previous_version ?? "0",
+    };
     try {
-      code = await Promise.race([child.exited, sleep(timeout, done.signal, this.options.signal)]);
+      return await run(command, { cwd: files.root, env, timeout, kill, signal });
     } catch (error) {
-      const what = `interrupted; the device is on ${installed?.version ?? "0"}`;
-      const next = this.journal.state.trial
+      if (!signal.aborted) throw error;
+      const what = `interrupted; the device is on ${env.OTA_VERSION}`;
+      const next = state.trial
         ? "on trial: the next client starts its check again"
         : "and its restart command is run by the next client";
       throw new OTAError(`${what}, ${next}`, 1, { cause: error });
-    } finally {
-      done.abort();
-      child.unref();
-      if (end && code !== 0) endGroup(child.pid);
     }
-    return code;
   }
 
   #note(text: string): void {
@@ -6232,7 +6423,7 @@ class HealthCheck {
   }
 
   #reportDisplaced(): void {
-    for (const [path, now] of this.journal.displaced.splice(0)) {
+    for (const [path, now] of this.journal.takeDisplaced()) {
       this.#note(`${path} was not part of a release and was in its way: it is kept as ${now}`);
     }
   }
@@ -6248,17 +6439,17 @@ class HealthCheck {
 export async function rollBack(
   root: string,
   force = false,
-  options: HealthCheckOptions = {},
+  options: DeviceOptions = {},
 ): Promise<Outcome> {
-  const at = realRoot(root);
-  if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
-  using journal = await Journal.open(at);
+  const files = filesOf(root, options);
+  if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
+  using journal = await Journal.open(files);
   return new HealthCheck(journal, options).rollBack(force);
 }
 
 // ──── Status ─────────────────────────────────────────────────────────────────────────────────────
-// What a device is on, told without a server. Run at boot, before the application, it ends what a
-// reset has cut off.
+// What a device is on, told without a server. Run at boot, before the application, it finishes what a
+// reset has interrupted.
 
 /** What `status` tells of a device. */
 export interface Status {
@@ -6270,39 +6461,38 @@ export interface Status {
   pending: boolean;
   /** Releases that failed and are not tried again. */
   failed: string[];
-  /** How the files are other than recorded; only where that was asked for. */
+  /** How the files differ from their record; only where that was asked for. */
   differs?: Difference[];
   /** Only there while another process works on the device. */
   busy?: true;
 }
 
 /** What `status` is to do. */
-export interface StatusOptions extends HealthCheckOptions {
-  /** Hashes every file, and tells which are other than recorded. */
+export interface StatusOptions extends DeviceOptions {
+  /** Hashes every file, and tells which differ from their record. */
   examine?: boolean;
 }
 
 /**
- * Tells what a device is on. A commit or a way back that was cut off is ended first, unless
- * another process is at work: then what is recorded is told.
+ * Tells what a device is on. An interrupted commit or rollback is finished first, unless another
+ * process is at work: then this is what is recorded.
  *
  * @param root the device's root; nothing is made there
  * @throws {OTAError} when there is no such directory, or the record is damaged, or of a newer
  *   version of this tool
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
-  const at = realRoot(root);
-  const describe = (state: State) => describeDevice(at, state, options.examine);
-  if (!fs.existsSync(at)) throw new OTAError(noRoot(at, "nothing is there; see --root"));
-  if (fileSystem.stat(at)?.kind === "file") throw new OTAError(noRoot(at, "it is not a directory"));
-  if (!fs.existsSync(`${at}/${OTA_DIR}`)) return describe(Journal.peek(at));
+  const files = filesOf(root, options);
+  const describe = (state: State) => describeDevice(files, state, options.examine);
+  if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
+  if (files.isFile("")) throw new OTAError(noRoot(files.root, "it is not a directory"));
+  if (!files.stat(OTA_DIR)) return describe(EMPTY);
   let journal: Journal;
   try {
-    journal = await Journal.open(at);
+    journal = await Journal.open(files);
   } catch (error) {
-    if (error instanceof BusyError) return { ...describe(Journal.peek(at)), busy: true };
-    const isSettled = error instanceof UnwritableError && Journal.isSettled(at);
-    if (isSettled) return describe(Journal.peek(at));
+    if (error instanceof BusyError) return { ...describe(peekState(files)), busy: true };
+    if (error instanceof UnwritableError && isSettled(files)) return describe(peekState(files));
     throw error;
   }
   using open = journal;
@@ -6311,69 +6501,105 @@ export async function status(root: string, options: StatusOptions = {}): Promise
   return describe(open.state);
 }
 
-function describeDevice(
-  root: string,
-  { installed, trial, failed }: State,
-  isExamined = false,
-): Status {
-  const firmware = readFirmware(root);
-  const files = new DeviceFiles(root, fileSystem);
+function describeDevice(files: Files, state: State, isExamined = false): Status {
+  const { installed, trial, failed } = state;
+  const { firmware } = files;
   return {
-    version: installed?.version ?? versionFromFile(root) ?? null,
+    version: installed?.version ?? versionFromFile(files) ?? null,
     previous_version: installed?.previous_version ?? null,
     firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
     pending: trial !== null,
     failed: failed.map(failedName),
-    ...(isExamined && { differs: examine(files, installed, true).differences }),
+    ...(isExamined && { differs: takeInventory(files, installed, true).differences }),
   };
 }
 
 /** The version in `flash/OTA_VERSION.py`, if it is there and is one. */
-function versionFromFile(root: string): string | undefined {
-  const text = readText(fileSystem, `${root}/${VERSION_FILE}`) ?? "";
+function versionFromFile({ disk }: Files): string | undefined {
+  const text = readText(disk, VERSION_FILE) ?? "";
   const version = /^\s*VERSION\s*=\s*(['"])(.*?)\1/m.exec(text)?.[2];
   return version !== undefined && isReleaseName(version) ? version : undefined;
 }
 
-function endGroup(pid: number): void {
-  try {
-    process.kill(-pid, "SIGKILL");
-  } catch (error) {
-    if (errorCode(error) !== "ESRCH") throw error;
-  }
+// ──── Target ─────────────────────────────────────────────────────────────────────────────────────
+// The release that a manifest leads to, from what a device has.
+
+/** A file of a release, as a device has it or will. */
+interface ReleaseFile {
+  /** SHA-256, or SHA-1 of content that is still to be staged. */
+  key: string;
+  executable: boolean;
+  /** `DiskStat.stamp` of a file that is in its place already. */
+  stamp?: string;
 }
 
-/** The longest timeout in milliseconds (2^31 - 1, 24 days): with more, a timer fires at once. */
-const MAX_TIMER = 2 ** 31 - 1;
+/** The release that a device will have. */
+interface Target {
+  version: string;
+  files: Map<string, ReleaseFile>;
+}
 
-/** Resolves after some seconds; rejects with the reason of the first signal that aborts. */
-function sleep(seconds: number, ...signals: (AbortSignal | undefined)[]): Promise<undefined> {
-  const signal = AbortSignal.any(signals.filter((one) => one !== undefined));
-  return new Promise((done, fail) => {
-    const stop = () => {
-      clearTimeout(timer);
-      fail(signal.reason);
-    };
-    const milliseconds = Math.min(seconds * 1000, MAX_TIMER);
-    const timer = setTimeout(() => {
-      signal.removeEventListener("abort", stop);
-      done(undefined);
-    }, milliseconds);
-    if (signal.aborted) stop();
-    else signal.addEventListener("abort", stop, { once: true });
+interface Listed extends Omit<ManifestEntry, "dst_path"> {
+  path: string;
+  key: string;
+}
+
+function listedFiles({ new: added, update }: Manifest): Listed[] {
+  return [...added, ...update].map((entry) => {
+    return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
   });
 }
 
-/** The absolute path of a device's root, links resolved; it need not be there. */
-function realRoot(root: string): string {
-  return fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
+/**
+ * What a device will have once a manifest is done.
+ *
+ * @param recorded what it has
+ * @param full whether the manifest lists all of it
+ */
+export function targetOf(
+  manifest: Manifest,
+  recorded: Installed | undefined,
+  full: boolean,
+): Target {
+  const files = new Map<string, ReleaseFile>();
+  const runs = new Set(recorded?.executable);
+  for (const [path, key] of full ? [] : Object.entries(recorded?.files ?? {})) {
+    files.set(path, { key, executable: runs.has(path), stamp: recorded!.stamps?.[path] });
+  }
+  for (const path of manifest.delete) files.delete(path);
+  for (const { path, key, sha256, executable = false } of listedFiles(manifest)) {
+    // A server that sends no SHA-256 sends no modes either.
+    const ran = sha256 === undefined && files.get(path)?.executable === true;
+    files.set(path, { key, executable: executable || ran });
+  }
+  return { version: manifest.version, files };
+}
+
+/**
+ * The digest by which a release that failed is known again: the same from whatever the device has,
+ * and whether or not the list is full.
+ */
+export function targetDigest({ version, files }: Target): string {
+  const keys = [...files].map(([path, { key }]) => [path, key]).sort();
+  const executable = [...files].filter(([, file]) => file.executable).map(([path]) => path);
+  return sha256(JSON.stringify([version, keys, executable.sort()]));
+}
+
+function failureOf(
+  target: Target,
+  { firmware }: Manifest,
+  active: ActiveFirmware | null,
+): FailedRelease {
+  const failure: FailedRelease = { version: target.version, digest: targetDigest(target) };
+  // The image that runs is put right, and is not new.
+  if (!firmware || firmware.version === active?.version) return failure;
+  return { ...failure, image: firmware.sha256 ?? firmware.hash };
 }
 
 // ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
 // What an update will do, worked out and checked before anything is fetched: a change that cannot
 // be made whole is not begun.
 
-/** One content to fetch. */
 interface Download {
   /** SHA-256, or SHA-1 where the server does not send that. */
   key: string;
@@ -6387,8 +6613,8 @@ interface Download {
   old?: string;
 }
 
-/** What an update will do, worked out before anything is fetched. */
 interface Plan {
+  after: Target;
   /** Path → key of what is put there. */
   put: Map<string, string>;
   remove: string[];
@@ -6396,117 +6622,62 @@ interface Plan {
   displace: string[];
   firmware?: { key: string; version: string };
   downloads: Download[];
-  /** What the release consists of afterwards: path → key. */
-  after: Map<string, string>;
-  /** Those of them that the release makes executable. */
-  executable: Set<string>;
-  /** Stamps of what is there already (`Installed.stamps`). */
-  stamps: Record<string, string>;
-}
-
-/** A file of a manifest. */
-interface Listed extends Omit<ManifestEntry, "dst_path"> {
-  path: string;
-  key: string;
-}
-
-function listedFiles({ new: added, update }: Manifest): Listed[] {
-  return [...added, ...update].map((entry) => {
-    return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
-  });
-}
-
-/** What a release consists of once a manifest is done: path → key, and what is executable of it. */
-function releaseAfter(
-  manifest: Manifest,
-  recorded: Installed | undefined,
-  full: boolean,
-): Pick<Plan, "after" | "executable"> {
-  const entries = listedFiles(manifest);
-  const gone = new Set(manifest.delete);
-  const old = Object.entries(recorded?.files ?? {});
-  const after = new Map(full ? [] : old.filter(([path]) => !gone.has(path)));
-  const executable = new Set(recorded?.executable?.filter((path) => after.has(path)));
-  for (const { path, key, sha256, executable: runs } of entries) {
-    after.set(path, key);
-    if (runs) executable.add(path);
-    // A server that sends no SHA-256 sends no modes either.
-    else if (sha256 !== undefined) executable.delete(path);
-  }
-  return { after, executable };
-}
-
-/**
- * The digest of the files that a manifest leads to, by which a release that failed is known again:
- * the same from whatever the device has, and whether or not the list is full.
- */
-export function targetDigest(
-  manifest: Manifest,
-  recorded: Installed | undefined,
-  full: boolean,
-): string {
-  const { after, executable } = releaseAfter(manifest, recorded, full);
-  return sha256(JSON.stringify([manifest.version, [...after].sort(), [...executable].sort()]));
-}
-
-/** The key of the image that a manifest brings, unless it is the one that runs, made right. */
-function newImage({ firmware }: Manifest, active: ActiveFirmware | null): string | undefined {
-  if (!firmware || firmware.version === active?.version) return undefined;
-  return firmware.sha256 ?? firmware.hash;
 }
 
 /**
  * Compares what a manifest lists with what is there.
  *
+ * @param after `targetOf` it; what is in its place is noted there
  * @param has what is really there of what the updater has installed
  * @param full whether of that, what the manifest lacks is to go
  * @throws {OTAError} naming the first path that cannot be changed, and why
  */
-export async function makePlan(
-  files: DeviceFiles,
+async function makePlan(
+  { files, staging }: Journal,
   manifest: Manifest,
-  has: Examined,
+  after: Target,
+  has: Inventory,
   full: boolean,
 ): Promise<Plan> {
-  const { installed: recorded } = has;
-  const old = recorded?.files ?? {};
+  const old = has.installed?.files ?? {};
+  const ran = new Set(has.installed?.executable);
   const entries = listedFiles(manifest);
   const listed = new Set(entries.map(({ path }) => path));
   const gone = full ? Object.keys(old).filter((path) => !listed.has(path)) : [];
   const remove = [...new Set([...manifest.delete, ...gone])];
-  files.refuseLinks([...listed, ...remove]);
+  refuseLinks(files, [...listed, ...remove]);
   const plan: Plan = {
-    ...{ put: new Map(), displace: [], downloads: [], stamps: { ...recorded?.stamps } },
-    remove: remove.filter((path) => files.stat(path)?.kind === "file"),
-    ...releaseAfter(manifest, recorded, full),
+    ...{ after, put: new Map(), displace: [], downloads: [] },
+    remove: remove.filter((path) => files.isFile(path)),
   };
-  const ran = new Set(recorded?.executable);
   const updated = new Set(manifest.update.map(({ dst_path }) => dst_path.slice(1)));
   for (const entry of entries) {
-    const { path, key } = entry;
+    const { path, key, sha256 } = entry;
+    const target = after.files.get(path)!;
     const stat = files.stat(path);
-    const runs = plan.executable.has(path);
-    const isRight = stat?.kind === "file" && (runs ? isExecutable(stat) : !ran.has(path));
+    const file = stat?.kind === "file" ? stat : undefined;
     const isHere = hasContent(files, entry, has);
     if (isHere) {
-      plan.after.set(path, entry.sha256 ?? files.digest(path, "sha256"));
-      plan.stamps[path] = stat!.stamp;
-      if (isRight) continue;
+      target.key = sha256 ?? files.digest(path);
+      const isRight = target.executable ? isExecutable(file!) : !ran.has(path);
+      if (isRight) {
+        target.stamp = file!.stamp;
+        continue;
+      }
     }
     plan.put.set(path, key);
-    const isOwn = stat?.kind === "file" && !(path in old) && !updated.has(path) && !isHere;
-    if (isOwn) plan.displace.push(path);
+    if (file && !(path in old) && !updated.has(path) && !isHere) plan.displace.push(path);
   }
   planDownloads(files, plan, entries, old);
   planFirmware(files, plan, manifest);
-  await planVersionFile(files, plan, manifest.version);
-  files.preflight(plan.put.keys(), plan.remove);
-  checkSpace(files, plan);
+  await planVersionFile(files, staging, plan);
+  preflight(files, plan.put.keys(), plan.remove);
+  checkSpace(files, staging, plan);
   return plan;
 }
 
 /** Whether a path has the content that is listed for it. */
-function hasContent(files: DeviceFiles, { path, key, size }: Listed, has: Examined): boolean {
+function hasContent(files: Files, { path, key, size }: Listed, has: Inventory): boolean {
   const known = has.files.get(path);
   if (known !== undefined && algorithmOf(key) === "sha256") return known === key;
   return files.hasContent(path, key, size);
@@ -6514,7 +6685,7 @@ function hasContent(files: DeviceFiles, { path, key, size }: Listed, has: Examin
 
 /** Finds what has to be fetched, and what on the device may spare that. */
 function planDownloads(
-  files: DeviceFiles,
+  files: Files,
   plan: Plan,
   entries: readonly Listed[],
   old: Readonly<Record<string, string>>,
@@ -6522,78 +6693,92 @@ function planDownloads(
   const wanted = new Map<string, Download>();
   for (const { path, key, URL: url, size } of entries) {
     if (!plan.put.has(path) || wanted.has(key)) continue;
-    const replaced = files.stat(path)?.kind === "file" ? path : undefined;
-    wanted.set(key, { key, url, path, size, localCopies: [], ...(replaced && { old: replaced }) });
+    const item: Download = { key, url, path, size, localCopies: [] };
+    wanted.set(key, files.isFile(path) ? { ...item, old: path } : item);
   }
   const paths = new Map<string, string[]>();
   const note = (path: string, sha256: string) => {
     paths.set(sha256, [...(paths.get(sha256) ?? []), path]);
   };
   for (const [path, sha256] of Object.entries(old)) note(path, sha256);
-  for (const [path, key] of plan.after) if (!plan.put.has(path)) note(path, key);
+  for (const [path, { key }] of plan.after.files) if (!plan.put.has(path)) note(path, key);
   if (wanted.size > 0) {
     // A device without a record has to hash what is there.
     const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in old));
-    for (const path of changing.filter((path) => files.stat(path)?.kind === "file")) {
-      note(path, files.digest(path, "sha256"));
+    for (const path of changing.filter((path) => files.isFile(path))) {
+      note(path, files.digest(path));
     }
   }
   for (const item of wanted.values()) item.localCopies = paths.get(item.key) ?? [];
   plan.downloads = [...wanted.values()];
 }
 
-function planFirmware(files: DeviceFiles, plan: Plan, { firmware }: Manifest): void {
+function planFirmware(files: Files, plan: Plan, { firmware }: Manifest): void {
   if (!firmware) return;
   const key = firmware.sha256 ?? firmware.hash;
   const { URL: url, size } = firmware;
   const active = files.firmware && slotPath(files.firmware.slot);
   plan.firmware = { key, version: firmware.version! };
   const image = { key, url, path: basename(url), size, localCopies: [] };
-  const known = plan.downloads.filter((item) => item.key !== key);
-  plan.downloads = [...known, active ? { ...image, old: active } : image];
+  const others = plan.downloads.filter((item) => item.key !== key);
+  plan.downloads = [...others, active ? { ...image, old: active } : image];
 }
 
 /**
  * Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`; where a release makes a file
  * of that directory, it goes.
  */
-async function planVersionFile(files: DeviceFiles, plan: Plan, version: string): Promise<void> {
-  if (plan.after.has("flash")) {
-    if (files.stat(VERSION_FILE)?.kind === "file") plan.remove.push(VERSION_FILE);
+async function planVersionFile(files: Files, staging: Staging, plan: Plan): Promise<void> {
+  if (plan.after.files.has("flash")) {
+    if (files.isFile(VERSION_FILE)) plan.remove.push(VERSION_FILE);
     return;
   }
   const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
-  if (!hasFlash && files.stat("flash")?.kind !== "directory") return;
-  files.refuseLinks([VERSION_FILE]);
-  const bytes = utf8(`VERSION = '${version}'\n`);
-  const key = sha256(bytes);
-  if (files.hasContent(VERSION_FILE, key, bytes.byteLength)) return;
-  await files.stage(bytes);
-  plan.put.set(VERSION_FILE, key);
+  if (!hasFlash && !files.isDirectory("flash")) return;
+  refuseLinks(files, [VERSION_FILE]);
+  const bytes = utf8(`VERSION = '${plan.after.version}'\n`);
+  if (files.hasContent(VERSION_FILE, sha256(bytes), bytes.byteLength)) return;
+  plan.put.set(VERSION_FILE, await staging.add(bytes));
 }
 
 /** @throws {OTAError} with both numbers, when a plan needs more space than there is */
-function checkSpace(files: DeviceFiles, plan: Plan): void {
-  const sizes = new Map(plan.downloads.map(({ key, size }) => [key, size ?? 0]));
-  let needed = files.backupBytes([...plan.put.keys(), ...plan.remove]);
-  for (const { key, size } of plan.downloads) {
-    if (!files.isStaged(key)) needed += Math.max(0, (size ?? 0) - files.part(key).size);
+function checkSpace({ root, disk }: Files, staging: Staging, plan: Plan): void {
+  const { put, remove, after, downloads } = plan;
+  const sizes = new Map(downloads.map(({ key, size }) => [key, size ?? 0]));
+  let needed = staging.backupBytes([...put.keys(), ...remove]);
+  for (const [key, size] of sizes) {
+    if (!staging.has(key)) needed += Math.max(0, size - staging.partial(key).size);
   }
   const once = new Set<string>();
-  for (const key of plan.put.values()) {
+  for (const key of put.values()) {
     // The same content in two places is stored twice.
     if (once.has(key)) needed += sizes.get(key) ?? 0;
     once.add(key);
   }
   // The journal, the record, and the directories: some 200 bytes a file, and a margin.
-  needed += 64 * 1024 + 200 * (plan.put.size + plan.remove.length + plan.after.size);
-  const { free } = files;
+  needed += 64 * 1024 + 200 * (put.size + remove.length + after.files.size);
+  const free = disk.free(OTA_DIR);
   if (needed > free) {
     throw new OTAError(
-      `not enough space in ${files.root}: this update needs ${needed} bytes, and ${free} are ` +
+      `not enough space in ${root}: this update needs ${needed} bytes, and ${free} are ` +
         "free; nothing was fetched",
     );
   }
+}
+
+/** The record of a release once it is in place, without the stamps of what is put there. */
+function recordOf(
+  { after, put }: Plan,
+  staging: Staging,
+): Pick<Installed, "version" | "files" | "executable" | "stamps"> {
+  const files: Record<string, string> = {};
+  const stamps: Record<string, string> = {};
+  for (const [path, { key, stamp }] of after.files) {
+    files[path] = staging.sha256(key);
+    if (stamp !== undefined && !put.has(path)) stamps[path] = stamp;
+  }
+  const executable = [...after.files.keys()].filter((path) => after.files.get(path)!.executable);
+  return { version: after.version, files, executable, stamps };
 }
 
 // ──── Transfer ──────────────────────────────────────────────────────────────────────────────────
@@ -6656,33 +6841,26 @@ const TRIES = 5;
 /** Slower than this many bytes a second over so many seconds counts as stalled. */
 const SLOWEST = { rate: 10, seconds: 300 };
 
-/** Receives bodies for one update. */
+interface ReceiverOptions {
+  /** Seconds without a byte after which a transfer is given up. */
+  timeout: number;
+  slowest: { rate: number; seconds: number } | undefined;
+  /** Ends everything. */
+  signal: AbortSignal;
+  /** Is told of every try that failed. */
+  note: (text: string) => void;
+}
+
 class Receiver {
   /** Bytes of all bodies so far, as they came. */
   received = 0;
+  readonly signal: AbortSignal;
 
-  readonly #timeout: number;
-  readonly #slowest: { rate: number; seconds: number };
-  readonly #signal: AbortSignal | undefined;
-  readonly #note: (text: string) => void;
-
-  /**
-   * @param options when a transfer is given up (`timeout` in seconds), what ends everything, and
-   *   what is told of every try that failed
-   */
   constructor(
     private readonly getData: (path: string, want: TransferRequest) => Promise<TransferResponse>,
-    options: {
-      timeout: number;
-      slowest: { rate: number; seconds: number } | undefined;
-      signal: AbortSignal | undefined;
-      note: (text: string) => void;
-    },
+    private readonly options: ReceiverOptions,
   ) {
-    this.#timeout = options.timeout;
-    this.#slowest = options.slowest ?? SLOWEST;
-    this.#signal = options.signal;
-    this.#note = options.note;
+    this.signal = options.signal;
   }
 
   /**
@@ -6692,11 +6870,11 @@ class Receiver {
    */
   async receive(
     path: string,
-    want: Omit<TransferRequest, "signal"> & { signal?: AbortSignal },
+    want: TransferRequest,
     begin: (data: TransferResponse) => (piece: Uint8Array) => void,
   ): Promise<TransferResponse> {
     const stalled = new AbortController();
-    const signal = anySignal(stalled.signal, want.signal, this.#signal);
+    const signal = AbortSignal.any([stalled.signal, want.signal]);
     const [name] = path.split("?", 1) as [string];
     let cancel = async (_: unknown) => {};
     try {
@@ -6709,7 +6887,7 @@ class Receiver {
         throw new TransferError(`${name} came coded as ${data.encoding}, unasked`, true);
       }
       const take = begin(data);
-      const isSlow = slownessWatch(this.#slowest);
+      const isSlow = slownessWatch(this.options.slowest);
       for (;;) {
         const { done, value } = await this.#wait(name, reader.read(), signal);
         if (done) return data;
@@ -6725,50 +6903,41 @@ class Receiver {
   }
 
   /** Waits for something from the other side, which may never come, or come as an error. */
-  #wait<T>(name: string, promise: Promise<T>, signal: AbortSignal): Promise<T> {
-    return new Promise((done, fail) => {
-      const stop = () => fail(signal.reason);
-      const late = () => {
-        fail(new TransferError(`${name}: nothing came for ${this.#timeout} s`, true));
-      };
-      const timer = setTimeout(late, this.#timeout * 1000);
-      signal.addEventListener("abort", stop, { once: true });
-      promise
-        .then(done, (error) => {
-          // Broken connections give system errors, and `fetch` TypeErrors with a code.
-          const isMistake = error instanceof TypeError && errorCode(error) === undefined;
-          const isOurs = error instanceof OTAError || signal.aborted || isMistake;
-          fail(isOurs ? error : new TransferError(`${name}: ${errorText(error)}`, true));
-        })
-        .finally(() => {
-          clearTimeout(timer);
-          signal.removeEventListener("abort", stop);
-        });
-      if (signal.aborted) stop();
-    });
+  async #wait<T extends object>(
+    name: string,
+    promise: Promise<T>,
+    signal: AbortSignal,
+  ): Promise<T> {
+    const { timeout } = this.options;
+    try {
+      const got = await within(timeout, promise, signal);
+      if (got) return got;
+    } catch (error) {
+      // Broken connections give system errors, and `fetch` TypeErrors with a code.
+      const isMistake = error instanceof TypeError && errorCode(error) === undefined;
+      if (error instanceof OTAError || signal.aborted || isMistake) throw error;
+      throw new TransferError(`${name}: ${errorText(error)}`, true);
+    }
+    throw new TransferError(`${name}: nothing came for ${timeout} s`, true);
   }
 
   /** Tries up to five times, with growing pauses. */
-  async withRetries<T>(task: () => Promise<T>, signal?: AbortSignal): Promise<T> {
+  async withRetries<T>(task: () => Promise<T>, signal = this.signal): Promise<T> {
     for (let [tries, wrong] = [1, 0]; ; tries++) {
       try {
         return await task();
       } catch (error) {
-        anySignal(signal, this.#signal).throwIfAborted();
+        signal.throwIfAborted();
         if (!(error instanceof TransferError) || !error.retry) throw error;
         // The same wrong content twice is not a transmission error.
         if (error instanceof ContentError && (++wrong === 2 || tries === TRIES)) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
-        this.#note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
-        await sleep(pause, signal, this.#signal);
+        this.options.note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
+        await sleep(pause, signal);
       }
     }
   }
-}
-
-function anySignal(...signals: (AbortSignal | undefined)[]): AbortSignal {
-  return AbortSignal.any(signals.filter((signal) => signal !== undefined));
 }
 
 /**
@@ -6789,79 +6958,66 @@ export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => b
   };
 }
 
-// ──── Fetch ─────────────────────────────────────────────────────────────────────────────────────
+// ──── Fetch ──────────────────────────────────────────────────────────────────────────────────────
 // Staging all content of a plan, at the least cost in bytes: from what the device has, else as a
 // delta against it, else coded, else plain; and never twice what is here already.
-
-/** What an update cost on the air. */
-export interface Traffic {
-  /** Bytes of all bodies, as they came. */
-  received: number;
-  /** Bytes of the content that the release needed and the tree did not have in place. */
-  content: number;
-  /** Contents that were on the device under another name, or staged before. */
-  reused: number;
-}
 
 /** Content shorter than this is fetched from its first byte again when it breaks. */
 const MIN_RESUMED = 16 * 1024;
 /** Content without a known size is not received beyond this. */
 const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
 
-/** One try to get one content: what of it is here, and whether what comes is what was wanted. */
+/** One try to get one content: whether what comes is what was wanted. */
 class Attempt {
   /** Bytes of it, those of earlier tries included. */
   received = 0;
   readonly want: Omit<TransferRequest, "signal">;
   readonly #hasher: Bun.CryptoHasher;
-  /** The most bytes that it may have. */
+  /** The size at most. */
   readonly #limit: number;
   readonly #dictionary: Uint8Array | undefined;
-  readonly #part: Part;
-  #encoding: Encoding;
-  /** The bytes that come, where that is known. */
+  /** Bytes to expect, where that is known. */
   #total: number | undefined;
 
   /**
-   * @param plain whether it must not be coded
+   * @param partial what is here of it
+   * @param isPlain whether it must not be coded
    * @param progress is told of bytes as they come
    */
   constructor(
-    private readonly files: DeviceFiles,
+    private readonly files: Files,
     private readonly item: Download,
-    plain: boolean,
+    private readonly partial: PartialDownload,
+    isPlain: boolean,
     private readonly progress: (bytes: number) => void,
   ) {
     const { key, size, old } = item;
     this.#hasher = new Bun.CryptoHasher(algorithmOf(key));
     this.#limit = size ?? MAX_UNSIZED_BYTES;
-    this.#part = files.part(key);
-    this.#encoding = this.#part.encoding;
     this.#total = size;
-    const codable = !plain && size !== undefined && size <= MAX_CODED;
+    const codable = !isPlain && size !== undefined && size <= MAX_CODED;
     const dictionary = codable && old ? files.readWhole(old, MAX_CODED) : undefined;
     this.#dictionary = dictionary;
+    const { size: offset, etag } = partial;
     this.want = {
-      ...(this.#part.size > 0 &&
-        this.#part.etag && { offset: this.#part.size, etag: this.#part.etag }),
+      ...(offset > 0 && etag && { offset, etag }),
       ...(codable && { accept: dictionary ? ["dcz", "zstd", "gzip"] : ["zstd", "gzip"] }),
       ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
     };
   }
 
-  /** Whether an earlier try has received all of it already; then that is staged. */
+  /** Takes what an earlier try has received, if that is all of it. */
   takeAll(): boolean {
-    const { key, size } = this.item;
-    if (size === 0) this.files.startPart(key);
-    else if (this.#part.size === size && this.#encoding === "identity") this.#keep();
+    const { size } = this.item;
+    if (size === 0) this.partial.start();
+    else if (this.partial.size === size && this.partial.encoding === "identity") this.#resume();
     else return false;
     return true;
   }
 
-  /** Resumes what an earlier try left. */
-  #keep(): void {
-    this.#count(this.#part.size);
-    this.files.readPart(this.item.key, (piece) => this.#hasher.update(piece));
+  #resume(): void {
+    this.#count(this.partial.size);
+    this.files.readPieces(this.partial.path, (piece) => this.#hasher.update(piece));
   }
 
   /**
@@ -6870,42 +7026,42 @@ class Attempt {
    * @returns what takes its bytes
    * @throws {TransferError} when it is not what was wanted
    */
-  begin(data: TransferResponse): (piece: Uint8Array) => void {
-    const { key, path, size } = this.item;
-    if (data.encoding === "identity" && size !== undefined && (data.total ?? size) < size) {
-      this.files.dropPart(key);
-      throw new ContentError(`${path} has ${data.total} bytes, and ${size} were expected`, true);
+  begin({ encoding, offset, total, etag }: TransferResponse): (piece: Uint8Array) => void {
+    const { path, size } = this.item;
+    if (encoding === "identity" && size !== undefined && (total ?? size) < size) {
+      this.#refuse(`${path} has ${total} bytes, and ${size} were expected`);
     }
-    const continues = data.offset > 0 && data.offset === this.want.offset;
-    if (continues && data.encoding === this.#encoding) this.#keep();
-    else if (data.offset === 0) {
+    const isRest = offset > 0 && offset === this.want.offset && encoding === this.partial.encoding;
+    if (isRest) this.#resume();
+    else if (offset === 0) {
       // For small content, a sidecar file for resuming costs more than starting again.
-      const etag = this.#limit < MIN_RESUMED ? undefined : data.etag;
-      this.files.startPart(key, etag, data.encoding);
+      this.partial.start(this.#limit < MIN_RESUMED ? undefined : etag, encoding);
     } else {
-      this.files.dropPart(key);
+      this.partial.drop();
       throw new TransferError(`${path}: other bytes came than were asked for`, true);
     }
-    this.#encoding = data.encoding;
-    if (data.encoding !== "identity") this.#total = data.total;
-    return (piece) => this.#add(piece);
+    if (encoding !== "identity") this.#total = total;
+    return (piece) => this.#take(piece);
   }
 
-  #add(piece: Uint8Array): void {
-    const { key, path } = this.item;
+  #take(piece: Uint8Array): void {
     this.#count(piece.byteLength);
     // Coded, little content may grow a little.
-    if (this.received > this.#limit + (this.#encoding === "identity" ? 0 : 1024)) {
-      this.files.dropPart(key);
-      throw new ContentError(`${path} is longer than the ${this.#limit} bytes expected`, true);
+    if (this.received > this.#limit + (this.partial.encoding === "identity" ? 0 : 1024)) {
+      this.#refuse(`${this.item.path} is longer than the ${this.#limit} bytes expected`);
     }
     this.#hasher.update(piece);
-    this.files.appendPart(key, piece);
+    this.partial.append(piece);
   }
 
   #count(bytes: number): void {
     this.received += bytes;
     this.progress(bytes);
+  }
+
+  #refuse(why: string): never {
+    this.partial.drop();
+    throw new ContentError(why, true);
   }
 
   /**
@@ -6919,52 +7075,47 @@ class Attempt {
       const found = `${this.received} of ${this.#total} bytes`;
       throw new TransferError(`${path} was cut off after ${found}`, true);
     }
-    if (this.#encoding === "identity") {
+    if (this.partial.encoding === "identity") {
       const found = this.#hasher.digest("hex");
-      if (found !== key) {
-        this.files.dropPart(key);
-        throw new ContentError(`${path} does not verify: expected ${key}, found ${found}`, true);
-      }
+      if (found !== key) this.#refuse(`${path} does not verify: expected ${key}, found ${found}`);
     } else {
       this.#decode();
       this.#count(this.#limit - this.received);
     }
-    await this.files.finishPart(key);
+    await this.partial.finish();
   }
 
-  /** Puts what a part decodes to in its place. */
+  /** Replaces coded content by what it decodes to. */
   #decode(): void {
     const { key, path } = this.item;
+    const { encoding } = this.partial;
     try {
-      const coded = this.files.readWhole(`${STAGED}/${key}.part`, MAX_CODED)!;
-      const content = decodeContent(this.#encoding, coded, this.#limit, this.#dictionary);
+      const coded = this.files.readWhole(this.partial.path, MAX_CODED)!;
+      const content = decodeContent(encoding, coded, this.#limit, this.#dictionary);
       const found = hexDigest(algorithmOf(key), content);
       if (found !== key) throw new Error(`expected ${key}, found ${found}`);
-      this.files.startPart(key);
-      this.files.appendPart(key, content);
+      this.partial.start();
+      this.partial.append(content);
     } catch (error) {
       // A full disk is not a decoding error.
       if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
-      this.files.dropPart(key);
-      const what = `${path} does not decode from ${this.#encoding}`;
-      throw new CodingError(`${what}: ${errorText(error)}`, false);
+      this.partial.drop();
+      throw new CodingError(`${path} does not decode from ${encoding}: ${errorText(error)}`, false);
     }
   }
 }
 
-/** Fetches what a plan needs. */
 class Fetcher {
-  #received = 0;
+  readonly #traffic = { content: 0, reused: 0 };
   /** What was not here when it was first asked for. */
   readonly #fetched = new Set<string>();
+  #progress = (_: number) => {};
 
-  /**
-   * @param report is told of progress
-   */
+  /** @param report is told of progress */
   constructor(
-    private readonly files: DeviceFiles,
+    private readonly files: Files,
+    private readonly staging: Staging,
     private readonly receiver: Receiver,
-    private readonly traffic: Traffic,
     private readonly report: (event: OTAEvent) => void,
   ) {}
 
@@ -6974,43 +7125,30 @@ class Fetcher {
    * @param jobs downloads at once
    * @throws {TransferError} when content is not to be had as the manifest has it
    */
-  async fetchAll({ downloads }: Plan, jobs: number): Promise<void> {
+  async fetchAll({ downloads }: Plan, jobs: number): Promise<Traffic> {
     const total = downloads.reduce((sum, { size }) => sum + (size ?? NaN), 0);
-    const progress = (bytes: number) => {
-      this.#received += bytes;
-      this.report({ kind: "progress", received: this.#received, total });
+    let received = 0;
+    this.#progress = (bytes) => {
+      received += bytes;
+      this.report({ kind: "progress", received, total });
     };
-    const failure = new AbortController();
-    const queue = downloads.values();
-    const worker = async () => {
-      for (const item of queue) {
-        failure.signal.throwIfAborted();
-        await this.#fetch(item, progress, failure.signal);
-      }
-    };
-    const workers = Array.from({ length: jobs }, worker);
-    for (const running of workers) running.catch((error) => failure.abort(error));
-    const ends = await Promise.allSettled(workers);
-    if (ends.some((end) => end.status === "rejected")) throw failure.signal.reason;
+    Object.assign(this.#traffic, { content: 0, reused: 0 });
+    await pool(downloads, jobs, (item, failed) => {
+      return this.#fetch(item, AbortSignal.any([failed, this.receiver.signal]));
+    });
+    return { ...this.#traffic, received: this.receiver.received };
   }
 
-  /** Gets one content staged. */
-  async #fetch(
-    item: Download,
-    progress: (bytes: number) => void,
-    signal: AbortSignal,
-  ): Promise<void> {
+  async #fetch(item: Download, signal: AbortSignal): Promise<void> {
     const { key, path, size } = item;
-    this.traffic.content += size ?? 0;
+    this.#traffic.content += size ?? 0;
     if (await this.#isHere(item)) {
-      if (!this.#fetched.has(key)) this.traffic.reused++;
-      return progress(size ?? 0);
+      if (!this.#fetched.has(key)) this.#traffic.reused++;
+      return this.#progress(size ?? 0);
     }
     this.#fetched.add(key);
-    const get = (plain: boolean) => {
-      return this.receiver.withRetries(() => {
-        return this.#fetchOnce(item, plain, progress, signal);
-      }, signal);
+    const get = (isPlain: boolean) => {
+      return this.receiver.withRetries(() => this.#fetchOnce(item, isPlain, signal), signal);
     };
     try {
       await get(false);
@@ -7019,25 +7157,21 @@ class Fetcher {
       this.report({ kind: "note", text: `${error.message}; fetching it plain` });
       await get(true);
     }
-    const staged = size ?? this.files.stat(`${STAGED}/${key}`)!.size;
-    if (size === undefined) this.traffic.content += staged;
+    const staged = size ?? this.files.stat(this.staging.path(key))!.size;
+    if (size === undefined) this.#traffic.content += staged;
     this.report({ kind: "fetched", path, size: staged });
   }
 
   /** Whether content is staged already, or can be from another file of the device. */
   async #isHere({ key, localCopies }: Download): Promise<boolean> {
-    if (this.files.isStaged(key)) return true;
-    for (const twin of localCopies) if (await this.files.stageCopy(key, twin)) return true;
+    if (this.staging.has(key)) return true;
+    for (const path of localCopies) if (await this.staging.addCopy(key, path)) return true;
     return false;
   }
 
-  async #fetchOnce(
-    item: Download,
-    plain: boolean,
-    progress: (bytes: number) => void,
-    signal: AbortSignal,
-  ): Promise<void> {
-    const attempt = new Attempt(this.files, item, plain, progress);
+  async #fetchOnce(item: Download, isPlain: boolean, signal: AbortSignal): Promise<void> {
+    const partial = this.staging.partial(item.key);
+    const attempt = new Attempt(this.files, item, partial, isPlain, this.#progress);
     try {
       if (!attempt.takeAll()) {
         const want = { ...attempt.want, signal };
@@ -7045,7 +7179,7 @@ class Fetcher {
       }
       await attempt.finish();
     } catch (error) {
-      progress(-attempt.received);
+      this.#progress(-attempt.received);
       throw error;
     }
   }
@@ -7054,7 +7188,6 @@ class Fetcher {
 // ──── Manifest client ────────────────────────────────────────────────────────────────────────────
 // Getting a manifest: whole, signed by whom it should be, and an answer to what was asked.
 
-/** Asks for manifests. */
 class ManifestClient {
   /** @param keys one of which must have signed every answer; absent: nobody must */
   constructor(
@@ -7085,7 +7218,7 @@ class ManifestClient {
     const pieces: Uint8Array[] = [];
     let size = 0;
     const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
-    const want = { accept: ["zstd", "gzip"] as const };
+    const want = { accept: ["zstd", "gzip"] as const, signal: this.receiver.signal };
     const { headers, encoding } = await this.receiver.receive(path, want, () => (piece) => {
       size += piece.byteLength;
       if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
@@ -7143,50 +7276,136 @@ function checkNewer(
   refuse(`its firmware ${version} is not newer than the active one, ${firmware_ver}`);
 }
 
-// ──── Device ────────────────────────────────────────────────────────────────────────────────────
+// ──── Survey ─────────────────────────────────────────────────────────────────────────────────────
+// What a device has, found out before it asks for a release, and told to the server when it does.
+
+class Survey {
+  /** The release the device is on; `""` when it has nothing. */
+  readonly current: string;
+  readonly #files: Files;
+
+  constructor(
+    private readonly journal: Journal,
+    private readonly options: OTAOptions,
+  ) {
+    this.#files = journal.files;
+    this.current = this.#currentVersion();
+  }
+
+  #currentVersion(): string {
+    const { ver } = this.options;
+    const recorded = this.journal.state.installed?.version ?? versionFromFile(this.#files);
+    if (recorded !== undefined) {
+      if (ver !== undefined && ver !== recorded) {
+        this.#note(`the device is on ${recorded} by its own record; --ver ${ver} is not used`);
+      }
+      return recorded;
+    }
+    const isEmpty = () => this.#files.disk.list("").every((name) => name === OTA_DIR);
+    if (ver !== undefined && isEmpty()) {
+      const { root } = this.#files;
+      this.#note(`${root} is empty: everything is fetched, whatever --ver ${ver} says`);
+      return "";
+    }
+    return ver ?? "";
+  }
+
+  /** What the device really has. A record that is not whole is made so, with the server's help. */
+  async take(manifests: ManifestClient): Promise<Inventory> {
+    const { repair, checkFiles = repair } = this.options;
+    const { installed } = this.journal.state;
+    let has = takeInventory(this.#files, installed, checkFiles);
+    // An old `.ota` may have been put back: files of the release that was installed count, too.
+    const named = versionFromFile(this.#files);
+    const isOther =
+      named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
+    const unknown = !installed?.stamps ? this.current : isOther ? named : "";
+    const list = unknown === "" ? null : await this.#askForList(manifests, unknown);
+    if (list) {
+      const adopted = adopt(this.#files, this.current, list, installed);
+      has = takeInventory(this.#files, isOther ? { ...adopted, alsoNamed: named } : adopted);
+      this.#noteDifferences(list, has);
+    }
+    const isBetter = list !== null || has.isNewer;
+    if (isBetter && this.journal.damaged.length === 0) await this.journal.remember(has.installed!);
+    return has;
+  }
+
+  /** All files of a release, if the server has it and says what they are by SHA-256. */
+  async #askForList(manifests: ManifestClient, version: string): Promise<Manifest | null> {
+    const query = { list: version, hash: "sha256", devid: await this.#id() };
+    const list = await manifests.ask(query);
+    // A server that knows no `list` answers with its newest release.
+    const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
+    if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
+      this.#note(`the server does not have ${version}: what it consists of is not known`);
+      return null;
+    }
+    return list;
+  }
+
+  /** Reports how the device differs from the release that it claims. */
+  #noteDifferences(list: Manifest, { files }: Inventory): void {
+    const other = listedFiles(list).filter(({ path, sha256 }) => files.get(path) !== sha256);
+    if (other.length === 0) return;
+    const some = other.slice(0, 3).map(({ path }) => path);
+    const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
+    const count = `${other.length} of the ${list.new.length} files of ${list.version}`;
+    this.#note(`${count} are missing here or have other content: ${paths}`);
+  }
+
+  async query(has: Inventory): Promise<ManifestQuery> {
+    const query: ManifestQuery = {
+      current_ver: this.current,
+      firmware_ver: this.#files.firmware?.version ?? "",
+      ...(has.image !== undefined && { firmware_sha256: has.image }),
+      hash: "sha256",
+      devid: await this.#id(),
+    };
+    // Without a version the answer is the full list.
+    if (this.options.repair) delete query.current_ver;
+    else if (has.installed) query.base = releaseDigest(has.files);
+    const failed = this.journal.state.failed.at(-1);
+    if (failed) query.failed = failed.firmware ?? failed.version;
+    return query;
+  }
+
+  /** The name of the device, made at random once where none was given. */
+  async #id(): Promise<string> {
+    if (this.options.id !== undefined) return this.options.id;
+    const { disk } = this.#files;
+    const path = `${OTA_DIR}/id`;
+    const known = readText(disk, path)?.trim() ?? "";
+    // Printable and without spaces.
+    if (/^[!-~]{1,128}$/.test(known)) return known;
+    const made = crypto.randomUUID();
+    await replaceText(disk, path, `${made}\n`);
+    await disk.sync(OTA_DIR);
+    return made;
+  }
+
+  #note(text: string): void {
+    this.options.report?.({ kind: "note", text });
+  }
+}
+
+// ──── Device ─────────────────────────────────────────────────────────────────────────────────────
 // The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
 // `OTA` with `connect` and `getData`, and gets everything else from here.
 
-/** What an update is told to do; every field but `root` has the default of the command line. */
-export interface OTAOptions extends HealthCheckOptions {
-  /** The directory that is the device's file system. */
-  root: string;
-  /** The release it is on, for as long as it has no record of its own. */
-  ver?: string;
-  /** A name for this device, instead of the one kept in `.ota`. */
-  id?: string;
-  /** Downloads at once; 4. */
-  jobs?: number;
-  /** Seconds without a byte after which a transfer is given up and tried again; 30. */
-  timeout?: number;
-  /** Fewer bytes a second than this, over so many seconds, count as silence; 10 over 300. */
-  slowest?: { rate: number; seconds: number };
-  /** Hashes every file of the release, also those that look unchanged. */
-  checkFiles?: boolean;
-  /** Asks for the full list, hashes everything, fetches what differs, and makes a new record. */
-  repair?: boolean;
-  /** Tries a release even if it failed before. */
-  retry?: boolean;
-  /** Ed25519 public keys, one of which must have signed the manifest. */
-  verify?: readonly KeyObject[];
-}
-
-/** All that a commit needs is here. */
+/** What a commit needs, once all content is staged. */
 interface Staged {
   plan: Plan;
-  manifest: Manifest;
-  has: Examined;
-  /** `targetDigest` of it. */
-  digest: string;
-  /** `newImage` of it. */
-  image: string | undefined;
+  has: Inventory;
+  failure: FailedRelease;
+  traffic: Traffic;
 }
 
 /**
  * A device. One `update` is one transaction:
  *
- *  1. Open the journal; what was cut off before is ended, and a release on trial is tried.
- *  2. Look at what the device really has; at first contact, ask what its release consists of.
+ *  1. Open the journal, which finishes what was interrupted; a release on trial is tried.
+ *  2. Survey what the device really has; at first contact, ask what its release consists of.
  *  3. Ask for a manifest, saying what the device has. `null`: there is nothing to do.
  *  4. Stage: fetch what is not there, by hash, with retries and resume. The tree is untouched.
  *  5. Commit: the journal makes the change whole or not at all.
@@ -7199,10 +7418,12 @@ interface Staged {
 export abstract class OTA {
   readonly root: string;
   protected readonly options: Readonly<OTAOptions>;
+  readonly #files: Files;
 
   constructor(options: OTAOptions) {
     this.options = options;
-    this.root = realRoot(options.root);
+    this.#files = filesOf(options.root, options);
+    this.root = this.#files.root;
   }
 
   /**
@@ -7229,60 +7450,59 @@ export abstract class OTA {
    * @throws {OTAError} when that failed, for whatever reason; the device is as it was
    */
   async update(): Promise<Outcome> {
-    using journal = await Journal.open(this.root);
+    using journal = await Journal.open(this.#files);
     const trial = new HealthCheck(journal, this.options);
     if (!this.options.repair) journal.refuseDamage();
     const bad = await trial.resume();
     if (bad) return bad;
 
-    const current = this.#currentVersion(journal);
-    const traffic: Traffic = { received: 0, content: 0, reused: 0 };
+    const survey = new Survey(journal, this.options);
     await this.connect();
     let staged: Staged | Outcome;
     try {
-      staged = await this.#stage(journal, current, traffic);
+      staged = await this.#stage(journal, survey);
     } finally {
       await this.disconnect();
     }
     if ("result" in staged) return staged;
-    return { ...(await this.#commit(journal, trial, staged, current)), traffic };
+    const outcome = await this.#commit(journal, trial, staged, survey.current);
+    return { ...outcome, traffic: staged.traffic };
   }
 
-  /** Asks, and gets everything here that the answer needs. */
-  async #stage(journal: Journal, current: string, traffic: Traffic): Promise<Staged | Outcome> {
-    const { jobs = 4, timeout = 30, slowest, repair = false, retry, signal, verify } = this.options;
+  /** Asks for a manifest, and stages all content that it needs. */
+  async #stage(journal: Journal, survey: Survey): Promise<Staged | Outcome> {
+    const { jobs = 4, timeout = 30, slowest, repair = false, retry, verify } = this.options;
+    const { signal = NEVER, report = () => {} } = this.options;
+    const note = (text: string) => report({ kind: "note", text });
     const get = (path: string, want: TransferRequest) => this.getData(path, want);
-    const note = (text: string) => this.#note(text);
     const receiver = new Receiver(get, { timeout, slowest, signal, note });
-    const fetcher = new Fetcher(journal, receiver, traffic, (event) => this.#report(event));
+    const fetcher = new Fetcher(this.#files, journal.staging, receiver, report);
     const manifests = new ManifestClient(receiver, verify);
-    const from = current || "0";
-    const has = await this.#look(journal, manifests, current);
+    const from = survey.current || "0";
+    const has = await survey.take(manifests);
     for (let isFirst = true; ; isFirst = false) {
-      const query = await this.#query(journal, current, has);
-      const manifest = await manifests.ask(query, current || undefined);
+      const query = await survey.query(has);
+      const manifest = await manifests.ask(query, survey.current || undefined);
       if (!manifest) {
         if (journal.damaged.length === 0) return { result: "up to date", from, to: from };
         throw new OTAError("the server has no release to repair from: the record stays damaged");
       }
       const full = manifest.full ?? repair;
-      const digest = targetDigest(manifest, has.installed, full);
-      const image = newImage(manifest, journal.firmware);
-      const failed = journal.state.failed.find((one) => isSameFailure(one, { digest, image }));
+      const target = targetOf(manifest, has.installed, full);
+      const active = this.#files.firmware;
+      const failure = failureOf(target, manifest, active);
+      const failed = journal.state.failed.find((one) => isSameFailure(one, failure));
       if (failed && !retry) {
-        const { firmware: to } = failed;
-        const firmware = to && { from: journal.firmware?.version ?? "0", to };
-        return { result: "not tried", from, to: manifest.version, ...(firmware && { firmware }) };
+        const to = failed.firmware;
+        const firmware = to && { from: active?.version ?? "0", to };
+        return { result: "not tried", from, to: target.version, ...(firmware && { firmware }) };
       }
-      const plan = await makePlan(journal, manifest, has, full);
-      Object.assign(traffic, { content: 0, reused: 0 });
+      const plan = await makePlan(journal, manifest, target, has, full);
       try {
-        await fetcher.fetchAll(plan, jobs);
-        traffic.received = receiver.received;
-        return { plan, manifest, has, digest, image };
+        return { plan, has, failure, traffic: await fetcher.fetchAll(plan, jobs) };
       } catch (error) {
         // On a full disk, what was staged must not block the next try.
-        if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.dropStaged();
+        if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.staging.clear();
         // The release may have changed since the manifest was made.
         if (!isFirst || !(error instanceof TransferError)) throw error;
         note(`${error.message}; asking for a new manifest`);
@@ -7290,117 +7510,21 @@ export abstract class OTA {
     }
   }
 
-  // ── Looking and asking ──
-
-  /** The release the device is on; `""` when it has nothing. */
-  #currentVersion(journal: Journal): string {
-    const given = this.options.ver;
-    const recorded = journal.state.installed?.version ?? versionFromFile(this.root);
-    if (recorded !== undefined) {
-      if (given !== undefined && given !== recorded) {
-        this.#note(`the device is on ${recorded} by its own record; --ver ${given} is not used`);
-      }
-      return recorded;
-    }
-    if (given !== undefined && isEmptyRoot(this.root)) {
-      this.#note(`${this.root} is empty: everything is fetched, whatever --ver ${given} says`);
-      return "";
-    }
-    return given ?? "";
-  }
-
-  /** What the device really has. A record that is not whole is made so, with the server's help. */
-  async #look(journal: Journal, manifests: ManifestClient, current: string): Promise<Examined> {
-    const { repair, checkFiles = repair } = this.options;
-    const { installed } = journal.state;
-    let has = examine(journal, installed, checkFiles);
-    // An old `.ota` may have been put back: files of the release that was installed count, too.
-    const named = versionFromFile(this.root);
-    const isOther =
-      named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
-    const unknown = !installed?.stamps ? current : isOther ? named : "";
-    const list = unknown === "" ? null : await this.#askForList(manifests, journal, unknown);
-    if (list) {
-      const adopted = adopt(journal, current, list, installed);
-      has = examine(journal, isOther ? { ...adopted, alsoNamed: named } : adopted);
-      this.#tellDifferences(list, has);
-    }
-    const isBetter = list !== null || has.isNewer;
-    if (isBetter && journal.damaged.length === 0) await journal.remember(has.installed!);
-    return has;
-  }
-
-  /** All files of a release, if the server has it and says what they are by SHA-256. */
-  async #askForList(
-    manifests: ManifestClient,
-    journal: Journal,
-    version: string,
-  ): Promise<Manifest | null> {
-    const query = { list: version, hash: "sha256", devid: await this.#id(journal) };
-    const list = await manifests.ask(query);
-    // A server that knows no `list` answers with its newest release.
-    const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
-    if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
-      this.#note(`the server does not have ${version}: what it consists of is not known`);
-      return null;
-    }
-    return list;
-  }
-
-  /** Says what of a release is not here as that release has it. */
-  #tellDifferences(list: Manifest, { files }: Examined): void {
-    const other = listedFiles(list).filter(({ path, sha256 }) => files.get(path) !== sha256);
-    if (other.length === 0) return;
-    const some = other.slice(0, 3).map(({ path }) => path);
-    const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
-    const count = `${other.length} of the ${list.new.length} files of ${list.version}`;
-    this.#note(`${count} are missing here or have other content: ${paths}`);
-  }
-
-  async #query(journal: Journal, current: string, has: Examined): Promise<ManifestQuery> {
-    const query: ManifestQuery = {
-      current_ver: current,
-      firmware_ver: journal.firmware?.version ?? "",
-      ...(has.image !== undefined && { firmware_sha256: has.image }),
-      hash: "sha256",
-      devid: await this.#id(journal),
-    };
-    // Without a version the answer is the full list.
-    if (this.options.repair) delete query.current_ver;
-    else if (has.installed) query.base = releaseDigest(has.files);
-    const failed = journal.state.failed.at(-1);
-    if (failed) query.failed = failed.firmware ?? failed.version;
-    return query;
-  }
-
-  async #id(journal: Journal): Promise<string> {
-    return this.options.id ?? (await journal.id());
-  }
-
-  // ── Committing ──
-
+  /** Commits what was staged, and tries the release. */
   async #commit(
     journal: Journal,
     trial: HealthCheck,
-    { plan, manifest, has, digest, image }: Staged,
+    { plan, has, failure }: Staged,
     current: string,
   ): Promise<Outcome> {
     const { check, restart } = this.options;
     const { put, remove, displace, firmware } = plan;
-    const files = [...plan.after].map(([path, key]) => {
-      return [path, put.has(path) ? journal.stagedDigest(key) : key] as const;
-    });
-    const { version } = manifest;
+    const { version } = plan.after;
     const before = has.installed;
     const isSame = version === current;
     const installed: Installed = {
-      version,
+      ...recordOf(plan, journal.staging),
       previous_version: (isSame && before?.previous_version) || current || null,
-      files: Object.fromEntries(files),
-      executable: [...plan.executable],
-      stamps: Object.fromEntries(
-        Object.entries(plan.stamps).filter(([path]) => plan.after.has(path) && !put.has(path)),
-      ),
       image: before?.image,
     };
     const outcome: Outcome = { result: "updated", from: current || "0", to: version };
@@ -7409,32 +7533,20 @@ export abstract class OTA {
       return isSame ? { ...outcome, result: "up to date" } : outcome;
     }
     if (firmware) {
-      outcome.firmware = { from: journal.firmware?.version ?? "0", to: firmware.version };
+      outcome.firmware = { from: this.#files.firmware?.version ?? "0", to: firmware.version };
     }
-    const repair = isSame && image === undefined && journal.damaged.length === 0;
+    const repair = isSame && failure.image === undefined && journal.damaged.length === 0;
     if (repair) outcome.result = "repaired";
+    else if (isSame && firmware) failure.firmware = firmware.version;
     const from =
       before ?? (current ? { version: current, previous_version: null, files: {} } : undefined);
     await journal.commit({
-      ...{ from, installed, digest, image, put, remove, displace, firmware },
+      ...{ from, installed, failure, put, remove, displace, firmware },
       ...{ check, restart, repair },
     });
     const good = await trial.start(check);
     return good ? outcome : { ...outcome, result: "rolled back" };
   }
-
-  #note(text: string): void {
-    this.#report({ kind: "note", text });
-  }
-
-  #report(event: OTAEvent): void {
-    this.options.report?.(event);
-  }
-}
-
-/** Whether a device has no file of its own yet. */
-function isEmptyRoot(root: string): boolean {
-  return fs.readdirSync(root).every((name) => name === OTA_DIR);
 }
 
 // ════ VI Transports ══════════════════════════════════════════════════════════════════════════════
@@ -7446,7 +7558,7 @@ function isEmptyRoot(root: string): boolean {
 
 const MAX_REDIRECTS = 5;
 
-/** What `HttpOTA` needs beside the rest. */
+/** Options that only `HttpOTA` has. */
 export interface HttpOptions extends OTAOptions {
   /** Sent as `Authorization: Bearer`, to the origin of the server only. */
   token?: string;
@@ -7475,7 +7587,7 @@ export class HttpOTA extends OTA {
     this.#tls = options.ca === undefined ? undefined : { ca: readCertificates(options.ca).pem };
   }
 
-  /** There is nothing to get ready: connections are made as they are needed. */
+  /** Nothing to do: connections are made as they are needed. */
   override async connect(): Promise<void> {}
 
   override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
@@ -7513,7 +7625,7 @@ export class HttpOTA extends OTA {
     };
   }
 
-  /** Follows redirects, a few, and none to elsewhere. */
+  /** Follows a few redirects, all to the same origin. */
   async #get(url: URL, want: TransferRequest): Promise<Response> {
     const headers: Record<string, string> = {
       // Otherwise Bun offers every coding that it knows.

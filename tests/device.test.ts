@@ -5,8 +5,19 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync } from "node:fs";
-import { releaseDigest, status, type Status } from "../ota.ts";
+import {
+  type CommandOptions,
+  OTA,
+  releaseDigest,
+  rollBack,
+  status,
+  type Status,
+  TransferError,
+  type TransferRequest,
+  type TransferResponse,
+} from "../ota.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
+import { MemoryDisk } from "./helpers/memory-disk.ts";
 import { freePort } from "./helpers/nginx.ts";
 import {
   asTree,
@@ -876,4 +887,85 @@ describe.concurrent("what a person sees", () => {
     expect(stderr).toMatch(/^ota\.ts: http:\/\/127.* answered 404\n$/m);
     expect(readTree(fleet.root)).toEqual(asTree(V1));
   });
+});
+
+/** Carries contents by their path, and a manifest. */
+class ShelfOTA extends OTA {
+  readonly shelf = new Map<string, Uint8Array | string>();
+
+  override async connect(): Promise<void> {}
+
+  override async getData(path: string, _: TransferRequest): Promise<TransferResponse> {
+    const { pathname, searchParams } = new URL(path, "shelf://");
+    const found = searchParams.has("list") ? "null" : this.shelf.get(pathname);
+    if (found === undefined) throw new TransferError(`there is no ${pathname}`, false);
+    const body = new Blob([found]).stream();
+    return { body, offset: 0, encoding: "identity", headers: new Headers() };
+  }
+}
+
+test("a disk and a runner of one's own: nothing else of this machine is touched", async () => {
+  const disk = new MemoryDisk();
+  for (const path of ["flash", "flash/lib", "sd"]) disk.mkdir(path);
+  disk.write("flash/main.py", Buffer.from("one"));
+  disk.write("flash/lib/old.py", Buffer.from("old"));
+  const ran: [command: string, options: Partial<CommandOptions>][] = [];
+  const codes: (number | undefined)[] = [];
+  const options = {
+    ...{ root: "/no/such/place", disk, ver: "1.0.0", id: "memory" },
+    ...{ check: { command: "self-test", timeout: 7 }, restart: "restart" },
+    run: async (command: string, { signal: _, ...how }: CommandOptions) => {
+      ran.push([command, how]);
+      return codes.shift();
+    },
+  };
+  const ota = new ShelfOTA(options);
+  const put = { "flash/main.py": "two", "sd/new": "new" };
+  const offer = { version: "1.0.1", put, remove: ["flash/lib/old.py"] };
+  const manifest = manifestOf(offer, "http://a.shelf");
+  for (const [path, content] of Object.entries(put)) ota.shelf.set(`/content/${path}`, content);
+  ota.shelf.set("/manifest.json", JSON.stringify(manifest));
+
+  const tree = () => {
+    const files = [...disk.walk("")].filter(([path, { kind }]) => {
+      return kind === "file" && !path.startsWith(".ota/");
+    });
+    return Object.fromEntries(
+      files.map(([path, { data }]) => [path, Buffer.from(data).toString()]),
+    );
+  };
+  const before = { "flash/lib/old.py": "old", "flash/main.py": "one" };
+  const how = { cwd: "/no/such/place" };
+  const env = { OTA_VERSION: "1.0.1", OTA_PREVIOUS_VERSION: "1.0.0" };
+  // Its check does not end in time: back to the release before.
+  codes.push(0, undefined, 0);
+  expect(await ota.update()).toMatchObject({ result: "rolled back", from: "1.0.0", to: "1.0.1" });
+  expect(tree()).toEqual(before);
+  expect(ran).toEqual([
+    ["restart", { ...how, env, timeout: 60, kill: false }],
+    ["self-test", { ...how, env, timeout: 7, kill: true }],
+    [
+      "restart",
+      {
+        ...how,
+        env: { OTA_VERSION: "1.0.0", OTA_PREVIOUS_VERSION: "0" },
+        timeout: 60,
+        kill: false,
+      },
+    ],
+  ]);
+  expect(await status(options.root, options)).toMatchObject({
+    ...{ version: "1.0.0", pending: false, failed: ["1.0.1"] },
+  });
+
+  codes.push(0, 0);
+  const again = Object.assign(new ShelfOTA({ ...options, retry: true }), { shelf: ota.shelf });
+  expect(await again.update()).toMatchObject({ result: "updated", from: "1.0.0", to: "1.0.1" });
+  expect(tree()).toEqual({ ...put, ...VERSION_2 });
+  expect(await status(options.root, { disk })).toMatchObject({ version: "1.0.1", failed: [] });
+
+  codes.push(0);
+  expect(await rollBack(options.root, false, options)).toMatchObject({ result: "rolled back" });
+  expect(tree()).toEqual(before);
+  expect(existsSync("/no")).toBe(false);
 });

@@ -37,7 +37,7 @@ export type PowerCut =
   | "subset";
 
 /** The name of an operation, as in `Disk`. */
-export type OperationName = Exclude<keyof Disk, "free">;
+export type OperationName = Exclude<keyof Disk, "makeRoot" | "free" | "mounts">;
 
 /** One operation that was done. */
 export interface Operation {
@@ -269,6 +269,12 @@ export class MemoryDisk implements Disk {
   }
 
   // ── The interface. ──
+
+  async makeRoot(): Promise<void> {}
+
+  mounts(): Set<string> {
+    return new Set();
+  }
 
   stat(path: string): DiskStat | undefined {
     this.#begin("stat", path);
@@ -580,7 +586,7 @@ export class MemoryDisk implements Disk {
 }
 
 function split(path: string): string[] {
-  if (!path.startsWith("/")) throw new Error(`no absolute path: ${path}`);
+  if (path.startsWith("/")) throw new Error(`no path below the root: ${path}`);
   return path.split("/").filter((part) => part !== "");
 }
 

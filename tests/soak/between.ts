@@ -98,38 +98,34 @@ export interface Trouble {
 /** Operations that a full disk refuses. */
 const GROWING = new Set<string>(["write", "append", "link", "copy", "mkdir"]);
 
-/** Runs a task in this process as if its disk were in trouble. Killed, nothing reaches the disk. */
-export async function withTrouble<T>({ at, kind }: Trouble, task: () => Promise<T>): Promise<T> {
-  const real: Disk = { ...fileSystem };
+/** The disk of a device when it is in trouble. Once it is killed, nothing reaches the disk. */
+export function troubled(root: string, { at, kind }: Trouble): Disk {
+  const real = fileSystem(root);
   let count = 0;
-  for (const name of Object.keys(real) as (keyof Disk)[]) {
-    const call = real[name] as (...args: unknown[]) => unknown;
-    const troubled = (...args: unknown[]): unknown => {
-      if (kind !== "ENOSPC" || GROWING.has(name)) count++;
-      const isHit =
-        kind === "EIO"
-          ? count === at
-          : kind === "kill"
-            ? count >= at
-            : count >= at && GROWING.has(name);
-      if (!isHit) return call(...args);
-      const [path, data] = args;
-      // What is written may be there in part.
-      if (count === at && data instanceof Uint8Array) call(path, data.subarray(0, data.length / 2));
-      const code = kind === "kill" ? "EIO" : kind;
-      const errno = constants.errno[code];
-      throw Object.assign(new Error(`${code}: ${name} '${String(path)}' (${kind})`), {
-        code,
-        errno,
-      });
-    };
-    Object.assign(fileSystem, { [name]: troubled });
-  }
-  try {
-    return await task();
-  } finally {
-    Object.assign(fileSystem, real);
-  }
+  const trouble = (name: keyof Disk, args: unknown[]): unknown => {
+    const call = (...args: unknown[]): unknown => Reflect.apply(real[name], real, args);
+    if (kind !== "ENOSPC" || GROWING.has(name)) count++;
+    const isHit =
+      kind === "EIO"
+        ? count === at
+        : kind === "kill"
+          ? count >= at
+          : count >= at && GROWING.has(name);
+    if (!isHit) return call(...args);
+    const [path, data] = args;
+    // What is written may be there in part.
+    if (count === at && data instanceof Uint8Array) call(path, data.subarray(0, data.length / 2));
+    const code = kind === "kill" ? "EIO" : kind;
+    const errno = constants.errno[code];
+    const error = new Error(`${code}: ${name} '${String(path)}' (${kind})`);
+    throw Object.assign(error, { code, errno });
+  };
+  return new Proxy<Disk>(real, {
+    get:
+      (_, name) =>
+      (...args: unknown[]) =>
+        trouble(name as keyof Disk, args),
+  });
 }
 
 /** Runs a task while pauses pass twenty times as fast; a timeout of 30 s stays one. */

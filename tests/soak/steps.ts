@@ -3,7 +3,7 @@
 import * as fs from "node:fs";
 import { startServe } from "../helpers/cli.ts";
 import { eventually, injecting, Tool } from "../helpers/tool.ts";
-import { Line, withTrouble } from "./between.ts";
+import { Line } from "./between.ts";
 import * as checks from "./checks.ts";
 import * as model from "./model.ts";
 import { areAtOdds, readTree, removeFile, writeFile, writeTree } from "./releases.ts";
@@ -55,7 +55,7 @@ async function recover(
   halfDone();
   while (random.chance(0.3)) {
     const trouble = { kind: "kill" as const, at: 1 + random.below(60) };
-    await withTrouble(trouble, () => world.see(device)).catch(() => {});
+    await world.see(device, trouble).catch(() => {});
     halfDone();
   }
   const seen = await world.see(device);

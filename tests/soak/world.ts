@@ -16,7 +16,7 @@ import {
 import { Random } from "../helpers/random.ts";
 import { TempDir } from "../helpers/temp.ts";
 import { ota, sha256, type Ended as Exit } from "../helpers/tool.ts";
-import { Cache, hurried, withTrouble, type Trouble } from "./between.ts";
+import { Cache, hurried, troubled, type Trouble } from "./between.ts";
 import { adopted, type Image, type Model, type Offered } from "./model.ts";
 import { Gardener, readTree, writeFile, writeTree, type File, type Tree } from "./releases.ts";
 
@@ -229,6 +229,7 @@ export class World implements AsyncDisposable {
       ...{ root: device.root, id: device.name, retry: run.retry, repair: run.repair },
       ...(device.ver !== undefined && { ver: device.ver }),
       ...(device.check && { check: { command: this.checkCommand, timeout: 60 } }),
+      ...(run.trouble && { disk: troubled(device.root, run.trouble) }),
       report: (event) => event.kind === "note" && ended.notes.push(event.text),
     };
     const isStick = device.way === "stick" && run.url === undefined;
@@ -246,8 +247,7 @@ export class World implements AsyncDisposable {
     };
     const update = () => (run.hurry ? hurried(() => client.update()) : client.update());
     return this.#caught(ended, async () => {
-      const { result } = await (run.trouble ? withTrouble(run.trouble, update) : update());
-      return result;
+      return (await update()).result;
     });
   }
 
@@ -258,9 +258,10 @@ export class World implements AsyncDisposable {
   ): Promise<Ended> {
     const flags = run.force ? ["--force"] : [];
     if (run.process) return asEnded(await ota(["rollback", "--root", root, ...flags]), 0);
-    const back = async () => (await rollBack(root, run.force)).result;
-    const task = () => (run.trouble ? withTrouble(run.trouble, back) : back());
-    return this.#caught({ notes: [], asked: [] }, task);
+    const options = run.trouble && { disk: troubled(root, run.trouble) };
+    return this.#caught({ notes: [], asked: [] }, async () => {
+      return (await rollBack(root, run.force, options)).result;
+    });
   }
 
   async #caught(ended: Ended, task: () => Promise<string>): Promise<Ended> {
@@ -273,8 +274,9 @@ export class World implements AsyncDisposable {
   }
 
   /** A device as its disk and `status` have it. */
-  async see({ root }: Device) {
-    const { version, firmware, pending } = await status(root);
+  async see({ root }: Device, trouble?: Trouble) {
+    const options = trouble && { disk: troubled(root, trouble) };
+    const { version, firmware, pending } = await status(root, options);
     const slot = `${root}/${firmware?.file}`;
     const hash = fs.existsSync(slot) ? sha256(fs.readFileSync(slot)) : "no file";
     const image = firmware && { ...firmware, hash };
