@@ -31,7 +31,7 @@
 //      Disk · Files · Preflight · Staging · State · Records · Inventory · Preparation · Tree · Repairs
 //      Transactions · Journal
 // V    Update: the workflow of a device.
-//      Device options · Waiting · Health check · Status · Target · Plan · Transfer · Fetch · Manifest client
+//      Device options · Waiting · Health check · Status · Target · Plan · Transfer · Fetch · Verification · Manifest client
 //      Survey · Device
 // VI   Transports: bytes from somewhere, and nothing else.
 //      Transports
@@ -894,6 +894,8 @@ export interface Step {
   issued: string;
   /** The boards that it is for, where that was said. */
   model: string | null;
+  /** `releaseDigest` of `to`: what the device must end up with, whatever it had. */
+  release: string;
   /** `stepsDigest` of the manifest. */
   steps: string;
   to: string;
@@ -954,13 +956,14 @@ export function rawPublicKey(key: KeyObject): string {
 }
 
 /** Puts a step into an envelope without signatures. */
-function sealStep({ expires, firmware, from, issued, model, steps, to }: Step): Envelope {
+function sealStep({ firmware, ...rest }: Step): Envelope {
+  const { expires, from, issued, model, release, steps, to } = rest;
   const sorted = firmware && {
     sha256: firmware.sha256,
     size: firmware.size,
     version: firmware.version,
   };
-  const payload = { expires, firmware: sorted, from, issued, model, steps, to };
+  const payload = { expires, firmware: sorted, from, issued, model, release, steps, to };
   return {
     payload: Buffer.from(JSON.stringify(payload)).toString("base64"),
     payloadType: STEP_TYPE,
@@ -1018,7 +1021,7 @@ function stepIn({ payload, payloadType }: Envelope): Step {
   if (payloadType !== STEP_TYPE) malformed(`payloadType: no ${STEP_TYPE}`);
   const json = parseJSON(Buffer.from(payload, "base64").toString());
   const fields = asObject(json, "the payload");
-  const { expires, firmware, from, issued, model, steps, to } = fields;
+  const { expires, firmware, from, issued, model, release, steps, to } = fields;
   const image = firmware === null ? null : asObject(firmware, "firmware");
   return {
     expires: expires === null ? null : asTime(expires, "expires"),
@@ -1030,6 +1033,7 @@ function stepIn({ payload, payloadType }: Envelope): Step {
     from: asText(from, "from"),
     issued: asTime(issued, "issued"),
     model: model === null ? null : asText(model, "model"),
+    release: asDigest(release, "release", 64),
     steps: asDigest(steps, "steps", 64),
     to: asText(to, "to"),
   };
@@ -2049,10 +2053,8 @@ class Scanner {
     }
     for (let release; (release = index.versions.at(-1)) && !index.signed.has(release);) {
       const { content = "is not signed" } = this.#signed.get(`signed_${release.name}.json`) ?? {};
-      const why =
-        typeof content === "string"
-          ? content
-          : changedSinceSigned(content, release, index.firmware);
+      const isText = typeof content === "string";
+      const why = isText ? content : changedSinceSigned(content, release, index.firmware)!;
       index.hold("versions", why);
     }
     const newest = index.versions.at(-1);
@@ -2771,7 +2773,8 @@ function makeSteps(
     [ANY, digestBetween(undefined, to, true)],
     ...olds.map((old): [string, string] => [old.name, digestBetween(old, to)]),
   ];
-  return digests.map(([from, steps]) => ({ ...about, firmware, from, steps, to: to.name }));
+  const { digest: release, name } = to;
+  return digests.map(([from, steps]) => ({ ...about, firmware, from, release, steps, to: name }));
 }
 
 /** What `signRelease` and `verifyRelease` are about. */
@@ -2799,11 +2802,8 @@ async function prepareSigning(root: string, { ver, firmware, model, expires }: S
   if (!to) throw new OTAError(`${releases.root} has no version ${ver ?? "at all"} to sign`, 2);
   const { firmware: images } = releases;
   const isNewest = to === releases.versions.at(-1);
-  const named = firmware ?? (isNewest ? undefined : to.name);
-  const image =
-    named === undefined
-      ? images.at(-1)
-      : images.find(({ version }) => version.compare(named) === 0);
+  const named = (name: string) => images.find(({ version }) => version.compare(name) === 0);
+  const image = firmware === undefined && isNewest ? images.at(-1) : named(firmware ?? to.name);
   if (firmware !== undefined && !image) {
     throw new OTAError(`${releases.root} has no firmware ${firmware}`, 2);
   }
@@ -2889,7 +2889,8 @@ export async function verifyRelease(
   const signed = tryToRead(file, to.name);
   if (typeof signed === "string") return { ...found, wrong: [signed] };
   const change = changedSinceSigned(signed, to, releases.firmware);
-  const wrong = change ? [`it ${change}`] : [];
+  if (change) return { ...found, wrong: [`it ${change}`] };
+  const wrong: string[] = [];
   for (const { from, steps: digest } of steps) {
     const name = { "": "nothing", [ANY]: "any version" }[from] ?? from;
     const one = signed.steps.get(from);
@@ -4948,6 +4949,8 @@ export interface Installed {
   alsoNamed?: string;
   /** The same of the active firmware image. */
   image?: { sha256: string; stamp: string };
+  /** When the latest step was issued that was signed at home. */
+  issued?: string;
 }
 
 /** A release that failed and was rolled back. */
@@ -6210,8 +6213,12 @@ export interface OTAOptions extends DeviceOptions {
   repair?: boolean;
   /** Tries a release even if it failed before. */
   retry?: boolean;
-  /** Ed25519 public keys, one of which must have signed the manifest. */
+  /** Ed25519 public keys, one of which must have signed the manifest, or its step. */
   verify?: readonly KeyObject[];
+  /** How many of these keys must have signed the step; 1. */
+  threshold?: number;
+  /** The kind of board: steps for others are refused. */
+  model?: string;
 }
 
 /** The files of a device; its root need not be there. */
@@ -7185,67 +7192,118 @@ class Fetcher {
   }
 }
 
-// ──── Manifest client ────────────────────────────────────────────────────────────────────────────
-// Getting a manifest: whole, signed by whom it should be, and an answer to what was asked.
+// ──── Verification ────────────────────────────────────────────────────────────────────────────────
+// Whether a manifest comes from whom the device trusts. Either its step was signed at home, or the
+// answer was signed by the server for this very request.
 
-class ManifestClient {
-  /** @param keys one of which must have signed every answer; absent: nobody must */
-  constructor(
-    private readonly receiver: Receiver,
-    private readonly keys: readonly KeyObject[] | undefined,
-  ) {}
+/** Whom a device trusts. */
+export interface Trust {
+  /** Ed25519 public keys. */
+  keys: readonly KeyObject[];
+  /** How many of them must have signed a step; 1. */
+  threshold?: number | undefined;
+}
 
-  /**
-   * @param atLeast the version of the device: an older manifest is refused
-   * @returns `null` when the server has nothing
-   * @throws {OTAError} when what comes is no manifest, or is not signed for this very request
-   */
-  async ask(asked: ManifestQuery, atLeast?: string): Promise<Manifest | null> {
-    const query = { ...asked, ...(this.keys && { reqid: crypto.randomUUID() }) };
-    const search = Object.entries(query).map(([name, value]) => {
-      return `${name}=${encodeURIComponent(value!)}`;
-    });
-    const path = `/manifest.json?${search.join("&")}`;
-    const { body, headers } = await this.receiver.withRetries(() => this.#read(path));
-    if (this.keys) checkSignature(this.keys, headers, body, query.reqid!);
-    const manifest = parseManifest(body, atLeast);
-    if (this.keys && manifest) checkSigned(manifest, query);
-    return manifest;
-  }
+/** Nothing that the device trusts has signed the manifest, or the absence of one. */
+class UnsignedError extends OTAError {
+  override name = "UnsignedError";
+}
 
-  /** Reads a whole manifest, as far as one may be long. */
-  async #read(path: string): Promise<{ body: Uint8Array; headers: Headers }> {
-    const pieces: Uint8Array[] = [];
-    let size = 0;
-    const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
-    const want = { accept: ["zstd", "gzip"] as const, signal: this.receiver.signal };
-    const { headers, encoding } = await this.receiver.receive(path, want, () => (piece) => {
-      size += piece.byteLength;
-      if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
-      pieces.push(piece);
-    });
+/** An answer to a request for a manifest. */
+interface ManifestAnswer {
+  manifest: Manifest | null;
+  headers: Headers;
+  body: Uint8Array;
+}
+
+/**
+ * Verifies a manifest.
+ *
+ * @param query as it was sent
+ * @returns the step, where that is what was signed
+ * @throws {OTAError} when it is not signed, or is not what was asked for
+ */
+function verifyManifest(
+  { keys, threshold = 1 }: Trust,
+  { manifest, headers, body }: ManifestAnswer,
+  query: ManifestQuery,
+): Step | undefined {
+  const signers = manifest?.signed ? signersOf(manifest.signed, keys).size : 0;
+  if (signers >= threshold) {
     try {
-      return { body: decodeContent(encoding, Buffer.concat(pieces), MAX_MANIFEST_BYTES), headers };
+      const step = stepIn(manifest!.signed!);
+      checkStep(manifest!, step, query);
+      return step;
     } catch (error) {
-      throw new TransferError(`the manifest does not decode: ${errorText(error)}`, true);
+      if (error instanceof FormatError) refuse(`signed: ${error.message}`);
+      throw error;
     }
   }
-}
-
-/** @throws {OTAError} unless one of the keys signed a manifest for this very request */
-function checkSignature(
-  keys: readonly KeyObject[],
-  headers: Headers,
-  body: Uint8Array,
-  reqid: string,
-): void {
   const signature = headers.get(SIGNATURE_HEADER);
-  if (!signature) refuse("it is not signed, and --verify was given");
-  if (!isSignedBy(keys, signature, body, reqid)) refuse("none of the keys given signed it");
+  if (threshold > 1)
+    refuse(`${signers} of the keys given signed it, and --threshold is ${threshold}`);
+  if (!signature && !manifest?.signed) {
+    throw new UnsignedError("refused the manifest: it is not signed, and --verify was given");
+  }
+  const isSigned = signature && isSignedBy(keys, signature, body, query.reqid!);
+  if (!isSigned) refuse("none of the keys given signed it");
+  if (manifest) checkAnswer(manifest, query);
+  return undefined;
 }
 
-/** @throws {OTAError} when a signed manifest answers another question than was asked */
-function checkSigned(manifest: Manifest, query: ManifestQuery): void {
+/** @throws {OTAError} when a step is not for this device, or not what the manifest says */
+function checkStep(manifest: Manifest, step: Step, query: ManifestQuery): void {
+  const { version, firmware, full } = manifest;
+  const isSame = (a: string, b: string) => new LooseVersion(a).compare(b) === 0;
+  const asked = query.list === undefined ? (query.current_ver ?? "") : "";
+  if (full ? step.from !== ANY : step.from === ANY || !isSame(step.from, asked)) {
+    refuse(
+      `its step is from ${step.from || "nothing"}, and this device is on ${asked || "nothing"}`,
+    );
+  }
+  if (!isSame(step.to, version)) refuse(`its step is to ${step.to}, and not to ${version}`);
+  if (query.model !== undefined && step.model !== query.model) {
+    refuse(`its step is for ${step.model ?? "no model"}, and this device is a ${query.model}`);
+  }
+  if (stepsDigest(manifest) !== step.steps) refuse("its files are not those of its step");
+  if (!firmware) return;
+  const { sha256, size } = firmware;
+  const signed = step.firmware;
+  if (signed?.sha256 !== sha256 || signed?.size !== size || signed?.version !== firmware.version) {
+    refuse(`its firmware ${firmware.version} is not that of its step`);
+  }
+  checkNewer(firmware, query);
+}
+
+/** A clock that says less than this is wrong: when this version of the tool was made. */
+const TOOL_DATE = "2026-11-27T00:00:00Z";
+
+/**
+ * Checks the times of a step.
+ *
+ * @param latest when the newest step that this device has seen was issued
+ * @throws {OTAError} when the step has expired, or is older than what is installed
+ */
+function checkTimes(
+  { issued, expires, to }: Step,
+  latest: string | undefined,
+  note: (text: string) => void,
+): void {
+  const time = Date.parse;
+  if (latest !== undefined && time(issued) < time(latest)) {
+    refuse(`its step was issued at ${issued}, before the one that is installed (${latest})`);
+  }
+  if (expires === null) return;
+  const now = Date.now();
+  if (now < Math.max(time(TOOL_DATE), time(latest ?? TOOL_DATE))) {
+    note(
+      `the clock is wrong (${new Date(now).toISOString()}): whether ${to} expired is not checked`,
+    );
+  } else if (time(expires) < now) refuse(`its step expired at ${expires}`);
+}
+
+/** @throws {OTAError} when an answer that its server signed is to another question than was asked */
+function checkAnswer(manifest: Manifest, query: ManifestQuery): void {
   const { request_id, previous_version, firmware } = manifest;
   if (request_id !== query.reqid) refuse("its request_id is not the one that was sent");
   const from = (query.list ?? query.current_ver) || "0";
@@ -7274,6 +7332,58 @@ function checkNewer(
   const isRepair = firmware_sha256 !== undefined && firmware_sha256 !== sha256;
   if (order > 0 || (order === 0 && isRepair)) return;
   refuse(`its firmware ${version} is not newer than the active one, ${firmware_ver}`);
+}
+
+// ──── Manifest client ─────────────────────────────────────────────────────────────────────────────
+// Getting a manifest: whole, and from whom the device trusts.
+
+class ManifestClient {
+  /** @param trust absent: anybody */
+  constructor(
+    private readonly receiver: Receiver,
+    private readonly trust: Trust | undefined,
+  ) {}
+
+  /**
+   * Asks for a manifest.
+   *
+   * @param atLeast the version of the device: an older manifest is refused
+   * @returns `null` when the server has nothing; the step that was signed at home, if any
+   * @throws {OTAError} when what comes is not a manifest, or is not signed as it must be
+   */
+  async ask(
+    asked: ManifestQuery,
+    atLeast?: string,
+  ): Promise<{ manifest: Manifest | null; step?: Step | undefined }> {
+    const { trust } = this;
+    const query = { ...asked, ...(trust && { reqid: crypto.randomUUID(), signed: "1" }) };
+    const search = Object.entries(query).map(([name, value]) => {
+      return `${name}=${encodeURIComponent(value!)}`;
+    });
+    const path = `/manifest.json?${search.join("&")}`;
+    const { body, headers } = await this.receiver.withRetries(() => this.#read(path));
+    const manifest = parseManifest(body, atLeast);
+    const step = trust && verifyManifest(trust, { manifest, headers, body }, query);
+    return { manifest, step };
+  }
+
+  /** Reads a whole manifest, as far as one may be long. */
+  async #read(path: string): Promise<{ body: Uint8Array; headers: Headers }> {
+    const pieces: Uint8Array[] = [];
+    let size = 0;
+    const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
+    const want = { accept: ["zstd", "gzip"] as const, signal: this.receiver.signal };
+    const { headers, encoding } = await this.receiver.receive(path, want, () => (piece) => {
+      size += piece.byteLength;
+      if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
+      pieces.push(piece);
+    });
+    try {
+      return { body: decodeContent(encoding, Buffer.concat(pieces), MAX_MANIFEST_BYTES), headers };
+    } catch (error) {
+      throw new TransferError(`the manifest does not decode: ${errorText(error)}`, true);
+    }
+  }
 }
 
 // ──── Survey ─────────────────────────────────────────────────────────────────────────────────────
@@ -7334,7 +7444,7 @@ class Survey {
   /** All files of a release, if the server has it and says what they are by SHA-256. */
   async #askForList(manifests: ManifestClient, version: string): Promise<Manifest | null> {
     const query = { list: version, hash: "sha256", devid: await this.#id() };
-    const list = await manifests.ask(query);
+    const list = await this.#askUnlessUnsigned(manifests, query);
     // A server that knows no `list` answers with its newest release.
     const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
     if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
@@ -7342,6 +7452,19 @@ class Survey {
       return null;
     }
     return list;
+  }
+
+  /** What an unsigned list says is not believed; without one, the full list of the update will do. */
+  async #askUnlessUnsigned(
+    manifests: ManifestClient,
+    query: ManifestQuery,
+  ): Promise<Manifest | null> {
+    try {
+      return (await manifests.ask(query)).manifest;
+    } catch (error) {
+      if (error instanceof UnsignedError) return null;
+      throw error;
+    }
   }
 
   /** Reports how the device differs from the release that it claims. */
@@ -7365,6 +7488,9 @@ class Survey {
     // Without a version the answer is the full list.
     if (this.options.repair) delete query.current_ver;
     else if (has.installed) query.base = releaseDigest(has.files);
+    // A signed step is proved by the whole release that it ends in: it must not add to unknown files.
+    else if (this.options.verify && this.current !== "") query.base = releaseDigest([]);
+    if (this.options.model !== undefined) query.model = this.options.model;
     const failed = this.journal.state.failed.at(-1);
     if (failed) query.failed = failed.firmware ?? failed.version;
     return query;
@@ -7399,6 +7525,20 @@ interface Staged {
   has: Inventory;
   failure: FailedRelease;
   traffic: Traffic;
+  /** When the step was signed at home, if it was. */
+  issued: string | undefined;
+}
+
+/** Whether a manifest changes nothing: a step from a release to itself. */
+function isEmpty({ delete: gone, new: added, update, firmware, full }: Manifest): boolean {
+  return gone.length + added.length + update.length === 0 && !firmware && !full;
+}
+
+/** @throws {OTAError} unless a manifest ends in the release that was signed, from what is here */
+function checkTarget({ files, version }: Target, { release }: Step): void {
+  const found = releaseDigest([...files].map(([path, { key }]) => [path, key] as const));
+  if (found === release) return;
+  refuse(`from what is here it does not lead to ${version} as it was signed; client --repair does`);
 }
 
 /**
@@ -7477,18 +7617,25 @@ export abstract class OTA {
     const get = (path: string, want: TransferRequest) => this.getData(path, want);
     const receiver = new Receiver(get, { timeout, slowest, signal, note });
     const fetcher = new Fetcher(this.#files, journal.staging, receiver, report);
-    const manifests = new ManifestClient(receiver, verify);
+    const trust = verify && { keys: verify, threshold: this.options.threshold };
+    const manifests = new ManifestClient(receiver, trust);
     const from = survey.current || "0";
     const has = await survey.take(manifests);
     for (let isFirst = true; ; isFirst = false) {
       const query = await survey.query(has);
-      const manifest = await manifests.ask(query, survey.current || undefined);
-      if (!manifest) {
+      const { manifest, step } = await manifests.ask(query, survey.current || undefined);
+      const { installed } = journal.state;
+      if (step) checkTimes(step, installed?.issued, note);
+      if (!manifest || (step && isEmpty(manifest))) {
+        if (step && installed && step.issued !== installed.issued) {
+          await journal.remember({ ...installed, issued: step.issued });
+        }
         if (journal.damaged.length === 0) return { result: "up to date", from, to: from };
         throw new OTAError("the server has no release to repair from: the record stays damaged");
       }
       const full = manifest.full ?? repair;
       const target = targetOf(manifest, has.installed, full);
+      if (step) checkTarget(target, step);
       const active = this.#files.firmware;
       const failure = failureOf(target, manifest, active);
       const failed = journal.state.failed.find((one) => isSameFailure(one, failure));
@@ -7499,7 +7646,8 @@ export abstract class OTA {
       }
       const plan = await makePlan(journal, manifest, target, has, full);
       try {
-        return { plan, has, failure, traffic: await fetcher.fetchAll(plan, jobs) };
+        const traffic = await fetcher.fetchAll(plan, jobs);
+        return { plan, has, failure, traffic, issued: step?.issued };
       } catch (error) {
         // On a full disk, what was staged must not block the next try.
         if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.staging.clear();
@@ -7514,7 +7662,7 @@ export abstract class OTA {
   async #commit(
     journal: Journal,
     trial: HealthCheck,
-    { plan, has, failure }: Staged,
+    { plan, has, failure, issued }: Staged,
     current: string,
   ): Promise<Outcome> {
     const { check, restart } = this.options;
@@ -7527,6 +7675,8 @@ export abstract class OTA {
       previous_version: (isSame && before?.previous_version) || current || null,
       image: before?.image,
     };
+    const latest = issued ?? before?.issued;
+    if (latest !== undefined) installed.issued = latest;
     const outcome: Outcome = { result: "updated", from: current || "0", to: version };
     if (put.size + remove.length === 0 && !firmware) {
       await journal.record(installed);
@@ -7811,6 +7961,7 @@ const OPTIONS = {
   key: { type: "string", value: "FILE", help: "sign with this private key (see keygen)" },
   firmware: { type: "string", value: "V", help: "the firmware that belongs to it (the newest)" },
   model: { type: "string", value: "M", help: "the kind of board" },
+  threshold: { type: "string", value: "N", help: "how many of the keys must have signed (1)" },
   expires: { type: "string", value: "DURATION", help: "when it counts no more: 365d, 12h" },
   "sign --check": {
     type: "string",
@@ -7891,7 +8042,10 @@ function editDistance(a: string, b: string): number {
   return row[b.length]!;
 }
 
-function numberOption(given: Given, name: "port" | "jobs" | "timeout" | "check-timeout") {
+function numberOption(
+  given: Given,
+  name: "port" | "jobs" | "timeout" | "check-timeout" | "threshold",
+) {
   const text = given[name];
   if (text === undefined) return undefined;
   const limits = {
@@ -7899,6 +8053,7 @@ function numberOption(given: Given, name: "port" | "jobs" | "timeout" | "check-t
     jobs: [1, 64],
     timeout: [1, 3600],
     "check-timeout": [1, 86400],
+    threshold: [1, 64],
   };
   const [low, high] = limits[name] as [number, number];
   const value = /^\d+$/.test(text) ? Number(text) : NaN;
@@ -8259,15 +8414,22 @@ async function runClient(given: Given): Promise<number> {
   const signal = interruption("interrupted; the device is as it was");
   const watcher = progressWatcher();
   const { id, repair, retry, restart, from } = given;
-  for (const other of ["server", "verify"] as const) {
-    if (from !== undefined && given[other] !== undefined) {
-      throw new OTAError(`--from and --${other} do not go together`, 2);
-    }
+  if (from !== undefined && given.server !== undefined) {
+    throw new OTAError("--from and --server do not go together", 2);
+  }
+  const { verify = [] } = given;
+  const threshold = numberOption(given, "threshold") ?? 1;
+  if (threshold > Math.max(1, verify.length)) {
+    throw new OTAError(
+      `--threshold ${threshold} needs as many --verify, found ${verify.length}`,
+      2,
+    );
   }
   const options: HttpOptions = {
     ...{ root: given.root ?? "device", ver, id, repair, retry, restart, signal },
     ...{ token: tokenOption(given), ca: given.ca },
     verify: given.verify?.map((file) => readKey(file, "public")),
+    ...{ threshold, model: given.model },
     checkFiles: given["check-files"],
     jobs: numberOption(given, "jobs"),
     timeout: numberOption(given, "timeout"),
@@ -8394,7 +8556,7 @@ const COMMANDS: Record<string, Command> = {
     options: [
       ...(["ver", "root", "server", "from", "id", "every", "jobs", "timeout"] as const),
       ...(["check", "check-timeout", "restart", "check-files", "repair", "retry"] as const),
-      ...(["verify", "token", "ca"] as const),
+      ...(["verify", "threshold", "model", "token", "ca"] as const),
     ],
     notes: `The root is ./device by default. The last line on stdout says how it ended.\n${EXIT_CODES}`,
     run: runClient,
