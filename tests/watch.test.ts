@@ -37,7 +37,7 @@ import {
 } from "./helpers/tool.ts";
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`live: SEED=${SEED}`);
+console.log(`watch: SEED=${SEED}`);
 
 /**
  * Seconds within which a change shows on a busy machine, too; on an idle one it is two. Well below
