@@ -8,18 +8,12 @@ import { mkdirSync, rmSync } from "node:fs";
 import { createPublicKey, randomBytes } from "node:crypto";
 import { HttpOTA, makeKeys } from "../ota.ts";
 import { boardGet } from "./helpers/board.ts";
-import { freePort, Nginx } from "./helpers/nginx.ts";
-import {
-  asTree,
-  eventually,
-  layTree,
-  readTree,
-  Served,
-  sha256,
-  Temp,
-  type Logged,
-  type Tree,
-} from "./helpers/tool.ts";
+import { sha256 } from "./helpers/content.ts";
+import { Nginx } from "./helpers/nginx.ts";
+import { freePort } from "./helpers/raw.ts";
+import { asTree, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
+import { eventually } from "./helpers/tool.ts";
+import { Served, type Logged } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

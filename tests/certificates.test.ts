@@ -9,7 +9,9 @@ import { connect as connectTLS } from "node:tls";
 import { OTAError, parseManifest, serve } from "../ota.ts";
 import { certify } from "./helpers/pki.ts";
 import { parseResponse, rawRequest } from "./helpers/raw.ts";
-import { eventually, layTree, ota, Served, Temp, Tool } from "./helpers/tool.ts";
+import { layTree, Temp } from "./helpers/temp.ts";
+import { eventually, ota, Tool } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

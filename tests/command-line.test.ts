@@ -6,7 +6,9 @@ import { join } from "node:path";
 import { OTAError, poll, TOOL_VERSION, TransferError } from "../ota.ts";
 import { Double, send } from "./helpers/double.ts";
 import { certify, openssl } from "./helpers/pki.ts";
-import { layTree, ota, Served, Temp, Tool, type Tree } from "./helpers/tool.ts";
+import { layTree, Temp, type Tree } from "./helpers/temp.ts";
+import { ota, Tool } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

@@ -6,24 +6,12 @@
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync } from "node:fs";
 import { releaseDigest, status, type Status } from "../ota.ts";
+import { sha256 } from "./helpers/content.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
-import { freePort } from "./helpers/nginx.ts";
-import {
-  asTree,
-  eventually,
-  layTree,
-  ota,
-  OTA_TS,
-  otaFiles,
-  readTree,
-  Served,
-  sha256,
-  Temp,
-  Tool,
-  type Ended,
-  type ToolOptions,
-  type Tree,
-} from "./helpers/tool.ts";
+import { freePort } from "./helpers/raw.ts";
+import { asTree, layTree, otaFiles, readTree, Temp, type Tree } from "./helpers/temp.ts";
+import { eventually, ota, OTA_TS, Tool, type Ended, type ToolOptions } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

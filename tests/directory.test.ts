@@ -13,19 +13,9 @@ import {
   type OTAOptions,
   type Status,
 } from "../ota.ts";
-import { noise, program } from "./helpers/content.ts";
-import {
-  asTree,
-  layTree,
-  ota,
-  readTree,
-  sha256,
-  Temp,
-  Tool,
-  type Ended,
-  type ToolOptions,
-  type Tree,
-} from "./helpers/tool.ts";
+import { noise, program, sha256 } from "./helpers/content.ts";
+import { asTree, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
+import { ota, Tool, type Ended, type ToolOptions } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
 

@@ -18,27 +18,21 @@ import * as zlib from "node:zlib";
 import { HttpOTA, MAX_CODED, OTAError, type OTAEvent } from "../ota.ts";
 import { answerOther, Between, codingsOf, cutOff, headOf, type Passed } from "./helpers/between.ts";
 import { boardUpdate } from "./helpers/board.ts";
-import { edited, noise, program } from "./helpers/content.ts";
+import { edited, noise, program, sha256 } from "./helpers/content.ts";
 import { Double, offering, send } from "./helpers/double.ts";
 import { Random } from "./helpers/random.ts";
 import { parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
-import { bytesOf } from "./helpers/temp.ts";
+import { asTree, bytesOf, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
 import {
-  asTree,
   eventually,
-  layTree,
   need,
   ota,
   OTA_TS,
-  readTree,
-  Served,
-  sha256,
-  Temp,
   Tool,
   type Ended,
   type ToolOptions,
-  type Tree,
 } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

@@ -21,25 +21,19 @@ import {
 import { status } from "../ota.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import { Random } from "./helpers/random.ts";
+import { asTree, layTree, otaFiles, readTree, sizesIn, Temp, type Tree } from "./helpers/temp.ts";
 import {
-  asTree,
   callsOf,
   eventually,
   injecting,
-  layTree,
   need,
   ota,
   OTA_TS,
-  otaFiles,
-  readTree,
-  Served,
-  sizesIn,
-  Temp,
   Tool,
   type Ended,
   type ToolOptions,
-  type Tree,
 } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

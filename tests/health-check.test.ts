@@ -7,23 +7,18 @@ import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { cpSync, existsSync, readFileSync, rmSync } from "node:fs";
 import { status, type Status } from "../ota.ts";
 import { Double, manifestOf, send } from "./helpers/double.ts";
+import { asTree, existing, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
 import {
-  asTree,
   callsOf,
   eventually,
-  existing,
   injecting,
-  layTree,
   ota,
   quoted,
-  readTree,
-  Served,
-  Temp,
   Tool,
   type Ended,
   type ToolOptions,
-  type Tree,
 } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

@@ -8,20 +8,13 @@ import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "
 import { mkdirSync, renameSync, rmSync, symlinkSync } from "node:fs";
 import { connect, type Socket } from "node:net";
 import { LIMITS, makeKeys, TOOL_VERSION } from "../ota.ts";
+import { sha256 } from "./helpers/content.ts";
 import { memoryOf, openFiles } from "./helpers/process.ts";
 import { Random } from "./helpers/random.ts";
 import { addressOf, parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
-import {
-  eventually,
-  layTree,
-  ota,
-  OTA_TS,
-  Served,
-  sha256,
-  Temp,
-  Tool,
-  type Tree,
-} from "./helpers/tool.ts";
+import { layTree, Temp, type Tree } from "./helpers/temp.ts";
+import { eventually, ota, OTA_TS, Tool } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`limits: SEED=${SEED}`);

@@ -2,7 +2,9 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mountPoints } from "../ota.ts";
-import { layTree, need, ota, readTree, Served, Temp } from "./helpers/tool.ts";
+import { layTree, readTree, Temp } from "./helpers/temp.ts";
+import { need, ota } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

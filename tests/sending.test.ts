@@ -8,10 +8,13 @@ import { mkdirSync, renameSync, rmSync, symlinkSync, utimesSync, writeFileSync }
 import { connect, type Socket } from "node:net";
 import { randomBytes } from "node:crypto";
 import { serve } from "../ota.ts";
+import { sha256 } from "./helpers/content.ts";
+import { certify } from "./helpers/pki.ts";
 import { memoryOf, openFiles } from "./helpers/process.ts";
 import { addressOf, parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
-import { certify } from "./helpers/pki.ts";
-import { eventually, layTree, need, Served, sha256, Temp, Tool } from "./helpers/tool.ts";
+import { layTree, Temp } from "./helpers/temp.ts";
+import { eventually, need, Serving } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -151,9 +154,9 @@ describe("log and metrics tell of a body at its end", () => {
   test("whatever is asked for, and however it ends, no file stays open", async () => {
     using temp = new Temp();
     layTree(temp.path, { "1.0.0/large": Buffer.alloc(LARGE), "notes.txt": "notes" });
-    await using server = await serving(temp.path);
+    await using server = await Serving.start(["--root", temp.path, "--host", "127.0.0.1"]);
     const { headers } = await get(server, "/notes.txt");
-    const before = openFiles(server.tool.pid);
+    const before = openFiles(server.pid);
     for (const path of ["/1.0.0/large", "/notes.txt"]) {
       await get(server, path);
       await get(server, path, { "If-None-Match": "*" });
@@ -164,7 +167,7 @@ describe("log and metrics tell of a body at its end", () => {
       await client.begun;
       client.socket.destroy();
     }
-    await eventually("all are closed", () => openFiles(server.tool.pid) <= before);
+    await eventually("all are closed", () => openFiles(server.pid) <= before);
   });
 });
 
@@ -259,15 +262,6 @@ describe("what is no file any more", () => {
   });
 });
 
-/** `serve`, to look at its memory from outside. */
-async function serving(root: string) {
-  const place = ["--root", root, "--port", "0", "--host", "127.0.0.1"];
-  const tool = new Tool(["serve", ...place]);
-  const [, url = ""] = await tool.until(/ at (http:\S+)\n/);
-  await tool.until(/^try /m);
-  return { tool, url, [Symbol.asyncDispose]: () => tool[Symbol.asyncDispose]() };
-}
-
 describe.skipIf(process.platform !== "linux")("clients that do not read take no memory", () => {
   const crowds = [
     { what: "24, of 24 files too large to be kept", files: 24, size: 6 * MEBIBYTE, most: 100 },
@@ -280,10 +274,10 @@ describe.skipIf(process.platform !== "linux")("clients that do not read take no 
       const content = (name: string) => Buffer.alloc(size, `${name}.`);
       mkdirSync(temp.at("1.0.0"));
       for (const name of names) writeFileSync(temp.at("1.0.0", name), content(name));
-      await using server = await serving(temp.path);
+      await using server = await Serving.start(["--root", temp.path, "--host", "127.0.0.1"]);
       const clients = names.map((name) => new Client(server, `/1.0.0/${name}`));
       await Promise.all(clients.map(({ begun }) => begun));
-      expect(memoryOf(server.tool.pid) / MEBIBYTE).toBeLessThan(most);
+      expect(memoryOf(server.pid) / MEBIBYTE).toBeLessThan(most);
       // Whoever then reads gets all of it, as it is: the first from memory, the last from disk.
       for (const i of [0, files - 1]) {
         const { status, body } = await clients[i]!.rest();

@@ -8,6 +8,7 @@ import { readFileSync } from "node:fs";
 import type { Socket } from "node:net";
 import { gzipSync } from "node:zlib";
 import { OTA, TransferError, type TransferResponse, type TransferRequest } from "../ota.ts";
+import { sha256 } from "./helpers/content.ts";
 import {
   Double,
   head,
@@ -19,20 +20,9 @@ import {
   type Offer,
 } from "./helpers/double.ts";
 import { Random } from "./helpers/random.ts";
-import {
-  asTree,
-  eventually,
-  layTree,
-  ota,
-  readTree,
-  Served,
-  sha256,
-  sizesIn,
-  Temp,
-  Tool,
-  type Ended,
-  type Tree,
-} from "./helpers/tool.ts";
+import { asTree, layTree, readTree, sizesIn, Temp, type Tree } from "./helpers/temp.ts";
+import { eventually, ota, Tool, type Ended } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 

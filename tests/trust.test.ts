@@ -9,22 +9,13 @@ import { createPrivateKey, createPublicKey, sign, type KeyObject } from "node:cr
 import { chmodSync, existsSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
 import { HttpOTA, makeKeys, OTAError, serve, signManifest, type ServeOptions } from "../ota.ts";
 import { boardGet } from "./helpers/board.ts";
+import { sha1, sha256 } from "./helpers/content.ts";
 import { Double, manifestOf, send, sendContent, type Asked, type Reply } from "./helpers/double.ts";
 import { certify, openssl, type Certified } from "./helpers/pki.ts";
 import { parseResponse, rawRequest } from "./helpers/raw.ts";
-import {
-  asTree,
-  layTree,
-  need,
-  ota,
-  readTree,
-  Served,
-  sha1,
-  sha256,
-  Temp,
-  Tool,
-  type Tree,
-} from "./helpers/tool.ts";
+import { asTree, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
+import { need, ota, Serving, Tool } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -70,18 +61,7 @@ class Place extends Temp {
   }
 }
 
-/** Starts `bun ota.ts serve` and waits until it listens. */
-async function startServe(args: readonly string[], env: Record<string, string> = {}) {
-  const tool = new Tool(["serve", "--port", "0", "--host", "127.0.0.1", ...args], { env });
-  try {
-    const [, url = ""] = await tool.until(/ at (https?:\S+)\n[^]*^try /m);
-    return { tool, url, [Symbol.asyncDispose]: () => tool[Symbol.asyncDispose]() };
-  } catch (error) {
-    await tool[Symbol.asyncDispose]();
-    throw error;
-  }
-}
-
+const LOCAL = ["--host", "127.0.0.1"];
 const mode = (file: string) => (statSync(file).mode & 0o777).toString(8);
 
 describe.concurrent("keygen", () => {
@@ -195,7 +175,7 @@ describe.concurrent("serve --sign", () => {
     const [key, pub] = [place.at("made.key"), place.at("made.pub")];
     expect(openssl(["genpkey", "-algorithm", "ed25519", "-out", key]).code).toBe(0);
     expect(openssl(["pkey", "-in", key, "-pubout", "-out", pub]).code).toBe(0);
-    await using server = await startServe(["--root", place.releases, "--sign", key]);
+    await using server = await Serving.start(["--root", place.releases, "--sign", key, ...LOCAL]);
     expect(await place.client(server.url, ["--verify", pub])).toMatchObject({
       code: 0,
       last: "updated 1.0.0 -> 1.0.1",
@@ -796,7 +776,7 @@ describe.concurrent("serve --token", () => {
       [[...root, "--token", PLAIN_TOKEN], PLAIN_TOKEN, "from-the-environment"],
     ] as const;
     for (const [args, token, wrongOne] of both) {
-      await using process = await startServe(args, env);
+      await using process = await Serving.start([...args, ...LOCAL], { env });
       const status = async (path: string, headers: Record<string, string> = {}) =>
         (await fetch(process.url + path, { headers })).status;
       expect(await status("/notes.txt")).toBe(401);
@@ -808,8 +788,8 @@ describe.concurrent("serve --token", () => {
       const absolute = `GET http://a/notes.txt?token=${token} HTTP/1.0\r\nHost: a\r\n\r\n`;
       expect(parseResponse((await rawRequest(process.url, absolute)).bytes).status).toBe(200);
       const text = await (await fetch(`${process.url}/-/metrics?token=${token}`)).text();
-      process.tool.kill("SIGTERM");
-      const { stdout, stderr, code } = await process.tool.ended;
+      process.kill("SIGTERM");
+      const { stdout, stderr, code } = await process.ended;
       expect(code).toBe(0);
       expect(stdout).toContain("/notes.txt 401");
       for (const printed of [stdout, stderr, text]) {
@@ -937,14 +917,14 @@ describe.concurrent("client --token", () => {
 describe.concurrent("serve --tls-cert --tls-key", () => {
   let place: Place;
   let good: Certified;
-  let server: Awaited<ReturnType<typeof startServe>>;
+  let server: Serving;
 
   beforeAll(async () => {
     place = new Place();
     good = certify(place.path, "IP:127.0.0.1,DNS:localhost");
     const files = ["--tls-cert", good.cert, "--tls-key", good.key];
     const access = ["--token", PLAIN_TOKEN, "--sign", place.at("ours.key")];
-    server = await startServe(["--root", place.releases, ...files, ...access]);
+    server = await Serving.start(["--root", place.releases, ...files, ...access, ...LOCAL]);
   });
 
   afterAll(async () => {

@@ -19,22 +19,12 @@ import {
   type ManifestQuery,
   type TransferRequest,
 } from "../ota.ts";
+import { sha256 } from "./helpers/content.ts";
 import { Double, manifestOf, send, sendContent } from "./helpers/double.ts";
 import { Random } from "./helpers/random.ts";
-import {
-  asTree,
-  eventually,
-  injecting,
-  layTree,
-  need,
-  quoted,
-  readTree,
-  Served,
-  sha256,
-  Temp,
-  Tool,
-  type Tree,
-} from "./helpers/tool.ts";
+import { asTree, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
+import { eventually, injecting, need, quoted, Serving } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
 console.log(`watch: SEED=${SEED}`);
@@ -428,9 +418,9 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
   ] as const) {
     test(`where the system does not tell of changes: ${call}, ${fault}`, async () => {
       using root = new Root();
-      const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-      await using tool = new Tool(args, { prefix: injecting(call, fault) });
-      const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
+      const args = ["--root", root.root, "--host", "127.0.0.1"];
+      await using tool = await Serving.start(args, { prefix: injecting(call, fault) });
+      const { url } = tool;
       const code = fault.split("=")[1]!.split(":")[0];
       const expected = `^warning: changes may show late: the root is looked at every \\d+ s.*${code}`;
       await tool.until(new RegExp(expected, "m"), "stderr");
@@ -521,10 +511,10 @@ describe.concurrent("the root is what its path names now", () => {
     using root = new Root();
     layOther(root.at("next"));
     fs.symlinkSync("root", root.at("current"));
-    const args = ["serve", "--root", root.at("current"), "--port", "0", "--host", "127.0.0.1"];
+    const args = ["--root", root.at("current"), "--host", "127.0.0.1"];
     const prefix = injecting("inotify_init1", "error=EMFILE");
-    await using tool = new Tool(args, { prefix });
-    const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
+    await using tool = await Serving.start(args, { prefix });
+    const { url } = tool;
     fs.rmSync(root.at("current"));
     fs.symlinkSync("next", root.at("current"));
     await untilNewest({ url }, "1.0.2", other);
@@ -556,9 +546,9 @@ describe.concurrent("what changes under a version that devices are on", () => {
 
   test("a copy that pauses for long: devices on its first state get the whole; it is said and counted", async () => {
     using root = new Root();
-    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-    await using tool = new Tool(args);
-    const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
+    const args = ["--root", root.root, "--host", "127.0.0.1"];
+    await using tool = await Serving.start(args);
+    const { url } = tool;
     root.lay("1.0.2", part);
     await untilNewest({ url }, "1.0.2", part);
     const device = `current_ver=1.0.2&base=${digestOf(part)}`;
@@ -641,21 +631,19 @@ test.concurrent(
       "1.0.0/secret.key": "secret",
       "1.0.3/flash/main.py": "held back",
     });
-    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
+    const args = ["--root", root.root, "--host", "127.0.0.1"];
     args.push("--ignore", "*.key", "--latest", "1.0.1");
     const statuses = async (url: string) => {
       const asked = ["notes/a.txt", "plan.txt", "1.0.1/flash/main.py", "notes/key.pem"];
       asked.push("1.0.0/secret.key", "1.0.3/flash/main.py");
       return Promise.all(asked.map(async (path) => (await fetch(`${url}/${path}`)).status));
     };
-    await using open = new Tool(args);
-    const [startup, url = ""] = await open.until(/ at (http:\S+)\n[^]*^try .*$/m);
-    expect(startup).toMatch(/^also served: notes\/ \(3 files\), plan\.txt$/m);
-    expect(await statuses(url)).toEqual([200, 200, 200, 404, 404, 404]);
-    await using strict = new Tool([...args, "--only-releases"]);
-    const [less, strictURL = ""] = await strict.until(/ at (http:\S+)\n[^]*^try .*$/m);
-    expect(less).not.toContain("also served");
-    expect(await statuses(strictURL)).toEqual([404, 404, 200, 404, 404, 404]);
+    await using open = await Serving.start(args);
+    expect(open.startup).toMatch(/^also served: notes\/ \(3 files\), plan\.txt$/m);
+    expect(await statuses(open.url)).toEqual([200, 200, 200, 404, 404, 404]);
+    await using strict = await Serving.start([...args, "--only-releases"]);
+    expect(strict.startup).not.toContain("also served");
+    expect(await statuses(strict.url)).toEqual([404, 404, 200, 404, 404, 404]);
   },
 );
 
@@ -666,9 +654,9 @@ test.concurrent("what did not change is not read again", async () => {
   layTree(root.root, { "firmware_1.0.0.bin": "image" });
   const options = ["-f", "--seccomp-bpf", "-qq", "-s", "300", "-e", "trace=open,openat,openat2"];
   const prefix = [need("strace"), ...options, "-o", root.at("calls")];
-  const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-  await using tool = new Tool(args, { prefix });
-  const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
+  const args = ["--root", root.root, "--host", "127.0.0.1"];
+  await using tool = await Serving.start(args, { prefix });
+  const { url } = tool;
 
   let told = 0;
   /** The files below the root that were opened to be read since the last time, sorted. */
@@ -843,20 +831,16 @@ describe.concurrent("a version counts after one quiet second", () => {
     // Without a process for each pause, which may take longer to start than a second.
     const script =
       "mkdir 1.0.2; exec 3<> <(:); i=0; while echo > 1.0.2/$((i += 1)); do read -t 0.1 -u 3; done";
-    const writer = Bun.spawn(["bash", "-c", script], { cwd: root.root });
-    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-    await using tool = new Tool(args);
-    try {
-      const [startup, url = ""] = await tool.until(/^.* at (http:\S+)\n[^]*^try .*$/m);
-      expect(startup).toMatch(/^version +1\.0\.0 /m);
-      expect(startup).toMatch(/^version +1\.0\.1 /m);
-      expect(startup).not.toMatch(/^version +1\.0\.2 /m);
-      expect(startup).toMatch(/^changing +1\.0\.2\b/m);
-      expect((await whole({ url }))[0]).toBe("1.0.1");
-    } finally {
-      writer.kill("SIGKILL");
-      await writer.exited;
-    }
+    await using writer = Bun.spawn(["bash", "-c", script], { cwd: root.root });
+    await using tool = await Serving.start(["--root", root.root, "--host", "127.0.0.1"]);
+    const { startup, url } = tool;
+    expect(startup).toMatch(/^version +1\.0\.0 /m);
+    expect(startup).toMatch(/^version +1\.0\.1 /m);
+    expect(startup).not.toMatch(/^version +1\.0\.2 /m);
+    expect(startup).toMatch(/^changing +1\.0\.2\b/m);
+    expect((await whole({ url }))[0]).toBe("1.0.1");
+    writer.kill("SIGKILL");
+    await writer.exited;
     const isNow = () => /^now +1\.0\.0 1\.0\.1 1\.0\.2$/m.test(tool.stdout);
     await eventually("it says that 1.0.2 counts", isNow, SOON);
   });
@@ -987,9 +971,9 @@ describe.concurrent("content that is other than indexed is not sent", () => {
   test("a file that has grown without bound is not read to its end", async () => {
     using root = new Root();
     fs.linkSync(root.in("1.0.1/flash/main.py"), root.at("elsewhere"));
-    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-    await using tool = new Tool(args);
-    const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
+    const args = ["--root", root.root, "--host", "127.0.0.1"];
+    await using tool = await Serving.start(args);
+    const { url } = tool;
     fs.truncateSync(root.at("elsewhere"), 1.5 * 2 ** 30);
     const response = await fetch(`${url}/1.0.1/flash/main.py`);
     await response.body?.cancel();

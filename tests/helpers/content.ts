@@ -1,4 +1,7 @@
-/** Content of the kinds that releases have: what shrinks, what does not, and what changed a little. */
+/**
+ * Content of the kinds that releases have: what shrinks, what does not, and what changed a little;
+ * and its hashes.
+ */
 
 import { Random } from "./random.ts";
 
@@ -28,4 +31,12 @@ export function edited(content: Uint8Array, seed: number, changes = 4): Uint8Arr
     bytes = Buffer.concat([bytes.subarray(0, at), put, rest]);
   }
   return new Uint8Array(bytes);
+}
+
+export function sha1(content: string | Uint8Array): string {
+  return new Bun.CryptoHasher("sha1").update(content).digest("hex");
+}
+
+export function sha256(content: string | Uint8Array): string {
+  return new Bun.CryptoHasher("sha256").update(content).digest("hex");
 }

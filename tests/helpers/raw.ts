@@ -3,7 +3,7 @@
  * tests of requests that no HTTP client would send, and of what a client would hide.
  */
 
-import { connect } from "node:net";
+import { connect, createServer } from "node:net";
 
 /** What came back on one connection. */
 export interface RawResponse {
@@ -109,4 +109,20 @@ export function parseResponse(bytes: Uint8Array): ParsedResponse {
   }
   const headerLength = end + 4;
   return { status: Number(status), headers, headerLength, body: bytes.slice(headerLength) };
+}
+
+/**
+ * A port that nobody has just now, for a program that cannot pick one, and for one that goes and
+ * comes back. It is none of those that the system hands out: among thousands of connections, one
+ * would soon have it.
+ */
+export async function freePort(): Promise<number> {
+  for (;;) {
+    const port = 12_000 + Math.floor(Math.random() * 20_000);
+    const { promise, resolve } = Promise.withResolvers<boolean>();
+    const server = createServer();
+    server.once("error", () => resolve(false));
+    server.listen(port, "127.0.0.1", () => server.close(() => resolve(true)));
+    if (await promise) return port;
+  }
 }
