@@ -143,8 +143,12 @@ export class World extends Temp implements AsyncDisposable {
   }
 
   /** The same as a process. */
-  process(args: readonly string[] = [], options: ToolOptions = {}): Promise<Ended> {
-    return ota(this.args(args), options);
+  process(
+    args: readonly string[] = [],
+    from: { url: string } = this,
+    options: ToolOptions = {},
+  ): Promise<Ended> {
+    return ota(this.args(args, from), options);
   }
 
   /** Runs another command for the device, in this process. */
