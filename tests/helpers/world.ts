@@ -6,9 +6,19 @@
  *     expect(world.tree()).toEqual(asTree(V2));
  */
 
-import { serve, status, type OTAServer, type ServeOptions, type Status } from "../../ota.ts";
+import {
+  HttpOTA,
+  serve,
+  status,
+  type OTAServer,
+  type ServeOptions,
+  type Status,
+} from "../../ota.ts";
 import { layTree, readTree, Temp, type Tree } from "./temp.ts";
 import { ota, run, type Ended, type Ran, type ToolOptions } from "./tool.ts";
+
+/** Seconds of silence that a busy machine may need; what is silent for good is given less. */
+export const PATIENT = 300;
 
 /** What was asked of a `Served`. */
 export interface Logged {
@@ -79,6 +89,8 @@ export interface WorldOptions extends ServeOptions {
   beside?: Tree;
   /** What is on the device; without it there is no directory for it. */
   device?: Tree;
+  /** The release to which the device was brought before. */
+  on?: string | undefined;
 }
 
 /** A directory with a release root `releases`, room for a device `device`, and maybe a server. */
@@ -96,9 +108,10 @@ export class World extends Temp implements AsyncDisposable {
 
   /** A world that is served. */
   static async with(versions: Record<string, Tree>, options: WorldOptions = {}): Promise<World> {
-    const { beside: _, device: __, ...serving } = options;
+    const { beside: _, device: __, on, ...serving } = options;
     const world = new this(versions, options);
     try {
+      if (on !== undefined) await world.provision(on);
       await world.serve(serving);
     } catch (error) {
       world[Symbol.dispose]();
@@ -132,9 +145,16 @@ export class World extends Temp implements AsyncDisposable {
     layTree(this.at("releases", version), files);
   }
 
+  /** Brings the device to a release, as the server had it once. */
+  async provision(version: string): Promise<void> {
+    await using server = await Served.start(this.releases, { latest: version });
+    await new HttpOTA(server.url, { root: this.root, timeout: PATIENT }).update();
+  }
+
   /** The arguments of a client for the device. */
   args(args: readonly string[] = [], from: { url: string } = this): string[] {
-    return ["client", "--root", this.root, "--server", from.url, ...args];
+    const patient = ["--timeout", `${PATIENT}`];
+    return ["client", "--root", this.root, "--server", from.url, ...patient, ...args];
   }
 
   /** Runs a client for the device to its end, in this process. */
