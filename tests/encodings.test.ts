@@ -133,12 +133,19 @@ function cpuOf(pid: number): number {
   return (Number(fields[11]) + Number(fields[12])) / 100;
 }
 
-/** The one server for all that only asks; nothing in its root changes. */
+/** The one server for all that only asks, nothing in its root changes; and a device on 1.0.0. */
 let server: World;
 beforeAll(async () => {
-  server = await served();
+  server = await served({ on: "1.0.0" });
 });
 afterAll(() => server[Symbol.asyncDispose]());
+
+/** A device that is on 1.0.0 as that one is. */
+function another(): World {
+  const world = new World();
+  cpSync(server.root, world.root, { recursive: true });
+  return world;
+}
 
 const APP = "/1.0.1/flash/app.bin";
 
@@ -893,8 +900,8 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
   test("continues, whatever it is coded as: only the rest comes", async () => {
     await Promise.all(
       CODINGS.map(async (only) => {
-        await using world = await served({ on: "1.0.0" });
-        await using between = await start(world, world.root, only);
+        using world = another();
+        await using between = await start(server, world.root, only);
         await new HttpOTA(between.url, { timeout: PATIENT, root: world.root }).update();
         expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
         const [first, second, ...more] = between.of(APP);
@@ -911,9 +918,9 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
   test("continues after the device was cut off from power, too", async () => {
     await Promise.all(
       CODINGS.map(async (only) => {
-        await using world = await served({ on: "1.0.0" });
+        using world = another();
         const was = world.tree();
-        await using between = await start(world, world.root, only);
+        await using between = await start(server, world.root, only);
         const args = world.args([], between);
         const { answer } = between.meddling;
         between.meddling.answer = (passed, connection) => {
@@ -956,8 +963,8 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
     ];
     await Promise.all(
       changes.map(async ([first, then]) => {
-        await using world = await served({ on: "1.0.0" });
-        await using between = await start(world, world.root, first);
+        using world = another();
+        await using between = await start(server, world.root, first);
         const { ask } = between.meddling;
         between.meddling.ask = (headers, asked) => {
           if (asked.path === APP && asked.before > 0) headers.set("accept-encoding", then);
@@ -975,8 +982,8 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
   });
 
   test("plain, after a delta that was wrong: continues as well", async () => {
-    await using world = await served({ on: "1.0.0" });
-    await using between = await Between.start(world, {
+    using world = another();
+    await using between = await Between.start(server, {
       answer: (passed, connection) => {
         const { body } = passed.answer;
         if (passed.asked.path !== APP || passed.asked.before > 1) return false;
@@ -995,9 +1002,9 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
     // As through a proxy that sends in chunks: the device cannot know that there is nothing more.
     await Promise.all(
       CODINGS.map(async (only) => {
-        await using world = await served({ on: "1.0.0" });
+        using world = another();
         let whole = 0;
-        await using between = await Between.start(world, {
+        await using between = await Between.start(server, {
           ask: (headers) => headers.set("accept-encoding", only),
           answer: ({ asked, answer }, connection) => {
             if (asked.path !== APP || asked.before > 0) return false;
@@ -1024,8 +1031,8 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
   });
 
   test("is no dead end where the other side gives the rest of something else", async () => {
-    await using world = await served({ on: "1.0.0" });
-    await using between = await start(world, world.root, "dcz");
+    using world = another();
+    await using between = await start(server, world.root, "dcz");
     const { ask } = between.meddling;
     // A cache that knows no If-Range, and has it plain.
     between.meddling.ask = (headers, asked) => {
@@ -1046,7 +1053,7 @@ test.concurrent(
     const now = { ...V2, ...VERSION_2 };
     const devices = Array.from({ length: 20 }, (_, i) => i);
     const codings = ["identity", "gzip", "zstd", "dcz", ALL, ALL];
-    await using world = await served({ on: "1.0.0" });
+    using world = another();
     const was = world.tree();
     let updated = 0;
     await Promise.all(
@@ -1058,7 +1065,7 @@ test.concurrent(
         const breaks = luck.next() * 0.35;
         const fickle = luck.chance(0.3);
         const fixed = luck.pick(codings);
-        await using between = await Between.start(world, {
+        await using between = await Between.start(server, {
           ask: (headers) => {
             const only = fickle ? luck.pick(codings) : fixed;
             const asks = headers.get("accept-encoding") !== "identity";
