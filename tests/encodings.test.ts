@@ -611,8 +611,8 @@ describe("a manifest", () => {
 
 describe("a device", () => {
   test("offers what it has for files that change and for firmware, and receives the change", async () => {
-    await using world = await served({ on: "1.0.0" });
-    await using between = await Between.start(world);
+    using world = another();
+    await using between = await Between.start(server);
     const { code, last } = await world.client([], between);
     expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)"]);
     expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
@@ -796,10 +796,10 @@ describe("what does not decode, or to something else", () => {
   });
 
   test("so are gzip and zstd", async () => {
-    await using world = await served();
+    using world = new World();
     for (const only of ["gzip", "zstd"]) {
       const root = world.at(`device-${only}`);
-      await using between = await Between.start(world, {
+      await using between = await Between.start(server, {
         ask: (headers) => {
           const asks = headers.get("accept-encoding")?.includes(only);
           headers.set("accept-encoding", asks ? only : "identity");
@@ -818,9 +818,9 @@ describe("what does not decode, or to something else", () => {
   });
 
   test("a plain file that is wrong as well ends it, and the device is as it was", async () => {
-    await using world = await served({ on: "1.0.0" });
+    using world = another();
     const was = world.tree();
-    await using between = await Between.start(world, {
+    await using between = await Between.start(server, {
       answer: (passed, connection) =>
         passed.asked.path === APP &&
         answerOther(passed, connection, passed.answer.body.toReversed()),
@@ -1193,8 +1193,8 @@ describe("content that the device has already", () => {
   });
 
   test("staged before it was cut off is not fetched again", async () => {
-    await using world = await served({ on: "1.0.0" });
-    await using between = await Between.start(world, {
+    using world = another();
+    await using between = await Between.start(server, {
       answer: ({ asked }) => asked.path === "/firmware_1.0.1.bin", // And is silent.
     });
     const args = ["--jobs", "1"];
@@ -1258,9 +1258,9 @@ describe("what is seen of it", () => {
   });
 
   test("a release that changes while it is fetched is counted once", async () => {
-    await using world = await served({ on: "1.0.0" });
+    using world = another();
     // What the first manifest promises is not what comes.
-    await using between = await Between.start(world, {
+    await using between = await Between.start(server, {
       answer: (passed, connection) =>
         between.of("/manifest.json").length === 1 &&
         passed.asked.path === "/1.0.1/flash/photo.jpg" &&
