@@ -173,7 +173,7 @@ export class Serving extends Tool {
 }
 
 /** Where a command that runs in this process writes to; what is outside of one goes its usual way. */
-const outputs = new AsyncLocalStorage<{ stdout: string; stderr: string }>();
+const outputs = new AsyncLocalStorage<{ stdout: string; stderr: string; serves: () => void }>();
 for (const name of ["stdout", "stderr"] as const) {
   const stream = process[name];
   const { isTTY } = stream;
@@ -182,6 +182,7 @@ for (const name of ["stdout", "stderr"] as const) {
     const output = outputs.getStore();
     if (!output) return write(...args);
     output[name] += String(args[0]);
+    if (/^try /m.test(output.stdout)) output.serves();
     const done = args.at(-1);
     if (typeof done === "function") done();
     return true;
@@ -195,11 +196,16 @@ process.setMaxListeners(0);
 /**
  * Runs a command line in this process: the same code in a tenth of the time, for all that needs no
  * environment, working directory, signal or memory of its own.
+ *
+ * @throws {Error} when it serves: that would never end
  */
 export async function run(args: readonly string[]): Promise<Ran> {
-  const output = { stdout: "", stderr: "" };
-  const code = await outputs.run(output, () => main(args));
-  return { code, ...output, last: lastLine(output.stdout) };
+  const { promise, reject } = Promise.withResolvers<never>();
+  const serves = () => reject(new Error(`${args.join(" ")} was expected to end, and serves`));
+  const output = { stdout: "", stderr: "", serves };
+  const code = await Promise.race([promise, outputs.run(output, () => main(args))]);
+  const { stdout, stderr } = output;
+  return { code, stdout, stderr, last: lastLine(stdout) };
 }
 
 /** What a test needs that is no part of this repository; a machine without it fails the test. */
