@@ -97,15 +97,6 @@ async function ask(
 
 const statusOf = async (...args: Parameters<typeof ask>) => (await ask(...args)).status;
 
-/** Asks until it is so. */
-async function until(what: string, isSo: () => Promise<boolean>): Promise<void> {
-  const end = performance.now() + 60_000;
-  while (!(await isSo())) {
-    if (performance.now() > end) throw new Error(`not within 60 s: ${what}`);
-    await Bun.sleep(10);
-  }
-}
-
 /** A connection that has sent something; what comes back is counted, and may be left unread. */
 function open(
   server: { url: string },
@@ -625,9 +616,13 @@ describe("/-/metrics", () => {
     expect(metrics.get("ota_scan_seconds")).toBeLessThan(passed);
     expect(metrics.get(`ota_build_info{version="${TOOL_VERSION}"}`)).toBe(1);
     rmSync(server.temp.at("root/1.0.0"), { recursive: true });
-    await until("there is one release", async () => {
-      return (await server.metrics()).get("ota_releases") === 1;
-    });
+    await eventually(
+      "there is one release",
+      async () => {
+        return (await server.metrics()).get("ota_releases") === 1;
+      },
+      60,
+    );
   });
 
   test("counts requests by status, and the bytes of bodies", async () => {
@@ -725,7 +720,7 @@ describe("/-/health", () => {
       return [response.status, await response.text()] as const;
     };
     const settles = (status: number) =>
-      until(`health is ${status}`, async () => (await health())[0] === status);
+      eventually(`health is ${status}`, async () => (await health())[0] === status, 60);
     expect(await health()).toEqual([503, "the root has no version\n"]);
     layTree(temp.at("root"), { "1.0.0/a": "a" });
     await settles(200);

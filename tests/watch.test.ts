@@ -23,7 +23,7 @@ import { sha256 } from "./helpers/content.ts";
 import { Double, manifestOf, send, sendContent } from "./helpers/double.ts";
 import { Random } from "./helpers/random.ts";
 import { asTree, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
-import { eventually, injecting, need, quoted, Serving } from "./helpers/tool.ts";
+import { eventually, injecting, need, quoted, Serving, until } from "./helpers/tool.ts";
 import { Served } from "./helpers/world.ts";
 
 const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
@@ -84,30 +84,15 @@ async function whole(server: { url: string }): Promise<[string, Record<string, s
 const hashes = (files: Tree): Record<string, string> =>
   Object.fromEntries(Object.entries(files).map(([path, content]) => [path, sha256(content)]));
 
-/** Asks until the answer is right; says how many seconds that took. */
-async function until<T>(
-  what: string,
-  get: () => Promise<T>,
-  isRight: (found: T) => boolean,
-  seconds = SOON,
-): Promise<number> {
-  const started = performance.now();
-  let found = await get();
-  while (!isRight(found)) {
-    if (performance.now() - started > seconds * 1000) {
-      throw new Error(`not within ${seconds} s: ${what}; at last ${Bun.inspect(found)}`);
-    }
-    await Bun.sleep(10);
-    found = await get();
-  }
-  return (performance.now() - started) / 1000;
-}
+/** Asks until the answer is right, but not for long. */
+const soon = <T>(what: string, get: () => Promise<T>, isRight: (found: T) => boolean) =>
+  until(what, get, isRight, SOON);
 
 /** Waits until a version with these files is the newest, whole. */
-function untilNewest(server: { url: string }, version: string, files: Tree): Promise<number> {
+function untilNewest(server: { url: string }, version: string, files: Tree): Promise<unknown> {
   const expected = [version, hashes(files)];
   const isRight = (found: unknown) => Bun.deepEquals(found, expected);
-  return until(`${version} is the newest`, () => whole(server), isRight);
+  return soon(`${version} is the newest`, () => whole(server), isRight);
 }
 
 // ── From memory, and fresh ──
@@ -336,7 +321,7 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
     expect((await ask(server))?.update.map(({ dst_path }) => dst_path)).toEqual(["/flash/main.py"]);
     root.lay("1.0.0", { "flash/lib/a.py": "other\n" });
     const isRight = (manifest: Manifest | null) => manifest?.update.length === 2;
-    await until("both are to be updated", () => ask(server), isRight);
+    await soon("both are to be updated", () => ask(server), isRight);
   });
 
   test("a removal: the release before is the newest again, and what was in it is gone", async () => {
@@ -356,12 +341,12 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
     expect(await hash()).toBeUndefined();
     for (const image of ["one", "another"]) {
       layTree(root.root, { "firmware_1.0.1.bin": image });
-      await until(`the image ${image}`, hash, (found) => found === sha256(image));
+      await soon(`the image ${image}`, hash, (found) => found === sha256(image));
       const response = await fetch(`${server.url}/firmware_1.0.1.bin`);
       expect(await response.text()).toBe(image);
     }
     fs.rmSync(root.in("firmware_1.0.1.bin"));
-    await until("no image", hash, (found) => found === undefined);
+    await soon("no image", hash, (found) => found === undefined);
     expect((await fetch(`${server.url}/firmware_1.0.1.bin`)).status).toBe(404);
   });
 
@@ -388,7 +373,7 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
     await untilNewest(server, "1.0.0", V1);
     expect(await health()).toBe(200);
     fs.rmSync(temp.at("root/1.0.0"), { recursive: true });
-    await until(
+    await soon(
       "nothing",
       () => whole(server),
       ([version]) => version === "none",
@@ -501,7 +486,7 @@ describe.concurrent("the root is what its path names now", () => {
     await using server = await serving(root.root);
     fs.renameSync(root.root, root.at("away"));
     const health = async () => (await fetch(`${server.url}/-/health`)).status;
-    await until("health says so", health, (status) => status === 503);
+    await soon("health says so", health, (status) => status === 503);
     expect((await whole(server))[0]).toBe("1.0.1");
     layOther(root.root);
     await expectFollowed(server, root.root);
@@ -577,7 +562,7 @@ describe.concurrent("what changes under a version that devices are on", () => {
     const runs = `current_ver=1.0.1&firmware_ver=1.0.0&firmware_sha256=${sha256("one")}`;
     expect(await offered(server.url, runs)).toBeNull();
     layTree(root.root, { "firmware_1.0.0.bin": "another" });
-    await until(
+    await soon(
       "the other image",
       () => offered(server.url, runs),
       (found) => found !== null,
@@ -690,7 +675,7 @@ test.concurrent("what did not change is not read again", async () => {
   // New firmware: the image.
   layTree(root.root, { "firmware_1.0.2.bin": "new image" });
   const firmware = async () => (await ask({ url }))?.firmware?.sha256;
-  await until("the image", firmware, (found) => found === sha256("new image"));
+  await soon("the image", firmware, (found) => found === sha256("new image"));
   expect(read()).toEqual(["firmware_1.0.2.bin"]);
 
   // A removal, and another name for a version: nothing.
@@ -766,7 +751,7 @@ describe.concurrent("a version counts after one quiet second", () => {
     const pieces = ["first ", "second ", "third ", "fourth ", "fifth ", "sixth"];
     const right = sha256(pieces.join(""));
     const writing = writeSlowly({ [root.in("firmware_1.0.1.bin")]: pieces });
-    await until("the whole image", firmware, (found) => found === right);
+    await soon("the whole image", firmware, (found) => found === right);
     await writing;
     expect([...offered]).toEqual([undefined, right]);
   });
@@ -905,7 +890,7 @@ describe.concurrent("a rename publishes at once or not at all", () => {
     };
     await get();
     await shell(root, "mv 1.0.1 .old; mv .new 1.0.1");
-    await until("the other one", get, ([, files]) => Object.keys(files).length === 200);
+    await soon("the other one", get, ([, files]) => Object.keys(files).length === 200);
     // Between the renames there is no 1.0.1, and a look may see that.
     expect([...counts].filter((count) => count !== "1.0.0 3")).toEqual(["1.0.1 3", "1.0.1 200"]);
   });

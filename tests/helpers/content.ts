@@ -8,7 +8,8 @@ import { Random } from "./random.ts";
 /** Bytes that no coding makes smaller. */
 export function noise(size: number, seed: number): Uint8Array {
   const random = new Random(seed);
-  return new Uint8Array(size).map(() => random.below(256));
+  const words = new Uint32Array(Math.ceil(size / 4)).map(() => random.below(2 ** 32));
+  return new Uint8Array(words.buffer).slice(0, size);
 }
 
 /** Bytes of which a coding leaves about a half, as of machine code. */

@@ -246,18 +246,32 @@ export function quoted(text: string): string {
 }
 
 /**
- * Waits for something that no event tells of, looking often.
+ * Looks often at what no event tells of, until it is right; and says what it was at last, if not.
  *
  * @param seconds after which it hangs; a busy machine takes long, and that is no failure
  */
+export async function until<T>(
+  what: string,
+  look: () => T | Promise<T>,
+  isRight: (found: T) => boolean,
+  seconds = 300,
+): Promise<T> {
+  const end = performance.now() + seconds * 1000;
+  for (;;) {
+    const found = await look();
+    if (isRight(found)) return found;
+    if (performance.now() > end) {
+      throw new Error(`not within ${seconds} s: ${what}; at last ${Bun.inspect(found)}`);
+    }
+    await Bun.sleep(5);
+  }
+}
+
+/** The same of something that is so or is not. */
 export async function eventually(
   what: string,
   isSo: () => boolean | Promise<boolean>,
-  seconds = 300,
+  seconds?: number,
 ): Promise<void> {
-  const end = performance.now() + seconds * 1000;
-  while (!(await isSo())) {
-    if (performance.now() > end) throw new Error(`not within ${seconds} s: ${what}`);
-    await Bun.sleep(5);
-  }
+  await until(what, isSo, Boolean, seconds);
 }
