@@ -16,14 +16,14 @@ import {
 } from "./board/fleet.ts";
 import { Link } from "./board/link.ts";
 import { binaries } from "./board/make-firmware.ts";
+import { ALL, seeded } from "./helpers/random.ts";
 
 setDefaultTimeout(600_000);
 
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];
 /** Set OTA_ALL for a reset at every operation; else each run takes others of them. */
-const PHASE = Date.now() % 1000;
-const isTried = (at: number, oneOf: number) =>
-  process.env.OTA_ALL !== undefined || (at + PHASE) % oneOf === 0;
+const SEED = seeded("board");
+const isTried = (at: number, oneOf: number) => ALL || (at + SEED) % oneOf === 0;
 const UPDATE_COMMAND = new Uint8Array([1, 2, 3]);
 /** What the application made, and no update may touch. */
 const OWN = { "/sd/pulses.cnt": "4711" };

@@ -20,7 +20,7 @@ import { answerOther, Between, codingsOf, cutOff, headOf, type Passed } from "./
 import { boardUpdate } from "./helpers/board.ts";
 import { edited, noise, program, sha256 } from "./helpers/content.ts";
 import { Double, offering, send } from "./helpers/double.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
 import { parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
 import { asTree, bytesOf, readTree, Temp, type Tree } from "./helpers/temp.ts";
 import { eventually, need, OTA_TS, run, Serving, Tool } from "./helpers/tool.ts";
@@ -28,8 +28,7 @@ import { PATIENT, Served, World, type WorldOptions } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`encodings: SEED=${SEED}`);
+const SEED = seeded("encodings");
 
 // ── A release, and the one after it. ──
 

@@ -18,14 +18,13 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { ActiveFirmware, Change, Disk, Installed } from "../ota.ts";
 import { fileSystem, Journal, LooseVersion, OTAError, readFirmware } from "../ota.ts";
-import type { Fault, PowerCut } from "./helpers/memory-disk.ts";
-import { Crash, MemoryDisk } from "./helpers/memory-disk.ts";
-import { Random } from "./helpers/random.ts";
+import { Crash, MemoryDisk, type Fault, type PowerCut } from "./helpers/memory-disk.ts";
+import { Random, seeded } from "./helpers/random.ts";
 
 setDefaultTimeout(600_000);
 
 const ROOT = "/device";
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
+const SEED = seeded("journal");
 /** Set OTA_ALL for every way a crash can end, at every operation; else each run tries others. */
 const THOROUGH = Bun.env.OTA_ALL !== undefined;
 const TREES = THOROUGH ? 100 : 15;
@@ -36,8 +35,6 @@ const EFFORT = THOROUGH
 /** Milliseconds; each test takes far less on a machine that has nothing else to do. */
 const TIMEOUT = 600_000;
 const counts = { crashes: 0, recoveries: 0, faults: 0, trees: 0 };
-
-console.log(`journal: SEED=${SEED}`);
 
 // ── The model: what a device is, and what each step makes of it. ──
 

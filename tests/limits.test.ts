@@ -10,14 +10,13 @@ import { connect, type Socket } from "node:net";
 import { LIMITS, makeKeys, TOOL_VERSION } from "../ota.ts";
 import { sha256 } from "./helpers/content.ts";
 import { memoryOf, openFiles } from "./helpers/process.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
 import { addressOf, parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
 import { layTree, Temp, type Tree } from "./helpers/temp.ts";
 import { eventually, ota, OTA_TS, Tool } from "./helpers/tool.ts";
 import { Served } from "./helpers/world.ts";
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`limits: SEED=${SEED}`);
+const SEED = seeded("limits");
 setDefaultTimeout(600_000);
 
 const MB = 1e6;

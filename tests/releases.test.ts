@@ -26,14 +26,13 @@ import {
   releaseDigest,
   rootWarnings,
 } from "../ota.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
 import { bytesOf, filesBelow, Temp, type Tree } from "./helpers/temp.ts";
 import { ota, run } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`releases: SEED=${SEED}`);
+const SEED = seeded("releases");
 
 const HOST = "http://10.0.0.1:8000";
 const digest = (kind: "sha1" | "sha256", data: string | Uint8Array): string =>

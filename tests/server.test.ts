@@ -11,7 +11,7 @@ import { fileURLToPath } from "node:url";
 import type { OTAServer, ServeOptions } from "../ota.ts";
 import { makeKeys, OTAError, parseManifest, parseRange, serve } from "../ota.ts";
 import { boardGet, boardUpdate } from "./helpers/board.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
 import {
   addressOf,
   freePort,
@@ -24,8 +24,7 @@ import { ota, OTA_TS, run, Serving } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`server: SEED=${SEED}`);
+const SEED = seeded("server");
 
 const EXAMPLE = fileURLToPath(new URL("../examples/smart-meter", import.meta.url));
 const SECRET = "this lies outside of the root";

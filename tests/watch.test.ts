@@ -21,13 +21,12 @@ import {
 } from "../ota.ts";
 import { sha256 } from "./helpers/content.ts";
 import { Double, manifestOf, send, sendContent } from "./helpers/double.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
 import { asTree, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
 import { eventually, injecting, need, quoted, Serving, until } from "./helpers/tool.ts";
 import { Served } from "./helpers/world.ts";
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`watch: SEED=${SEED}`);
+const SEED = seeded("watch");
 
 /**
  * Seconds within which a change shows on a busy machine, too; on an idle one it is two. Well below
