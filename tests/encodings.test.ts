@@ -21,7 +21,7 @@ import { boardUpdate } from "./helpers/board.ts";
 import { edited, noise, program, sha256 } from "./helpers/content.ts";
 import { Double, offering, send } from "./helpers/double.ts";
 import { Random, seeded } from "./helpers/random.ts";
-import { parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
+import { sendRequest, type ParsedResponse, type Sent } from "./helpers/raw.ts";
 import { asTree, bytesOf, readTree, Temp, type Tree } from "./helpers/temp.ts";
 import { eventually, need, OTA_TS, run, Serving, Tool } from "./helpers/tool.ts";
 import { PATIENT, Served, World, type WorldOptions } from "./helpers/world.ts";
@@ -75,27 +75,12 @@ const has = (content: string | Uint8Array) => ({
   "Available-Dictionary": `:${Buffer.from(sha256(content), "hex").toString("base64")}:`,
 });
 
-interface Sent {
-  method?: string;
-  version?: "1.0" | "1.1";
-}
-
-async function get(
+const get = (
   server: { url: string },
   path: string,
   headers: Record<string, string> = {},
-  { method = "GET", version = "1.1" }: Sent = {},
-): Promise<ParsedResponse> {
-  const lines = Object.entries({
-    Host: "device.test",
-    ...(version === "1.1" && { Connection: "close" }),
-    ...headers,
-  }).map(([name, value]) => `${name}: ${value}\r\n`);
-  const request = `${method} ${path} HTTP/${version}\r\n${lines.join("")}\r\n`;
-  const { bytes, closed, error } = await rawRequest(server.url, request);
-  if (!closed || error !== undefined) throw new Error(`${path}: ${error ?? "not closed"}`);
-  return parseResponse(bytes);
-}
+  how: Sent = {},
+): Promise<ParsedResponse> => sendRequest(server, path, { ...how, headers });
 
 const coding = ({ headers }: ParsedResponse) => headers.get("content-encoding") ?? "identity";
 

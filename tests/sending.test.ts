@@ -11,7 +11,13 @@ import { serve } from "../ota.ts";
 import { sha256 } from "./helpers/content.ts";
 import { certify } from "./helpers/pki.ts";
 import { memoryOf, openFiles } from "./helpers/process.ts";
-import { addressOf, parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
+import {
+  addressOf,
+  parseResponse,
+  rawRequest,
+  sendRequest,
+  type ParsedResponse,
+} from "./helpers/raw.ts";
 import { layTree, Temp } from "./helpers/temp.ts";
 import { eventually, need, Serving, until } from "./helpers/tool.ts";
 import { Served } from "./helpers/world.ts";
@@ -68,16 +74,8 @@ class Client {
   }
 }
 
-async function get(
-  server: { url: string },
-  path: string,
-  headers: Record<string, string> = {},
-): Promise<ParsedResponse> {
-  const lines = Object.entries({ Host: "a", Connection: "close", ...headers });
-  const text = lines.map(([name, value]) => `${name}: ${value}\r\n`).join("");
-  const { bytes } = await rawRequest(server.url, `GET ${path} HTTP/1.1\r\n${text}\r\n`);
-  return parseResponse(bytes);
-}
+const get = (server: { url: string }, path: string, headers: Record<string, string> = {}) =>
+  sendRequest(server, path, { headers });
 
 const makePipe = (path: string) => Bun.spawnSync([need("mkfifo"), path]);
 
