@@ -13,8 +13,8 @@ import { memoryOf, openFiles } from "./helpers/process.ts";
 import { ALL, Random, seeded } from "./helpers/random.ts";
 import { addressOf, sendRequest, type ParsedResponse, type Sent } from "./helpers/raw.ts";
 import { layTree, Temp, type Tree } from "./helpers/temp.ts";
-import { eventually, ota, OTA_TS, Tool } from "./helpers/tool.ts";
-import { Served } from "./helpers/world.ts";
+import { eventually, ota, OTA_TS, Tool, until } from "./helpers/tool.ts";
+import { Served, World } from "./helpers/world.ts";
 
 const SEED = seeded("limits");
 setDefaultTimeout(600_000);
@@ -582,26 +582,15 @@ function readMetrics(text: string): Map<string, number> {
 }
 
 describe("/-/metrics", () => {
-  /** A root and a server in this process, and what it tells. */
-  async function watched() {
-    const temp = new Temp();
-    layTree(temp.at("root"), TREE);
-    const served = await Served.start(temp.at("root"));
-    const metrics = async () => {
-      const response = await fetch(`${served.url}/-/metrics`);
+  /** A server in this process, and what it tells. */
+  class Watched extends World {
+    async metrics(): Promise<Map<string, number>> {
+      const response = await fetch(`${this.url}/-/metrics`);
       expect(response.headers.get("content-type")).toBe("text/plain; version=0.0.4");
       return readMetrics(await response.text());
-    };
-    return {
-      temp,
-      url: served.url,
-      metrics,
-      async [Symbol.asyncDispose]() {
-        await served[Symbol.asyncDispose]();
-        temp[Symbol.dispose]();
-      },
-    };
+    }
   }
+  const watched = () => Watched.with({}, { beside: TREE });
 
   test("tells of the releases, the scan and the build", async () => {
     const started = performance.now();
@@ -614,14 +603,9 @@ describe("/-/metrics", () => {
     const passed = (performance.now() - started) / 1000;
     expect(metrics.get("ota_scan_seconds")).toBeLessThan(passed);
     expect(metrics.get(`ota_build_info{version="${TOOL_VERSION}"}`)).toBe(1);
-    rmSync(server.temp.at("root/1.0.0"), { recursive: true });
-    await eventually(
-      "there is one release",
-      async () => {
-        return (await server.metrics()).get("ota_releases") === 1;
-      },
-      60,
-    );
+    server.remove("releases/1.0.0");
+    const releases = async () => (await server.metrics()).get("ota_releases");
+    await until("there is one release", releases, (count) => count === 1, 60);
   });
 
   test("counts requests by status, and the bytes of bodies", async () => {
@@ -733,9 +717,7 @@ describe("/-/health", () => {
   });
 
   test("behind the token when there is one, as are the metrics", async () => {
-    using temp = new Temp();
-    layTree(temp.at("root"), TREE);
-    await using server = await Served.start(temp.at("root"), { token: "T" });
+    await using server = await World.with({}, { beside: TREE, token: "T" });
     for (const path of ["/-/health", "/-/metrics"]) {
       expect((await fetch(server.url + path)).status).toBe(401);
       expect((await fetch(`${server.url + path}?token=T`)).status).toBe(200);
@@ -800,9 +782,8 @@ describe("every 200 to a GET still ends its header on a multiple of 100 bytes, a
   });
 
   test("content too large for memory", async () => {
-    using temp = new Temp();
-    layTree(temp.at("root"), { "1.0.1/flash/large": large, "firmware_1.0.2.bin": large });
-    await using server = await Served.start(temp.at("root"), { token });
+    const beside = { "1.0.1/flash/large": large, "firmware_1.0.2.bin": large };
+    await using server = await World.with({}, { beside, token });
     const headers = ["Accept-Encoding: gzip, zstd"];
     for (const path of ["/1.0.1/flash/large", "/firmware_1.0.2.bin"]) {
       const answer = await ask(server, `${path}?token=${token}`, headers);

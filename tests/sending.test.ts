@@ -20,7 +20,7 @@ import {
 } from "./helpers/raw.ts";
 import { layTree, Temp } from "./helpers/temp.ts";
 import { eventually, need, Serving, until } from "./helpers/tool.ts";
-import { Served } from "./helpers/world.ts";
+import { Served, World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -91,9 +91,11 @@ describe("log and metrics tell of a body at its end", () => {
   } as const;
   for (const [what, [path, content]] of Object.entries(files)) {
     test(`${what}: not before a slow client has it`, async () => {
-      using temp = new Temp();
-      layTree(temp.path, { [path]: content, "1.0.0/small": "small" });
-      await using server = await Served.start(temp.path);
+      await using world = await World.with(
+        {},
+        { beside: { [path]: content, "1.0.0/small": "small" } },
+      );
+      const { server } = world;
       const client = new Client(server, `/${path}`);
       await client.begun;
       await get(server, "/1.0.0/small");
@@ -109,9 +111,11 @@ describe("log and metrics tell of a body at its end", () => {
     });
 
     test(`${what}: a client that goes away in the middle was not sent it`, async () => {
-      using temp = new Temp();
-      layTree(temp.path, { [path]: content, "1.0.0/small": "small" });
-      await using server = await Served.start(temp.path);
+      await using world = await World.with(
+        {},
+        { beside: { [path]: content, "1.0.0/small": "small" } },
+      );
+      const { server } = world;
       const client = new Client(server, `/${path}`, "Range: bytes=1-\r\n");
       await client.begun;
       client.socket.destroy();

@@ -107,7 +107,11 @@ export class World extends Temp implements AsyncDisposable {
   }
 
   /** A world that is served. */
-  static async with(versions: Record<string, Tree>, options: WorldOptions = {}): Promise<World> {
+  static async with<W extends World>(
+    this: new (versions: Record<string, Tree>, options: WorldOptions) => W,
+    versions: Record<string, Tree>,
+    options: WorldOptions = {},
+  ): Promise<W> {
     const { beside: _, device: __, on, ...serving } = options;
     const world = new this(versions, options);
     try {
