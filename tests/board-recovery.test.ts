@@ -11,12 +11,14 @@
 import { afterAll, afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { Board, type Kind, type Start } from "./board/board.ts";
 import { sha1 } from "./helpers/content.ts";
+import { seeded } from "./helpers/random.ts";
 import { example, random, Root, runs, UPDATE, Van } from "./board/fleet.ts";
 import { join } from "node:path";
 
 setDefaultTimeout(600_000);
 
-const SEED = 20250611;
+const USUAL = 20250611;
+const SEED = seeded("board-recovery", USUAL);
 
 let vans: Van[] = [];
 afterEach(async () => {
@@ -274,7 +276,8 @@ describe("every state that resets can leave", () => {
         `${report.old} old, ${report.now} new, ${report.said} said, ${report.mixed.length} mixed`,
     );
     expect(report.mixed).toEqual([]);
-    expect(Math.min(report.old, report.now)).toBeGreaterThan(2);
+    // By another seed, few starts may all end on one side.
+    if (SEED === USUAL) expect(Math.min(report.old, report.now)).toBeGreaterThan(2);
   });
 });
 

@@ -166,8 +166,7 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
   });
 
   test("resets during recovery", async () => {
-    const seed = 20250117;
-    const next = random(seed);
+    const next = random(SEED);
     const start = await van.board(kind, "1.0.0", OWN);
     const trees = [start.tree(), await van.tree(kind, "1.0.1", OWN)].map((tree) =>
       JSON.stringify(tree),
@@ -179,7 +178,7 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
       const board = start.copy();
       const at = commit + next(operations.length - commit);
       await board.start(UPDATE, { cutAt: at, torn: next(4) });
-      let where = `seed ${seed}, round ${round}, ${operations[at]}`;
+      let where = `seed ${SEED}, round ${round}, ${operations[at]}`;
       for (let again = 0; again < 4; again++) {
         const { end, operations: done } = await board.start("", { cutAt: next(12), torn: next(4) });
         where += `; ${end} before ${done.length}`;

@@ -25,8 +25,7 @@ describe("X-Forwarded-Proto and -For", () => {
     headers: Record<string, string>,
     { host = "127.0.0.1", url = undefined as string | undefined } = {},
   ) {
-    using temp = new Temp();
-    layTree(temp.path, TREE);
+    using temp = new Temp(TREE);
     const warnings: string[] = [];
     const warn = (line: string) => void warnings.push(line);
     const options = { trustProxy, warn, host, ...(url !== undefined && { url }) };
@@ -139,8 +138,7 @@ describe("X-Forwarded-Proto and -For", () => {
   });
 
   test("on the command line, several times", async () => {
-    using temp = new Temp();
-    layTree(temp.path, TREE);
+    using temp = new Temp(TREE);
     const place = ["--root", temp.path, "--port", "0", "--host", "127.0.0.1"];
     const proxies = ["--trust-proxy", "10.0.0.0/8", "--trust-proxy", "127.0.0.1"];
     await using tool = new Tool(["serve", ...place, ...proxies]);

@@ -259,7 +259,7 @@ describe.concurrent("what is not understood", () => {
     using temp = new Temp();
     layTree(temp.at("releases"), { "1.0.0/main.py": "" });
     const one = certify(temp.path, "IP:127.0.0.1");
-    layTree(temp.path, { "text.pem": "no certificate\n" });
+    temp.write({ "text.pem": "no certificate\n" });
     const text = temp.at("text.pem");
     const locked = temp.at("locked.key");
     openssl(["pkey", "-in", one.key, "-aes256", "-passout", "pass:secret", "-out", locked]);

@@ -380,7 +380,7 @@ describe.concurrent("an update", () => {
     using world = new World();
     const before: Tree = { "flash/main.py": "one" };
     layTree(world.root, before);
-    layTree(world.path, { victim: "outside" });
+    world.write({ victim: "outside" });
     for (const path of ["../victim", "flash/../../victim", ".ota/state.json", ".OTA./x", "a//b"]) {
       await using server = await Double.start((_, connection) => {
         const manifest = manifestOf({ version: "1.0.1", put: { [path]: "evil" } }, server.url);

@@ -545,8 +545,7 @@ describe.concurrent("a root that cannot be used", () => {
   });
 
   test("is a file", async () => {
-    using temp = new Temp();
-    layTree(temp.path, { root: "a file" });
+    using temp = new Temp({ root: "a file" });
     const root = temp.at("root");
     for (const command of ["client", "rollback", "status"]) {
       const { code, stdout, stderr } = await run([command, "--root", root]);

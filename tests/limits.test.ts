@@ -461,7 +461,7 @@ describe(`${REQUESTS} random requests`, () => {
       const files: Tree = { ...TREE, ...large, ".hidden": SECRET, ".env": SECRET };
       await using fuzzed = await Server.start(files, {
         args: (at) => {
-          layTree(at.path, { "secret.txt": SECRET, key: makeKeys().key });
+          at.write({ "secret.txt": SECRET, key: makeKeys().key });
           symlinkSync("../secret.txt", at.at("root/out"));
           symlinkSync("..", at.at("root/outdir"));
           symlinkSync("../../secret.txt", at.at("root/1.0.1/out"));
@@ -742,7 +742,7 @@ describe("every 200 to a GET still ends its header on a multiple of 100 bytes, a
     using temp = new Temp();
     const tree = { ...TREE, "1.0.1/flash/large": large, "firmware_1.0.2.bin": large };
     layTree(temp.at("root"), { ...tree, "other.bin": large.subarray(0, 3_000_000) });
-    layTree(temp.path, { key: makeKeys().key });
+    temp.write({ key: makeKeys().key });
     await using server = await Served.start(temp.at("root"), { sign: temp.at("key"), token });
     const dictionary = Buffer.from(sha256(TREE["1.0.0/flash/main.py"]!), "hex").toString("base64");
     const codings: Record<string, readonly string[]> = {

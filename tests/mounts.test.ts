@@ -2,7 +2,7 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mountPoints } from "../ota.ts";
-import { layTree, Temp } from "./helpers/temp.ts";
+import { Temp } from "./helpers/temp.ts";
 import { need } from "./helpers/tool.ts";
 import { World } from "./helpers/world.ts";
 
@@ -32,8 +32,7 @@ const TWO = { "flash/main.py": "two\n", "flash/lib/a b\\c.py": "two\n", "flash/l
 
 describe("what is mounted within a root", () => {
   test("is listed by its path below it, whatever is in its name", () => {
-    using temp = new Temp();
-    layTree(temp.path, { "a/b\\c d\te\n/f": "", "a/g": "", "a\u00e4/h": "" });
+    using temp = new Temp({ "a/b\\c d\te\n/f": "", "a/g": "", "a\u00e4/h": "" });
     expect(mountPoints(temp.path)).toEqual(new Set());
     using _ = new BindMount(temp.at("a/g"), temp.at("a/b\\c d\te\n/f"));
     using __ = new BindMount(temp.at("a"), temp.at("a\u00e4"));

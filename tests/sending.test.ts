@@ -20,7 +20,7 @@ import {
 } from "./helpers/raw.ts";
 import { layTree, Temp } from "./helpers/temp.ts";
 import { eventually, need, Serving, until } from "./helpers/tool.ts";
-import { Served, World } from "./helpers/world.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -91,11 +91,8 @@ describe("log and metrics tell of a body at its end", () => {
   } as const;
   for (const [what, [path, content]] of Object.entries(files)) {
     test(`${what}: not before a slow client has it`, async () => {
-      await using world = await World.with(
-        {},
-        { beside: { [path]: content, "1.0.0/small": "small" } },
-      );
-      const { server } = world;
+      using temp = new Temp({ [path]: content, "1.0.0/small": "small" });
+      await using server = await Served.start(temp.path);
       const client = new Client(server, `/${path}`);
       await client.begun;
       await get(server, "/1.0.0/small");
@@ -111,11 +108,8 @@ describe("log and metrics tell of a body at its end", () => {
     });
 
     test(`${what}: a client that goes away in the middle was not sent it`, async () => {
-      await using world = await World.with(
-        {},
-        { beside: { [path]: content, "1.0.0/small": "small" } },
-      );
-      const { server } = world;
+      using temp = new Temp({ [path]: content, "1.0.0/small": "small" });
+      await using server = await Served.start(temp.path);
       const client = new Client(server, `/${path}`, "Range: bytes=1-\r\n");
       await client.begun;
       client.socket.destroy();
@@ -128,8 +122,7 @@ describe("log and metrics tell of a body at its end", () => {
   }
 
   test("a server that is stopped sends what is on its way, and logs it", async () => {
-    using temp = new Temp();
-    layTree(temp.path, { "1.0.0/large": Buffer.alloc(LARGE) });
+    using temp = new Temp({ "1.0.0/large": Buffer.alloc(LARGE) });
     const lines: string[] = [];
     const log = (line: string) => void lines.push(line);
     const options = { root: temp.path, port: 0, host: "127.0.0.1", quiet: 0, log };
@@ -144,8 +137,7 @@ describe("log and metrics tell of a body at its end", () => {
   });
 
   test("what is on its way when the server is stopped at once was not sent", async () => {
-    using temp = new Temp();
-    layTree(temp.path, { "1.0.0/large": Buffer.alloc(LARGE) });
+    using temp = new Temp({ "1.0.0/large": Buffer.alloc(LARGE) });
     const server = await Served.start(temp.path);
     await new Client(server, "/1.0.0/large").begun;
     await server[Symbol.asyncDispose]();
@@ -154,8 +146,7 @@ describe("log and metrics tell of a body at its end", () => {
   });
 
   test("whatever is asked for, and however it ends, no file stays open", async () => {
-    using temp = new Temp();
-    layTree(temp.path, { "1.0.0/large": Buffer.alloc(LARGE), "notes.txt": "notes" });
+    using temp = new Temp({ "1.0.0/large": Buffer.alloc(LARGE), "notes.txt": "notes" });
     await using server = await Serving.start(["--root", temp.path, "--host", "127.0.0.1"]);
     const { headers } = await get(server, "/notes.txt");
     const before = openFiles(server.pid);
@@ -230,7 +221,7 @@ describe("what is no file any more", () => {
     test(`a link in place of ${size} bytes leads nowhere`, async () => {
       using temp = new Temp();
       const secret = Buffer.alloc(size, "s");
-      layTree(temp.path, { "root/1.0.0/f": Buffer.alloc(size, "x"), secret });
+      temp.write({ "root/1.0.0/f": Buffer.alloc(size, "x"), secret });
       await using server = await Served.start(temp.at("root"), { quiet: 1 });
       rmSync(temp.at("root/1.0.0/f"));
       symlinkSync(temp.at("secret"), temp.at("root/1.0.0/f"));

@@ -281,7 +281,7 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
     const edit = (world: World) => {
       const file = world.at("releases/1.0.1/flash/main.py");
       const { atime, mtime } = fs.statSync(file);
-      layTree(world.path, { new: "tWo\n" });
+      world.write({ new: "tWo\n" });
       fs.utimesSync(world.at("new"), atime, mtime);
       fs.renameSync(world.at("new"), file);
     };
