@@ -227,7 +227,7 @@ describe.concurrent("killed", () => {
     const started = performance.now();
     {
       using device = new Device();
-      await device.client(["--check", "false"]);
+      await device.process(["--check", "false"], {});
     }
     const usual = performance.now() - started;
     const delays = Array.from({ length: 3 }, () => random.next() * usual * 1.3);
