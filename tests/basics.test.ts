@@ -2,13 +2,12 @@
 
 import { describe, expect, test } from "bun:test";
 import { compareCodePoints, SortedMap } from "../ota.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
 
-const SEED = Number(process.env.SEED ?? Date.now() % 2 ** 31);
+const SEED = seeded("basics");
 
 describe("a sorted map", () => {
   test("says the same as a Map, for a few keys and for tens of thousands", () => {
-    console.log(`SEED=${SEED}`);
     const random = new Random(SEED);
     for (const count of [0, 1, 2, 4095, 4096, 4097, 30_000]) {
       const keys = new Set<string>();

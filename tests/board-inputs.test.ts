@@ -7,10 +7,11 @@
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { type Kind } from "./board/board.ts";
 import { CONFIRM, example, random, Root, ROLLBACK, runs, UPDATE, Van } from "./board/fleet.ts";
+import { seeded } from "./helpers/random.ts";
 
 setDefaultTimeout(600_000);
 
-const SEED = 20250612;
+const SEED = seeded("board-inputs", 20250612);
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];
 
 let van: Van;

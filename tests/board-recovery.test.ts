@@ -10,12 +10,15 @@
 
 import { afterAll, afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { Board, type Kind, type Start } from "./board/board.ts";
+import { sha1 } from "./helpers/content.ts";
+import { seeded } from "./helpers/random.ts";
 import { example, random, Root, runs, UPDATE, Van } from "./board/fleet.ts";
 import { join } from "node:path";
 
 setDefaultTimeout(600_000);
 
-const SEED = 20250611;
+const USUAL = 20250611;
+const SEED = seeded("board-recovery", USUAL);
 
 let vans: Van[] = [];
 afterEach(async () => {
@@ -148,9 +151,18 @@ function keyOf(board: Board): string {
   for (const path of [...board.files.keys()].sort()) {
     if (found && path.startsWith(at)) continue;
     if (isIdle && /\/\.ota\/[ab]\//.test(path) && !state.includes("set=")) continue;
-    hasher.update(`${path}\0${board.files.get(path)!.length}\0`).update(board.files.get(path)!);
+    hasher.update(`${path}\0${digestOf(board.files.get(path)!)}\0`);
   }
   return hasher.update([...board.directories].sort().join("\0")).digest("hex");
+}
+
+const digests = new WeakMap<Uint8Array, string>();
+
+/** The hash of a file's content, which states share where it does not change. */
+function digestOf(content: Uint8Array): string {
+  const digest = digests.get(content) ?? sha1(content);
+  digests.set(content, digest);
+  return digest;
 }
 
 interface Report {
@@ -264,7 +276,8 @@ describe("every state that resets can leave", () => {
         `${report.old} old, ${report.now} new, ${report.said} said, ${report.mixed.length} mixed`,
     );
     expect(report.mixed).toEqual([]);
-    expect(Math.min(report.old, report.now)).toBeGreaterThan(2);
+    // By another seed, few starts may all end on one side.
+    if (SEED === USUAL) expect(Math.min(report.old, report.now)).toBeGreaterThan(2);
   });
 });
 

@@ -16,14 +16,14 @@ import {
 } from "./board/fleet.ts";
 import { Link } from "./board/link.ts";
 import { binaries } from "./board/make-firmware.ts";
+import { ALL, seeded } from "./helpers/random.ts";
 
 setDefaultTimeout(600_000);
 
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];
 /** Set OTA_ALL for a reset at every operation; else each run takes others of them. */
-const PHASE = Date.now() % 1000;
-const isTried = (at: number, oneOf: number) =>
-  process.env.OTA_ALL !== undefined || (at + PHASE) % oneOf === 0;
+const SEED = seeded("board");
+const isTried = (at: number, oneOf: number) => ALL || (at + SEED) % oneOf === 0;
 const UPDATE_COMMAND = new Uint8Array([1, 2, 3]);
 /** What the application made, and no update may touch. */
 const OWN = { "/sd/pulses.cnt": "4711" };
@@ -166,8 +166,7 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
   });
 
   test("resets during recovery", async () => {
-    const seed = 20250117;
-    const next = random(seed);
+    const next = random(SEED);
     const start = await van.board(kind, "1.0.0", OWN);
     const trees = [start.tree(), await van.tree(kind, "1.0.1", OWN)].map((tree) =>
       JSON.stringify(tree),
@@ -179,7 +178,7 @@ describe.each(kinds)("an update on a board of kind %s", (kind) => {
       const board = start.copy();
       const at = commit + next(operations.length - commit);
       await board.start(UPDATE, { cutAt: at, torn: next(4) });
-      let where = `seed ${seed}, round ${round}, ${operations[at]}`;
+      let where = `seed ${SEED}, round ${round}, ${operations[at]}`;
       for (let again = 0; again < 4; again++) {
         const { end, operations: done } = await board.start("", { cutAt: next(12), torn: next(4) });
         where += `; ${end} before ${done.length}`;

@@ -6,7 +6,9 @@ import { join } from "node:path";
 import { OTAError, poll, TOOL_VERSION, TransferError } from "../ota.ts";
 import { Double, send } from "./helpers/double.ts";
 import { certify, openssl } from "./helpers/pki.ts";
-import { layTree, ota, Served, Temp, Tool, type Tree } from "./helpers/tool.ts";
+import { layTree, Temp, type Tree } from "./helpers/temp.ts";
+import { ota, run, Tool, type ToolOptions } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -38,27 +40,44 @@ const COMMANDS: Record<string, string[]> = {
   keygen: ["out"],
 };
 
+/** Runs command lines one after the other in one process, and tells how each ended. */
+async function many(lines: readonly string[][], options: ToolOptions) {
+  const script = join(import.meta.dir, "helpers/many.ts");
+  const { code, stdout, stderr } = await ota([JSON.stringify(lines)], { ...options, script });
+  const parts = stderr.split("\0");
+  if (code !== 0 || parts.length !== 2 * lines.length + 1) throw new Error(stderr);
+  const ends = lines.map((args, i) => {
+    return { args, code: Number(parts[2 * i + 1]), stderr: parts[2 * i]! };
+  });
+  return { ends, stdout };
+}
+
 /**
- * Runs command lines that must be refused, one after the other in one process that can leave nothing
- * behind: what it refuses, it refuses before it does anything.
+ * Runs command lines that must be refused, in one process that can leave nothing behind: what it
+ * refuses, it refuses before it does anything.
  *
  * @returns what each said on stderr
  */
 async function refused(...lines: string[][]): Promise<string[]> {
   using temp = new Temp();
-  const script = join(import.meta.dir, "helpers/many.ts");
-  const { code, stdout, stderr } = await ota([JSON.stringify(lines)], { cwd: temp.path, script });
-  expect({ code, stdout }).toEqual({ code: 0, stdout: lines.map(() => "2\0").join("") });
-  const said = stderr.split("\0").slice(0, -1);
-  expect(said).toHaveLength(lines.length);
-  for (const text of said) expect(text).toMatch(/^ota\.ts: .*\n$/);
+  const { ends, stdout } = await many(lines, { cwd: temp.path });
+  expect(stdout).toBe("");
+  for (const { args, code, stderr } of ends) {
+    expect({ args, code, stderr }).toEqual({
+      args,
+      code: 2,
+      stderr: expect.stringMatching(ONE_LINE),
+    });
+  }
   expect(readdirSync(temp.path)).toEqual([]);
-  return said;
+  return ends.map(({ stderr }) => stderr);
 }
+
+const ONE_LINE = /^ota\.ts: .*\n$/;
 
 describe.concurrent("--help", () => {
   test("of the tool names every command", async () => {
-    const found = await Promise.all([["--help"], ["-h"], ["help"]].map((args) => ota(args)));
+    const found = await Promise.all([["--help"], ["-h"], ["help"]].map(run));
     for (const { code, stdout, stderr } of found) {
       expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
       const listed = [...stdout.matchAll(/^  (\w+) {2,}\S/gm)].map(([, name]) => name);
@@ -73,7 +92,7 @@ describe.concurrent("--help", () => {
         [
           [name, "--help"],
           ["help", name],
-        ].map((args) => ota(args)),
+        ].map(run),
       );
       for (const { code, stdout, stderr } of found) {
         expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
@@ -86,14 +105,14 @@ describe.concurrent("--help", () => {
   }
 
   test("of client says what the exit codes mean", async () => {
-    const { stdout } = await ota(["client", "--help"]);
+    const { stdout } = await run(["client", "--help"]);
     for (const code of [0, 1, 2, 3]) expect(stdout).toMatch(new RegExp(`\\b${code} \\w+`));
   });
 
   test("wins over whatever else is there, and does nothing", async () => {
     using temp = new Temp();
     const args = ["client", "--root", temp.at("device"), "--help"];
-    const { code, stdout } = await ota(args);
+    const { code, stdout } = await run(args);
     expect(code).toBe(0);
     expect(stdout).toContain("--check-timeout");
     expect(existsSync(temp.at("device"))).toBe(false);
@@ -108,7 +127,7 @@ describe.concurrent("--help", () => {
 
 test("--version, of the tool and of every command", async () => {
   const all = [["--version"], ...Object.keys(COMMANDS).map((name) => [name, "--version"])];
-  const found = await Promise.all(all.map((args) => ota(args)));
+  const found = await Promise.all(all.map(run));
   for (const { code, stdout, stderr } of found) {
     expect({ code, stdout, stderr }).toEqual({
       ...{ code: 0, stdout: `ota.ts ${TOOL_VERSION}\n`, stderr: "" },
@@ -240,7 +259,7 @@ describe.concurrent("what is not understood", () => {
     using temp = new Temp();
     layTree(temp.at("releases"), { "1.0.0/main.py": "" });
     const one = certify(temp.path, "IP:127.0.0.1");
-    layTree(temp.path, { "text.pem": "no certificate\n" });
+    temp.write({ "text.pem": "no certificate\n" });
     const text = temp.at("text.pem");
     const locked = temp.at("locked.key");
     openssl(["pkey", "-in", one.key, "-aes256", "-passout", "pass:secret", "-out", locked]);
@@ -303,7 +322,7 @@ describe.concurrent("a device that is not there", () => {
   for (const command of ["status", "rollback"]) {
     test(`${command} says so`, async () => {
       using temp = new Temp();
-      const { code, stdout, stderr } = await ota([command, "--root", temp.at("typo")]);
+      const { code, stdout, stderr } = await run([command, "--root", temp.at("typo")]);
       expect({ code, stdout, stderr }).toEqual({
         ...{ code: 1, stdout: "" },
         stderr: `ota.ts: cannot use ${temp.at("typo")} as a device's root: nothing is there; see --root\n`,
@@ -314,7 +333,7 @@ describe.concurrent("a device that is not there", () => {
 
   test("status of a directory that never was a device tells what it can", async () => {
     using temp = new Temp();
-    const { code, stdout } = await ota(["status", "--root", temp.path]);
+    const { code, stdout } = await run(["status", "--root", temp.path]);
     expect(code).toBe(0);
     expect(stdout).toStartWith("version:          none\n");
     expect(readdirSync(temp.path)).toEqual([]);
@@ -344,7 +363,7 @@ describe.concurrent("what cannot be printed", () => {
 
   for (const [how, script] of Object.entries(LOST)) {
     /** Runs a command with one of its outputs lost. */
-    const run = (args: string[], fd: 1 | 2, temp: Temp) =>
+    const losing = (args: string[], fd: 1 | 2, temp: Temp) =>
       ota(args, { cwd: temp.path, prefix: ["sh", "-c", script(fd, temp), "sh"] });
     const isFull = how === "on a full disk";
 
@@ -359,7 +378,7 @@ describe.concurrent("what cannot be printed", () => {
         [client, 0, "two\n"],
         [["rollback", "--root", "device"], 0, "one\n"],
       ] as const) {
-        const ended = await run([...args], 1, temp);
+        const ended = await losing([...args], 1, temp);
         const { stdout, stderr } = ended;
         const isTold = /^ota\.ts: cannot write to stdout: ENOSPC[^\n]*\n$/m.test(stderr);
         const found = { args, code: ended.code, stdout, isTold };
@@ -372,7 +391,7 @@ describe.concurrent("what cannot be printed", () => {
     test(`stdout ${how}: what does nothing but print fails only where that was wanted`, async () => {
       using temp = new Temp();
       await using _ = await prepare(temp);
-      for (const args of [
+      const printing = [
         ["--help"],
         ["client", "--help"],
         ["--version"],
@@ -380,13 +399,19 @@ describe.concurrent("what cannot be printed", () => {
         ["manifest", "--root", "releases", "--cost"],
         ["status", "--root", "device"],
         ["status", "--root", "device", "--json"],
-      ]) {
-        const { code, stdout, stderr } = await run(args, 1, temp);
-        expect({ args, code, stdout }).toEqual({ args, code: isFull ? 1 : 0, stdout: "" });
+      ];
+      const lost = { cwd: temp.path, prefix: ["sh", "-c", script(1, temp), "sh"] };
+      const { ends, stdout } = await many([...printing, ["keygen", "--out", "fleet"]], lost);
+      expect(stdout).toBe("");
+      const keygen = ends.pop()!;
+      for (const { args, code, stderr } of ends) {
+        expect({ args, code }).toEqual({ args, code: isFull ? 1 : 0 });
         if (isFull) expect(stderr).toMatch(/^ota\.ts: cannot write to stdout: ENOSPC[^\n]*\n$/);
         else expect(stderr).toBe("");
       }
-      expect((await run(["keygen", "--out", "fleet"], 1, temp)).code).toBe(0);
+      // Of a process it is the exit code, too.
+      expect((await losing(["--version"], 1, temp)).code).toBe(isFull ? 1 : 0);
+      expect(keygen.code).toBe(0);
       expect(existsSync(temp.at("fleet.key"))).toBe(true);
     });
 
@@ -402,7 +427,7 @@ describe.concurrent("what cannot be printed", () => {
         [client, 0, "up to date 1.0.1\n"],
         [["rollback", "--root", "device"], 0, "rolled back 1.0.1 -> 1.0.0\n"],
       ] as const) {
-        const ended = await run([...args], 2, temp);
+        const ended = await losing([...args], 2, temp);
         expect({ args, code: ended.code, stdout: ended.stdout, stderr: ended.stderr }).toEqual({
           ...{ args, code, stdout, stderr: "" },
         });

@@ -11,30 +11,17 @@ import {
   releaseDigest,
   rollBack,
   status,
-  type Status,
   TransferError,
   type TransferRequest,
   type TransferResponse,
 } from "../ota.ts";
+import { sha256 } from "./helpers/content.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import { MemoryDisk } from "./helpers/memory-disk.ts";
-import { freePort } from "./helpers/nginx.ts";
-import {
-  asTree,
-  eventually,
-  layTree,
-  ota,
-  OTA_TS,
-  otaFiles,
-  readTree,
-  Served,
-  sha256,
-  Temp,
-  Tool,
-  type Ended,
-  type ToolOptions,
-  type Tree,
-} from "./helpers/tool.ts";
+import { freePort } from "./helpers/raw.ts";
+import { asTree, layTree, otaFiles, readTree, type Tree } from "./helpers/temp.ts";
+import { eventually, ota, OTA_TS, Tool } from "./helpers/tool.ts";
+import { Served, World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -62,81 +49,54 @@ const IMAGE_1 = Buffer.alloc(3000, 0xe9);
 const IMAGE_2 = Buffer.alloc(5000, 0xea);
 const IMAGE_3 = Buffer.alloc(4000, 0xeb);
 
-/** A directory with a release root `releases` and room for a device `device`. */
-class Fleet extends Temp {
-  readonly releases = this.at("releases");
-  readonly root = this.at("device");
-
-  constructor(versions: Record<string, Tree> = { "1.0.0": V1, "1.0.1": V2 }, more: Tree = {}) {
-    super();
-    layTree(this.releases, more);
-    for (const [name, files] of Object.entries(versions)) layTree(this.at("releases", name), files);
-  }
-
-  client(server: { url: string }, args: string[] = [], options: ToolOptions = {}): Promise<Ended> {
-    return ota(["client", "--root", this.root, "--server", server.url, ...args], options);
-  }
-
-  status(): Promise<Status> {
-    return status(this.root);
-  }
-}
+const BOTH = { "1.0.0": V1, "1.0.1": V2 };
 
 describe.concurrent("the version that a device is on", () => {
   test("is --ver, where there is no record", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, V1);
-    await using server = await Served.start(fleet.releases);
-    const { code, stdout } = await fleet.client(server, ["--ver", "1.0.0"]);
+    await using world = await World.with(BOTH, { device: V1 });
+    const { code, stdout } = await world.client(["--ver", "1.0.0"]);
     expect({ code, stdout }).toEqual({ code: 0, stdout: "updated 1.0.0 -> 1.0.1\n" });
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
 
   test("is nothing without a record and --ver: all is fetched over what is there", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, { ...V1, "flash/mine.txt": "mine" });
-    await using server = await Served.start(fleet.releases);
-    const { code, last } = await fleet.client(server);
+    await using world = await World.with(BOTH, { device: { ...V1, "flash/mine.txt": "mine" } });
+    const { code, last } = await world.client();
     expect({ code, last }).toEqual({ code: 0, last: "updated 0 -> 1.0.1" });
     // What was there and is unknown stays.
-    expect(readTree(fleet.root)).toEqual(
-      asTree({ ...V1, ...V2, ...VERSION_2, "flash/mine.txt": "mine" }),
-    );
+    expect(world.tree()).toEqual(asTree({ ...V1, ...V2, ...VERSION_2, "flash/mine.txt": "mine" }));
   });
 
   test("is the one in flash/OTA_VERSION.py before --ver, and a note says so", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, { ...V1, "flash/OTA_VERSION.py": 'VERSION = "1.0.0"\n' });
-    await using server = await Served.start(fleet.releases);
-    const { stdout, stderr } = await fleet.client(server, ["--ver", "0.9"]);
+    await using world = await World.with(BOTH, {
+      device: { ...V1, "flash/OTA_VERSION.py": 'VERSION = "1.0.0"\n' },
+    });
+    const { stdout, stderr } = await world.client(["--ver", "0.9"]);
     expect(stdout).toBe("updated 1.0.0 -> 1.0.1\n");
     expect(stderr).toContain("the device is on 1.0.0 by its own record; --ver 0.9 is not used");
   });
 
   test("needs no note when --ver agrees", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, { ...V1, ...VERSION_1 });
-    await using server = await Served.start(fleet.releases);
-    const { stdout, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
+    await using world = await World.with(BOTH, { device: { ...V1, ...VERSION_1 } });
+    const { stdout, stderr } = await world.client(["--ver", "1.0.0"]);
     expect(stdout).toBe("updated 1.0.0 -> 1.0.1\n");
     expect(stderr).not.toContain("--ver");
   });
 
   test("is not what makes no sense in flash/OTA_VERSION.py", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, { ...V1, "flash/OTA_VERSION.py": "VERSION = '../../etc'\n" });
-    await using server = await Served.start(fleet.releases);
-    const { stdout } = await fleet.client(server, ["--ver", "1.0.0"]);
+    await using world = await World.with(BOTH, {
+      device: { ...V1, "flash/OTA_VERSION.py": "VERSION = '../../etc'\n" },
+    });
+    const { stdout } = await world.client(["--ver", "1.0.0"]);
     expect(stdout).toBe("updated 1.0.0 -> 1.0.1\n");
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
 
   test("is the updater's own record before all others", async () => {
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server)).last).toBe("updated 0 -> 1.0.1");
-    layTree(fleet.root, { "flash/OTA_VERSION.py": "VERSION = '0.0.1'\n" });
-    const { code, last, stderr } = await fleet.client(server, ["--ver", "0.5"]);
+    await using world = await World.with(BOTH);
+    expect((await world.client()).last).toBe("updated 0 -> 1.0.1");
+    layTree(world.root, { "flash/OTA_VERSION.py": "VERSION = '0.0.1'\n" });
+    const { code, last, stderr } = await world.client(["--ver", "0.5"]);
     expect({ code, last }).toEqual({ code: 0, last: "up to date 1.0.1" });
     expect(stderr).toContain("on 1.0.1 by its own record; --ver 0.5 is not used");
   });
@@ -145,65 +105,63 @@ describe.concurrent("the version that a device is on", () => {
 describe.concurrent("an empty device is provisioned whole", () => {
   for (const state of ["absent", "empty"]) {
     test(`${state}, with a note where --ver says otherwise`, async () => {
-      using fleet = new Fleet();
-      if (state === "empty") mkdirSync(fleet.root);
-      await using server = await Served.start(fleet.releases);
-      const { code, stdout, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
+      await using world = new World(BOTH);
+      if (state === "empty") mkdirSync(world.root);
+      await world.serve();
+      const { code, stdout, stderr } = await world.client(["--ver", "1.0.0"]);
       expect({ code, stdout }).toEqual({ code: 0, stdout: "updated 0 -> 1.0.1\n" });
       expect(stderr).toContain("everything is fetched, whatever --ver 1.0.0 says");
-      expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+      expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
     });
   }
 
   test("./device is where, and port 8000 of this machine is whom to ask, by default", async () => {
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases);
-    const { last } = await ota(["client", "--server", server.url], { cwd: fleet.path });
+    await using world = await World.with(BOTH);
+    const { last } = await ota(["client", "--server", world.url], { cwd: world.path });
     expect(last).toBe("updated 0 -> 1.0.1");
-    expect(readTree(fleet.at("device"))).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    expect(readTree(world.at("device"))).toEqual(asTree({ ...V2, ...VERSION_2 }));
     const { stdout } = await ota(["client", "--help"]);
     expect(stdout).toContain("http://127.0.0.1:8000");
   });
 
   test("a root may be reached through a symbolic link", async () => {
-    using fleet = new Fleet();
-    mkdirSync(fleet.at("real"));
-    symlinkSync(fleet.at("real"), fleet.root);
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server)).code).toBe(0);
-    expect(readTree(fleet.at("real"))).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    await using world = new World(BOTH);
+    mkdirSync(world.at("real"));
+    symlinkSync(world.at("real"), world.root);
+    await world.serve();
+    expect((await world.client()).code).toBe(0);
+    expect(readTree(world.at("real"))).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
 });
 
 describe.concurrent("an update", () => {
   test("fetches each changed content once, and nothing that is there already", async () => {
-    using fleet = new Fleet({
-      "1.0.0": V1,
-      "1.0.1": { ...V2, "sd/twin": V2["flash/main.py"]! },
-    });
-    layTree(fleet.root, { ...V1, "sd/logo.bin": V2["sd/logo.bin"]! });
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server, ["--ver", "1.0.0"])).code).toBe(0);
-    expect(readTree(fleet.root)).toEqual(
-      asTree({ ...V2, ...VERSION_2, "sd/twin": V2["flash/main.py"]! }),
+    await using world = await World.with(
+      {
+        "1.0.0": V1,
+        "1.0.1": { ...V2, "sd/twin": V2["flash/main.py"]! },
+      },
+      { device: { ...V1, "sd/logo.bin": V2["sd/logo.bin"]! } },
     );
-    const sent = server.sent.map(decodeURIComponent);
+    expect((await world.client(["--ver", "1.0.0"])).code).toBe(0);
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2, "sd/twin": V2["flash/main.py"]! }));
+    const sent = world.sent.map(decodeURIComponent);
     expect(sent.filter((path) => /main\.py|twin/.test(path))).toHaveLength(1);
     expect(sent.filter((path) => !/main\.py|twin/.test(path))).toEqual([
       "/1.0.1/flash/deep/er/ä.py",
       "/1.0.1/flash/lib/new lib #1.py",
     ]);
     // Two files, not two names of one: a change to one leaves the other.
-    expect(statSync(fleet.at("device/sd/twin")).nlink).toBe(1);
-    expect(statSync(fleet.at("device/sd/twin")).ino).not.toBe(
-      statSync(fleet.at("device/flash/main.py")).ino,
+    expect(statSync(world.at("device/sd/twin")).nlink).toBe(1);
+    expect(statSync(world.at("device/sd/twin")).ino).not.toBe(
+      statSync(world.at("device/flash/main.py")).ino,
     );
   });
 
   test("touches the tree only when everything is here and verified", async () => {
-    using fleet = new Fleet();
+    using world = new World(BOTH);
     const before: Tree = { "flash/main.py": "one", "flash/old.py": "old" };
-    layTree(fleet.root, before);
+    layTree(world.root, before);
     const late = Buffer.alloc(100_000, "late");
     const offer = {
       version: "1.0.1",
@@ -216,19 +174,17 @@ describe.concurrent("an update", () => {
       if (asked.path === "/content/sd/late.bin") await held.promise;
       await offering(offer, () => server.url)(asked, connection);
     });
-    await using tool = new Tool([
-      ...["client", "--root", fleet.root, "--ver", "1.0.0", "--server", server.url],
-    ]);
+    await using tool = new Tool(world.args(["--ver", "1.0.0"], server));
     await tool.until(/fetched flash\/main\.py/, "stderr");
     await tool.until(/fetched flash\/new\.py/, "stderr");
     await tool.until(/fetched firmware_1\.0\.1\.bin/, "stderr");
-    expect(readTree(fleet.root)).toEqual(asTree(before));
-    expect(otaFiles(fleet.root)).not.toContain("otadata");
-    expect(readFileSync(fleet.at("device/.ota/staged", sha256("two")), "utf8")).toBe("two");
+    expect(world.tree()).toEqual(asTree(before));
+    expect(otaFiles(world.root)).not.toContain("otadata");
+    expect(readFileSync(world.at("device/.ota/staged", sha256("two")), "utf8")).toBe("two");
     held.resolve();
     expect((await tool.ended).last).toBe("updated 1.0.0 -> 1.0.1 (firmware 0 -> 1.0.1)");
-    expect(readTree(fleet.root)).toEqual(asTree({ ...offer.put, ...VERSION_2 }));
-    expect(readFileSync(fleet.at("device/.ota/ota_0.bin"))).toEqual(IMAGE_2);
+    expect(world.tree()).toEqual(asTree({ ...offer.put, ...VERSION_2 }));
+    expect(readFileSync(world.at("device/.ota/ota_0.bin"))).toEqual(IMAGE_2);
   });
 
   test("downloads --jobs at once, four without it", async () => {
@@ -238,7 +194,7 @@ describe.concurrent("an update", () => {
       [4, []],
       [2, ["--jobs", "2"]],
     ] as const) {
-      using fleet = new Fleet({});
+      using world = new World();
       const waiting: (() => void)[] = [];
       let most = 0;
       await using server = await Double.start(async (asked, connection) => {
@@ -256,23 +212,22 @@ describe.concurrent("an update", () => {
         }
         await offering(offer, () => server.url)(asked, connection);
       });
-      expect((await fleet.client(server, [...args])).code).toBe(0);
+      expect((await world.client([...args], server)).code).toBe(0);
       expect(most).toBe(jobs);
     }
   });
 
   test("finds what is to be deleted gone already", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, V1);
-    rmSync(fleet.at("device/flash/lib/old.py"));
-    rmSync(fleet.at("device/flash/gone"), { recursive: true });
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server, ["--ver", "1.0.0"])).last).toBe("updated 1.0.0 -> 1.0.1");
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    await using world = new World(BOTH, { device: V1 });
+    rmSync(world.at("device/flash/lib/old.py"));
+    rmSync(world.at("device/flash/gone"), { recursive: true });
+    await world.serve();
+    expect((await world.client(["--ver", "1.0.0"])).last).toBe("updated 1.0.0 -> 1.0.1");
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
 
   test("leaves alone what the application made", async () => {
-    using fleet = new Fleet();
+    await using world = new World(BOTH);
     const own: Tree = {
       "data.db": "rows",
       "flash/settings.json": "{}",
@@ -280,42 +235,40 @@ describe.concurrent("an update", () => {
       "sd/log/1.txt": "log",
       "empty/": "",
     };
-    layTree(fleet.root, { ...V1, ...own });
-    const inode = statSync(fleet.at("device/data.db")).ino;
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server, ["--ver", "1.0.0"])).code).toBe(0);
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2, ...own }));
-    expect(statSync(fleet.at("device/data.db")).ino).toBe(inode);
+    layTree(world.root, { ...V1, ...own });
+    const inode = statSync(world.at("device/data.db")).ino;
+    await world.serve();
+    expect((await world.client(["--ver", "1.0.0"])).code).toBe(0);
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2, ...own }));
+    expect(statSync(world.at("device/data.db")).ino).toBe(inode);
   });
 
   test("fails before it begins where a file would replace a directory with an application's file", async () => {
-    using fleet = new Fleet({ "1.0.0": V1, "1.0.1": { ...V2, "flash/gone": "now a file" } });
+    await using world = new World({ "1.0.0": V1, "1.0.1": { ...V2, "flash/gone": "now a file" } });
     const before: Tree = { ...V1, "flash/gone/cache/data.db": "rows" };
-    layTree(fleet.root, before);
-    await using server = await Served.start(fleet.releases);
-    const { code, stdout, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
+    layTree(world.root, before);
+    await world.serve();
+    const { code, stdout, stderr } = await world.client(["--ver", "1.0.0"]);
     expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
     expect(stderr).toContain("flash/gone/cache/data.db");
-    expect(readTree(fleet.root)).toEqual(asTree(before));
-    expect(server.sent).toEqual([]);
+    expect(world.tree()).toEqual(asTree(before));
+    expect(world.sent).toEqual([]);
     // Its owner moves it away, and the update can be made.
-    rmSync(fleet.at("device/flash/gone/cache"), { recursive: true });
-    expect((await fleet.client(server, ["--ver", "1.0.0"])).code).toBe(0);
-    expect(readTree(fleet.root)).toEqual(
-      asTree({ ...V2, ...VERSION_2, "flash/gone": "now a file" }),
-    );
+    rmSync(world.at("device/flash/gone/cache"), { recursive: true });
+    expect((await world.client(["--ver", "1.0.0"])).code).toBe(0);
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2, "flash/gone": "now a file" }));
   });
 
   test("fails before it begins where an application's file is in the way of a directory", async () => {
-    using fleet = new Fleet();
+    await using world = new World(BOTH);
     const before: Tree = { ...V1, "flash/deep": "the application's" };
-    layTree(fleet.root, before);
-    await using server = await Served.start(fleet.releases);
-    const { code, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
+    layTree(world.root, before);
+    await world.serve();
+    const { code, stderr } = await world.client(["--ver", "1.0.0"]);
     expect(code).toBe(1);
     expect(stderr).toContain("flash/deep");
-    expect(readTree(fleet.root)).toEqual(asTree(before));
-    expect(server.sent).toEqual([]);
+    expect(world.tree()).toEqual(asTree(before));
+    expect(world.sent).toEqual([]);
   });
 
   test("makes directories of files and files of directories, and back", async () => {
@@ -326,83 +279,87 @@ describe.concurrent("an update", () => {
       "flash/b": "f",
       "top/t": "t",
     };
-    using fleet = new Fleet({ "1.0.0": files, "1.0.1": turned, "1.0.2": files });
+    await using world = new World({ "1.0.0": files, "1.0.1": turned, "1.0.2": files });
     for (const [version, expected] of [
       ["1.0.0", files],
       ["1.0.1", turned],
       ["1.0.2", files],
     ] as const) {
-      await using server = await Served.start(fleet.releases, { latest: version });
-      const { code, stderr } = await fleet.client(server);
+      await world.serve({ latest: version });
+      const { code, stderr } = await world.client();
       expect({ code, stderr: stderr.replace(/^(fetched|received) .*\n/gm, "") }).toEqual({
         code: 0,
         stderr: "",
       });
       const own = { "flash/OTA_VERSION.py": `VERSION = '${version}'\n` };
-      expect(readTree(fleet.root)).toEqual(asTree({ ...expected, ...own }));
+      expect(world.tree()).toEqual(asTree({ ...expected, ...own }));
     }
-    expect((await ota(["rollback", "--root", fleet.root])).code).toBe(0);
-    expect(readTree(fleet.root)).toEqual(asTree({ ...turned, ...VERSION_2 }));
+    expect((await world.run("rollback")).code).toBe(0);
+    expect(world.tree()).toEqual(asTree({ ...turned, ...VERSION_2 }));
   });
 
   test("removes directories that it emptied, but none at the top", async () => {
-    using fleet = new Fleet({
-      "1.0.0": { "flash/a": "a", "sd/x/y/z.txt": "z", "cert/ca/root.pem": "pem" },
-      "1.0.1": { "flash/a": "a" },
-    });
-    layTree(fleet.root, {
-      ...{ "flash/a": "a", "sd/x/y/z.txt": "z", "cert/ca/root.pem": "pem" },
-      "sd/mine/": "",
-    });
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server, ["--ver", "1.0.0"])).code).toBe(0);
-    expect(readTree(fleet.root)).toEqual(
+    await using world = await World.with(
+      {
+        "1.0.0": { "flash/a": "a", "sd/x/y/z.txt": "z", "cert/ca/root.pem": "pem" },
+        "1.0.1": { "flash/a": "a" },
+      },
+      {
+        device: {
+          ...{ "flash/a": "a", "sd/x/y/z.txt": "z", "cert/ca/root.pem": "pem" },
+          "sd/mine/": "",
+        },
+      },
+    );
+    expect((await world.client(["--ver", "1.0.0"])).code).toBe(0);
+    expect(world.tree()).toEqual(
       asTree({ "flash/a": "a", ...VERSION_2, "sd/mine/": "", "cert/": "" }),
     );
   });
 
   test("that changes nothing is no transaction", async () => {
     const files: Tree = { "etc/app.conf": "a=1\n" };
-    using fleet = new Fleet({ "1.0.0": files, "1.0.1": files });
-    layTree(fleet.root, files);
-    const inode = statSync(fleet.at("device/etc/app.conf")).ino;
-    await using server = await Served.start(fleet.releases);
-    const { code, last } = await fleet.client(server, ["--ver", "1.0.0"]);
+    await using world = new World({ "1.0.0": files, "1.0.1": files }, { device: files });
+    const inode = statSync(world.at("device/etc/app.conf")).ino;
+    await world.serve();
+    const { code, last } = await world.client(["--ver", "1.0.0"]);
     expect({ code, last }).toEqual({ code: 0, last: "updated 1.0.0 -> 1.0.1" });
-    expect(otaFiles(fleet.root).filter((name) => /journal|backup/.test(name))).toEqual([]);
-    expect(statSync(fleet.at("device/etc/app.conf")).ino).toBe(inode);
-    expect(await fleet.status()).toMatchObject({ version: "1.0.1", previous_version: "1.0.0" });
-    const { code: back, stderr } = await ota(["rollback", "--root", fleet.root]);
+    expect(otaFiles(world.root).filter((name) => /journal|backup/.test(name))).toEqual([]);
+    expect(statSync(world.at("device/etc/app.conf")).ino).toBe(inode);
+    expect(await world.status()).toMatchObject({ version: "1.0.1", previous_version: "1.0.0" });
+    const { code: back, stderr } = await world.run("rollback");
     expect(back).toBe(1);
     expect(stderr).toContain("no previous release to go back to");
   });
 
   test("that changes nothing does not leave an older release to go back to", async () => {
     const files: Tree = { "etc/app.conf": "a=2\n" };
-    using fleet = new Fleet({
+    await using world = new World({
       "1.0.0": { "etc/app.conf": "a=1\n" },
       "1.0.1": files,
       "1.0.2": files,
     });
     for (const latest of ["1.0.0", "1.0.1", "1.0.2"]) {
-      await using server = await Served.start(fleet.releases, { latest });
-      expect((await fleet.client(server)).code).toBe(0);
+      await world.serve({ latest });
+      expect((await world.client()).code).toBe(0);
     }
     // From 1.0.2 "the previous release" is 1.0.1, and both have the same files.
-    const { last } = await ota(["rollback", "--root", fleet.root]);
+    const { last } = await world.run("rollback");
     expect(last).not.toBe("rolled back 1.0.2 -> 1.0.0");
-    expect(readTree(fleet.root)).toEqual(asTree(files));
+    expect(world.tree()).toEqual(asTree(files));
   });
 
   test("keeps flash/OTA_VERSION.py where there is a flash, and only there", async () => {
-    using fleet = new Fleet({ "1.0.0": { "etc/app.conf": "1" }, "1.0.1": { "etc/app.conf": "2" } });
-    await using server = await Served.start(fleet.releases, { latest: "1.0.0" });
-    expect((await fleet.client(server)).last).toBe("updated 0 -> 1.0.0");
-    expect(readTree(fleet.root)).toEqual(asTree({ "etc/app.conf": "1" }));
-    mkdirSync(fleet.at("device/flash"));
-    await using newer = await Served.start(fleet.releases);
-    expect((await fleet.client(newer)).last).toBe("updated 1.0.0 -> 1.0.1");
-    expect(readTree(fleet.root)).toEqual(asTree({ "etc/app.conf": "2", ...VERSION_2 }));
+    await using world = await World.with(
+      { "1.0.0": { "etc/app.conf": "1" }, "1.0.1": { "etc/app.conf": "2" } },
+      { latest: "1.0.0" },
+    );
+    expect((await world.client()).last).toBe("updated 0 -> 1.0.0");
+    expect(world.tree()).toEqual(asTree({ "etc/app.conf": "1" }));
+    mkdirSync(world.at("device/flash"));
+    await using newer = await Served.start(world.releases);
+    expect((await world.client([], newer)).last).toBe("updated 1.0.0 -> 1.0.1");
+    expect(world.tree()).toEqual(asTree({ "etc/app.conf": "2", ...VERSION_2 }));
   });
 
   test("refuses to write through symbolic links", async () => {
@@ -411,70 +368,68 @@ describe.concurrent("an update", () => {
       ["flash/main.py", "main.py"],
       ["sd", "."],
     ] as const) {
-      using fleet = new Fleet();
-      layTree(fleet.at("outside"), { "lib/old.py": "outside", "main.py": "outside" });
+      await using world = new World(BOTH);
+      layTree(world.at("outside"), { "lib/old.py": "outside", "main.py": "outside" });
       const { "flash/main.py": _, ...rest } = V1;
       const kept = Object.entries(rest).filter(([path]) => !path.startsWith(`${link}/`));
-      layTree(fleet.root, Object.fromEntries(kept));
-      symlinkSync(fleet.at("outside", target), fleet.at("device", link));
-      const before = { device: readTree(fleet.root), outside: readTree(fleet.at("outside")) };
-      await using server = await Served.start(fleet.releases);
-      const { code, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
+      layTree(world.root, Object.fromEntries(kept));
+      symlinkSync(world.at("outside", target), world.at("device", link));
+      const before = { device: world.tree(), outside: readTree(world.at("outside")) };
+      await world.serve();
+      const { code, stderr } = await world.client(["--ver", "1.0.0"]);
       expect(code).toBe(1);
       expect(stderr).toContain(`${link} below`);
       expect(stderr).toContain("symbolic link");
-      expect(readTree(fleet.root)).toEqual(before.device);
-      expect(readTree(fleet.at("outside"))).toEqual(before.outside);
-      expect(server.sent).toEqual([]);
+      expect(world.tree()).toEqual(before.device);
+      expect(readTree(world.at("outside"))).toEqual(before.outside);
+      expect(world.sent).toEqual([]);
     }
   });
 
   test("refuses a manifest that leaves the root, and touches nothing", async () => {
-    using fleet = new Fleet({});
+    using world = new World();
     const before: Tree = { "flash/main.py": "one" };
-    layTree(fleet.root, before);
-    layTree(fleet.path, { victim: "outside" });
+    layTree(world.root, before);
+    world.write({ victim: "outside" });
     for (const path of ["../victim", "flash/../../victim", ".ota/state.json", ".OTA./x", "a//b"]) {
       await using server = await Double.start((_, connection) => {
         const manifest = manifestOf({ version: "1.0.1", put: { [path]: "evil" } }, server.url);
         send(connection, JSON.stringify(manifest));
       });
-      const { code, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
+      const { code, stderr } = await world.client(["--ver", "1.0.0"], server);
       expect(code).toBe(1);
       expect(stderr).toContain("refused the manifest");
       expect(server.asked).toHaveLength(1);
     }
-    expect(readTree(fleet.root)).toEqual(asTree(before));
-    expect(readFileSync(fleet.at("victim"), "utf8")).toBe("outside");
+    expect(world.tree()).toEqual(asTree(before));
+    expect(readFileSync(world.at("victim"), "utf8")).toBe("outside");
   });
 
   test("refuses a release older than its own", async () => {
-    using fleet = new Fleet({});
-    layTree(fleet.root, { ...V2, ...VERSION_2 });
+    using world = new World({}, { device: { ...V2, ...VERSION_2 } });
     const offer = { version: "1.0.0", put: { "flash/main.py": "one" } };
     await using server = await Double.start((asked, connection) =>
       offering(offer, () => server.url)(asked, connection),
     );
-    const { code, stderr } = await fleet.client(server);
+    const { code, stderr } = await world.client([], server);
     expect(code).toBe(1);
     expect(stderr).toContain("version 1.0.0, older than the device's 1.0.1");
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
 });
 
 describe.concurrent("--repair", () => {
   test("fetches what differs and nothing else", async () => {
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases);
-    await fleet.client(server);
+    await using world = await World.with(BOTH);
+    await world.client();
     const own: Tree = { "flash/data.txt": "the application's" };
-    layTree(fleet.root, { ...own, "flash/main.py": "scribbled", "sd/logo.bin": "scribbled" });
-    rmSync(fleet.at("device/flash/deep"), { recursive: true });
-    server.lines.length = 0;
-    const { code, last } = await fleet.client(server, ["--repair"]);
+    layTree(world.root, { ...own, "flash/main.py": "scribbled", "sd/logo.bin": "scribbled" });
+    rmSync(world.at("device/flash/deep"), { recursive: true });
+    world.server.lines.length = 0;
+    const { code, last } = await world.client(["--repair"]);
     expect({ code, last }).toEqual({ code: 0, last: "repaired 1.0.1" });
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2, ...own }));
-    expect(server.sent.map(decodeURIComponent)).toEqual([
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2, ...own }));
+    expect(world.sent.map(decodeURIComponent)).toEqual([
       "/1.0.1/flash/deep/er/ä.py",
       "/1.0.1/flash/main.py",
       "/1.0.1/sd/logo.bin",
@@ -482,79 +437,69 @@ describe.concurrent("--repair", () => {
   });
 
   test("removes what was installed and is in the release no more", async () => {
-    using fleet = new Fleet();
-    {
-      await using server = await Served.start(fleet.releases);
-      await fleet.client(server);
-    }
-    rmSync(fleet.at("releases/1.0.1/flash/deep"), { recursive: true });
-    layTree(fleet.root, { "flash/deep/mine": "the application's" });
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server, ["--repair"])).code).toBe(0);
+    await using world = await World.with(BOTH);
+    await world.client();
+    rmSync(world.at("releases/1.0.1/flash/deep"), { recursive: true });
+    layTree(world.root, { "flash/deep/mine": "the application's" });
+    await world.serve();
+    expect((await world.client(["--repair"])).code).toBe(0);
     const { "flash/deep/er/ä.py": _, ...rest } = V2;
-    expect(readTree(fleet.root)).toEqual(
+    expect(world.tree()).toEqual(
       asTree({ ...rest, ...VERSION_2, "flash/deep/mine": "the application's" }),
     );
   });
 
   test("brings a device forward, too", async () => {
-    using fleet = new Fleet();
-    {
-      await using server = await Served.start(fleet.releases, { latest: "1.0.0" });
-      await fleet.client(server);
-    }
-    layTree(fleet.root, { "flash/boot.py": "scribbled" });
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server, ["--repair"])).last).toBe("updated 1.0.0 -> 1.0.1");
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
-    expect(await fleet.status()).toMatchObject({ version: "1.0.1", previous_version: "1.0.0" });
+    await using world = await World.with(BOTH, { latest: "1.0.0" });
+    await world.client();
+    layTree(world.root, { "flash/boot.py": "scribbled" });
+    await world.serve();
+    expect((await world.client(["--repair"])).last).toBe("updated 1.0.0 -> 1.0.1");
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    expect(await world.status()).toMatchObject({ version: "1.0.1", previous_version: "1.0.0" });
   });
 
   test("of a device that is right is no transaction", async () => {
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases);
-    await fleet.client(server);
-    const { ino } = statSync(fleet.at("device/.ota/journal.json"));
-    server.lines.length = 0;
-    const { code, last } = await fleet.client(server, ["--repair"]);
+    await using world = await World.with(BOTH);
+    await world.client();
+    const { ino } = statSync(world.at("device/.ota/journal.json"));
+    world.server.lines.length = 0;
+    const { code, last } = await world.client(["--repair"]);
     expect({ code, last }).toEqual({ code: 0, last: "up to date 1.0.1" });
-    expect(server.sent).toEqual([]);
-    expect(statSync(fleet.at("device/.ota/journal.json")).ino).toBe(ino);
+    expect(world.sent).toEqual([]);
+    expect(statSync(world.at("device/.ota/journal.json")).ino).toBe(ino);
   });
 
   test("makes a record of what was never recorded", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, { ...V2, ...VERSION_2 });
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server, ["--repair"])).last).toBe("up to date 1.0.1");
-    expect(server.sent).toEqual([]);
-    const state = JSON.parse(readFileSync(fleet.at("device/.ota/state.json"), "utf8"));
+    await using world = await World.with(BOTH, { device: { ...V2, ...VERSION_2 } });
+    expect((await world.client(["--repair"])).last).toBe("up to date 1.0.1");
+    expect(world.sent).toEqual([]);
+    const state = JSON.parse(readFileSync(world.at("device/.ota/state.json"), "utf8"));
     expect(Object.keys(state.installed.files).sort()).toEqual(Object.keys(V2).sort());
   });
 
   test("finds nothing to do where the server has nothing", async () => {
-    using fleet = new Fleet({});
-    layTree(fleet.root, { ...V1, ...VERSION_1 });
-    mkdirSync(fleet.releases, { recursive: true });
-    await using server = await Served.start(fleet.releases);
-    const { code, last } = await fleet.client(server, ["--repair"]);
+    await using world = new World({}, { device: { ...V1, ...VERSION_1 } });
+    mkdirSync(world.releases, { recursive: true });
+    await world.serve();
+    const { code, last } = await world.client(["--repair"]);
     expect({ code, last }).toEqual({ code: 0, last: "up to date 1.0.0" });
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V1, ...VERSION_1 }));
+    expect(world.tree()).toEqual(asTree({ ...V1, ...VERSION_1 }));
   });
 });
 
 describe.concurrent("what a device tells the server", () => {
   test("hash, firmware_ver always, base once it has a record, and the same devid each time", async () => {
-    using fleet = new Fleet({ "1.0.1": V2 }, { "firmware_1.0.1.bin": IMAGE_2 });
-    await using behind = await Served.start(fleet.releases);
+    await using world = new World({ "1.0.1": V2 }, { beside: { "firmware_1.0.1.bin": IMAGE_2 } });
+    await using behind = await Served.start(world.releases);
     await using server = await Double.start(async (asked, connection) => {
       const answer = await fetch(`${behind.url}${asked.target}`);
       send(connection, await answer.bytes(), { status: answer.status });
     });
-    expect((await fleet.client(server)).last).toBe("updated 0 -> 1.0.1 (firmware 0 -> 1.0.1)");
-    expect((await fleet.client(server)).last).toBe("up to date 1.0.1");
-    expect((await fleet.client(server, ["--id", "meter 7&x=1"])).last).toBe("up to date 1.0.1");
-    expect((await fleet.client(server, ["--repair"])).last).toBe("up to date 1.0.1");
+    expect((await world.client([], server)).last).toBe("updated 0 -> 1.0.1 (firmware 0 -> 1.0.1)");
+    expect((await world.client([], server)).last).toBe("up to date 1.0.1");
+    expect((await world.client(["--id", "meter 7&x=1"], server)).last).toBe("up to date 1.0.1");
+    expect((await world.client(["--repair"], server)).last).toBe("up to date 1.0.1");
     const asked = server.askedFor("/manifest.json").map(({ query }) => Object.fromEntries(query));
     const devid = asked[0]?.devid ?? "";
     expect(devid).toMatch(/^[0-9a-f-]{36}$/);
@@ -571,17 +516,14 @@ describe.concurrent("what a device tells the server", () => {
   });
 
   test("so that a release that was edited on the server is noticed when the next one comes", async () => {
-    using fleet = new Fleet();
-    {
-      await using server = await Served.start(fleet.releases, { latest: "1.0.0" });
-      await fleet.client(server);
-    }
+    await using world = await World.with(BOTH, { latest: "1.0.0" });
+    await world.client();
     // 1.0.0 was changed after it was shipped: a difference from it would leave `old.py` behind.
-    rmSync(fleet.at("releases/1.0.0/flash/lib/old.py"));
-    layTree(fleet.releases, { "1.0.0/flash/main.py": "print('two')\n" });
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server)).last).toBe("updated 1.0.0 -> 1.0.1");
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    rmSync(world.at("releases/1.0.0/flash/lib/old.py"));
+    layTree(world.releases, { "1.0.0/flash/main.py": "print('two')\n" });
+    await world.serve();
+    expect((await world.client()).last).toBe("updated 1.0.0 -> 1.0.1");
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
 });
 
@@ -620,10 +562,9 @@ describe.concurrent("a server like Pycom's own", () => {
   };
 
   test("is enough: SHA-1, no sizes, either spelling of a path", async () => {
-    using fleet = new Fleet({});
-    layTree(fleet.root, V1);
+    using world = new World({}, { device: V1 });
     await using server = await Double.start(pycom(() => server, files));
-    const { code, last } = await fleet.client(server, ["--ver", "1.0.0"]);
+    const { code, last } = await world.client(["--ver", "1.0.0"], server);
     expect({ code, last }).toEqual({
       code: 0,
       last: "updated 1.0.0 -> 1.0.1 (firmware 0 -> 1.0.1)",
@@ -634,85 +575,82 @@ describe.concurrent("a server like Pycom's own", () => {
       "flash/lib/new.py": files["/1.0.1/flash/lib/new.py"],
       "flash/main.py": files["/1.0.1/flash/main.py"],
     };
-    expect(readTree(fleet.root)).toEqual(asTree(after));
-    expect(await fleet.status()).toMatchObject({
+    expect(world.tree()).toEqual(asTree(after));
+    expect(await world.status()).toMatchObject({
       version: "1.0.1",
       firmware: { version: "1.0.1", file: ".ota/ota_0.bin" },
     });
-    expect((await fleet.client(server)).last).toBe("up to date 1.0.1");
-    expect((await ota(["rollback", "--root", fleet.root])).code).toBe(0);
-    expect(readTree(fleet.root)).toEqual(asTree(V1));
+    expect((await world.client([], server)).last).toBe("up to date 1.0.1");
+    expect((await world.run("rollback")).code).toBe(0);
+    expect(world.tree()).toEqual(asTree(V1));
   });
 });
 
 describe.concurrent("firmware", () => {
   test("goes to the slots in turn, and status names the active one", async () => {
     const version: Tree = { "flash/main.py": "main" };
-    using fleet = new Fleet(
+    await using world = new World(
       { "1.0.1": version },
       {
-        "firmware_1.0.1.bin": IMAGE_1,
-        "firmware_1.0.2.bin": IMAGE_2,
-        "firmware_1.0.10.bin": IMAGE_3,
+        beside: {
+          "firmware_1.0.1.bin": IMAGE_1,
+          "firmware_1.0.2.bin": IMAGE_2,
+          "firmware_1.0.10.bin": IMAGE_3,
+        },
       },
     );
-    const slot = (n: 0 | 1) => readFileSync(fleet.at(`device/.ota/ota_${n}.bin`));
+    const slot = (n: 0 | 1) => readFileSync(world.at(`device/.ota/ota_${n}.bin`));
     const state = async (firmware: string, file: string) => {
-      expect(await fleet.status()).toMatchObject({
+      expect(await world.status()).toMatchObject({
         version: "1.0.1",
         firmware: { version: firmware, file },
       });
     };
-    {
-      await using server = await Served.start(fleet.releases, { latest: "1.0.1" });
-      expect((await fleet.client(server)).last).toBe("updated 0 -> 1.0.1 (firmware 0 -> 1.0.1)");
-      expect(slot(0)).toEqual(IMAGE_1);
-      expect(existsSync(fleet.at("device/.ota/ota_1.bin"))).toBe(false);
-      await state("1.0.1", ".ota/ota_0.bin");
-    }
-    {
-      await using server = await Served.start(fleet.releases, { latest: "1.0.2" });
-      const { code, last } = await fleet.client(server);
-      expect({ code, last }).toEqual({
-        code: 0,
-        last: "updated 1.0.1 -> 1.0.1 (firmware 1.0.1 -> 1.0.2)",
-      });
-      expect(slot(0)).toEqual(IMAGE_1);
-      expect(slot(1)).toEqual(IMAGE_2);
-      await state("1.0.2", ".ota/ota_1.bin");
-    }
-    await using server = await Served.start(fleet.releases);
-    expect((await fleet.client(server)).last).toEndWith("(firmware 1.0.2 -> 1.0.10)");
+    await world.serve({ latest: "1.0.1" });
+    expect((await world.client()).last).toBe("updated 0 -> 1.0.1 (firmware 0 -> 1.0.1)");
+    expect(slot(0)).toEqual(IMAGE_1);
+    expect(existsSync(world.at("device/.ota/ota_1.bin"))).toBe(false);
+    await state("1.0.1", ".ota/ota_0.bin");
+    await world.serve({ latest: "1.0.2" });
+    const { code, last } = await world.client();
+    expect({ code, last }).toEqual({
+      code: 0,
+      last: "updated 1.0.1 -> 1.0.1 (firmware 1.0.1 -> 1.0.2)",
+    });
+    expect(slot(0)).toEqual(IMAGE_1);
+    expect(slot(1)).toEqual(IMAGE_2);
+    await state("1.0.2", ".ota/ota_1.bin");
+    await world.serve();
+    expect((await world.client()).last).toEndWith("(firmware 1.0.2 -> 1.0.10)");
     expect(slot(0)).toEqual(IMAGE_3);
     expect(slot(1)).toEqual(IMAGE_2);
     await state("1.0.10", ".ota/ota_0.bin");
-    expect((await fleet.client(server)).last).toBe("up to date 1.0.1");
-    expect(server.sent).toEqual(["/firmware_1.0.10.bin"]);
-    expect(readTree(fleet.root)).toEqual(asTree({ ...version, ...VERSION_2 }));
+    expect((await world.client()).last).toBe("up to date 1.0.1");
+    expect(world.sent).toEqual(["/firmware_1.0.10.bin"]);
+    expect(world.tree()).toEqual(asTree({ ...version, ...VERSION_2 }));
   });
 
   test("of a device without files is an update of its own", async () => {
-    using fleet = new Fleet({}, { "firmware_2.0.bin": IMAGE_1 });
-    layTree(fleet.root, { "etc/mine": "mine" });
-    await using server = await Served.start(fleet.releases);
-    const { code, last } = await fleet.client(server);
+    await using world = await World.with(
+      {},
+      { beside: { "firmware_2.0.bin": IMAGE_1 }, device: { "etc/mine": "mine" } },
+    );
+    const { code, last } = await world.client();
     expect(code).toBe(0);
     expect(last).toEndWith("(firmware 0 -> 2.0)");
-    expect(readTree(fleet.root)).toEqual(asTree({ "etc/mine": "mine" }));
-    expect(readFileSync(fleet.at("device/.ota/ota_0.bin"))).toEqual(IMAGE_1);
-    expect((await fleet.client(server)).last).toStartWith("up to date");
-    expect(server.sent).toEqual(["/firmware_2.0.bin"]);
+    expect(world.tree()).toEqual(asTree({ "etc/mine": "mine" }));
+    expect(readFileSync(world.at("device/.ota/ota_0.bin"))).toEqual(IMAGE_1);
+    expect((await world.client()).last).toStartWith("up to date");
+    expect(world.sent).toEqual(["/firmware_2.0.bin"]);
   });
 });
 
 describe.concurrent("--every", () => {
   test("keeps asking, through a server that goes away and comes back", async () => {
-    using fleet = new Fleet();
+    await using world = new World(BOTH);
     const options = { latest: "1.0.0", port: await freePort() };
-    const first = await Served.start(fleet.releases, options);
-    await using tool = new Tool([
-      ...["client", "--root", fleet.root, "--server", first.url, "--every", "1s"],
-    ]);
+    const first = await Served.start(world.releases, options);
+    await using tool = new Tool(world.args(["--every", "1s"], first));
     try {
       await tool.until(/^updated 0 -> 1\.0\.0\n/);
       await tool.until(/^up to date 1\.0\.0\n/m);
@@ -720,24 +658,22 @@ describe.concurrent("--every", () => {
       await first[Symbol.asyncDispose]();
     }
     await tool.until(/cannot reach http:\/\/127\.0\.0\.1/, "stderr");
-    await using second = await Served.start(fleet.releases, { port: first.port });
+    await using second = await Served.start(world.releases, { port: first.port });
     await tool.until(/^updated 1\.0\.0 -> 1\.0\.1\n/m);
     expect(second.sent).not.toEqual([]);
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
     tool.kill("SIGTERM");
     expect((await tool.ended).code).toBe(0);
   });
 
   test("waits about as long as it says, and longer while there is no answer", async () => {
-    using fleet = new Fleet({});
+    using world = new World();
     const times: number[] = [];
     await using server = await Double.start((_, connection) => {
       times.push(performance.now());
       send(connection, "null", { status: times.length < 3 ? 200 : 404 });
     });
-    await using tool = new Tool([
-      ...["client", "--root", fleet.root, "--server", server.url, "--every", "1s"],
-    ]);
+    await using tool = new Tool(world.args(["--every", "1s"], server));
     await eventually("four requests", () => times.length >= 4);
     tool.kill("SIGINT");
     const { code, stdout, stderr } = await tool.ended;
@@ -751,11 +687,9 @@ describe.concurrent("--every", () => {
   });
 
   test("can be longer than a timer lasts", async () => {
-    using fleet = new Fleet({});
+    using world = new World();
     await using server = await Double.start((_, connection) => send(connection, "null"));
-    await using tool = new Tool([
-      ...["client", "--root", fleet.root, "--server", server.url, "--every", "700h"],
-    ]);
+    await using tool = new Tool(world.args(["--every", "700h"], server));
     await tool.until(/^up to date 0\n/);
     // A timer that overflows fires at once.
     await Promise.race([Bun.sleep(500), tool.until(/(up to date 0\n){2}/)]);
@@ -768,8 +702,7 @@ describe.concurrent("--every", () => {
 describe.concurrent("an interrupt during a download", () => {
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
     test(`${signal}: exit code 1, and the device is as it was`, async () => {
-      using fleet = new Fleet({});
-      layTree(fleet.root, V1);
+      using world = new World({}, { device: V1 });
       const offer = { version: "1.0.1", put: { "flash/main.py": Buffer.alloc(50_000, "two") } };
       await using server = await Double.start((asked, connection) => {
         if (asked.path === "/manifest.json") {
@@ -777,27 +710,23 @@ describe.concurrent("an interrupt during a download", () => {
         }
         connection.write("HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\nonly a beginning");
       });
-      await using tool = new Tool([
-        ...["client", "--root", fleet.root, "--ver", "1.0.0", "--server", server.url],
-      ]);
+      await using tool = new Tool(world.args(["--ver", "1.0.0"], server));
       await eventually("a download", () => server.askedFor("/content/flash/main.py").length > 0);
       tool.kill(signal);
       const { code, stdout, stderr } = await tool.ended;
       expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
       expect(stderr).toEndWith("ota.ts: interrupted; the device is as it was\n");
-      expect(readTree(fleet.root)).toEqual(asTree(V1));
+      expect(world.tree()).toEqual(asTree(V1));
       server.reply = offering(offer, () => server.url);
-      expect((await fleet.client(server, ["--ver", "1.0.0"])).code).toBe(0);
+      expect((await world.client(["--ver", "1.0.0"], server)).code).toBe(0);
     });
   }
 });
 
 describe.concurrent("what a person sees", () => {
   test("a line a file on stderr, and one line on stdout", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, V1);
-    await using server = await Served.start(fleet.releases);
-    const { stdout, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
+    await using world = await World.with(BOTH, { device: V1 });
+    const { stdout, stderr } = await world.process(["--ver", "1.0.0"]);
     expect(stdout).toBe("updated 1.0.0 -> 1.0.1\n");
     const lines = stderr.trimEnd().split("\n");
     expect(lines.filter((line) => line.startsWith("fetched ")).sort()).toEqual([
@@ -809,7 +738,7 @@ describe.concurrent("what a person sees", () => {
   });
 
   test("a bar on a terminal", async () => {
-    using fleet = new Fleet({});
+    using world = new World();
     const content = Buffer.alloc(400_000, "x");
     const offer = { version: "1.0.1", put: { "flash/main.py": content } };
     let seen = "";
@@ -833,7 +762,7 @@ describe.concurrent("what a person sees", () => {
       rows: 24,
       data: (_, piece) => void (seen += Buffer.from(piece).toString()),
     });
-    const args = ["client", "--root", fleet.root, "--server", server.url];
+    const args = ["client", "--root", world.root, "--server", server.url];
     await using child = Bun.spawn([process.execPath, OTA_TS, ...args], { terminal });
     expect(await child.exited).toBe(0);
     await eventually("the last line", () => seen.includes("updated 0 -> 1.0.1"));
@@ -842,22 +771,21 @@ describe.concurrent("what a person sees", () => {
   });
 
   test("status, as text and as JSON", async () => {
-    using fleet = new Fleet(undefined, { "firmware_1.0.1.bin": IMAGE_2 });
-    layTree(fleet.root, V1);
-    expect(await fleet.status()).toEqual({
+    await using world = new World(BOTH, { beside: { "firmware_1.0.1.bin": IMAGE_2 }, device: V1 });
+    expect(await world.status()).toEqual({
       ...{ version: null, previous_version: null, firmware: null, pending: false, failed: [] },
     });
-    expect(existsSync(fleet.at("device/.ota"))).toBe(false);
-    await using server = await Served.start(fleet.releases);
-    await fleet.client(server, ["--ver", "1.0.0"]);
-    expect(await fleet.status()).toEqual({
+    expect(existsSync(world.at("device/.ota"))).toBe(false);
+    await world.serve();
+    await world.client(["--ver", "1.0.0"]);
+    expect(await world.status()).toEqual({
       version: "1.0.1",
       previous_version: "1.0.0",
       firmware: { version: "1.0.1", file: ".ota/ota_0.bin" },
       pending: false,
       failed: [],
     });
-    const { code, stdout } = await ota(["status", "--root", fleet.root]);
+    const { code, stdout } = await world.run("status");
     expect(code).toBe(0);
     expect(stdout).toBe(
       "version:          1.0.1\n" +
@@ -869,23 +797,21 @@ describe.concurrent("what a person sees", () => {
   });
 
   test("status of a device that was never updated reads its flash/OTA_VERSION.py", async () => {
-    using fleet = new Fleet();
-    layTree(fleet.root, { ...V1, ...VERSION_1 });
-    expect(await fleet.status()).toMatchObject({ version: "1.0.0", previous_version: null });
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V1, ...VERSION_1 }));
-    expect(existsSync(fleet.at("device/.ota"))).toBe(false);
+    using world = new World(BOTH, { device: { ...V1, ...VERSION_1 } });
+    expect(await world.status()).toMatchObject({ version: "1.0.0", previous_version: null });
+    expect(world.tree()).toEqual(asTree({ ...V1, ...VERSION_1 }));
+    expect(existsSync(world.at("device/.ota"))).toBe(false);
   });
 
   test("exit code 1 and the reason, when it failed", async () => {
-    using fleet = new Fleet({});
-    layTree(fleet.root, V1);
+    using world = new World({}, { device: V1 });
     await using server = await Double.start((_, connection) => {
       send(connection, "nothing here", { status: 404 });
     });
-    const { code, stdout, stderr } = await fleet.client(server, ["--ver", "1.0.0"]);
+    const { code, stdout, stderr } = await world.process(["--ver", "1.0.0"], server);
     expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
     expect(stderr).toMatch(/^ota\.ts: http:\/\/127.* answered 404\n$/m);
-    expect(readTree(fleet.root)).toEqual(asTree(V1));
+    expect(world.tree()).toEqual(asTree(V1));
   });
 });
 

@@ -13,19 +13,9 @@ import {
   type OTAOptions,
   type Status,
 } from "../ota.ts";
-import { noise, program } from "./helpers/content.ts";
-import {
-  asTree,
-  layTree,
-  ota,
-  readTree,
-  sha256,
-  Temp,
-  Tool,
-  type Ended,
-  type ToolOptions,
-  type Tree,
-} from "./helpers/tool.ts";
+import { noise, program, sha256 } from "./helpers/content.ts";
+import { asTree, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
+import { ota, run, Tool, type Ran } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
 
@@ -68,8 +58,8 @@ class Van extends Temp {
     for (const [name, files] of Object.entries(versions)) layTree(`${this.stick}/${name}`, files);
   }
 
-  client(args: string[] = [], options: ToolOptions = {}): Promise<Ended> {
-    return ota(["client", "--root", this.root, "--from", this.stick, ...args], options);
+  client(args: string[] = []): Promise<Ran> {
+    return run(["client", "--root", this.root, "--from", this.stick, ...args]);
   }
 
   /** Updates in this process. */
@@ -117,7 +107,7 @@ describe("client --from", () => {
     using van = new Van({ "1.0.1": V2 });
     await van.update();
     using older = new Van({ "1.0.0": V1 });
-    const { code, last } = await ota(["client", "--root", van.root, "--from", older.stick]);
+    const { code, last } = await run(["client", "--root", van.root, "--from", older.stick]);
     expect([code, last]).toEqual([0, "up to date 1.0.1"]);
     expect(readTree(van.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
@@ -131,7 +121,7 @@ describe("client --from", () => {
       expect(readTree(root)).toEqual(asTree({ ...V1, ...VERSION_1 }));
     }
     symlinkSync(van.stick, van.at("usb"));
-    const { code } = await ota(["client", "--root", van.root, "--from", van.at("usb")]);
+    const { code } = await run(["client", "--root", van.root, "--from", van.at("usb")]);
     expect([code, readTree(van.root)]).toEqual([0, asTree({ ...V1, ...VERSION_1 })]);
   });
 
@@ -183,7 +173,7 @@ describe("a check decides here as well", () => {
     van.bring({ "1.0.1": V2 });
     await van.update();
     renameSync(van.stick, van.at("unplugged"));
-    const { code, last } = await ota(["rollback", "--root", van.root]);
+    const { code, last } = await run(["rollback", "--root", van.root]);
     expect([code, last]).toEqual([0, "rolled back 1.0.1 -> 1.0.0"]);
     expect(readTree(van.root)).toEqual(asTree({ ...V1, ...VERSION_1 }));
   });
@@ -258,7 +248,7 @@ describe.concurrent("a stick that is", () => {
       await tool.ended;
     }
     // A busy machine may have killed it while it committed.
-    expect((await ota(["status", "--root", van.root])).code).toBe(0);
+    expect((await run(["status", "--root", van.root])).code).toBe(0);
     expect([was, asTree({ ...V2, ...many, ...VERSION_2 })]).toContainEqual(readTree(van.root));
     const { code } = await van.client();
     expect(code).toBe(0);
@@ -272,7 +262,7 @@ describe.concurrent("a stick that is", () => {
     const file = van.at("file");
     writeFileSync(file, "no directory");
     for (const from of [van.at("nowhere"), file]) {
-      const ended = await ota(["client", "--root", van.root, "--from", from]);
+      const ended = await run(["client", "--root", van.root, "--from", from]);
       expect([ended.code, ended.stdout]).toEqual([1, ""]);
       expect(ended.stderr).toMatch(/^ota\.ts: .*\n$/);
       expect(ended.stderr).toContain(from);

@@ -18,35 +18,17 @@ import * as zlib from "node:zlib";
 import { HttpOTA, MAX_CODED, OTAError, type OTAEvent } from "../ota.ts";
 import { answerOther, Between, codingsOf, cutOff, headOf, type Passed } from "./helpers/between.ts";
 import { boardUpdate } from "./helpers/board.ts";
-import { edited, noise, program } from "./helpers/content.ts";
+import { edited, noise, program, sha256 } from "./helpers/content.ts";
 import { Double, offering, send } from "./helpers/double.ts";
-import { Random } from "./helpers/random.ts";
-import { parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
-import { bytesOf } from "./helpers/temp.ts";
-import {
-  asTree,
-  eventually,
-  layTree,
-  need,
-  ota,
-  OTA_TS,
-  readTree,
-  Served,
-  sha256,
-  Temp,
-  Tool,
-  type Ended,
-  type ToolOptions,
-  type Tree,
-} from "./helpers/tool.ts";
+import { Random, seeded } from "./helpers/random.ts";
+import { sendRequest, type ParsedResponse, type Sent } from "./helpers/raw.ts";
+import { asTree, bytesOf, readTree, Temp, type Tree } from "./helpers/temp.ts";
+import { eventually, need, OTA_TS, run, Serving, Tool } from "./helpers/tool.ts";
+import { PATIENT, Served, World, type WorldOptions } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
-/** Seconds of silence that a busy machine may need for a delta; nothing here is silent for good. */
-const PATIENT = 300;
-
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`encodings: SEED=${SEED}`);
+const SEED = seeded("encodings");
 
 // ── A release, and the one after it. ──
 
@@ -80,30 +62,9 @@ const V2: Tree = {
 const IMAGES: Tree = { "firmware_1.0.0.bin": IMAGE_1, "firmware_1.0.1.bin": IMAGE_2 };
 const VERSION_2 = { "flash/OTA_VERSION.py": "VERSION = '1.0.1'\n" };
 
-/** A release root `releases` and room for a device `device`. */
-class Fleet extends Temp {
-  readonly releases = this.at("releases");
-  readonly root = this.at("device");
-
-  constructor(versions: Record<string, Tree> = { "1.0.0": V1, "1.0.1": V2 }, more: Tree = IMAGES) {
-    super();
-    layTree(this.releases, more);
-    for (const [name, files] of Object.entries(versions)) layTree(this.at("releases", name), files);
-  }
-
-  client(server: { url: string }, args: string[] = [], options: ToolOptions = {}): Promise<Ended> {
-    return ota(
-      ["client", "--timeout", `${PATIENT}`, "--root", this.root, "--server", server.url, ...args],
-      options,
-    );
-  }
-
-  /** Brings the device to an older release, as the server had it once. */
-  async provision(version: string): Promise<void> {
-    await using server = await Served.start(this.releases, { latest: version });
-    await new HttpOTA(server.url, { timeout: PATIENT, root: this.root }).update();
-  }
-}
+const BOTH = { "1.0.0": V1, "1.0.1": V2 };
+/** The two with their firmware. */
+const served = (more: WorldOptions = {}) => World.with(BOTH, { beside: IMAGES, ...more });
 
 // ── Requests below `fetch`, and what they bring. ──
 
@@ -114,27 +75,12 @@ const has = (content: string | Uint8Array) => ({
   "Available-Dictionary": `:${Buffer.from(sha256(content), "hex").toString("base64")}:`,
 });
 
-interface Sent {
-  method?: string;
-  version?: "1.0" | "1.1";
-}
-
-async function get(
+const get = (
   server: { url: string },
   path: string,
   headers: Record<string, string> = {},
-  { method = "GET", version = "1.1" }: Sent = {},
-): Promise<ParsedResponse> {
-  const lines = Object.entries({
-    Host: "device.test",
-    ...(version === "1.1" && { Connection: "close" }),
-    ...headers,
-  }).map(([name, value]) => `${name}: ${value}\r\n`);
-  const request = `${method} ${path} HTTP/${version}\r\n${lines.join("")}\r\n`;
-  const { bytes, closed, error } = await rawRequest(server.url, request);
-  if (!closed || error !== undefined) throw new Error(`${path}: ${error ?? "not closed"}`);
-  return parseResponse(bytes);
-}
+  how: Sent = {},
+): Promise<ParsedResponse> => sendRequest(server, path, { ...how, headers });
 
 const coding = ({ headers }: ParsedResponse) => headers.get("content-encoding") ?? "identity";
 
@@ -171,17 +117,19 @@ function cpuOf(pid: number): number {
   return (Number(fields[11]) + Number(fields[12])) / 100;
 }
 
-/** The one server for all that only asks; nothing in its root changes. */
-let fleet: Fleet;
-let server: Served;
+/** The one server for all that only asks, nothing in its root changes; and a device on 1.0.0. */
+let server: World;
 beforeAll(async () => {
-  fleet = new Fleet();
-  server = await Served.start(fleet.releases);
+  server = await served({ on: "1.0.0" });
 });
-afterAll(async () => {
-  await server[Symbol.asyncDispose]();
-  fleet[Symbol.dispose]();
-});
+afterAll(() => server[Symbol.asyncDispose]());
+
+/** A device that is on 1.0.0 as that one is. */
+function another(): World {
+  const world = new World();
+  cpSync(server.root, world.root, { recursive: true });
+  return world;
+}
 
 const APP = "/1.0.1/flash/app.bin";
 
@@ -233,15 +181,16 @@ describe("a delta is one of RFC 9842", () => {
 
   test("old content that looks like a dictionary of zstd's own is no problem", async () => {
     const old = Buffer.concat([Buffer.from("37a430ec", "hex"), APP_1]);
-    using strange = new Fleet(
-      { "1.0.0": { "flash/app.bin": old }, "1.0.1": { "flash/app.bin": APP_2 } },
-      {},
+    await using world = await World.with(
+      {
+        "1.0.0": { "flash/app.bin": old },
+        "1.0.1": { "flash/app.bin": APP_2 },
+      },
+      { on: "1.0.0" },
     );
-    await strange.provision("1.0.0");
-    await using server = await Served.start(strange.releases);
-    const { code, stderr } = await strange.client(server);
+    const { code, stderr } = await world.client();
     expect({ code, stderr }).toEqual({ code: 0, stderr: expect.not.stringContaining("ota.ts:") });
-    expect(bytesOf(readFileSync(`${strange.root}/flash/app.bin`))).toEqual(APP_2);
+    expect(bytesOf(readFileSync(`${world.root}/flash/app.bin`))).toEqual(APP_2);
   });
 });
 
@@ -351,10 +300,9 @@ describe("who gets what", () => {
       { most, over, small: most },
     ];
     const trees = versions.map((tree, i) => [`1.0.${i}`, tree] as const);
-    using large = new Fleet(Object.fromEntries(trees), {});
-    await using server = await Served.start(large.releases);
+    await using world = await World.with(Object.fromEntries(trees));
     const ask = (name: string, old: Uint8Array) =>
-      get(server, `/1.0.0/${name}`, { "Accept-Encoding": ALL, ...has(old) });
+      get(world, `/1.0.0/${name}`, { "Accept-Encoding": ALL, ...has(old) });
     const answers = await Promise.all([
       ask("most", small),
       ask("over", small),
@@ -371,9 +319,8 @@ describe("who gets what", () => {
   });
 
   test("a file that belongs to no version is sent as it is", async () => {
-    using odd = new Fleet(undefined, { "notes.txt": "note\n".repeat(100) });
-    await using server = await Served.start(odd.releases);
-    expect(coding(await get(server, "/notes.txt", { "Accept-Encoding": ALL }))).toBe("identity");
+    await using world = await World.with(BOTH, { beside: { "notes.txt": "note\n".repeat(100) } });
+    expect(coding(await get(world, "/notes.txt", { "Accept-Encoding": ALL }))).toBe("identity");
   });
 });
 
@@ -468,21 +415,19 @@ describe("each form of a content is a representation of its own", () => {
 
 describe("a deployed board", () => {
   test("gets plain bytes, aligned, while everybody else gets coded ones", async () => {
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases);
-    await fleet.provision("1.0.0");
-    expect((await fleet.client(server)).code).toBe(0);
+    await using world = await served({ on: "1.0.0" });
+    expect((await world.client()).code).toBe(0);
     const had = new Map(Object.entries(V1).map(([path, content]) => [path, bytesOf(content)]));
-    const board = await boardUpdate(server.url, "1.0.0", had);
+    const board = await boardUpdate(world.url, "1.0.0", had);
     const files = Object.entries(V2).map(
       ([path, content]) => [path, bytesOf(content)] as [string, Uint8Array],
     );
     expect(board.version).toBe("1.0.1");
     expect([...board.files].sort()).toEqual(files.toSorted());
     expect(board.firmware).toEqual(IMAGE_2);
-    const images = () => server.sent.filter((path) => path.startsWith("/firmware_"));
+    const images = () => world.sent.filter((path) => path.startsWith("/firmware_"));
     await eventually("both images are logged", () => images().length >= 2);
-    const codings = server.lines.map((line) => / coding=(\S+)/.exec(line)?.[1]);
+    const codings = world.server.lines.map((line) => / coding=(\S+)/.exec(line)?.[1]);
     // The client's first, and then none.
     expect(codings.slice(0, 4).filter(Boolean).length).toBeGreaterThan(0);
     expect(codings.slice(-(Object.keys(V2).length + 1)).filter(Boolean)).toEqual([]);
@@ -522,13 +467,8 @@ describe("work is done once", () => {
   const [NEW_A, NEW_B] = [edited(OLD_A, 9, 40), edited(OLD_B, 10, 40)];
 
   test("a hundred ask at once: as much work as for one, and the same bytes", async () => {
-    using fleet = new Fleet(
-      { "1.0.0": { a: OLD_A, b: OLD_B }, "1.0.1": { a: NEW_A, b: NEW_B } },
-      {},
-    );
-    await using process = new Tool(["serve", "--root", fleet.releases, "--port", "0"]);
-    const [, url = ""] = await process.until(/ at (http:\S+)\n/);
-    const server = { url, pid: process.pid };
+    using world = new World({ "1.0.0": { a: OLD_A, b: OLD_B }, "1.0.1": { a: NEW_A, b: NEW_B } });
+    await using server = await Serving.start(["--root", world.releases]);
     const ask = (name: string, old: Uint8Array) =>
       get(server, `/1.0.1/${name}`, { "Accept-Encoding": ALL, ...has(old) });
     const cost = async (task: () => Promise<void>): Promise<number> => {
@@ -554,10 +494,10 @@ describe("work is done once", () => {
   });
 
   test("content is not coded by itself where a delta is good", async () => {
-    using fleet = new Fleet();
+    await using world = new World(BOTH, { beside: IMAGES });
     // What there is to spend is spent by the first that is coded.
-    await using server = await Served.start(fleet.releases, { coding: 1e-6 });
-    const ask = (headers: Record<string, string>) => get(server, APP, headers);
+    await world.serve({ coding: 1e-6 });
+    const ask = (headers: Record<string, string>) => get(world, APP, headers);
     const delta = await ask({ "Accept-Encoding": ALL, ...has(APP_1) });
     expect([coding(delta), decoded(delta, APP_1)]).toEqual(["dcz", APP_2]);
     const whole = await ask({ "Accept-Encoding": "zstd" });
@@ -565,10 +505,9 @@ describe("work is done once", () => {
   });
 
   test("no longer than there is time for: then plain, but what is made is given out", async () => {
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases, { coding: 1e-6 });
+    await using world = await served({ coding: 1e-6 });
     const ask = async (path: string, headers: Record<string, string>) => {
-      return get(server, path, { "Accept-Encoding": ALL, ...headers });
+      return get(world, path, { "Accept-Encoding": ALL, ...headers });
     };
     const first = await ask("/firmware_1.0.1.bin", has(IMAGE_1));
     const again = await ask("/firmware_1.0.1.bin", has(IMAGE_1));
@@ -578,21 +517,20 @@ describe("work is done once", () => {
       expect([status, got.get("content-encoding"), body]).toEqual([200, null, APP_2]);
     }
     // None at all is an answer, too.
-    await using never = await Served.start(fleet.releases, { coding: 0 });
+    await using never = await Served.start(world.releases, { coding: 0 });
     expect(coding(await get(never, APP, { "Accept-Encoding": ALL }))).toBe("identity");
   });
 
   test("beside everything else: others are answered meanwhile", async () => {
-    using fleet = new Fleet({ "1.0.0": { a: OLD_A }, "1.0.1": { a: NEW_A } }, {});
-    await using server = await Served.start(fleet.releases);
+    await using world = await World.with({ "1.0.0": { a: OLD_A }, "1.0.1": { a: NEW_A } });
     let done = false;
-    const slow = get(server, "/1.0.1/a", { "Accept-Encoding": ALL, ...has(OLD_A) }).then((got) => {
+    const slow = get(world, "/1.0.1/a", { "Accept-Encoding": ALL, ...has(OLD_A) }).then((got) => {
       done = true;
       return got;
     });
     let meanwhile = 0;
     while (!done) {
-      expect((await get(server, "/-/health")).status).toBe(200);
+      expect((await get(world, "/-/health")).status).toBe(200);
       meanwhile++;
     }
     expect(coding(await slow)).toBe("dcz");
@@ -644,12 +582,12 @@ describe("a manifest", () => {
   });
 
   test("that is signed is signed as it is before it is coded", async () => {
-    using fleet = new Fleet();
-    const keys = fleet.at("keys");
-    expect((await ota(["keygen", "--out", keys])).code).toBe(0);
-    await using server = await Served.start(fleet.releases, { sign: `${keys}.key` });
-    await using between = await Between.start(server);
-    const { code, last } = await fleet.client(between, ["--verify", `${keys}.pub`]);
+    await using world = new World(BOTH, { beside: IMAGES });
+    const keys = world.at("keys");
+    expect((await run(["keygen", "--out", keys])).code).toBe(0);
+    await world.serve({ sign: `${keys}.key` });
+    await using between = await Between.start(world);
+    const { code, last } = await world.client(["--verify", `${keys}.pub`], between);
     expect([code, last]).toEqual([0, "updated 0 -> 1.0.1 (firmware 0 -> 1.0.1)"]);
     expect(coding(between.of("/manifest.json")[0]!.answer)).toBe("zstd");
   });
@@ -657,14 +595,12 @@ describe("a manifest", () => {
 
 describe("a device", () => {
   test("offers what it has for files that change and for firmware, and receives the change", async () => {
-    using fleet = new Fleet();
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
+    using world = another();
     await using between = await Between.start(server);
-    const { code, last } = await fleet.client(between);
+    const { code, last } = await world.client([], between);
     expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)"]);
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
-    expect(bytesOf(readFileSync(`${fleet.root}/.ota/ota_1.bin`))).toEqual(IMAGE_2);
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    expect(bytesOf(readFileSync(`${world.root}/.ota/ota_1.bin`))).toEqual(IMAGE_2);
 
     const offered = between.content.map(({ asked, answer }) => {
       return [asked.path, asked.headers.get("available-dictionary"), coding(answer)];
@@ -686,15 +622,13 @@ describe("a device", () => {
   });
 
   test("offers the file as it is on the device, whoever changed it", async () => {
-    using fleet = new Fleet();
-    await fleet.provision("1.0.0");
+    await using world = await World.with(BOTH, { beside: IMAGES, on: "1.0.0" });
     const own = "# my own\n".repeat(50);
-    writeFileSync(`${fleet.root}/flash/main.py`, own);
-    writeFileSync(`${fleet.root}/flash/app.bin`, "");
-    await using server = await Served.start(fleet.releases);
-    await using between = await Between.start(server);
-    expect((await fleet.client(between)).code).toBe(0);
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    writeFileSync(`${world.root}/flash/main.py`, own);
+    writeFileSync(`${world.root}/flash/app.bin`, "");
+    await using between = await Between.start(world);
+    expect((await world.client([], between)).code).toBe(0);
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
     const [main, app] = ["main.py", "app.bin"].map(
       (name) => between.of(`/1.0.1/flash/${name}`)[0]!,
     );
@@ -712,12 +646,10 @@ describe("a device", () => {
       grows: big.map(() => 8),
       stays: "x".repeat(99),
     };
-    using fleet = new Fleet({ "1.0.0": old, "1.0.1": now }, {});
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
-    await using between = await Between.start(server);
-    await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
-    expect(readTree(fleet.root)).toEqual(asTree(now));
+    await using world = await World.with({ "1.0.0": old, "1.0.1": now }, { on: "1.0.0" });
+    await using between = await Between.start(world);
+    await new HttpOTA(between.url, { timeout: PATIENT, root: world.root }).update();
+    expect(world.tree()).toEqual(asTree(now));
     const asked = between.content.map((passed) => [
       passed.asked.path,
       codingsOf(passed).includes("zstd"),
@@ -735,7 +667,7 @@ describe("a device", () => {
     // As web servers do that were told to code everything.
     const put = { "flash/photo.jpg": PHOTO, "flash/one": "1", "flash/main.py": SOURCE };
     for (const codes of [false, true]) {
-      using temp = new Temp();
+      using world = new World();
       const offer = { version: "1.0.1", put };
       await using double: Double = await Double.start((asked, connection) => {
         const plain = !codes || !asked.headers.get("accept-encoding")?.includes("gzip");
@@ -744,18 +676,9 @@ describe("a device", () => {
           return offering(offer, () => double.url)(asked, connection);
         send(connection, zlib.gzipSync(content), { headers: { "Content-Encoding": "gzip" } });
       });
-      const args = [
-        "client",
-        "--timeout",
-        `${PATIENT}`,
-        "--root",
-        temp.at("device"),
-        "--server",
-        double.url,
-      ];
-      const { code, stderr } = await ota(args);
+      const { code, stderr } = await world.client([], double);
       expect({ codes, code, stderr }).toEqual({ codes, code: 0, stderr: expect.any(String) });
-      expect(readTree(temp.at("device"))).toMatchObject(asTree(put));
+      expect(world.tree()).toMatchObject(asTree(put));
     }
   });
 });
@@ -820,10 +743,8 @@ describe("what does not decode, or to something else", () => {
       { ...V1, ...tree(before) },
       { ...V2, ...tree(after) },
     ];
-    using fleet = new Fleet({ "1.0.0": first, "1.0.1": second }, {});
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
-    await using between = await Between.start(server, {
+    await using world = await World.with({ "1.0.0": first, "1.0.1": second }, { on: "1.0.0" });
+    await using between = await Between.start(world, {
       answer: (passed, connection) => {
         const [, number] = /\/(\d+)\.bin$/.exec(passed.asked.path) ?? [];
         if (number === undefined || coding(passed.answer) !== "dcz") return false;
@@ -832,9 +753,9 @@ describe("what does not decode, or to something else", () => {
         return answerOther(passed, connection, kinds[names[i]!]!(body, before[i]!, after[i]!));
       },
     });
-    const { code, stderr } = await fleet.client(between);
+    const { code, stderr } = await world.client([], between);
     expect({ code, stderr }).toEqual({ code: 0, stderr: expect.any(String) });
-    expect(readTree(fleet.root)).toEqual(asTree({ ...second, ...VERSION_2 }));
+    expect(world.tree()).toEqual(asTree({ ...second, ...VERSION_2 }));
     for (const [i, name] of names.entries()) {
       const tries = between.of(`/1.0.1/flash/${i}.bin`);
       const how = tries.map(({ asked, answer }) => [
@@ -859,10 +780,9 @@ describe("what does not decode, or to something else", () => {
   });
 
   test("so are gzip and zstd", async () => {
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases);
+    using world = new World();
     for (const only of ["gzip", "zstd"]) {
-      const root = fleet.at(`device-${only}`);
+      const root = world.at(`device-${only}`);
       await using between = await Between.start(server, {
         ask: (headers) => {
           const asks = headers.get("accept-encoding")?.includes(only);
@@ -882,18 +802,16 @@ describe("what does not decode, or to something else", () => {
   });
 
   test("a plain file that is wrong as well ends it, and the device is as it was", async () => {
-    using fleet = new Fleet();
-    await fleet.provision("1.0.0");
-    const was = readTree(fleet.root);
-    await using server = await Served.start(fleet.releases);
+    using world = another();
+    const was = world.tree();
     await using between = await Between.start(server, {
       answer: (passed, connection) =>
         passed.asked.path === APP &&
         answerOther(passed, connection, passed.answer.body.toReversed()),
     });
-    const update = new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
+    const update = new HttpOTA(between.url, { timeout: PATIENT, root: world.root }).update();
     expect(await update.catch((error: unknown) => error)).toBeInstanceOf(OTAError);
-    expect(readTree(fleet.root)).toEqual(was);
+    expect(world.tree()).toEqual(was);
   });
 
   test("a bomb takes no more memory than the file that was promised", async () => {
@@ -966,12 +884,10 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
   test("continues, whatever it is coded as: only the rest comes", async () => {
     await Promise.all(
       CODINGS.map(async (only) => {
-        using fleet = new Fleet();
-        await fleet.provision("1.0.0");
-        await using server = await Served.start(fleet.releases);
-        await using between = await start(server, fleet.root, only);
-        await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
-        expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+        using world = another();
+        await using between = await start(server, world.root, only);
+        await new HttpOTA(between.url, { timeout: PATIENT, root: world.root }).update();
+        expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
         const [first, second, ...more] = between.of(APP);
         const { length } = first!.answer.body;
         const got = most(first!);
@@ -986,20 +902,10 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
   test("continues after the device was cut off from power, too", async () => {
     await Promise.all(
       CODINGS.map(async (only) => {
-        using fleet = new Fleet();
-        await fleet.provision("1.0.0");
-        const was = readTree(fleet.root);
-        await using server = await Served.start(fleet.releases);
-        await using between = await start(server, fleet.root, only);
-        const args = [
-          "client",
-          "--timeout",
-          `${PATIENT}`,
-          "--root",
-          fleet.root,
-          "--server",
-          between.url,
-        ];
+        using world = another();
+        const was = world.tree();
+        await using between = await start(server, world.root, only);
+        const args = world.args([], between);
         const { answer } = between.meddling;
         between.meddling.answer = (passed, connection) => {
           if (passed.asked.path !== APP) return false;
@@ -1010,7 +916,7 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
         let got = 0;
         {
           await using tool = new Tool(args);
-          const part = partOf(fleet.root);
+          const part = partOf(world.root);
           await eventually(`nine tenths of ${part}`, () => {
             const [first] = between.of(APP);
             return first !== undefined && sizeOf(part) === most(first);
@@ -1020,10 +926,10 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
           await tool.ended;
         }
         between.meddling.answer = answer;
-        expect(readTree(fleet.root)).toEqual(was);
-        const { code, stderr } = await ota(args);
+        expect(world.tree()).toEqual(was);
+        const { code, stderr } = await run(args);
         expect({ only, code, stderr }).toEqual({ only, code: 0, stderr: expect.any(String) });
-        expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+        expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
         const [, second] = between.of(APP);
         expect([only, second!.asked.headers.get("range")]).toEqual([only, `bytes=${got}-`]);
         expect([only, second!.answer.status]).toEqual([only, 206]);
@@ -1041,17 +947,15 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
     ];
     await Promise.all(
       changes.map(async ([first, then]) => {
-        using fleet = new Fleet();
-        await fleet.provision("1.0.0");
-        await using server = await Served.start(fleet.releases);
-        await using between = await start(server, fleet.root, first);
+        using world = another();
+        await using between = await start(server, world.root, first);
         const { ask } = between.meddling;
         between.meddling.ask = (headers, asked) => {
           if (asked.path === APP && asked.before > 0) headers.set("accept-encoding", then);
           else ask!(headers, asked);
         };
-        await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
-        expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+        await new HttpOTA(between.url, { timeout: PATIENT, root: world.root }).update();
+        expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
         const answers = between.of(APP).map(({ answer }) => [answer.status, coding(answer)]);
         expect(answers).toEqual([
           [200, first],
@@ -1062,19 +966,17 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
   });
 
   test("plain, after a delta that was wrong: continues as well", async () => {
-    using fleet = new Fleet();
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
+    using world = another();
     await using between = await Between.start(server, {
       answer: (passed, connection) => {
         const { body } = passed.answer;
         if (passed.asked.path !== APP || passed.asked.before > 1) return false;
-        if (passed.asked.before === 1) return cut(fleet.root, passed, connection);
+        if (passed.asked.before === 1) return cut(world.root, passed, connection);
         return answerOther(passed, connection, body.toReversed());
       },
     });
-    await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    await new HttpOTA(between.url, { timeout: PATIENT, root: world.root }).update();
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
     const rest = APP_2.length - Math.floor(APP_2.length * 0.9);
     const last = between.of(APP).at(-1)!.answer;
     expect([between.of(APP).length, last.status, last.body.length]).toEqual([3, 206, rest]);
@@ -1084,9 +986,7 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
     // As through a proxy that sends in chunks: the device cannot know that there is nothing more.
     await Promise.all(
       CODINGS.map(async (only) => {
-        using fleet = new Fleet();
-        await fleet.provision("1.0.0");
-        await using server = await Served.start(fleet.releases);
+        using world = another();
         let whole = 0;
         await using between = await Between.start(server, {
           ask: (headers) => headers.set("accept-encoding", only),
@@ -1099,34 +999,24 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
             return true;
           },
         });
-        const args = [
-          "client",
-          "--timeout",
-          `${PATIENT}`,
-          "--root",
-          fleet.root,
-          "--server",
-          between.url,
-        ];
-        const part = partOf(fleet.root);
+        const args = world.args([], between);
+        const part = partOf(world.root);
         {
           await using tool = new Tool(args);
           await eventually(`all of ${part}`, () => whole > 0 && sizeOf(part) === whole);
           tool.kill();
           await tool.ended;
         }
-        const { code, stderr } = await ota(args);
+        const { code, stderr } = await run(args);
         expect({ only, code, stderr }).toEqual({ only, code: 0, stderr: expect.any(String) });
-        expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+        expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
       }),
     );
   });
 
   test("is no dead end where the other side gives the rest of something else", async () => {
-    using fleet = new Fleet();
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
-    await using between = await start(server, fleet.root, "dcz");
+    using world = another();
+    await using between = await start(server, world.root, "dcz");
     const { ask } = between.meddling;
     // A cache that knows no If-Range, and has it plain.
     between.meddling.ask = (headers, asked) => {
@@ -1135,8 +1025,8 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
       headers.delete("if-range");
       headers.set("accept-encoding", "identity");
     };
-    await new HttpOTA(between.url, { timeout: PATIENT, root: fleet.root }).update();
-    expect(readTree(fleet.root)).toEqual(asTree({ ...V2, ...VERSION_2 }));
+    await new HttpOTA(between.url, { timeout: PATIENT, root: world.root }).update();
+    expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
   });
 });
 
@@ -1147,15 +1037,13 @@ test.concurrent(
     const now = { ...V2, ...VERSION_2 };
     const devices = Array.from({ length: 20 }, (_, i) => i);
     const codings = ["identity", "gzip", "zstd", "dcz", ALL, ALL];
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases);
-    await fleet.provision("1.0.0");
-    const was = readTree(fleet.root);
+    using world = another();
+    const was = world.tree();
     let updated = 0;
     await Promise.all(
       devices.map(async (i) => {
-        const root = fleet.at(`device-${i}`);
-        cpSync(fleet.root, root, { recursive: true });
+        const root = world.at(`device-${i}`);
+        cpSync(world.root, root, { recursive: true });
         // Each device has luck of its own, whatever order things happen in.
         const luck = new Random(random.below(2 ** 32));
         const breaks = luck.next() * 0.35;
@@ -1222,97 +1110,80 @@ describe("content that the device has already", () => {
     "flash/copy of main.py": SOURCE, // Copied.
     "flash/keep.py": V1["flash/short.py"]!,
   };
-  const fleetOf = () => new Fleet({ "1.0.0": old, "1.0.1": now }, {});
+  const VERSIONS = { "1.0.0": old, "1.0.1": now };
 
   test("is taken from there: moved, renamed, copied, swapped; nothing is fetched", async () => {
-    using fleet = fleetOf();
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
-    await using between = await Between.start(server);
-    const { code, stderr } = await fleet.client(between);
+    await using world = await World.with(VERSIONS, { on: "1.0.0" });
+    await using between = await Between.start(world);
+    const { code, stderr } = await world.client([], between);
     expect({ code, stderr }).toEqual({
       code: 0,
       stderr: expect.stringMatching(/ 4 files reused\n$/),
     });
-    expect(readTree(fleet.root)).toEqual(asTree({ ...now, ...VERSION_2 }));
+    expect(world.tree()).toEqual(asTree({ ...now, ...VERSION_2 }));
     expect(between.content).toEqual([]);
     const [manifest] = between.of("/manifest.json");
     expect(manifest!.answer.body.length + manifest!.answer.headerLength).toBeLessThan(2000);
     // A copy is a file of its own.
-    appendFileSync(`${fleet.root}/flash/copy of main.py`, "# mine\n");
-    expect(readFileSync(`${fleet.root}/flash/main.py`, "utf8")).toBe(SOURCE);
+    appendFileSync(`${world.root}/flash/copy of main.py`, "# mine\n");
+    expect(readFileSync(`${world.root}/flash/main.py`, "utf8")).toBe(SOURCE);
   });
 
   test("also by a device that never updated before, from the files that its version has", async () => {
-    using fleet = fleetOf();
-    layTree(fleet.root, old);
-    await using server = await Served.start(fleet.releases);
-    await using between = await Between.start(server);
-    const { code, last } = await fleet.client(between, ["--ver", "1.0.0"]);
+    await using world = await World.with(VERSIONS, { device: old });
+    await using between = await Between.start(world);
+    const { code, last } = await world.client(["--ver", "1.0.0"], between);
     expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1"]);
-    expect(readTree(fleet.root)).toEqual(asTree({ ...now, ...VERSION_2 }));
+    expect(world.tree()).toEqual(asTree({ ...now, ...VERSION_2 }));
     // Of the file that stays where it is, the device cannot know what it was copied to.
     const fetched = between.content.map(({ asked }) => asked.path);
     expect(fetched.filter((path) => !path.includes("copy"))).toEqual([]);
   });
 
   test("unless the application has changed it meanwhile", async () => {
-    using fleet = fleetOf();
-    await fleet.provision("1.0.0");
-    appendFileSync(`${fleet.root}/flash/lib.bin`, "changed");
-    appendFileSync(`${fleet.root}/flash/left.bin`, "changed");
-    await using server = await Served.start(fleet.releases);
-    const { code } = await fleet.client(server);
+    await using world = await World.with(VERSIONS, { on: "1.0.0" });
+    appendFileSync(`${world.root}/flash/lib.bin`, "changed");
+    appendFileSync(`${world.root}/flash/left.bin`, "changed");
+    const { code } = await world.client();
     expect(code).toBe(0);
-    expect(readTree(fleet.root)).toEqual(asTree({ ...now, ...VERSION_2 }));
-    await eventually("all is logged", () => server.sent.length >= 2);
-    expect(server.sent).toEqual(["/1.0.1/flash/deep/er/library.bin", "/1.0.1/flash/right.bin"]);
+    expect(world.tree()).toEqual(asTree({ ...now, ...VERSION_2 }));
+    await eventually("all is logged", () => world.sent.length >= 2);
+    expect(world.sent).toEqual(["/1.0.1/flash/deep/er/library.bin", "/1.0.1/flash/right.bin"]);
   });
 
   test("is found even if one of two files that had it was changed", async () => {
     const twice = { "flash/a.bin": LEFT, "flash/b.bin": LEFT };
     for (const changed of Object.keys(twice)) {
-      using fleet = new Fleet({ "1.0.0": twice, "1.0.1": { ...twice, "flash/c.bin": LEFT } }, {});
-      await fleet.provision("1.0.0");
-      appendFileSync(`${fleet.root}/${changed}`, "changed");
-      await using server = await Served.start(fleet.releases);
-      const { code } = await fleet.client(server);
-      expect([changed, code, server.sent]).toEqual([changed, 0, []]);
-      expect(bytesOf(readFileSync(`${fleet.root}/flash/c.bin`))).toEqual(LEFT);
+      await using world = await World.with(
+        { "1.0.0": twice, "1.0.1": { ...twice, "flash/c.bin": LEFT } },
+        { on: "1.0.0" },
+      );
+      appendFileSync(`${world.root}/${changed}`, "changed");
+      const { code } = await world.client();
+      expect([changed, code, world.sent]).toEqual([changed, 0, []]);
+      expect(bytesOf(readFileSync(`${world.root}/flash/c.bin`))).toEqual(LEFT);
     }
   });
 
   test("under two new names is fetched once, and becomes two files", async () => {
     const twins = { "flash/a.py": SOURCE, "flash/lib/b.py": SOURCE, "sd/c.py": SOURCE };
-    using fleet = new Fleet({ "1.0.0": twins }, {});
-    await using server = await Served.start(fleet.releases);
-    const { code } = await fleet.client(server);
-    expect([code, server.sent.length]).toEqual([0, 1]);
-    const paths = Object.keys(twins).map((path) => `${fleet.root}/${path}`);
+    await using world = await World.with({ "1.0.0": twins });
+    const { code } = await world.client();
+    expect([code, world.sent.length]).toEqual([0, 1]);
+    const paths = Object.keys(twins).map((path) => `${world.root}/${path}`);
     expect(new Set(paths.map((path) => statSync(path).ino)).size).toBe(3);
     writeFileSync(paths[0]!, "edited\n");
     for (const path of paths.slice(1)) expect(readFileSync(path, "utf8")).toBe(SOURCE);
   });
 
   test("staged before it was cut off is not fetched again", async () => {
-    using fleet = new Fleet();
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
+    using world = another();
     await using between = await Between.start(server, {
       answer: ({ asked }) => asked.path === "/firmware_1.0.1.bin", // And is silent.
     });
     const args = ["--jobs", "1"];
     {
-      const all = [
-        "client",
-        "--timeout",
-        `${PATIENT}`,
-        "--root",
-        fleet.root,
-        "--server",
-        between.url,
-        ...args,
-      ];
+      const all = world.args(args, between);
       await using tool = new Tool(all);
       await eventually("firmware is asked for", () => between.of("/firmware_1.0.1.bin").length > 0);
       tool.kill();
@@ -1320,7 +1191,7 @@ describe("content that the device has already", () => {
     }
     const before = between.content.length;
     between.meddling = {};
-    const { code, stderr } = await fleet.client(between, args);
+    const { code, stderr } = await world.client(args, between);
     expect({ code, stderr }).toEqual({
       code: 0,
       stderr: expect.stringMatching(/, 6 files reused\n$/),
@@ -1344,11 +1215,12 @@ describe("what is seen of it", () => {
 
   test("client: bytes received, bytes of content, ratio, files reused, before its last line", async () => {
     const second: Tree = { ...V2, "flash/old main.py": SOURCE };
-    using fleet = new Fleet({ "1.0.0": V1, "1.0.1": second });
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
-    await using between = await Between.start(server);
-    const { code, stderr, last } = await fleet.client(between);
+    await using world = await World.with(
+      { "1.0.0": V1, "1.0.1": second },
+      { beside: IMAGES, on: "1.0.0" },
+    );
+    await using between = await Between.start(world);
+    const { code, stderr, last } = await world.client([], between);
     expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)"]);
     const [received, content, ratio, reused] = traffic(stderr);
     const bodies = between.passed.reduce((sum, { answer }) => sum + answer.body.length, 0);
@@ -1365,14 +1237,12 @@ describe("what is seen of it", () => {
     expect([received, content, reused]).toEqual([bodies, needed, 1]);
     expect(ratio).toBeCloseTo((100 * bodies) / needed, 1);
 
-    const again = await fleet.client(between);
+    const again = await world.client([], between);
     expect([again.last, again.stderr]).toEqual(["up to date 1.0.1", ""]);
   });
 
   test("a release that changes while it is fetched is counted once", async () => {
-    using fleet = new Fleet();
-    await fleet.provision("1.0.0");
-    await using server = await Served.start(fleet.releases);
+    using world = another();
     // What the first manifest promises is not what comes.
     await using between = await Between.start(server, {
       answer: (passed, connection) =>
@@ -1380,7 +1250,7 @@ describe("what is seen of it", () => {
         passed.asked.path === "/1.0.1/flash/photo.jpg" &&
         answerOther(passed, connection, PHOTO.toReversed()),
     });
-    const { code, stderr } = await fleet.client(between, ["--jobs", "1"]);
+    const { code, stderr } = await world.client(["--jobs", "1"], between);
     expect([code, between.of("/manifest.json").length]).toEqual([0, 2]);
     const [received, content, , reused] = traffic(stderr);
     const bodies = between.passed.reduce((sum, { answer }) => sum + answer.body.length, 0);
@@ -1390,8 +1260,7 @@ describe("what is seen of it", () => {
   });
 
   test("serve: the coding and the bytes sent in its log, and what was saved in its metrics", async () => {
-    using fleet = new Fleet();
-    await using server = await Served.start(fleet.releases);
+    await using world = await served();
     const asks: [path: string, headers: Record<string, string>, Sent?][] = [
       [APP, {}],
       [APP, { "Accept-Encoding": "gzip" }],
@@ -1402,22 +1271,22 @@ describe("what is seen of it", () => {
       [APP, { "Accept-Encoding": "zstd" }, { method: "HEAD" }],
     ];
     let [sent, saved] = [0, 0];
-    const manifest = (await get(server, "/manifest.json?current_ver=1.0.0")).body.length;
+    const manifest = (await get(world, "/manifest.json?current_ver=1.0.0")).body.length;
     sent += manifest;
     for (const [path, headers, how] of asks) {
-      const answer = await get(server, path, headers, how);
+      const answer = await get(world, path, headers, how);
       const isHead = how?.method === "HEAD";
       const whole =
         { [APP]: APP_2.length, "/1.0.1/flash/photo.jpg": PHOTO.length }[path] ?? manifest;
       sent += answer.body.length;
       // Of a body that was not sent, nothing was saved.
       if (!isHead) saved += whole - answer.body.length;
-      const line = server.lines.at(-1)!;
+      const line = world.server.lines.at(-1)!;
       const logged = / coding=(\S+)/.exec(line)?.[1] ?? "identity";
       expect([line, logged]).toEqual([line, coding(answer)]);
       expect(line).toContain(` ${path.split("?")[0]} 200 ${answer.body.length} `);
     }
-    const metrics = new TextDecoder().decode((await get(server, "/-/metrics")).body);
+    const metrics = new TextDecoder().decode((await get(world, "/-/metrics")).body);
     const counter = (name: string) =>
       Number(new RegExp(`^${name} (\\d+)$`, "m").exec(metrics)?.[1]);
     expect(counter("ota_sent_bytes_total")).toBe(sent);
@@ -1428,14 +1297,8 @@ describe("what is seen of it", () => {
 
 describe("manifest --cost", () => {
   /** Bytes by what they are for, the sum and the messages, as it prints them. */
-  async function costOf(fleet: Fleet, args: string[]) {
-    const { code, stdout, stderr } = await ota([
-      "manifest",
-      "--cost",
-      "--root",
-      fleet.releases,
-      ...args,
-    ]);
+  async function costOf({ releases }: World, args: string[]) {
+    const { code, stdout, stderr } = await run(["manifest", "--cost", "--root", releases, ...args]);
     if (code !== 0) throw new Error(stderr);
     const lines = stdout.trimEnd().split("\n");
     const [, sum, messages] = /^ *(\d+) bytes in all: (\d+) LoRa messages of 200$/.exec(
@@ -1472,13 +1335,14 @@ describe("manifest --cost", () => {
   for (const [title, [old, now]] of Object.entries(moved)) {
     for (const ver of ["1.0.0", undefined]) {
       test(`${title}, ${ver ? "on 1.0.0" : "on an empty device"}: what a client receives`, async () => {
-        using fleet = new Fleet({ "1.0.0": old, "1.0.1": now });
-        if (ver) await fleet.provision(ver);
-        await using server = await Served.start(fleet.releases);
-        await using between = await Between.start(server);
+        await using world = await World.with(
+          { "1.0.0": old, "1.0.1": now },
+          { beside: IMAGES, on: ver },
+        );
+        await using between = await Between.start(world);
         const at = ["--url", between.url, ...(ver ? ["--ver", ver] : [])];
-        const cost = await costOf(fleet, at);
-        const { code, stderr } = await fleet.client(between);
+        const cost = await costOf(world, at);
+        const { code, stderr } = await world.client([], between);
         expect({ code, stderr }).toEqual({ code: 0, stderr: expect.any(String) });
         const air = received(between);
         const sum = [...air.values()].reduce((total, bytes) => total + bytes, 0);
@@ -1494,6 +1358,6 @@ describe("manifest --cost", () => {
   }
 
   test("nothing newer costs the answer", async () => {
-    expect(await costOf(fleet, ["--ver", "1.0.1"])).toMatchObject({ sum: 4, messages: 1 });
+    expect(await costOf(server, ["--ver", "1.0.1"])).toMatchObject({ sum: 4, messages: 1 });
   });
 });

@@ -20,26 +20,22 @@ import {
 } from "node:fs";
 import { status } from "../ota.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
-import { Random } from "./helpers/random.ts";
+import { ALL, Random, seeded } from "./helpers/random.ts";
+import { asTree, layTree, otaFiles, readTree, sizesIn, Temp, type Tree } from "./helpers/temp.ts";
 import {
-  asTree,
   callsOf,
   eventually,
   injecting,
-  layTree,
   need,
   ota,
   OTA_TS,
-  otaFiles,
-  readTree,
-  Served,
-  sizesIn,
-  Temp,
+  run,
   Tool,
   type Ended,
+  type Ran,
   type ToolOptions,
-  type Tree,
 } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -75,7 +71,7 @@ beforeAll(async () => {
   {
     await using first = await Served.start(fleet.at("releases"));
     const args = ["client", "--root", fleet.at("device"), "--server", first.url];
-    const { last, stderr } = await ota(args);
+    const { last, stderr } = await run(args);
     if (last !== "updated 0 -> 1.0.0 (firmware 0 -> 1.0.0)") throw new Error(`${last}\n${stderr}`);
   }
   layTree(fleet.at("device"), OWN);
@@ -101,7 +97,12 @@ class Device extends Temp {
     return ["client", "--root", this.root, "--server", from.url, "--timeout", "60", ...more];
   }
 
-  client(more: readonly string[] = [], options: ToolOptions = {}): Promise<Ended> {
+  client(more: readonly string[] = []): Promise<Ran> {
+    return run(this.args(more));
+  }
+
+  /** A client as a process, to which something happens. */
+  process(more: readonly string[], options: ToolOptions): Promise<Ended> {
     return ota(this.args(more), options);
   }
 
@@ -164,13 +165,13 @@ async function forEach<T>(items: Iterable<T>, task: (item: T) => Promise<void>):
   await Promise.all([worker(), worker()]);
 }
 
-/** Each run tries others; to repeat one, set OTA_SEED, and OTA_ALL for all of every sweep. */
-const SEED = Number(process.env.OTA_SEED ?? Date.now() % 1_000_000);
+/** Each run tries others; to repeat one, set SEED, and OTA_ALL for all of every sweep. */
+const SEED = seeded("faults");
 const random = new Random(SEED);
 
 /** Some of many, in their order. */
 function some<T>(items: readonly T[], count: number): T[] {
-  return process.env.OTA_ALL ? [...items] : random.some(items, count);
+  return ALL ? [...items] : random.some(items, count);
 }
 
 /** Says where in a sweep something went wrong. */
@@ -178,7 +179,7 @@ async function at(where: string, task: () => Promise<void>): Promise<void> {
   try {
     await task();
   } catch (error) {
-    console.error(`at ${where} (OTA_SEED=${SEED}):`);
+    console.error(`at ${where} (SEED=${SEED}):`);
     throw error;
   }
 }
@@ -204,7 +205,7 @@ describe.concurrent("killed", () => {
       at(`${call} ${n}`, async () => {
         using device = new Device();
         const prefix = injecting(call, `signal=SIGKILL:when=${n}`);
-        const { signal } = await device.client(trying, { prefix });
+        const { signal } = await device.process(trying, { prefix });
         if (signal !== "SIGKILL") missed++;
         expectEachOldOrNew(device.root);
         const version = await device.expectWhole();
@@ -213,20 +214,20 @@ describe.concurrent("killed", () => {
       }),
     );
     console.log(
-      `OTA_SEED=${SEED}: killed at ${points.length - missed} system calls: ` +
+      `SEED=${SEED}: killed at ${points.length - missed} system calls: ` +
         `${ends["1.0.0"]} times on the old release, ${ends["1.0.1"]} times on the new one`,
     );
     // Only of the last of fsync, and of what is left out when threads are faster, is there none.
     expect(missed).toBeLessThan(points.length / 3);
     // Few points may happen to be all on one side.
-    if (process.env.OTA_ALL) expect(Math.min(...Object.values(ends))).toBeGreaterThan(5);
+    if (ALL) expect(Math.min(...Object.values(ends))).toBeGreaterThan(5);
   });
 
   test("at random times", async () => {
     const started = performance.now();
     {
       using device = new Device();
-      await device.client(["--check", "false"]);
+      await device.process(["--check", "false"], {});
     }
     const usual = performance.now() - started;
     const delays = Array.from({ length: 3 }, () => random.next() * usual * 1.3);
@@ -249,7 +250,7 @@ describe.concurrent("killed", () => {
     const trying = ["--check", "false"];
     for (const n of [9, 3, 2, 1]) {
       const prefix = injecting("rename", `signal=SIGKILL:when=${n}`);
-      await device.client(trying, { prefix });
+      await device.process(trying, { prefix });
       expectEachOldOrNew(device.root);
     }
     await device.expectWhole();
@@ -288,7 +289,7 @@ describe.concurrent("system calls that fail", () => {
         at(`${call} ${n}`, async () => {
           using device = new Device();
           const prefix = injecting(call, `error=${error}:when=${n}`);
-          const { code, stdout, stderr } = await device.client([], { prefix });
+          const { code, stdout, stderr } = await device.process([], { prefix });
           if (code === 0) return void expect(await device.expectWhole()).toBe("1.0.1");
           failures++;
           expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
@@ -320,7 +321,7 @@ describe.concurrent("two at once", () => {
       expect(stderr).toContain(`${device.root} is in use by another ota.ts`);
     }
     expect(await device.status()).toMatchObject({ version: "1.0.0", busy: true });
-    const { code, stdout } = await ota(["status", "--root", device.root]);
+    const { code, stdout } = await run(["status", "--root", device.root]);
     expect(code).toBe(0);
     expect(stdout).toMatch(/^busy: +true$/m);
     held.resolve();
@@ -382,7 +383,7 @@ describe.concurrent("no space", () => {
       const offer = { version: "1.0.1", put: { "sd/big.bin": big } };
       return offering(offer, () => full.url)(asked, connection);
     });
-    const { code, stdout, stderr } = await ota(device.args([], full));
+    const { code, stdout, stderr } = await run(device.args([], full));
     expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
     const [, needed, free] = /needs (\d+) bytes, and (\d+) are free/.exec(stderr) ?? [];
     expect(Number(needed)).toBeGreaterThan(500_000);
@@ -399,7 +400,7 @@ describe.concurrent("no space", () => {
       const put = { "sd/big.bin": Buffer.alloc(500_000, "x"), "flash/main.py": "two" };
       return offering({ version: "1.0.1", put, plain: true }, () => full.url)(asked, connection);
     });
-    const { code, stdout, stderr } = await ota(device.args([], full));
+    const { code, stdout, stderr } = await run(device.args([], full));
     expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
     expect(stderr).toContain("ENOSPC");
     device.expectOn1();
@@ -433,7 +434,7 @@ describe.concurrent("no space", () => {
         truncateSync(filler, statSync(filler).size - pages * 4096);
         connection.end(last.subarray(-1));
       });
-      const { code, stderr } = await ota(device.args(["--jobs", "1"], full));
+      const { code, stderr } = await run(device.args(["--jobs", "1"], full));
       if (code === 0) {
         expect((await Bun.file(`${device.root}/flash/main.py`).text()).trim()).toBe("print('two')");
         continue;
@@ -537,18 +538,17 @@ describe.concurrent("a root that cannot be used", () => {
     using mount = new Mount(temp.at("mount"), "size=4m");
     mount.remount("ro");
     const root = temp.at("mount/device");
-    const { code, stderr } = await ota(["client", "--root", root, "--server", server.url]);
+    const { code, stderr } = await run(["client", "--root", root, "--server", server.url]);
     expect(code).toBe(1);
     expect(stderr).toStartWith(`ota.ts: cannot use ${root} as a device's root: `);
     expect(stderr).toMatch(/EROFS|read-only/i);
   });
 
   test("is a file", async () => {
-    using temp = new Temp();
-    layTree(temp.path, { root: "a file" });
+    using temp = new Temp({ root: "a file" });
     const root = temp.at("root");
     for (const command of ["client", "rollback", "status"]) {
-      const { code, stdout, stderr } = await ota([command, "--root", root]);
+      const { code, stdout, stderr } = await run([command, "--root", root]);
       expect({ command, code, stdout }).toEqual({ command, code: 1, stdout: "" });
       expect(stderr).toBe(`ota.ts: cannot use ${root} as a device's root: it is not a directory\n`);
     }
@@ -560,7 +560,7 @@ describe.concurrent("a root that cannot be used", () => {
     using _ = new Mount(`${device.root}/sd`, "size=1m");
     layTree(`${device.root}/sd`, { same: "same\n", "logo.bin": V1["sd/logo.bin"]! });
     await using own = await Served.start(fleet.at("releases"));
-    const { code, stdout, stderr } = await ota(device.args([], own));
+    const { code, stdout, stderr } = await run(device.args([], own));
     expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
     expect(stderr).toMatch(/cannot change sd below .*another file system/);
     device.expectOn1();
@@ -581,7 +581,7 @@ describe.concurrent("records of the updater", () => {
         ["status", "--root", device.root],
         ["rollback", "--root", device.root],
       ]) {
-        const { code, stdout, stderr } = await ota(command);
+        const { code, stdout, stderr } = await run(command);
         expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
         expect(stderr).toContain(`${path} has format 2`);
         expect(stderr).toContain("use the newer ota.ts");
@@ -607,7 +607,7 @@ describe.concurrent("records of the updater", () => {
         let aside: string[] = [];
         for (let time = 0; time < 2; time++) {
           for (const command of [device.args(), ["status", "--root", device.root]]) {
-            const { code, stdout, stderr } = await ota(command);
+            const { code, stdout, stderr } = await run(command);
             expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
             expect(stderr).toContain("--repair");
             aside = otaFiles(device.root).filter((file) => file.startsWith(`${name}.`));
@@ -617,13 +617,13 @@ describe.concurrent("records of the updater", () => {
         }
         expect(readFileSync(`${device.root}/.ota/${aside[0]}`, "utf8")).toBe(damaged);
         device.expectOn1();
-        const rollback = await ota(["rollback", "--root", device.root]);
+        const rollback = await run(["rollback", "--root", device.root]);
         expect(rollback.code).toBe(1);
         device.expectOn1();
 
         await using old = await Served.start(fleet.at("releases"), { latest: "1.0.0" });
         layTree(device.root, { "flash/main.py": "scribbled" });
-        const { code, last } = await ota(device.args(["--repair"], old));
+        const { code, last } = await run(device.args(["--repair"], old));
         expect(code).toBe(0);
         expect(last).toContain("1.0.0");
         device.expectOn1();
@@ -639,7 +639,7 @@ describe.concurrent("records of the updater", () => {
     const calls = await callsOf(sample.args(), ["rename"]);
     const nth = calls.findIndex((call) => call.includes("commit.json")) + 3;
     const prefix = injecting("rename", `signal=SIGKILL:when=${nth}`);
-    expect((await device.client([], { prefix })).signal).toBe("SIGKILL");
+    expect((await device.process([], { prefix })).signal).toBe("SIGKILL");
     expect(readTree(device.root)).not.toEqual(TREE_1);
     truncateSync(`${device.root}/.ota/commit.json`, 100);
     expect((await device.client()).code).toBe(1);

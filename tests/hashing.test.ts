@@ -9,11 +9,11 @@ import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { Releases } from "../ota.ts";
 import { noise } from "./helpers/content.ts";
-import { Random } from "./helpers/random.ts";
-import { eventually, layTree, need, Temp, Tool, type Tree } from "./helpers/tool.ts";
+import { Random, seeded } from "./helpers/random.ts";
+import { layTree, Temp, type Tree } from "./helpers/temp.ts";
+import { eventually, need, Tool } from "./helpers/tool.ts";
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`hashing: SEED=${SEED}`);
+const SEED = seeded("hashing");
 setDefaultTimeout(600_000);
 
 /** Files are read in pieces of this. */

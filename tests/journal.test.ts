@@ -27,16 +27,15 @@ import {
   preflight,
   readFirmware,
 } from "../ota.ts";
-import type { Fault, PowerCut } from "./helpers/memory-disk.ts";
-import { Crash, MemoryDisk } from "./helpers/memory-disk.ts";
-import { Random } from "./helpers/random.ts";
+import { Crash, MemoryDisk, type Fault, type PowerCut } from "./helpers/memory-disk.ts";
+import { ALL, Random, seeded } from "./helpers/random.ts";
 
 setDefaultTimeout(600_000);
 
 const ROOT = "/device";
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
+const SEED = seeded("journal");
 /** Set OTA_ALL for every way a crash can end, at every operation; else each run tries others. */
-const THOROUGH = Bun.env.OTA_ALL !== undefined;
+const THOROUGH = ALL;
 const TREES = THOROUGH ? 100 : 15;
 /** The chances of what is tried in part (see `Effort`); of faults, that each is. */
 const EFFORT = THOROUGH
@@ -45,8 +44,6 @@ const EFFORT = THOROUGH
 /** Milliseconds; each test takes far less on a machine that has nothing else to do. */
 const TIMEOUT = 600_000;
 const counts = { crashes: 0, recoveries: 0, faults: 0, trees: 0 };
-
-console.log(`journal: SEED=${SEED}`);
 
 // ── The model: what a device is, and what each step makes of it. ──
 
@@ -724,7 +721,7 @@ async function survive(
 ): Promise<void> {
   const worlds = allowed.map((i) => stage.worlds[i]!);
   const { closely } = stage.scenario;
-  const tried = closely || THOROUGH ? HOWS : random.some(HOWS, 2);
+  const tried = closely || THOROUGH ? HOWS : random.some(HOWS, 1);
   const ways = Array.from({ length: closely ?? 1 }, () => tried).flat();
   for (const how of ways) {
     counts.crashes++;

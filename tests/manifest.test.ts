@@ -14,12 +14,11 @@ import {
   targetDigest,
   targetOf,
 } from "../ota.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
 
 setDefaultTimeout(600_000);
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`manifest: SEED=${SEED}`);
+const SEED = seeded("manifest");
 
 type Json = null | boolean | number | string | Json[] | { [key: string]: Json };
 type Fields = { [key: string]: Json };

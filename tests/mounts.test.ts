@@ -2,7 +2,9 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mountPoints } from "../ota.ts";
-import { layTree, need, ota, readTree, Served, Temp } from "./helpers/tool.ts";
+import { Temp } from "./helpers/temp.ts";
+import { need } from "./helpers/tool.ts";
+import { World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -30,8 +32,7 @@ const TWO = { "flash/main.py": "two\n", "flash/lib/a b\\c.py": "two\n", "flash/l
 
 describe("what is mounted within a root", () => {
   test("is listed by its path below it, whatever is in its name", () => {
-    using temp = new Temp();
-    layTree(temp.path, { "a/b\\c d\te\n/f": "", "a/g": "", "a\u00e4/h": "" });
+    using temp = new Temp({ "a/b\\c d\te\n/f": "", "a/g": "", "a\u00e4/h": "" });
     expect(mountPoints(temp.path)).toEqual(new Set());
     using _ = new BindMount(temp.at("a/g"), temp.at("a/b\\c d\te\n/f"));
     using __ = new BindMount(temp.at("a"), temp.at("a\u00e4"));
@@ -48,45 +49,34 @@ describe("what is mounted within a root", () => {
     ["the directory of the updater's own files", ".ota", ".ota"],
   ] as const) {
     test(`${what}: it is refused before anything is fetched`, async () => {
-      using temp = new Temp();
-      layTree(temp.at("releases/1.0.0"), { ...ONE, "flash/lib/old.py": "old\n" });
-      layTree(temp.at("releases/1.0.1"), TWO);
-      const root = temp.at("device");
+      const versions = { "1.0.0": { ...ONE, "flash/lib/old.py": "old\n" }, "1.0.1": TWO };
+      await using world = await World.with(versions, { on: "1.0.0" });
+      const before = world.tree();
       {
-        await using first = await Served.start(temp.at("releases"), { latest: "1.0.0" });
-        const { code } = await ota(["client", "--root", root, "--server", first.url]);
-        expect(code).toBe(0);
-      }
-      const before = readTree(root);
-      await using server = await Served.start(temp.at("releases"));
-      const client = ["client", "--root", root, "--server", server.url];
-      {
-        using _ = new BindMount(`${root}/${at}`, `${root}/${at}`);
-        const { code, stdout, stderr } = await ota(client);
+        using _ = new BindMount(`${world.root}/${at}`, `${world.root}/${at}`);
+        const { code, stdout, stderr } = await world.client();
         expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
         expect(stderr).toMatch(/^ota\.ts: [^\n]*\n$/);
         expect(stderr).toContain(
-          `cannot change ${named} below ${root}: something is mounted there`,
+          `cannot change ${named} below ${world.root}: something is mounted there`,
         );
-        expect(server.sent).toEqual([]);
-        expect(readTree(root)).toEqual(before);
+        expect(world.sent).toEqual([]);
+        expect(world.tree()).toEqual(before);
       }
-      expect((await ota(client)).last).toBe("updated 1.0.0 -> 1.0.1");
+      expect((await world.client()).last).toBe("updated 1.0.0 -> 1.0.1");
     });
   }
 
   test("and is no business of an update is left alone", async () => {
-    using temp = new Temp();
-    layTree(temp.at("releases"), {
-      "1.0.0/flash/main.py": "one\n",
-      "1.0.1/flash/main.py": "two\n",
-    });
-    layTree(temp.at("device"), { "flash/main.py": "one\n", "flash/data.db": "", "data/x": "" });
-    await using server = await Served.start(temp.at("releases"));
-    using _ = new BindMount(temp.at("device/flash/data.db"), temp.at("device/flash/data.db"));
-    using __ = new BindMount(temp.at("device/data"), temp.at("device/data"));
-    using ___ = new BindMount(temp.at("device"), temp.at("device"));
-    const args = ["client", "--root", temp.at("device"), "--server", server.url, "--ver", "1.0.0"];
-    expect((await ota(args)).last).toBe("updated 1.0.0 -> 1.0.1");
+    const versions = {
+      "1.0.0": { "flash/main.py": "one\n" },
+      "1.0.1": { "flash/main.py": "two\n" },
+    };
+    const device = { "flash/main.py": "one\n", "flash/data.db": "", "data/x": "" };
+    await using world = await World.with(versions, { device });
+    const mounted = ["device/flash/data.db", "device/data", "device"].map((path) => world.at(path));
+    using mounts = new DisposableStack();
+    for (const path of mounted) mounts.use(new BindMount(path, path));
+    expect((await world.client(["--ver", "1.0.0"])).last).toBe("updated 1.0.0 -> 1.0.1");
   });
 });

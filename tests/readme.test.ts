@@ -16,7 +16,8 @@ import {
 } from "node:fs";
 import { dirname, join } from "node:path";
 import { LIMITS, MAX_CODED, MAX_MANIFEST_BYTES, parseManifest, Releases } from "../ota.ts";
-import { asTree, layTree, ota, OTA_TS, readTree, Temp, Tool } from "./helpers/tool.ts";
+import { asTree, layTree, readTree, Temp } from "./helpers/temp.ts";
+import { ota, OTA_TS, Tool } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
 

@@ -8,10 +8,19 @@ import { mkdirSync, renameSync, rmSync, symlinkSync, utimesSync, writeFileSync }
 import { connect, type Socket } from "node:net";
 import { randomBytes } from "node:crypto";
 import { serve } from "../ota.ts";
-import { memoryOf, openFiles } from "./helpers/process.ts";
-import { addressOf, parseResponse, rawRequest, type ParsedResponse } from "./helpers/raw.ts";
+import { sha256 } from "./helpers/content.ts";
 import { certify } from "./helpers/pki.ts";
-import { eventually, layTree, need, Served, sha256, Temp, Tool } from "./helpers/tool.ts";
+import { memoryOf, openFiles } from "./helpers/process.ts";
+import {
+  addressOf,
+  parseResponse,
+  rawRequest,
+  sendRequest,
+  type ParsedResponse,
+} from "./helpers/raw.ts";
+import { layTree, Temp } from "./helpers/temp.ts";
+import { eventually, need, Serving, until } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -65,16 +74,8 @@ class Client {
   }
 }
 
-async function get(
-  server: { url: string },
-  path: string,
-  headers: Record<string, string> = {},
-): Promise<ParsedResponse> {
-  const lines = Object.entries({ Host: "a", Connection: "close", ...headers });
-  const text = lines.map(([name, value]) => `${name}: ${value}\r\n`).join("");
-  const { bytes } = await rawRequest(server.url, `GET ${path} HTTP/1.1\r\n${text}\r\n`);
-  return parseResponse(bytes);
-}
+const get = (server: { url: string }, path: string, headers: Record<string, string> = {}) =>
+  sendRequest(server, path, { headers });
 
 const makePipe = (path: string) => Bun.spawnSync([need("mkfifo"), path]);
 
@@ -90,8 +91,7 @@ describe("log and metrics tell of a body at its end", () => {
   } as const;
   for (const [what, [path, content]] of Object.entries(files)) {
     test(`${what}: not before a slow client has it`, async () => {
-      using temp = new Temp();
-      layTree(temp.path, { [path]: content, "1.0.0/small": "small" });
+      using temp = new Temp({ [path]: content, "1.0.0/small": "small" });
       await using server = await Served.start(temp.path);
       const client = new Client(server, `/${path}`);
       await client.begun;
@@ -108,8 +108,7 @@ describe("log and metrics tell of a body at its end", () => {
     });
 
     test(`${what}: a client that goes away in the middle was not sent it`, async () => {
-      using temp = new Temp();
-      layTree(temp.path, { [path]: content, "1.0.0/small": "small" });
+      using temp = new Temp({ [path]: content, "1.0.0/small": "small" });
       await using server = await Served.start(temp.path);
       const client = new Client(server, `/${path}`, "Range: bytes=1-\r\n");
       await client.begun;
@@ -123,8 +122,7 @@ describe("log and metrics tell of a body at its end", () => {
   }
 
   test("a server that is stopped sends what is on its way, and logs it", async () => {
-    using temp = new Temp();
-    layTree(temp.path, { "1.0.0/large": Buffer.alloc(LARGE) });
+    using temp = new Temp({ "1.0.0/large": Buffer.alloc(LARGE) });
     const lines: string[] = [];
     const log = (line: string) => void lines.push(line);
     const options = { root: temp.path, port: 0, host: "127.0.0.1", quiet: 0, log };
@@ -139,8 +137,7 @@ describe("log and metrics tell of a body at its end", () => {
   });
 
   test("what is on its way when the server is stopped at once was not sent", async () => {
-    using temp = new Temp();
-    layTree(temp.path, { "1.0.0/large": Buffer.alloc(LARGE) });
+    using temp = new Temp({ "1.0.0/large": Buffer.alloc(LARGE) });
     const server = await Served.start(temp.path);
     await new Client(server, "/1.0.0/large").begun;
     await server[Symbol.asyncDispose]();
@@ -149,11 +146,10 @@ describe("log and metrics tell of a body at its end", () => {
   });
 
   test("whatever is asked for, and however it ends, no file stays open", async () => {
-    using temp = new Temp();
-    layTree(temp.path, { "1.0.0/large": Buffer.alloc(LARGE), "notes.txt": "notes" });
-    await using server = await serving(temp.path);
+    using temp = new Temp({ "1.0.0/large": Buffer.alloc(LARGE), "notes.txt": "notes" });
+    await using server = await Serving.start(["--root", temp.path, "--host", "127.0.0.1"]);
     const { headers } = await get(server, "/notes.txt");
-    const before = openFiles(server.tool.pid);
+    const before = openFiles(server.pid);
     for (const path of ["/1.0.0/large", "/notes.txt"]) {
       await get(server, path);
       await get(server, path, { "If-None-Match": "*" });
@@ -164,7 +160,7 @@ describe("log and metrics tell of a body at its end", () => {
       await client.begun;
       client.socket.destroy();
     }
-    await eventually("all are closed", () => openFiles(server.tool.pid) <= before);
+    await eventually("all are closed", () => openFiles(server.pid) <= before);
   });
 });
 
@@ -215,10 +211,9 @@ describe("what is no file any more", () => {
       expect((await get(server, "/1.0.0/other")).status).toBe(200);
       rmSync(temp.at("1.0.0/f"));
       writeFileSync(temp.at("1.0.0/f"), content);
-      const end = performance.now() + 10_000;
-      let last = answer;
-      while (last.status !== 200 && performance.now() < end) last = await get(server, "/1.0.0/f");
-      expect(last.body.length).toBe(size);
+      const back = () => get(server, "/1.0.0/f");
+      const { body } = await until("the file is back", back, ({ status }) => status === 200, 10);
+      expect(body.length).toBe(size);
       makePipe(temp.at("pipe"));
       expect((await get(server, "/pipe")).status).toBe(404);
     });
@@ -226,7 +221,7 @@ describe("what is no file any more", () => {
     test(`a link in place of ${size} bytes leads nowhere`, async () => {
       using temp = new Temp();
       const secret = Buffer.alloc(size, "s");
-      layTree(temp.path, { "root/1.0.0/f": Buffer.alloc(size, "x"), secret });
+      temp.write({ "root/1.0.0/f": Buffer.alloc(size, "x"), secret });
       await using server = await Served.start(temp.at("root"), { quiet: 1 });
       rmSync(temp.at("root/1.0.0/f"));
       symlinkSync(temp.at("secret"), temp.at("root/1.0.0/f"));
@@ -259,15 +254,6 @@ describe("what is no file any more", () => {
   });
 });
 
-/** `serve`, to look at its memory from outside. */
-async function serving(root: string) {
-  const place = ["--root", root, "--port", "0", "--host", "127.0.0.1"];
-  const tool = new Tool(["serve", ...place]);
-  const [, url = ""] = await tool.until(/ at (http:\S+)\n/);
-  await tool.until(/^try /m);
-  return { tool, url, [Symbol.asyncDispose]: () => tool[Symbol.asyncDispose]() };
-}
-
 describe.skipIf(process.platform !== "linux")("clients that do not read take no memory", () => {
   const crowds = [
     { what: "24, of 24 files too large to be kept", files: 24, size: 6 * MEBIBYTE, most: 100 },
@@ -280,10 +266,10 @@ describe.skipIf(process.platform !== "linux")("clients that do not read take no 
       const content = (name: string) => Buffer.alloc(size, `${name}.`);
       mkdirSync(temp.at("1.0.0"));
       for (const name of names) writeFileSync(temp.at("1.0.0", name), content(name));
-      await using server = await serving(temp.path);
+      await using server = await Serving.start(["--root", temp.path, "--host", "127.0.0.1"]);
       const clients = names.map((name) => new Client(server, `/1.0.0/${name}`));
       await Promise.all(clients.map(({ begun }) => begun));
-      expect(memoryOf(server.tool.pid) / MEBIBYTE).toBeLessThan(most);
+      expect(memoryOf(server.pid) / MEBIBYTE).toBeLessThan(most);
       // Whoever then reads gets all of it, as it is: the first from memory, the last from disk.
       for (const i of [0, files - 1]) {
         const { status, body } = await clients[i]!.rest();

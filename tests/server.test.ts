@@ -11,19 +11,22 @@ import { fileURLToPath } from "node:url";
 import type { OTAServer, ServeOptions } from "../ota.ts";
 import { makeKeys, OTAError, parseManifest, parseRange, serve } from "../ota.ts";
 import { boardGet, boardUpdate } from "./helpers/board.ts";
-import { runOta, startServe } from "./helpers/cli.ts";
-import { freePort } from "./helpers/nginx.ts";
-import { Random } from "./helpers/random.ts";
-import type { ParsedResponse } from "./helpers/raw.ts";
-import { addressOf, parseResponse, rawRequest } from "./helpers/raw.ts";
-import type { Tree } from "./helpers/temp.ts";
-import { bytesOf, readTree, TempDir } from "./helpers/temp.ts";
-import { OTA_TS } from "./helpers/tool.ts";
+import { Random, seeded } from "./helpers/random.ts";
+import {
+  addressOf,
+  freePort,
+  parseResponse,
+  rawRequest,
+  sendRequest as send,
+  type ParsedResponse,
+  type Sent,
+} from "./helpers/raw.ts";
+import { bytesOf, filesBelow, Temp, type Tree } from "./helpers/temp.ts";
+import { ota, OTA_TS, run, Serving } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`server: SEED=${SEED}`);
+const SEED = seeded("server");
 
 const EXAMPLE = fileURLToPath(new URL("../examples/smart-meter", import.meta.url));
 const SECRET = "this lies outside of the root";
@@ -37,37 +40,9 @@ const binary = (size: number): Uint8Array =>
   new Uint8Array(size).map((_, i) => [0x80, 0x0d, 0x0a, 0x0d, 0x0a, i % 256, 0xff][i % 7]!);
 
 /** A server for a test, on a free port of this computer. */
-async function listen(root: TempDir | string, options: ServeOptions = {}): Promise<OTAServer> {
+async function listen(root: Temp | string, options: ServeOptions = {}): Promise<OTAServer> {
   const path = typeof root === "string" ? root : root.path;
   return serve({ root: path, port: 0, host: "127.0.0.1", quiet: 0, ...options });
-}
-
-interface Sent {
-  method?: string;
-  version?: "1.0" | "1.1";
-  /** `null` sends none; else `device.test` is the default. */
-  host?: string | null;
-  headers?: Record<string, string>;
-}
-
-/** One request on a connection of its own; the target is sent as it is. */
-async function send(
-  server: OTAServer | string,
-  target: string,
-  { method = "GET", version = "1.1", host = "device.test", headers = {} }: Sent = {},
-): Promise<ParsedResponse> {
-  const lines = [
-    `${method} ${target} HTTP/${version}`,
-    ...(host === null ? [] : [`Host: ${host}`]),
-    ...(version === "1.1" ? ["Connection: close"] : []),
-    ...Object.entries(headers).map(([name, value]) => `${name}: ${value}`),
-  ];
-  const url = typeof server === "string" ? server : server.url;
-  const { bytes, closed, error } = await rawRequest(url, `${lines.join("\r\n")}\r\n\r\n`);
-  if (!closed || error !== undefined) {
-    throw new Error(`${method} ${target}: ${error ?? "the connection was not closed"}`);
-  }
-  return parseResponse(bytes);
 }
 
 const status = async (server: OTAServer | string, target: string, sent: Sent = {}) =>
@@ -99,18 +74,18 @@ describe("every 200 to a GET ends its header on a multiple of 100 bytes, at most
     ...['a"b', "a;b", "a\u00a0b", "a\u202eb.html", "a=b&c"],
   ];
   const content = binary(1234);
-  let root: TempDir;
+  let root: Temp;
   let server: OTAServer;
   let signed: OTAServer;
 
   beforeAll(async () => {
-    root = new TempDir({ "firmware_1.0.1.bin": binary(7000), "1.0.0/a.py": "" });
+    root = new Temp({ "firmware_1.0.1.bin": binary(7000), "1.0.0/a.py": "" });
     // Content of a version is sent from memory, other files from disk.
     for (const directory of ["1.0.1", "other"]) {
       for (const size of sizes) root.write({ [`${directory}/${size}`]: binary(size) });
       for (const name of names) root.write({ [`${directory}/${name}`]: content });
     }
-    await using keys = new TempDir({ key: makeKeys().key });
+    using keys = new Temp({ key: makeKeys().key });
     server = await listen(root);
     signed = await listen(root, { sign: keys.at("key") });
   });
@@ -118,7 +93,7 @@ describe("every 200 to a GET ends its header on a multiple of 100 bytes, at most
   afterAll(async () => {
     await server?.stop();
     await signed?.stop();
-    await root?.[Symbol.asyncDispose]();
+    root?.[Symbol.dispose]();
   });
 
   const path = (...parts: string[]) =>
@@ -149,7 +124,7 @@ describe("every 200 to a GET ends its header on a multiple of 100 bytes, at most
   }
 
   test("firmware, and content of a version that is too large for memory", async () => {
-    await using large = new TempDir({ "1/large.bin": "" });
+    using large = new Temp({ "1/large.bin": "" });
     fs.truncateSync(large.at("1/large.bin"), 17 * 1024 * 1024);
     await using other = await listen(large);
     const response = await send(other, "/1/large.bin", { version: "1.0" });
@@ -243,7 +218,7 @@ describe("every 200 to a GET ends its header on a multiple of 100 bytes, at most
 
 describe("a deployed board", () => {
   /** The files of a version as a board has them. */
-  const filesOf = (root: string, version: string) => readTree(`${root}/${version}`);
+  const filesOf = (root: string, version: string) => filesBelow(`${root}/${version}`);
   const sorted = (files: ReadonlyMap<string, Uint8Array>) =>
     new Map([...files].sort(([a], [b]) => (a < b ? -1 : 1)));
 
@@ -261,7 +236,7 @@ describe("a deployed board", () => {
   });
 
   test("updates with binary assets, empty files, odd names and large firmware", async () => {
-    await using root = new TempDir({
+    using root = new Temp({
       "1/flash/main.py": "one",
       "1/flash/logo.bin": binary(500),
       "1/flash/old.py": "",
@@ -282,7 +257,7 @@ describe("a deployed board", () => {
   });
 
   test("updates when URLs name another server with a path of its own", async () => {
-    await using root = new TempDir({
+    using root = new Temp({
       "1/flash/a": "1",
       "2/flash/a": binary(999),
       "firmware_2.bin": binary(5),
@@ -306,7 +281,7 @@ describe("GET /manifest.json", () => {
   const tree: Tree = { "1.0.0/a": "1", "1.0.1/a b": "2", "firmware_1.0.1.bin": "3" };
 
   test("compact JSON with the Host that was asked, never to be cached", async () => {
-    await using root = new TempDir(tree);
+    using root = new Temp(tree);
     await using server = await listen(root);
     const target = "/manifest.json?current_ver=1.0.0&reqid=7&unknown=x";
     const { status, headers, body } = await send(server, target, { host: "10.0.0.1:8000" });
@@ -322,7 +297,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("null for a device that is up to date, or newer than the server", async () => {
-    await using root = new TempDir(tree);
+    using root = new Temp(tree);
     await using server = await listen(root);
     for (const version of ["1.0.1", "1.00.1", "1.0.2", "9", "x", "%F0%9F%9A%80"]) {
       const { status, body } = await send(server, `/manifest.json?current_ver=${version}`);
@@ -331,7 +306,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("every URL in it leads to the content that it promises", async () => {
-    await using root = new TempDir({
+    using root = new Temp({
       "1.0+b/a b": "1",
       "1.0+b/#?%&=": "2",
       "1.0+b/\u{1f680}/\u00e9": "3",
@@ -353,7 +328,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("a Host that is missing or is none: 400, since URLs would repeat it", async () => {
-    await using root = new TempDir(tree);
+    using root = new Temp(tree);
     await using server = await listen(root);
     const odd = [
       "a/b",
@@ -395,7 +370,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("hosts that there are", async () => {
-    await using root = new TempDir(tree);
+    using root = new Temp(tree);
     await using server = await listen(root);
     for (const host of [
       "a",
@@ -416,7 +391,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("--url stands in front instead of the Host, which may then be missing", async () => {
-    await using root = new TempDir(tree);
+    using root = new Temp(tree);
     await using server = await listen(root, { url: "https://cdn.example/fleet/" });
     for (const host of ["a", "a/b", null]) {
       const { status, body } = await send(server, "/manifest.json", { host, version: "1.0" });
@@ -427,7 +402,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("below the path of --url stands the same as below /", async () => {
-    await using root = new TempDir({ ...tree, "fleet.txt": "f" });
+    using root = new Temp({ ...tree, "fleet.txt": "f" });
     await using server = await listen(root, { url: "https://cdn.example/fleet/7" });
     for (const prefix of ["", "/fleet/7"]) {
       expect(text((await send(server, `${prefix}/1.0.1/a%20b`)).body)).toBe("2");
@@ -445,7 +420,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("a --url that is none is a usage error", async () => {
-    await using root = new TempDir(tree);
+    using root = new Temp(tree);
     for (const url of ["", "cdn.example", "ftp://cdn", "http://cdn/?a", "http://cdn/#a", "/x"]) {
       const refused = await listen(root, { url }).catch((error: unknown) => error);
       expect(refused).toBeInstanceOf(OTAError);
@@ -454,7 +429,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("--latest and --ignore hold back", async () => {
-    await using root = new TempDir({ ...tree, "1.0.0/a.md": "" });
+    using root = new Temp({ ...tree, "1.0.0/a.md": "" });
     await using server = await listen(root, { latest: "1.0.0", ignore: ["*.md"] });
     const { body } = await send(server, "/manifest.json");
     expect(parseManifest(body)).toMatchObject({ version: "1.0.0", new: [{ dst_path: "/a" }] });
@@ -463,7 +438,7 @@ describe("GET /manifest.json", () => {
   });
 
   test("HEAD: the header of the GET, and nothing else", async () => {
-    await using root = new TempDir(tree);
+    using root = new Temp(tree);
     await using server = await listen(root);
     const get = await send(server, "/manifest.json");
     const head = await send(server, "/manifest.json", { method: "HEAD" });
@@ -478,7 +453,7 @@ describe("GET /manifest.json", () => {
 
 describe("what is sent again and again", () => {
   test("the same content under several names goes with the type of each", async () => {
-    await using root = new TempDir({ "1/a.html": "same", "1/b.txt": "same", "1/c.json": "same" });
+    using root = new Temp({ "1/a.html": "same", "1/b.txt": "same", "1/c.json": "same" });
     await using server = await listen(root);
     const types = { "a.html": "text/html", "b.txt": "text/plain", "c.json": "application/json" };
     for (const name of ["a.html", "b.txt", "a.html", "c.json", "c.json", "b.txt"] as const) {
@@ -489,8 +464,8 @@ describe("what is sent again and again", () => {
   });
 
   test("one way of asking leaves nothing behind for the next", async () => {
-    await using root = new TempDir({ "1/f.txt": "0123456789".repeat(50), "2/f.txt": "two" });
-    await using keys = new TempDir({ key: makeKeys().key });
+    using root = new Temp({ "1/f.txt": "0123456789".repeat(50), "2/f.txt": "two" });
+    using keys = new Temp({ key: makeKeys().key });
     await using server = await listen(root, { sign: keys.at("key") });
     const random = new Random(SEED);
     const ways: [name: string, target: string, sent: Sent][] = [
@@ -534,17 +509,17 @@ describe("a file below the root", () => {
   const CONTENT = "0123456789";
   /** In a version, from memory; beside it, from disk. */
   const FILES = ["/1/f.txt", "/f.txt"];
-  let root: TempDir;
+  let root: Temp;
   let server: OTAServer;
 
   beforeAll(async () => {
-    root = new TempDir({ "1/f.txt": CONTENT, "f.txt": CONTENT, "1/empty": "", empty: "" });
+    root = new Temp({ "1/f.txt": CONTENT, "f.txt": CONTENT, "1/empty": "", empty: "" });
     server = await listen(root);
   });
 
   afterAll(async () => {
     await server?.stop();
-    await root?.[Symbol.asyncDispose]();
+    root?.[Symbol.dispose]();
   });
 
   for (const target of FILES) {
@@ -707,7 +682,7 @@ describe("a file below the root", () => {
   });
 
   test("another content has another tag, the same content of a version the same", async () => {
-    await using other = new TempDir({ "1/a": "one", "2/a": "two", "3/a": "one", x: "one" });
+    using other = new Temp({ "1/a": "one", "2/a": "two", "3/a": "one", x: "one" });
     await using changing = await listen(other);
     const tag = async (target: string) => (await send(changing, target)).headers.get("etag");
     expect(await tag("/1/a")).toBe(await tag("/3/a"));
@@ -756,12 +731,12 @@ test("parseRange reads what a client may ask of a size", () => {
 });
 
 describe("not served", () => {
-  let outside: TempDir;
+  let outside: Temp;
   let root: string;
   let server: OTAServer;
 
   beforeAll(async () => {
-    outside = new TempDir({
+    outside = new Temp({
       "secret.txt": SECRET,
       "root-neighbour/secret.txt": SECRET,
       "root/1.0.0/flash/main.py": "main",
@@ -786,7 +761,7 @@ describe("not served", () => {
 
   afterAll(async () => {
     await server?.stop();
-    await outside?.[Symbol.asyncDispose]();
+    outside?.[Symbol.dispose]();
   });
 
   /** Whether a target gives nothing away, asked in three ways. */
@@ -977,7 +952,7 @@ describe("a log that cannot be written is no reason to serve no more", () => {
     ["a reader that has gone", 'exec "$@" > >(read -r line)'],
   ] as const) {
     test(what, async () => {
-      await using root = new TempDir({ "1/f.txt": "one" });
+      using root = new Temp({ "1/f.txt": "one" });
       const port = await freePort();
       const args = ["serve", "--root", root.path, "--host", "127.0.0.1", "--port", `${port}`];
       const command = ["bash", "-c", shell, "bash", process.execPath, OTA_TS, ...args];
@@ -1001,7 +976,7 @@ describe("the log has a line a request", () => {
 
   /** What is logged for a request, without time and duration, which must be well formed. */
   async function logged(target: string, sent: Sent = {}): Promise<string> {
-    await using root = new TempDir({ "1/a.py": "12345", "firmware_2.bin": "" });
+    using root = new Temp({ "1/a.py": "12345", "firmware_2.bin": "" });
     const lines: string[] = [];
     await using server = await listen(root, { log: (line) => lines.push(line) });
     await send(server, target, sent);
@@ -1111,7 +1086,7 @@ async function refusesConnections(url: string): Promise<void> {
 
 describe.concurrent("bun ota.ts serve", () => {
   test("says what it serves once it listens, and how to look at it", async () => {
-    await using root = new TempDir({
+    using root = new Temp({
       "1.0.9/flash/main.py": "12345",
       "1.0.10/flash/main.py": "x".repeat(1500),
       "1.0.10/flash/lib/a.py": "",
@@ -1121,7 +1096,7 @@ describe.concurrent("bun ota.ts serve", () => {
       "1.0.9.bak/x": "",
       "odd\nname\u001b": "",
     });
-    await using server = await startServe(["--root", root.path]);
+    await using server = await Serving.start(["--root", root.path]);
     expect(server.url).toMatch(/^http:\/\/127\.0\.0\.1:\d+$/);
     const lines = server.startup.trimEnd().split("\n");
     expect(lines[0]).toMatch(/^ota\.ts \d+\.\d+\.\d+ serves /);
@@ -1149,7 +1124,7 @@ describe.concurrent("bun ota.ts serve", () => {
     const headers = { "Accept-Encoding": "identity" };
     expect(parseManifest(await (await fetch(target, { headers })).bytes())?.version).toBe("1.0.10");
     server.kill("SIGTERM");
-    const { code, stdout, stderr } = await server.ended();
+    const { code, stdout, stderr } = await server.ended;
     expect([code, stderr]).toEqual([0, expect.stringContaining("adds the directory flash/lib")]);
     expect(stdout.slice(server.startup.length)).toMatch(
       /^\S+Z 127\.0\.0\.1 GET \/manifest\.json 200 \d+ \d+\.\dms\n$/,
@@ -1157,30 +1132,30 @@ describe.concurrent("bun ota.ts serve", () => {
   });
 
   test("serves the current directory by default, and warns of what may surprise", async () => {
-    await using root = new TempDir({ "1.0.0/a": "", "1.0.0rc1/a": "", "v1.0.0/a": "" });
-    await using server = await startServe([], root.path);
+    using root = new Temp({ "1.0.0/a": "", "1.0.0rc1/a": "", "v1.0.0/a": "" });
+    await using server = await Serving.start([], { cwd: root.path });
     expect(server.startup).toContain(` serves ${root.path} at `);
     server.kill("SIGINT");
-    const { code, stderr } = await server.ended();
+    const { code, stderr } = await server.ended;
     expect(code).toBe(0);
     expect(stderr).toContain("warning: 1.0.0rc1 sorts after 1.0.0");
     expect(stderr).toContain("warning: v1.0.0 sorts after every name without a v");
   });
 
   test("starts without a version, and says what to put there", async () => {
-    await using root = new TempDir();
-    await using server = await startServe(["--root", root.path]);
+    using root = new Temp();
+    await using server = await Serving.start(["--root", root.path]);
     expect(await (await fetch(`${server.url}/manifest.json`)).text()).toBe("null");
     server.kill("SIGTERM");
-    const { code, stderr } = await server.ended();
+    const { code, stderr } = await server.ended;
     expect(code).toBe(0);
     expect(stderr).toMatch(/^warning: no release in .*1\.0\.0\/flash\/main\.py.*\n$/);
   });
 
   test("--url, --latest and --ignore, which may be repeated", async () => {
-    await using root = new TempDir({ "1/a": "", "1/b.md": "", "1/c.tmp": "", "2/a": "" });
+    using root = new Temp({ "1/a": "", "1/b.md": "", "1/c.tmp": "", "2/a": "" });
     const args = ["--url", "https://cdn.example/x", "--latest", "1", "--ignore", "*.md"];
-    await using server = await startServe([...args, "--ignore=*.tmp", "--root", root.path]);
+    await using server = await Serving.start([...args, "--ignore=*.tmp", "--root", root.path]);
     expect(server.startup).toContain("version  1            1 files");
     expect(server.startup).toContain("ignored  2: above --latest 1");
     expect(server.startup).toContain("curl 'https://cdn.example/x/manifest.json?current_ver=1'");
@@ -1191,9 +1166,9 @@ describe.concurrent("bun ota.ts serve", () => {
   test.skipIf(process.platform !== "linux")(
     "listens on all addresses by default, and on one with --host",
     async () => {
-      await using root = new TempDir({ "1/a": "" });
-      await using all = await startServe([], root.path);
-      await using one = await startServe(["--host", "127.0.0.1"], root.path);
+      using root = new Temp({ "1/a": "" });
+      await using all = await Serving.start([], { cwd: root.path });
+      await using one = await Serving.start(["--host", "127.0.0.1"], { cwd: root.path });
       const elsewhere = (url: string) => fetch(url.replace("127.0.0.1", "127.0.0.2"));
       expect((await elsewhere(`${all.url}/1/a`)).status).toBe(200);
       expect((await fetch(`${one.url}/1/a`)).status).toBe(200);
@@ -1204,10 +1179,10 @@ describe.concurrent("bun ota.ts serve", () => {
   for (const signal of ["SIGTERM", "SIGINT"] as const) {
     test(`${signal}: takes no more connections, finishes a running download, exits with 0`, async () => {
       const SIZE = 40_000_000;
-      await using root = new TempDir({ "1/a": "", big: "" });
+      using root = new Temp({ "1/a": "", big: "" });
       // A hole: nothing to write, nothing to hash.
       fs.truncateSync(root.at("big"), SIZE);
-      await using server = await startServe([], root.path);
+      await using server = await Serving.start([], { cwd: root.path });
       const download = await slowDownload(server.url, "/big");
       server.kill(signal);
       await refusesConnections(server.url);
@@ -1215,15 +1190,15 @@ describe.concurrent("bun ota.ts serve", () => {
       await download.resume();
       expect(download.received()).toBeGreaterThan(SIZE);
       expect((download.received() - SIZE) % 100).toBe(0);
-      const { code, stdout } = await server.ended();
+      const { code, stdout } = await server.ended;
       expect(code).toBe(0);
       expect(stdout).toContain(` GET /big 200 ${SIZE} `);
     });
   }
 
   test("SIGTERM does not wait for a connection on which nothing runs", async () => {
-    await using root = new TempDir({ "1/a": "content" });
-    await using server = await startServe([], root.path);
+    using root = new Temp({ "1/a": "content" });
+    await using server = await Serving.start([], { cwd: root.path });
     const socket = connect(addressOf(server.url));
     try {
       const answered = Promise.withResolvers<void>();
@@ -1232,30 +1207,30 @@ describe.concurrent("bun ota.ts serve", () => {
       socket.write("GET /1/a HTTP/1.1\r\nHost: a\r\n\r\n");
       await answered.promise;
       server.kill("SIGTERM");
-      expect((await server.ended()).code).toBe(0);
+      expect((await server.ended).code).toBe(0);
     } finally {
       socket.destroy();
     }
   });
 
   test("a port in use: one line that names it, exit code 1", async () => {
-    await using root = new TempDir({ "1/a": "" });
+    using root = new Temp({ "1/a": "" });
     await using server = await listen(root);
     const port = `${server.url.port}`;
     const args = ["serve", "--port", port, "--host", "127.0.0.1"];
-    const { code, stdout, stderr } = await runOta(args, root.path);
+    const { code, stdout, stderr } = await ota(args, { cwd: root.path });
     expect([code, stdout]).toEqual([1, ""]);
     expect(stderr).toMatch(/^ota\.ts: port \d+ .*in use.*--port.*\n$/);
     expect(stderr).toContain(port);
     // All addresses: among them is the one in use.
-    expect((await runOta(["serve", "--port", port], root.path)).code).toBe(1);
+    expect((await ota(["serve", "--port", port], { cwd: root.path })).code).toBe(1);
     const refused = await listen(root, { port: Number(port) }).catch((error: unknown) => error);
     expect(refused).toBeInstanceOf(OTAError);
     expect(refused).toHaveProperty("exitCode", 1);
   });
 
   test("usage errors: one line with what to do, exit code 2", async () => {
-    await using root = new TempDir({ file: "" });
+    using root = new Temp({ file: "" });
     const cases: [string[], RegExp][] = [
       [["--root", root.at("missing")], /missing does not exist; --root/],
       [["--root", root.at("file")], /file is not a directory; --root/],
@@ -1270,7 +1245,7 @@ describe.concurrent("bun ota.ts serve", () => {
       [["releases"], /takes no argument releases/],
     ];
     const ends = await Promise.all(
-      cases.map(([args]) => runOta(["serve", "--port", "0", ...args], root.path)),
+      cases.map(([args]) => ota(["serve", "--port", "0", ...args], { cwd: root.path })),
     );
     for (const [i, { code, stdout, stderr }] of ends.entries()) {
       expect([cases[i]![0], code, stdout]).toEqual([cases[i]![0], 2, ""]);
@@ -1281,7 +1256,7 @@ describe.concurrent("bun ota.ts serve", () => {
 
   test("no command, one that there is not, help and version", async () => {
     const [none, wrong, help, serveHelp, version] = await Promise.all(
-      [[], ["sevre"], ["--help"], ["serve", "--help"], ["--version"]].map((args) => runOta(args)),
+      [[], ["sevre"], ["--help"], ["serve", "--help"], ["--version"]].map((args) => run(args)),
     );
     expect(none).toMatchObject({ code: 2, stdout: "" });
     expect(none!.stderr).toContain("serve");
@@ -1300,126 +1275,4 @@ describe.concurrent("bun ota.ts serve", () => {
       stdout: expect.stringMatching(/^ota\.ts \d+\.\d+\.\d+\n$/),
     });
   });
-});
-
-// ── Random requests. ──
-
-const TARGETS = [
-  ...[
-    "/manifest.json?current_ver=1.0.0",
-    "/1.0.1/flash/main.py",
-    "/firmware_1.0.1.bin",
-    "/notes.txt",
-  ],
-  ...["/../secret.txt", "/%2e%2e/secret.txt", "/out", "/.env", "/-/health", "/1.0.1/", "/%zz", "*"],
-  ...[
-    "http://a/1.0.1/flash/main.py",
-    "/manifest.json?current_ver=%F0%9F%9A%80&reqid=1&devid=x",
-    "/",
-  ],
-];
-const CONDITIONS = [
-  ...[
-    "Range: bytes=0-1",
-    "Range: bytes=-1",
-    "Range: bytes=99-",
-    "Range: bytes=,",
-    "If-None-Match: *",
-  ],
-  ...['If-Range: "x"\r\nRange: bytes=1-', "Accept-Encoding: gzip, zstd", "Connection: keep-alive"],
-];
-const ODD_HEADERS = [
-  ...[
-    "Host: ",
-    "Host: ../secret.txt",
-    "Upgrade: h2c",
-    "Expect: 100-continue",
-    "Authorization: Bearer x",
-  ],
-  ...["Content-Length: 0", "Content-Length: 5", "Content-Length: -1", "Transfer-Encoding: chunked"],
-  ...["X: \u{1f680}", ": x", "X", "\tX: y", "Cookie: a"],
-];
-const BITS = [
-  "..",
-  "/",
-  "%2e",
-  "%2f",
-  "%00",
-  "\0",
-  "\r\n",
-  "\n",
-  " ",
-  "?",
-  "#",
-  "&",
-  "=",
-  "\\",
-  "\xff",
-  "A",
-];
-
-/** The text with a few characters added or gone. */
-function scratched(from: string, random: Random): string {
-  let result = from;
-  for (let times = 1 + random.below(3); times > 0; times--) {
-    const at = random.below(result.length + 1);
-    const bits = random.chance(0.5) ? random.pick(BITS) : String.fromCharCode(random.below(256));
-    result = result.slice(0, at) + bits + result.slice(at + random.below(3));
-  }
-  return result;
-}
-
-/** A request that is right, or nearly. */
-function randomRequest(random: Random): Uint8Array {
-  const usual = random.chance(0.8);
-  const method = random.pick(usual ? ["GET", "HEAD"] : ["POST", "PUT", "OPTIONS", "get", "X"]);
-  const versions = random.chance(0.9) ? ["1.0", "1.1"] : ["0.9", "2.0", "1.10", "x"];
-  const target = random.pick(TARGETS);
-  const path = random.chance(0.6) ? target : scratched(target, random);
-  const lines = [`${method} ${path} HTTP/${random.pick(versions)}`];
-  if (random.chance(0.9)) lines.push("Host: device.test");
-  if (random.chance(0.6)) lines.push(random.pick(CONDITIONS));
-  if (random.chance(0.2)) lines.push(random.pick(ODD_HEADERS));
-  const request = `${[...lines, "Connection: close"].join("\r\n")}\r\n\r\n`;
-  return Buffer.from(random.chance(0.9) ? request : scratched(request, random), "latin1");
-}
-
-test("1000 random requests: no 5xx, no byte from outside, and the server goes on", async () => {
-  const random = new Random(SEED);
-  await using outside = new TempDir({
-    "secret.txt": SECRET,
-    "root/1.0.0/flash/main.py": "one",
-    "root/1.0.1/flash/main.py": "two",
-    "root/firmware_1.0.1.bin": binary(1000),
-    "root/notes.txt": "notes",
-    "root/.env": SECRET,
-  });
-  outside.link("root/out", "../secret.txt");
-  await using server = await listen(outside.at("root"));
-  const requests = Array.from({ length: 1000 }, () => randomRequest(random));
-  const statuses: Record<number, number> = {};
-  const wrong: string[] = [];
-  const worker = async (): Promise<void> => {
-    for (let request = requests.pop(); request; request = requests.pop()) {
-      const shown = JSON.stringify(Buffer.from(request).toString("latin1"));
-      // Some never end: what came until then counts, on a busy machine, too.
-      const { bytes } = await rawRequest(server.url, request, { timeoutMs: 3000 });
-      const answer = Buffer.from(bytes).toString("latin1");
-      if (answer.includes(SECRET)) wrong.push(`${shown} gives the secret away`);
-      for (const [, status] of answer.matchAll(/HTTP\/1\.[01] (\d{3}) /g)) {
-        statuses[Number(status)] = (statuses[Number(status)] ?? 0) + 1;
-        // 505 is Bun's own, for a version that there is not.
-        if (status!.startsWith("5") && status !== "505") wrong.push(`${shown} gives ${status}`);
-      }
-    }
-  };
-  await Promise.all(Array.from({ length: 32 }, worker));
-  expect(wrong).toEqual([]);
-  // Many were answered in every way, else this would show nothing.
-  for (const status of [200, 400, 404, 405]) {
-    expect([status, (statuses[status] ?? 0) > 20]).toEqual([status, true]);
-  }
-  expect(Object.values(statuses).reduce((sum, count) => sum + count)).toBeGreaterThan(500);
-  expect(text((await send(server, "/notes.txt")).body)).toBe("notes");
-  expect(parseManifest((await send(server, "/manifest.json")).body)?.version).toBe("1.0.1");
 });

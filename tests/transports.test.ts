@@ -8,6 +8,7 @@ import { readFileSync } from "node:fs";
 import type { Socket } from "node:net";
 import { gzipSync } from "node:zlib";
 import { OTA, TransferError, type TransferResponse, type TransferRequest } from "../ota.ts";
+import { noise, sha256 } from "./helpers/content.ts";
 import {
   Double,
   head,
@@ -18,21 +19,9 @@ import {
   type Asked,
   type Offer,
 } from "./helpers/double.ts";
-import { Random } from "./helpers/random.ts";
-import {
-  asTree,
-  eventually,
-  layTree,
-  ota,
-  readTree,
-  Served,
-  sha256,
-  sizesIn,
-  Temp,
-  Tool,
-  type Ended,
-  type Tree,
-} from "./helpers/tool.ts";
+import { asTree, layTree, sizesIn, type Tree } from "./helpers/temp.ts";
+import { eventually, run, Tool, type Ran } from "./helpers/tool.ts";
+import { Served, World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -44,37 +33,21 @@ const AFTER = asTree({ ...OFFER.put, "flash/OTA_VERSION.py": "VERSION = '1.0.1'\
 const BIG = "/content/flash/main.py";
 const MANIFEST = "/manifest.json";
 
-function noise(length: number, seed: number): Uint8Array {
-  const random = new Random(seed);
-  return Uint8Array.from({ length }, () => random.below(256));
-}
-
 /** A device on 1.0.0. */
-class Device extends Temp {
-  readonly root = this.at("device");
-
+class Device extends World {
   constructor() {
-    super();
-    layTree(this.root, BEFORE);
-  }
-
-  args(server: { url: string }, more: readonly string[] = []): string[] {
-    return ["client", "--root", this.root, "--server", server.url, "--timeout", "60", ...more];
-  }
-
-  client(server: { url: string }, more: readonly string[] = []): Promise<Ended> {
-    return ota(this.args(server, more));
+    super({}, { device: BEFORE });
   }
 
   /** Whether nothing has changed, and all is well once the server is. */
   async expectUnharmed(server: Double): Promise<void> {
-    expect(readTree(this.root)).toEqual(asTree(BEFORE));
+    expect(this.tree()).toEqual(asTree(BEFORE));
     server.reply = offering(OFFER, () => server.url);
-    const { code, last, stderr } = await this.client(server);
+    const { code, last, stderr } = await this.client([], server);
     expect({ code, last, stderr: code === 0 ? "" : stderr }).toEqual({
       ...{ code: 0, last: "updated 1.0.0 -> 1.0.1", stderr: "" },
     });
-    expect(readTree(this.root)).toEqual(AFTER);
+    expect(this.tree()).toEqual(AFTER);
   }
 
   /** The sizes of what is staged, by name. */
@@ -241,7 +214,10 @@ describe("content that", () => {
     test.concurrent(name, async () => {
       using device = new Device();
       await using server = await doubleThat(BIG, does);
-      const { code, stdout, stderr, memory: used } = await device.client(server, patience(says));
+      // Of a process the memory can be told.
+      const how = memory === undefined ? "client" : "process";
+      const ended: Ran & { memory?: number } = await device[how](patience(says), server);
+      const { code, stdout, stderr } = ended;
       expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
       expect(stderr).toMatch(says);
       const asked = server.askedFor(BIG).length;
@@ -249,7 +225,7 @@ describe("content that", () => {
       expect(asked).toBeLessThanOrEqual(tries);
       const kept = Object.values(device.staged()).reduce((sum, size) => sum + size, 0);
       expect(kept).toBeLessThan((bytes ?? CONTENT.length) + 2000);
-      if (memory !== undefined) expect(used).toBeLessThan(memory);
+      if (memory !== undefined) expect(ended.memory).toBeWithin(1, memory);
       await device.expectUnharmed(server);
     });
   }
@@ -267,7 +243,7 @@ describe("content that", () => {
       }
       connection.end();
     });
-    const { code } = await device.client(server);
+    const { code } = await device.client([], server);
     expect(code).toBe(0);
     expect(server.askedFor(BIG)).toHaveLength(1);
   });
@@ -292,9 +268,9 @@ describe("content that", () => {
       });
       connection.end();
     });
-    const { code, stderr } = await device.client(server);
+    const { code, stderr } = await device.client([], server);
     expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
-    expect(readTree(device.root)).toEqual(AFTER);
+    expect(device.tree()).toEqual(AFTER);
     expect(server.askedFor(BIG)).toHaveLength(4);
     expect(sent).toBe(CONTENT.length);
   });
@@ -317,9 +293,9 @@ describe("content that", () => {
           const offer = asked.path === MANIFEST && manifests === 1 ? OFFER : later;
           return offering(offer, () => server.url)(asked, connection);
         });
-        const { code, last } = await device.client(server);
+        const { code, last } = await device.client([], server);
         expect({ code, last }).toEqual({ code: 0, last: "updated 1.0.0 -> 1.0.1" });
-        expect(readTree(device.root)).toEqual({ ...AFTER, ...asTree(later.put) });
+        expect(device.tree()).toEqual({ ...AFTER, ...asTree(later.put) });
         expect(manifests).toBe(2);
       },
     );
@@ -375,7 +351,7 @@ describe("a manifest that", () => {
     test.concurrent(name, async () => {
       using device = new Device();
       await using server = await doubleThat(MANIFEST, does);
-      const { code, stdout, stderr, memory } = await device.client(server, patience(says));
+      const { code, stdout, stderr, memory } = await device.process(patience(says), server);
       expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
       expect(stderr).toMatch(says);
       expect(server.asked.map(({ path }) => path)).toEqual(Array<string>(tries).fill(MANIFEST));
@@ -396,7 +372,7 @@ describe("a manifest that", () => {
       setTimeout(() => (isLater = true), 1900);
       send(connection, "busy", { status: 503, headers: { "Retry-After": 2 } });
     });
-    const { code, stderr } = await device.client(server);
+    const { code, stderr } = await device.client([], server);
     expect(code).toBe(0);
     expect(stderr).toContain("answered 503; trying again in 2.0 s");
     expect(isLater).toBe(true);
@@ -405,12 +381,12 @@ describe("a manifest that", () => {
   test.concurrent("nobody is there to give: exit code 1 after five tries", async () => {
     using device = new Device();
     // Where nothing listens; a port that was just left free may be taken by another test.
-    const { code, stderr } = await device.client({ url: "http://127.0.0.1:1" });
+    const { code, stderr } = await device.client([], { url: "http://127.0.0.1:1" });
     expect(code).toBe(1);
     expect(stderr).toContain("cannot reach http://127.0.0.1:1");
     expect(stderr.match(/trying again in/g)).toHaveLength(4);
     expect(stderr).toContain("gave up after 5 tries");
-    expect(readTree(device.root)).toEqual(asTree(BEFORE));
+    expect(device.tree()).toEqual(asTree(BEFORE));
   });
 });
 
@@ -436,15 +412,15 @@ describe("redirects", () => {
   test.concurrent("within the server are followed, five of them", async () => {
     using device = new Device();
     await using server = await redirecting(5);
-    const { code, stderr } = await device.client(server);
+    const { code, stderr } = await device.client([], server);
     expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
-    expect(readTree(device.root)).toEqual(AFTER);
+    expect(device.tree()).toEqual(AFTER);
   });
 
   test.concurrent("are not followed a sixth time", async () => {
     using device = new Device();
     await using server = await redirecting(6);
-    const { code, stderr } = await device.client(server);
+    const { code, stderr } = await device.client([], server);
     expect(code).toBe(1);
     expect(stderr).toContain("redirects more than 5 times");
     expect(server.asked).toHaveLength(6);
@@ -454,7 +430,7 @@ describe("redirects", () => {
   test.concurrent("to itself for ever end", async () => {
     using device = new Device();
     await using server = await doubleThat(BIG, (connection) => redirect(connection, BIG));
-    const { code, stderr } = await device.client(server);
+    const { code, stderr } = await device.client([], server);
     expect(code).toBe(1);
     expect(stderr).toContain("redirects more than 5 times");
     await device.expectUnharmed(server);
@@ -474,7 +450,7 @@ describe("redirects", () => {
       ]) {
         using device = new Device();
         await using server = await doubleThat(what, (connection) => redirect(connection, location));
-        const { code, stderr } = await device.client(server);
+        const { code, stderr } = await device.client([], server);
         expect({ location, code }).toEqual({ location, code: 1 });
         // Without a place to go to it is the place itself, time and again.
         expect(stderr).toMatch(location === "" ? /redirects/ : /redirects to another server/);
@@ -489,7 +465,7 @@ describe("redirects", () => {
 const USUAL = /^(fetched|received|ota.ts: the server does not have|.*: it is kept as) .*\n/gm;
 
 async function expectSuccess(device: Device, server: { url: string }): Promise<void> {
-  const { code, stderr } = await device.client(server);
+  const { code, stderr } = await device.client([], server);
   expect({ code, stderr: stderr.replace(USUAL, "") }).toEqual({
     code: 0,
     stderr: "",
@@ -503,7 +479,7 @@ describe("a device that was killed while it fetched", () => {
       connection.write(head(200, { ...whole, ...headers }));
       connection.write(half);
     });
-    await using tool = new Tool(device.args(server));
+    await using tool = new Tool(device.args([], server));
     await eventually("half of it is here, and all else", () => {
       const { length } = half;
       const sizes = device.staged();
@@ -511,7 +487,7 @@ describe("a device that was killed while it fetched", () => {
     });
     tool.kill("SIGKILL");
     await tool.ended;
-    expect(readTree(device.root)).toEqual(asTree(BEFORE));
+    expect(device.tree()).toEqual(asTree(BEFORE));
   }
 
   const TAG = `"${sha256(CONTENT).slice(0, 16)}"`;
@@ -523,7 +499,7 @@ describe("a device that was killed while it fetched", () => {
       offering(OFFER, () => server.url)(asked, connection),
     );
     await expectSuccess(device, server);
-    expect(readTree(device.root)).toEqual(AFTER);
+    expect(device.tree()).toEqual(AFTER);
     // Of what was whole nothing is asked for.
     expect(server.asked.map(({ path }) => path)).toEqual([MANIFEST, BIG]);
     const { headers } = server.asked[1]!;
@@ -539,7 +515,7 @@ describe("a device that was killed while it fetched", () => {
     await killedHalfWay(device, { ETag: headers.get("etag")! });
     server.lines.length = 0;
     await expectSuccess(device, server);
-    expect(readTree(device.root)).toEqual(AFTER);
+    expect(device.tree()).toEqual(AFTER);
     const logged = () => server.requests.filter(({ path }) => path !== MANIFEST);
     await eventually("it is logged", () => logged().length > 0);
     expect(logged().map(({ path, status, bytes }) => [path, status, bytes])).toEqual([
@@ -554,7 +530,7 @@ describe("a device that was killed while it fetched", () => {
       offering(OFFER, () => server.url)(asked, connection),
     );
     await expectSuccess(device, server);
-    expect(readTree(device.root)).toEqual(AFTER);
+    expect(device.tree()).toEqual(AFTER);
     expect(server.askedFor(BIG)).toHaveLength(1);
     expect(server.askedFor(BIG)[0]!.headers.get("if-range")).toBe('"of long ago"');
   });
@@ -570,7 +546,7 @@ describe("a device that was killed while it fetched", () => {
         offering(OFFER, () => server.url)(asked, connection),
       );
       await expectSuccess(device, server);
-      expect(readTree(device.root)).toEqual(AFTER);
+      expect(device.tree()).toEqual(AFTER);
       expect(server.askedFor(BIG).map(({ headers: sent }) => sent.get("range"))).toEqual([null]);
     });
   }
@@ -586,9 +562,9 @@ describe("a device that was killed while it fetched", () => {
         const range = `bytes ${start}-${CONTENT.length - 1}/${CONTENT.length}`;
         send(connection, rest, { status: 206, headers: { ETag: TAG, "Content-Range": range } });
       });
-      const { code, stderr } = await device.client(server);
+      const { code, stderr } = await device.client([], server);
       expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
-      expect(readTree(device.root)).toEqual(AFTER);
+      expect(device.tree()).toEqual(AFTER);
       expect(server.askedFor(BIG)).toHaveLength(2);
     }
   });
@@ -609,7 +585,7 @@ describe("a device that was killed while it fetched", () => {
         connection.write(chunk(bytes));
       });
       {
-        await using tool = new Tool(device.args(server));
+        await using tool = new Tool(device.args([], server));
         await eventually("all of it is here", () => {
           return Object.values(device.staged()).includes(bytes.length);
         });
@@ -620,7 +596,7 @@ describe("a device that was killed while it fetched", () => {
         if (asked.path === MANIFEST) return offering(offer, () => server.url)(asked, connection);
         sendContent(asked, connection, bytes, coding);
       };
-      const { code, stderr } = await device.client(server);
+      const { code, stderr } = await device.client([], server);
       expect({ code, stderr: code === 0 ? "" : stderr }).toEqual({ code: 0, stderr: "" });
       expect(readFileSync(device.at("device/flash/main.py"), "utf8")).toBe(text);
     });
@@ -705,7 +681,7 @@ describe("a transport of one's own", () => {
     expect(await transport.update()).toMatchObject({
       ...{ result: "updated", from: "1.0.0", to: "1.0.1" },
     });
-    expect(readTree(device.root)).toEqual(AFTER);
+    expect(device.tree()).toEqual(AFTER);
     expect(transport.connected).toBe(1);
     transport.contents.set(MANIFEST, Buffer.from("null"));
     expect(await transport.update()).toMatchObject({ result: "up to date", to: "1.0.1" });
@@ -736,10 +712,10 @@ describe("a transport of one's own", () => {
     fill(transport, OFFER);
     transport.contents.delete(BIG);
     await expect(transport.update()).rejects.toThrow("there is no /content/flash/main.py");
-    expect(readTree(device.root)).toEqual(asTree(BEFORE));
+    expect(device.tree()).toEqual(asTree(BEFORE));
     fill(transport, OFFER);
     expect(await transport.update()).toMatchObject({ result: "updated" });
-    expect(readTree(device.root)).toEqual(AFTER);
+    expect(device.tree()).toEqual(AFTER);
   });
 
   test.concurrent("is verified like any other", async () => {
@@ -748,7 +724,7 @@ describe("a transport of one's own", () => {
     fill(transport, OFFER);
     transport.contents.set(BIG, noise(CONTENT.length, 5));
     await expect(transport.update()).rejects.toThrow("does not verify");
-    expect(readTree(device.root)).toEqual(asTree(BEFORE));
+    expect(device.tree()).toEqual(asTree(BEFORE));
   });
 
   test.concurrent("that brings a few bytes now and then has stalled", async () => {
@@ -768,7 +744,7 @@ describe("a transport of one's own", () => {
         continue;
       }
       await expect(transport.update()).rejects.toThrow(/slow.*gave up after 5 tries/);
-      expect(readTree(device.root)).toEqual(asTree(BEFORE));
+      expect(device.tree()).toEqual(asTree(BEFORE));
     }
   });
 });
@@ -779,19 +755,19 @@ describe("--from, a directory instead of a server", () => {
     layTree(device.at("stick/1.0.0"), { "flash/main.py": "one" });
     layTree(device.at("stick/1.0.1"), OFFER.put);
     const args = ["client", "--root", device.root, "--from", device.at("stick")];
-    const { code, last } = await ota(args);
+    const { code, last } = await run(args);
     expect({ code, last }).toEqual({ code: 0, last: "updated 1.0.0 -> 1.0.1" });
-    expect(readTree(device.root)).toEqual(AFTER);
-    expect((await ota(args)).last).toBe("up to date 1.0.1");
+    expect(device.tree()).toEqual(AFTER);
+    expect((await run(args)).last).toBe("up to date 1.0.1");
   });
 
   test.concurrent("says so when the directory is not there", async () => {
     using device = new Device();
     const args = ["client", "--root", device.root, "--from", device.at("nowhere")];
-    const { code, stdout, stderr } = await ota(args);
+    const { code, stdout, stderr } = await run(args);
     expect([1, 2]).toContain(code!);
     expect(stdout).toBe("");
     expect(stderr).toContain(device.at("nowhere"));
-    expect(readTree(device.root)).toEqual(asTree(BEFORE));
+    expect(device.tree()).toEqual(asTree(BEFORE));
   });
 });

@@ -7,24 +7,15 @@
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createPrivateKey, createPublicKey, sign, type KeyObject } from "node:crypto";
 import { chmodSync, existsSync, readFileSync, statSync, symlinkSync, writeFileSync } from "node:fs";
-import { HttpOTA, makeKeys, OTAError, serve, signManifest, type ServeOptions } from "../ota.ts";
+import { HttpOTA, makeKeys, OTAError, serve, signManifest } from "../ota.ts";
 import { boardGet } from "./helpers/board.ts";
+import { sha1, sha256 } from "./helpers/content.ts";
 import { Double, manifestOf, send, sendContent, type Asked, type Reply } from "./helpers/double.ts";
 import { certify, openssl, type Certified } from "./helpers/pki.ts";
 import { parseResponse, rawRequest } from "./helpers/raw.ts";
-import {
-  asTree,
-  layTree,
-  need,
-  ota,
-  readTree,
-  Served,
-  sha1,
-  sha256,
-  Temp,
-  Tool,
-  type Tree,
-} from "./helpers/tool.ts";
+import { asTree, layTree, Temp, type Tree } from "./helpers/temp.ts";
+import { need, run, Serving, Tool } from "./helpers/tool.ts";
+import { Served, World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -35,18 +26,12 @@ const own = (version: string): Tree => ({ "flash/OTA_VERSION.py": `VERSION = '${
 const TREE_2 = asTree({ ...V2, ...own("1.0.1") });
 
 /** A directory with releases, a device on 1.0.0, and keys `ours` and `other`. */
-class Place extends Temp {
-  readonly releases = this.at("releases");
-  readonly device = this.at("device");
-
+class Place extends World {
   constructor() {
-    super();
-    layTree(this.at("releases/1.0.0"), V1);
-    layTree(this.at("releases/1.0.1"), V2);
-    layTree(this.device, V1);
+    super({ "1.0.0": V1, "1.0.1": V2 }, { device: V1 });
     for (const name of ["ours", "other"]) {
       const { key, pub } = makeKeys();
-      layTree(this.path, { [`${name}.key`]: key, [`${name}.pub`]: pub });
+      this.write({ [`${name}.key`]: key, [`${name}.pub`]: pub });
     }
   }
 
@@ -58,36 +43,18 @@ class Place extends Temp {
     return createPublicKey(readFileSync(this.at(`${name}.pub`)));
   }
 
-  /** The real server. */
-  serve(options: ServeOptions = {}): Promise<Served> {
-    return Served.start(this.releases, options);
-  }
-
-  /** `bun ota.ts client` for the device, to its end. */
-  client(server: string, args: readonly string[] = [], env: Record<string, string> = {}) {
-    const device = ["--root", this.device, "--ver", "1.0.0", "--server", server];
-    return ota(["client", ...device, ...args], { env });
+  override args(args: readonly string[] = [], from: { url: string } = this): string[] {
+    return super.args(["--ver", "1.0.0", ...args], from);
   }
 }
 
-/** Starts `bun ota.ts serve` and waits until it listens. */
-async function startServe(args: readonly string[], env: Record<string, string> = {}) {
-  const tool = new Tool(["serve", "--port", "0", "--host", "127.0.0.1", ...args], { env });
-  try {
-    const [, url = ""] = await tool.until(/ at (https?:\S+)\n[^]*^try /m);
-    return { tool, url, [Symbol.asyncDispose]: () => tool[Symbol.asyncDispose]() };
-  } catch (error) {
-    await tool[Symbol.asyncDispose]();
-    throw error;
-  }
-}
-
+const LOCAL = ["--host", "127.0.0.1"];
 const mode = (file: string) => (statSync(file).mode & 0o777).toString(8);
 
 describe.concurrent("keygen", () => {
   test("writes a key that is its owner's alone, and a public one", async () => {
     using temp = new Temp();
-    const { code, stdout, stderr } = await ota(["keygen", "--out", temp.at("fleet")]);
+    const { code, stdout, stderr } = await run(["keygen", "--out", temp.at("fleet")]);
     expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
     expect(stdout).toContain("fleet.key");
     expect(mode(temp.at("fleet.key"))).toBe("600");
@@ -97,7 +64,7 @@ describe.concurrent("keygen", () => {
 
   test("openssl reads both, and they belong together", async () => {
     using temp = new Temp();
-    await ota(["keygen", "--out", temp.at("fleet")]);
+    await run(["keygen", "--out", temp.at("fleet")]);
     const key = openssl(["pkey", "-in", temp.at("fleet.key"), "-noout", "-text"]);
     expect(key).toMatchObject({ code: 0, stdout: expect.stringContaining("ED25519 Private-Key") });
     const pub = openssl(["pkey", "-pubin", "-in", temp.at("fleet.pub"), "-noout", "-text"]);
@@ -115,7 +82,7 @@ describe.concurrent("keygen", () => {
       using temp = new Temp();
       const taken = temp.at(`fleet.${there}`);
       writeFileSync(taken, "precious");
-      const { code, stderr } = await ota(["keygen", "--out", temp.at("fleet")]);
+      const { code, stderr } = await run(["keygen", "--out", temp.at("fleet")]);
       expect({ code, stderr }).toEqual({ code: 1, stderr: expect.stringContaining(taken) });
       expect(readFileSync(taken, "utf8")).toBe("precious");
       // Half a pair is no use, and would be in the way of the next try.
@@ -125,8 +92,8 @@ describe.concurrent("keygen", () => {
 
   test("without a name, or where nothing can be written: one line, no key", async () => {
     using temp = new Temp();
-    expect(await ota(["keygen"])).toMatchObject({ code: 2, stdout: "" });
-    const nowhere = await ota(["keygen", "--out", temp.at("none/fleet")]);
+    expect(await run(["keygen"])).toMatchObject({ code: 2, stdout: "" });
+    const nowhere = await run(["keygen", "--out", temp.at("none/fleet")]);
     expect(nowhere).toMatchObject({ code: 1, stdout: "" });
     expect(nowhere.stderr).toMatch(/^ota\.ts: [^\n]*none\/fleet[^\n]*\n$/);
   });
@@ -149,8 +116,8 @@ describe.concurrent("serve --sign", () => {
     ["a request id of any kind", `reqid=${encodeURIComponent('a"\\\u{1f680}')}`, 'a"\\\u{1f680}'],
   ] as const) {
     test(`openssl verifies the signature of ${what}`, async () => {
-      using place = new Place();
-      await using server = await place.serve({ sign: place.at("ours.key") });
+      await using place = new Place();
+      const server = await place.serve({ sign: place.at("ours.key") });
       const response = await fetch(`${server.url}/manifest.json?${query}`);
       const signature = response.headers.get("x-ota-signature") ?? "";
       const body = await response.text();
@@ -165,8 +132,8 @@ describe.concurrent("serve --sign", () => {
   }
 
   test("the signature is over the JSON, however it is coded for the way", async () => {
-    using place = new Place();
-    await using server = await place.serve({ sign: place.at("ours.key") });
+    await using place = new Place();
+    const server = await place.serve({ sign: place.at("ours.key") });
     for (const encoding of ["identity", "gzip", "zstd"]) {
       const url = `${server.url}/manifest.json?current_ver=1.0.0&hash=sha256&reqid=7`;
       const headers = { "Accept-Encoding": encoding };
@@ -182,8 +149,8 @@ describe.concurrent("serve --sign", () => {
   });
 
   test("HEAD has the signature, other answers have none", async () => {
-    using place = new Place();
-    await using server = await place.serve({ sign: place.at("ours.key") });
+    await using place = new Place();
+    const server = await place.serve({ sign: place.at("ours.key") });
     const head = await fetch(`${server.url}/manifest.json`, { method: "HEAD" });
     expect(head.headers.get("x-ota-signature")).toMatch(/^[A-Za-z0-9+/]{86}==$/);
     const file = await fetch(`${server.url}/1.0.1/flash/main.py`);
@@ -191,16 +158,16 @@ describe.concurrent("serve --sign", () => {
   });
 
   test("uses a key that openssl made, and a device verifies it with openssl's public key", async () => {
-    using place = new Place();
+    await using place = new Place();
     const [key, pub] = [place.at("made.key"), place.at("made.pub")];
     expect(openssl(["genpkey", "-algorithm", "ed25519", "-out", key]).code).toBe(0);
     expect(openssl(["pkey", "-in", key, "-pubout", "-out", pub]).code).toBe(0);
-    await using server = await startServe(["--root", place.releases, "--sign", key]);
-    expect(await place.client(server.url, ["--verify", pub])).toMatchObject({
+    await using server = await Serving.start(["--root", place.releases, "--sign", key, ...LOCAL]);
+    expect(await place.client(["--verify", pub], server)).toMatchObject({
       code: 0,
       last: "updated 1.0.0 -> 1.0.1",
     });
-    expect(readTree(place.device)).toEqual(TREE_2);
+    expect(place.tree()).toEqual(TREE_2);
   });
 
   for (const [what, make] of [
@@ -210,9 +177,9 @@ describe.concurrent("serve --sign", () => {
     ["a file that is missing", (place: Place) => place.at("missing.key")],
   ] as const) {
     test(`does not start with ${what}: exit code 2, one line that names it`, async () => {
-      using place = new Place();
+      await using place = new Place();
       const file = make(place);
-      const ended = await ota(["serve", "--root", place.releases, "--port", "0", "--sign", file]);
+      const ended = await run(["serve", "--root", place.releases, "--port", "0", "--sign", file]);
       expect(ended).toMatchObject({ code: 2, stdout: "" });
       expect(ended.stderr).toMatch(/^ota\.ts: [^\n]*\n$/);
       expect(ended.stderr).toContain(file);
@@ -254,7 +221,7 @@ describe.concurrent("a key inside the root that is served", () => {
 
   for (const [what, lay] of cases) {
     test(`${what}: the server does not start, for HTTPS neither`, async () => {
-      using place = new Place();
+      await using place = new Place();
       for (const file of ["sign.key", ".sign.key", "1.0.1/sign.key"]) {
         layTree(place.releases, { [file]: readFileSync(place.at("ours.key")) });
       }
@@ -272,19 +239,19 @@ describe.concurrent("a key inside the root that is served", () => {
   }
 
   test("on the command line: exit code 2, and it says to move it", async () => {
-    using place = new Place();
+    await using place = new Place();
     layTree(place.releases, { "sign.key": readFileSync(place.at("ours.key")) });
     const key = place.at("releases/sign.key");
-    const ended = await ota(["serve", "--root", place.releases, "--port", "0", "--sign", key]);
+    const ended = await run(["serve", "--root", place.releases, "--port", "0", "--sign", key]);
     expect(ended).toMatchObject({ code: 2, stdout: "" });
     expect(ended.stderr).toContain("move it away");
   });
 
   test("a link inside the root to a key outside is no way to read it", async () => {
-    using place = new Place();
+    await using place = new Place();
     symlinkSync(place.at("ours.key"), place.at("releases/sign.key"));
     symlinkSync(place.at("ours.key"), place.at("releases/1.0.1/sign.key"));
-    await using server = await place.serve({ sign: place.at("ours.key") });
+    const server = await place.serve({ sign: place.at("ours.key") });
     for (const path of ["/sign.key", "/1.0.1/sign.key", "/../ours.key"]) {
       const { bytes } = await rawRequest(server.url, `GET ${path} HTTP/1.0\r\nHost: a\r\n\r\n`);
       expect(parseResponse(bytes).status).toBe(404);
@@ -358,7 +325,7 @@ describe.concurrent("client --verify", () => {
     double.reply = signing(place, lie, () => double.url);
     double.list = signing(place, {}, () => double.url);
     const device = new HttpOTA(double.url, {
-      root: place.device,
+      root: place.root,
       ver,
       verify: [place.public()],
     });
@@ -372,10 +339,10 @@ describe.concurrent("client --verify", () => {
   }
 
   test("takes what is signed for this very request", async () => {
-    using place = new Place();
+    await using place = new Place();
     expect(await update(place, {})).toBeUndefined();
-    expect(readTree(place.device)).toEqual(TREE_2);
-    expect(readFileSync(`${place.device}/.ota/ota_0.bin`)).toEqual(IMAGE);
+    expect(place.tree()).toEqual(TREE_2);
+    expect(readFileSync(`${place.root}/.ota/ota_0.bin`)).toEqual(IMAGE);
   });
 
   const refused: [what: string, lie: Lie, because: RegExp][] = [
@@ -485,11 +452,11 @@ describe.concurrent("client --verify", () => {
 
   for (const [what, lie, because] of refused) {
     test(`refuses ${what}`, async () => {
-      using place = new Place();
+      await using place = new Place();
       const error = await update(place, lie);
       expect(error).toBeInstanceOf(OTAError);
       expect(error).toMatchObject({ exitCode: 1, message: expect.stringMatching(because) });
-      expect(readTree(place.device)).toEqual(asTree(V1));
+      expect(place.tree()).toEqual(asTree(V1));
     });
   }
 
@@ -499,7 +466,7 @@ describe.concurrent("client --verify", () => {
     ["the same in another spelling", "1.00.1"],
   ] as const) {
     test(`refuses firmware that is not newer: ${what}`, async () => {
-      using place = new Place();
+      await using place = new Place();
       expect(await update(place, {})).toBeUndefined();
       const manifest: Lie["manifest"] = (m) => ({
         ...m,
@@ -509,25 +476,25 @@ describe.concurrent("client --verify", () => {
       const error = await update(place, { manifest }, "1.0.1");
       expect(error).toBeInstanceOf(OTAError);
       expect(error).toMatchObject({ message: expect.stringContaining(`firmware ${version}`) });
-      expect(readTree(place.device)).toEqual(TREE_2);
+      expect(place.tree()).toEqual(TREE_2);
     });
   }
 
   test("refuses a version older than the recorded one, whatever --ver says", async () => {
-    using place = new Place();
+    await using place = new Place();
     expect(await update(place, {})).toBeUndefined();
     const older: Lie = { manifest: (m) => without({ ...m, version: "1.0.0" }, "firmware") };
     expect(await update(place, older, "0.1")).toMatchObject({
       message: expect.stringContaining("older than the device's 1.0.1"),
     });
-    expect(readTree(place.device)).toEqual(TREE_2);
+    expect(place.tree()).toEqual(TREE_2);
   });
 
   test("sends a random reqid each time, and none without --verify", async () => {
-    using place = new Place();
+    await using place = new Place();
     await using double = await Double.start((_, connection) => send(connection, "null"));
     const ask = (verify?: KeyObject[]) =>
-      new HttpOTA(double.url, { root: place.device, ...(verify && { verify }) })
+      new HttpOTA(double.url, { root: place.root, ...(verify && { verify }) })
         .update()
         .catch(() => {});
     await ask([place.public()]);
@@ -541,7 +508,7 @@ describe.concurrent("client --verify", () => {
   });
 
   test("content that is right by SHA-1 and wrong by SHA-256 is refused", async () => {
-    using place = new Place();
+    await using place = new Place();
     const forged = Buffer.from("print('evil')\n");
     // As if somebody had found another content with the same SHA-1.
     const manifest: Lie["manifest"] = (m) =>
@@ -556,15 +523,15 @@ describe.concurrent("client --verify", () => {
       asked.path === "/manifest.json"
         ? honest(asked, connection)
         : sendContent(asked, connection, forged);
-    const ended = await place.client(double.url, ["--verify", place.at("ours.pub")]);
+    const ended = await place.client(["--verify", place.at("ours.pub")], double);
     expect(ended).toMatchObject({ code: 1, stdout: "" });
     expect(ended.stderr).toContain("does not verify");
-    expect(readTree(place.device)).toEqual(asTree(V1));
+    expect(place.tree()).toEqual(asTree(V1));
   });
 
   test("an old answer of the real server, signed and all, is refused when it is replayed", async () => {
-    using place = new Place();
-    await using server = await place.serve({ sign: place.at("ours.key") });
+    await using place = new Place();
+    const server = await place.serve({ sign: place.at("ours.key") });
     // Somebody on the way who keeps what he hears.
     const kept: { body: string; signature: string }[] = [];
     await using double = await Double.start(async (asked, connection) => {
@@ -577,24 +544,24 @@ describe.concurrent("client --verify", () => {
     double.list = double.reply;
     const verify = ["--verify", place.at("ours.pub")];
     // Through him all is well: what 1.0.0 consists of, an update, and null.
-    expect((await place.client(double.url, verify)).last).toBe("updated 1.0.0 -> 1.0.1");
-    expect((await place.client(double.url, verify)).last).toBe("up to date 1.0.1");
+    expect((await place.client(verify, double)).last).toBe("updated 1.0.0 -> 1.0.1");
+    expect((await place.client(verify, double)).last).toBe("up to date 1.0.1");
     expect(kept.map(({ body }) => body === "null")).toEqual([false, false, true]);
     // Then comes 1.0.2, and he repeats himself.
     layTree(`${place.releases}/1.0.2`, V1);
     for (const { body, signature } of kept) {
       double.reply = (_, connection) =>
         send(connection, body, { headers: { "X-OTA-Signature": signature } });
-      const ended = await place.client(double.url, verify);
+      const ended = await place.client(verify, double);
       expect(ended).toMatchObject({ code: 1, stdout: "" });
       expect(ended.stderr).toContain("none of the keys");
     }
-    expect(readTree(place.device)).toEqual(TREE_2);
+    expect(place.tree()).toEqual(TREE_2);
   });
 
   test("a diff for what the device does not have is refused: somebody took its base away", async () => {
-    using place = new Place();
-    await using server = await place.serve({ sign: place.at("ours.key") });
+    await using place = new Place();
+    const server = await place.serve({ sign: place.at("ours.key") });
     let behind = server.url;
     let isHonest = true;
     await using double = await Double.start(async (asked, connection) => {
@@ -605,51 +572,51 @@ describe.concurrent("client --verify", () => {
     });
     double.list = double.reply;
     const verify = ["--verify", place.at("ours.pub")];
-    expect((await place.client(double.url, verify)).last).toBe("updated 1.0.0 -> 1.0.1");
+    expect((await place.client(verify, double)).last).toBe("updated 1.0.0 -> 1.0.1");
     // What 1.0.2 has in common with 1.0.1 is not in a diff.
     layTree(`${place.releases}/1.0.2`, { ...V2, "flash/added.py": "added\n" });
-    await using newer = await place.serve({ sign: place.at("ours.key") });
+    await using newer = await Served.start(place.releases, { sign: place.at("ours.key") });
     behind = newer.url;
     const [path] = Object.keys(V2);
-    layTree(place.device, { [path!]: "scribbled" });
-    const before = readTree(place.device);
+    layTree(place.root, { [path!]: "scribbled" });
+    const before = place.tree();
     isHonest = false;
-    const refused = await place.client(double.url, verify);
+    const refused = await place.client(verify, double);
     expect(refused).toMatchObject({ code: 1, stdout: "" });
     expect(refused.stderr).toContain("base was lost on the way");
-    expect(readTree(place.device)).toEqual(before);
+    expect(place.tree()).toEqual(before);
     isHonest = true;
-    expect((await place.client(double.url, verify)).last).toBe("updated 1.0.1 -> 1.0.2");
-    expect(readTree(place.device)[path!]).toEqual(asTree(V2)[path!]!);
+    expect((await place.client(verify, double)).last).toBe("updated 1.0.1 -> 1.0.2");
+    expect(place.tree()[path!]).toEqual(asTree(V2)[path!]!);
   });
 
   test("several times: a key is exchanged without a device that is left behind", async () => {
-    using place = new Place();
+    await using place = new Place();
     const both = ["--verify", place.at("ours.pub"), "--verify", place.at("other.pub")];
-    await using before = await place.serve({ sign: place.at("ours.key") });
-    expect((await place.client(before.url, both)).last).toBe("updated 1.0.0 -> 1.0.1");
+    await using before = await Served.start(place.releases, { sign: place.at("ours.key") });
+    expect((await place.client(both, before)).last).toBe("updated 1.0.0 -> 1.0.1");
     layTree(`${place.releases}/1.0.2`, V1);
-    await using after = await place.serve({ sign: place.at("other.key") });
-    const late = await place.client(after.url, ["--verify", place.at("ours.pub")]);
+    await using after = await Served.start(place.releases, { sign: place.at("other.key") });
+    const late = await place.client(["--verify", place.at("ours.pub")], after);
     expect(late).toMatchObject({ code: 1, stdout: "" });
-    expect((await place.client(after.url, both)).last).toBe("updated 1.0.1 -> 1.0.2");
+    expect((await place.client(both, after)).last).toBe("updated 1.0.1 -> 1.0.2");
   });
 
   test("a server that does not sign is of no use; exit code 1, and it says why", async () => {
-    using place = new Place();
-    await using server = await place.serve();
-    const ended = await place.client(server.url, ["--verify", place.at("ours.pub")]);
+    await using place = new Place();
+    const server = await place.serve();
+    const ended = await place.client(["--verify", place.at("ours.pub")], server);
     expect(ended).toMatchObject({ code: 1, stdout: "" });
     expect(ended.stderr).toContain("it is not signed");
-    expect(readTree(place.device)).toEqual(asTree(V1));
+    expect(place.tree()).toEqual(asTree(V1));
     expect(server.sent).toEqual([]);
   });
 
   test("a key that is none, or missing: exit code 2, and nobody is asked", async () => {
-    using place = new Place();
-    await using server = await place.serve();
+    await using place = new Place();
+    const server = await place.serve();
     for (const file of [place.at("device/flash/main.py"), place.at("missing.pub")]) {
-      const ended = await place.client(server.url, ["--verify", file]);
+      const ended = await place.client(["--verify", file], server);
       expect(ended).toMatchObject({ code: 2, stdout: "" });
       expect(ended.stderr).toContain(file);
     }
@@ -657,13 +624,13 @@ describe.concurrent("client --verify", () => {
   });
 
   test("goes with --repair", async () => {
-    using place = new Place();
-    await using server = await place.serve({ sign: place.at("ours.key") });
+    await using place = new Place();
+    const server = await place.serve({ sign: place.at("ours.key") });
     const verify = ["--verify", place.at("ours.pub")];
-    expect((await place.client(server.url, verify)).code).toBe(0);
-    layTree(place.device, { "flash/lib.py": "spoilt\n" });
-    expect((await place.client(server.url, [...verify, "--repair"])).code).toBe(0);
-    expect(readTree(place.device)).toEqual(TREE_2);
+    expect((await place.client(verify, server)).code).toBe(0);
+    layTree(place.root, { "flash/lib.py": "spoilt\n" });
+    expect((await place.client([...verify, "--repair"], server)).code).toBe(0);
+    expect(place.tree()).toEqual(TREE_2);
   });
 });
 
@@ -683,10 +650,7 @@ describe.concurrent("serve --token", () => {
     server = await place.serve({ token: PLAIN_TOKEN });
   });
 
-  afterAll(async () => {
-    await server?.[Symbol.asyncDispose]();
-    place?.[Symbol.dispose]();
-  });
+  afterAll(() => place?.[Symbol.asyncDispose]());
 
   const paths = [
     ...["/manifest.json", "/manifest.json?current_ver=1.0.0", "/manifest.json?current_ver=%00"],
@@ -727,7 +691,7 @@ describe.concurrent("serve --token", () => {
   }
 
   test("the right one in the header or the query: everything is as without a token", async () => {
-    await using open = await place.serve();
+    await using open = await Served.start(place.releases);
     for (const path of paths.filter((path) => path !== "/-/metrics")) {
       const expected = await fetch(open.url + path);
       const inHeader = await fetch(server.url + path, {
@@ -746,12 +710,12 @@ describe.concurrent("serve --token", () => {
 
   test("one with characters of every kind can be sent both ways", async () => {
     // A header has only Latin-1, so the é goes by the query alone.
-    await using odd = await place.serve({ token: TOKEN });
+    await using odd = await Served.start(place.releases, { token: TOKEN });
     expect((await fetch(`${odd.url}/notes.txt?token=${QUERY_TOKEN}`)).status).toBe(200);
     const manifest = await fetch(`${odd.url}/manifest.json?token=${QUERY_TOKEN}`);
     const { firmware } = (await manifest.json()) as { firmware: { URL: string } };
     expect((await fetch(firmware.URL)).status).toBe(200);
-    await using plus = await place.serve({ token: "a+b/c==" });
+    await using plus = await Served.start(place.releases, { token: "a+b/c==" });
     expect((await fetch(`${plus.url}/notes.txt?token=a+b/c==`)).status).toBe(200);
     const headers = { Authorization: "Bearer a+b/c==" };
     expect((await fetch(`${plus.url}/notes.txt`, { headers })).status).toBe(200);
@@ -783,7 +747,7 @@ describe.concurrent("serve --token", () => {
   });
 
   test("a server without a token repeats nobody's", async () => {
-    await using open = await place.serve();
+    await using open = await Served.start(place.releases);
     const text = await (await fetch(`${open.url}/manifest.json?token=mine`)).text();
     expect(text).not.toContain("mine");
   });
@@ -796,7 +760,7 @@ describe.concurrent("serve --token", () => {
       [[...root, "--token", PLAIN_TOKEN], PLAIN_TOKEN, "from-the-environment"],
     ] as const;
     for (const [args, token, wrongOne] of both) {
-      await using process = await startServe(args, env);
+      await using process = await Serving.start([...args, ...LOCAL], { env });
       const status = async (path: string, headers: Record<string, string> = {}) =>
         (await fetch(process.url + path, { headers })).status;
       expect(await status("/notes.txt")).toBe(401);
@@ -808,8 +772,8 @@ describe.concurrent("serve --token", () => {
       const absolute = `GET http://a/notes.txt?token=${token} HTTP/1.0\r\nHost: a\r\n\r\n`;
       expect(parseResponse((await rawRequest(process.url, absolute)).bytes).status).toBe(200);
       const text = await (await fetch(`${process.url}/-/metrics?token=${token}`)).text();
-      process.tool.kill("SIGTERM");
-      const { stdout, stderr, code } = await process.tool.ended;
+      process.kill("SIGTERM");
+      const { stdout, stderr, code } = await process.ended;
       expect(code).toBe(0);
       expect(stdout).toContain("/notes.txt 401");
       for (const printed of [stdout, stderr, text]) {
@@ -822,32 +786,32 @@ describe.concurrent("serve --token", () => {
 
 describe.concurrent("client --token", () => {
   test("updates from a server that wants it; without it, exit code 1 and a hint", async () => {
-    using place = new Place();
-    await using server = await place.serve({ token: PLAIN_TOKEN });
-    const none = await place.client(server.url);
+    await using place = new Place();
+    const server = await place.serve({ token: PLAIN_TOKEN });
+    const none = await place.client([], server);
     expect(none).toMatchObject({ code: 1, stdout: "" });
     expect(none.stderr).toContain("--token");
-    const wrong = await place.client(server.url, ["--token", "wrong"]);
+    const wrong = await place.client(["--token", "wrong"], server);
     expect(wrong).toMatchObject({ code: 1, stdout: "" });
     expect(wrong.stderr).not.toContain("wrong");
-    expect(readTree(place.device)).toEqual(asTree(V1));
-    const right = await place.client(server.url, ["--token", PLAIN_TOKEN]);
+    expect(place.tree()).toEqual(asTree(V1));
+    const right = await place.client(["--token", PLAIN_TOKEN], server);
     expect(right).toMatchObject({ code: 0, last: "updated 1.0.0 -> 1.0.1" });
-    expect(readTree(place.device)).toEqual(TREE_2);
+    expect(place.tree()).toEqual(TREE_2);
     expect(right.stdout + right.stderr).not.toContain(PLAIN_TOKEN);
   });
 
   test("comes from OTA_TOKEN, too; --token goes before it", async () => {
-    using place = new Place();
-    await using server = await place.serve({ token: PLAIN_TOKEN });
+    await using place = new Place();
+    const server = await place.serve({ token: PLAIN_TOKEN });
     const env = { OTA_TOKEN: "another" };
-    expect((await place.client(server.url, [], env)).code).toBe(1);
-    expect((await place.client(server.url, ["--token", PLAIN_TOKEN], env)).code).toBe(0);
-    expect((await place.client(server.url, [], { OTA_TOKEN: PLAIN_TOKEN })).code).toBe(0);
+    expect((await place.process([], server, { env })).code).toBe(1);
+    expect((await place.process(["--token", PLAIN_TOKEN], server, { env })).code).toBe(0);
+    expect((await place.process([], server, { env: { OTA_TOKEN: PLAIN_TOKEN } })).code).toBe(0);
   });
 
   test("goes to the origin of --server and nowhere else: not to a CDN on another port", async () => {
-    using place = new Place();
+    await using place = new Place();
     await using cdn = await Double.start(() => {});
     await using origin = await Double.start(() => {});
     // One file comes from the server itself, the other one from the CDN.
@@ -861,7 +825,7 @@ describe.concurrent("client --token", () => {
       send(connection, JSON.stringify({ ...here, new: [first, second] }));
     };
     [origin.reply, cdn.reply] = [reply(origin), reply(cdn)];
-    const ended = await place.client(origin.url, ["--token", PLAIN_TOKEN]);
+    const ended = await place.client(["--token", PLAIN_TOKEN], origin);
     expect(ended.last).toBe("updated 1.0.0 -> 1.0.1");
     expect(origin.asked.map(({ headers }) => headers.get("authorization"))).toEqual([
       `Bearer ${PLAIN_TOKEN}`,
@@ -875,30 +839,30 @@ describe.concurrent("client --token", () => {
   });
 
   test("a real server with --url elsewhere: the CDN gets no token", async () => {
-    using place = new Place();
+    await using place = new Place();
     await using cdn = await Double.start((asked, connection) => {
       send(connection, V2[asked.path.slice("/fleet/1.0.1/".length)] ?? "");
     });
-    await using server = await place.serve({ token: PLAIN_TOKEN, url: `${cdn.url}/fleet` });
-    const ended = await place.client(server.url, ["--token", PLAIN_TOKEN]);
+    const server = await place.serve({ token: PLAIN_TOKEN, url: `${cdn.url}/fleet` });
+    const ended = await place.client(["--token", PLAIN_TOKEN], server);
     expect(ended.last).toBe("updated 1.0.0 -> 1.0.1");
     expect(cdn.asked.length).toBe(2);
     for (const { headers, target } of cdn.asked) {
       expect([...headers.values(), target].join()).not.toContain(PLAIN_TOKEN);
     }
-    expect(readTree(place.device)).toEqual(TREE_2);
+    expect(place.tree()).toEqual(TREE_2);
   });
 
   for (const status of [301, 302, 303, 307, 308]) {
     test(`follows a ${status} on the same origin with it, and none to another`, async () => {
-      using place = new Place();
+      await using place = new Place();
       await using thief = await Double.start((_, connection) => send(connection, "null"));
       await using origin = await Double.start((asked, connection) => {
         if (asked.path === "/moved.json") return send(connection, "null");
         const Location = asked.query.has("away") ? thief.url : `/moved.json?${asked.query}`;
         send(connection, "", { status, headers: { Location } });
       });
-      const device = { root: place.device, ver: "1.0.0", token: PLAIN_TOKEN };
+      const device = { root: place.root, ver: "1.0.0", token: PLAIN_TOKEN };
       expect(await new HttpOTA(origin.url, device).update()).toMatchObject({
         result: "up to date",
       });
@@ -920,11 +884,11 @@ describe.concurrent("client --token", () => {
   }
 
   test("does not go round in circles", async () => {
-    using place = new Place();
+    await using place = new Place();
     await using origin = await Double.start((_, connection) =>
       send(connection, "", { status: 302, headers: { Location: "/manifest.json" } }),
     );
-    const error = await new HttpOTA(origin.url, { root: place.device })
+    const error = await new HttpOTA(origin.url, { root: place.root })
       .update()
       .catch((e: unknown) => e);
     expect(String(error)).toContain("redirects more than");
@@ -937,14 +901,14 @@ describe.concurrent("client --token", () => {
 describe.concurrent("serve --tls-cert --tls-key", () => {
   let place: Place;
   let good: Certified;
-  let server: Awaited<ReturnType<typeof startServe>>;
+  let server: Serving;
 
   beforeAll(async () => {
     place = new Place();
     good = certify(place.path, "IP:127.0.0.1,DNS:localhost");
     const files = ["--tls-cert", good.cert, "--tls-key", good.key];
     const access = ["--token", PLAIN_TOKEN, "--sign", place.at("ours.key")];
-    server = await startServe(["--root", place.releases, ...files, ...access]);
+    server = await Serving.start(["--root", place.releases, ...files, ...access, ...LOCAL]);
   });
 
   afterAll(async () => {
@@ -985,20 +949,19 @@ describe.concurrent("serve --tls-cert --tls-key", () => {
   test("client --ca updates through it, signed and with a token", async () => {
     using mine = new Place();
     const access = ["--token", PLAIN_TOKEN, "--verify", place.at("ours.pub")];
-    const ended = await mine.client(server.url, ["--ca", good.ca, ...access]);
+    const ended = await mine.client(["--ca", good.ca, ...access], server);
     expect(ended).toMatchObject({ code: 0, last: "updated 1.0.0 -> 1.0.1" });
-    expect(readTree(mine.device)).toEqual(TREE_2);
+    expect(mine.tree()).toEqual(TREE_2);
   });
 
   /** What a client makes of a server that it should not trust: it says so, and has got nothing. */
   async function expectDistrust(url: string, args: readonly string[]): Promise<void> {
     using mine = new Place();
-    const device = ["--root", mine.device, "--ver", "1.0.0", "--server", url];
-    await using tool = new Tool(["client", ...device, ...args]);
+    await using tool = new Tool(mine.args(args, { url }));
     await tool.until(/cannot reach https:[^\n]*(certificate|CERT)/i, "stderr");
     tool.kill("SIGTERM");
     expect(await tool.ended).toMatchObject({ code: 1, stdout: "" });
-    expect(readTree(mine.device)).toEqual(asTree(V1));
+    expect(mine.tree()).toEqual(asTree(V1));
   }
 
   test("a client without --ca does not trust it", async () => {
@@ -1014,7 +977,7 @@ describe.concurrent("serve --tls-cert --tls-key", () => {
   test("a client does not trust a certificate for another name", async () => {
     using other = new Temp();
     const { ca, cert, key } = certify(other.path, "DNS:ota.test");
-    await using named = await place.serve({ tls: { cert, key } });
+    await using named = await Served.start(place.releases, { tls: { cert, key } });
     await expectDistrust(named.url.replace("http:", "https:"), ["--ca", ca]);
     expect(named.requests).toEqual([]);
   });
@@ -1046,7 +1009,7 @@ describe.concurrent("serve --tls-cert --tls-key", () => {
       ],
     ] as const) {
       const root = ["--root", mine.releases, "--port", "0", "--host", "127.0.0.1"];
-      const ended = await ota(["serve", ...root, ...args]);
+      const ended = await run(["serve", ...root, ...args]);
       expect(codes as readonly (number | null)[]).toContain(ended.code);
       expect(ended.stdout).toBe("");
       expect(ended.stderr).toMatch(/^ota\.ts: [^\n]*\n$/);
@@ -1055,14 +1018,14 @@ describe.concurrent("serve --tls-cert --tls-key", () => {
 
   test("a --ca that cannot be read: exit code 2", async () => {
     using mine = new Place();
-    const ended = await mine.client(server.url, ["--ca", mine.at("missing.pem")]);
+    const ended = await mine.client(["--ca", mine.at("missing.pem")], server);
     expect(ended).toMatchObject({ code: 2, stdout: "" });
   });
 });
 
 test("a key that others may read is still used: whose it is is not for us to say", async () => {
-  using place = new Place();
+  await using place = new Place();
   chmodSync(place.at("ours.key"), 0o644);
-  await using server = await place.serve({ sign: place.at("ours.key") });
-  expect((await place.client(server.url, ["--verify", place.at("ours.pub")])).code).toBe(0);
+  const server = await place.serve({ sign: place.at("ours.key") });
+  expect((await place.client(["--verify", place.at("ours.pub")], server)).code).toBe(0);
 });

@@ -18,6 +18,7 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { LooseVersion } from "../ota.ts";
+import { Random, seeded } from "./helpers/random.ts";
 
 setDefaultTimeout(600_000);
 
@@ -96,15 +97,7 @@ describe("beyond the table", () => {
 });
 
 describe("on random texts", () => {
-  const seed = process.env.SEED ? Number(process.env.SEED) : Date.now() % 2 ** 31;
-  console.log(`versions.test.ts: SEED=${seed}`);
-
-  // A linear congruential generator; its high bits are good enough to pick from a list.
-  let state = seed >>> 0;
-  const below = (limit: number): number => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return Math.floor((state / 2 ** 32) * limit);
-  };
+  const random = new Random(seeded("versions"));
 
   // Few and small pieces, so that equal parts, equal versions and common prefixes are frequent.
   const pieces = [
@@ -123,13 +116,13 @@ describe("on random texts", () => {
     ...["\u00e9", "\u0663", "\ud7ff", "\ue000", "\uffff", "\u{10000}", "\u{1f600}", "\u{10ffff}"],
   ];
   const randomText = (): string =>
-    Array.from({ length: below(8) }, () => pieces[below(pieces.length)]).join("");
+    Array.from({ length: random.below(8) }, () => pieces[random.below(pieces.length)]).join("");
 
   /** A copy in random order (Fisher and Yates). */
   function shuffled<T>(list: readonly T[]): T[] {
     const copy = [...list];
     for (let last = copy.length - 1; last > 0; last--) {
-      const [item] = copy.splice(below(last + 1), 1);
+      const [item] = copy.splice(random.below(last + 1), 1);
       copy.push(item as T);
     }
     return copy;

@@ -209,7 +209,8 @@ export class Board {
     const { FS } = mp;
     this.#load(FS);
     this.#devices(FS, heap);
-    const open = this.#driver(FS, result, options, heap);
+    const kept = new Map(this.files);
+    const open = this.#driver(FS, result, options, kept, heap);
     const job = [
       ...(options.boot !== false ? [`execfile("${this.home}/boot.py")`] : []),
       ...(heap ? [`open("/dev/collect", "wb").write(b"x")`] : []),
@@ -230,7 +231,7 @@ export class Board {
     this.#stopped = true;
     heap?.thaw();
     result.hungry = this.#hungry;
-    this.#save(FS);
+    this.#save(FS, kept);
     if (result.end === "cut") this.#tear(open, options.torn ?? 0);
     return result;
   }
@@ -286,7 +287,8 @@ export class Board {
     FS.writeFile("/stand/setting.py", `JOIN_MS = ${this.joins}\n`);
   }
 
-  #save(FS: FileSystem): void {
+  /** @param kept the content of files that have not changed since it was read */
+  #save(FS: FileSystem, kept: ReadonlyMap<string, Uint8Array>): void {
     this.files = new Map();
     this.directories = new Set();
     const walk = (at: string) => {
@@ -297,7 +299,7 @@ export class Board {
         if (FS.isDir(FS.stat(path).mode)) {
           this.directories.add(path);
           walk(path);
-        } else this.files.set(path, new Uint8Array(FS.readFile(path)));
+        } else this.files.set(path, kept.get(path) ?? new Uint8Array(FS.readFile(path)));
       }
     };
     walk("");
@@ -314,11 +316,16 @@ export class Board {
     }
   }
 
-  /** Counts and disturbs what Python does to files. Returns the paths that are open for writing. */
+  /**
+   * Counts and disturbs what Python does to files. Returns the paths that are open for writing.
+   *
+   * @param kept the content of files that nothing has changed; it loses what changes
+   */
   #driver(
     FS: FileSystem,
     result: Start,
     options: Options,
+    kept: Map<string, Uint8Array>,
     heap: FixedHeap | undefined,
   ): Set<string> {
     const open = new Set<string>();
@@ -329,7 +336,8 @@ export class Board {
       if (options.watch) {
         this.#stopped = true;
         const now = this.copy();
-        now.#save(FS);
+        now.#save(FS, kept);
+        for (const [path, content] of now.files) if (!open.has(path)) kept.set(path, content);
         for (const path of open) now.#tear(new Set([path]), nth);
         options.watch(now);
         this.#stopped = false;
@@ -374,6 +382,7 @@ export class Board {
       if (path.endsWith("/.ota/manifest") && !writes) result.passes++;
       const stream = original.open(path, flags, mode);
       if (writes) {
+        kept.delete(path);
         open.add(path);
         paths.set(stream, path);
       }
@@ -428,10 +437,14 @@ export class Board {
         throw new FS.ErrnoError(ERRNO.EEXIST);
       }
       original.rename(from, to);
+      const isDirectory = !kept.delete(from);
+      if (isDirectory) kept.clear();
+      kept.delete(to);
     };
     FS.unlink = (path) => {
       step(`remove ${path}`);
       original.unlink(path);
+      kept.delete(path);
     };
     FS.mkdir = (path, mode) => {
       step(`mkdir ${path}`);

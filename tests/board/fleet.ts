@@ -1,9 +1,10 @@
 // What the tests of the board share: a server, boards with a release on them, and what they say.
-import { cpSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { cpSync, mkdirSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { Board, type Kind, type Options, type Start } from "./board.ts";
 import { Link } from "./link.ts";
+import { layTree, Temp, type Tree } from "../helpers/temp.ts";
+import { Serving } from "../helpers/tool.ts";
 
 export const example = join(import.meta.dir, "../../examples/smart-meter");
 
@@ -26,20 +27,20 @@ WiFiOTA("meter-service", "secret", "127.0.0.1", 8000).rollback()
 `;
 
 /** A release root of the test's own, made of files in text. */
-export class Root {
-  readonly path = mkdtempSync(join(tmpdir(), "ota-board-"));
+export class Root extends Temp {
   static #all: Root[] = [];
 
   constructor() {
+    super();
     Root.#all.push(this);
   }
 
   static removeAll(): void {
-    for (const { path } of Root.#all.splice(0)) rmSync(path, { recursive: true });
+    for (const root of Root.#all.splice(0)) root[Symbol.dispose]();
   }
 
   /** Adds files; those that an update needs on the board come from the example. */
-  release(version: string, files: Record<string, string | Uint8Array>): this {
+  release(version: string, files: Tree): this {
     for (const name of ["boot.py", "lib/ota_boot.py"]) {
       const to = join(this.path, version, "flash", name);
       mkdirSync(dirname(to), { recursive: true });
@@ -52,17 +53,8 @@ export class Root {
     return this.add(version, files);
   }
 
-  add(version: string, files: Record<string, string | Uint8Array>): this {
-    for (const [name, content] of Object.entries(files)) {
-      const to = join(this.path, version, name);
-      mkdirSync(dirname(to), { recursive: true });
-      writeFileSync(to, content);
-    }
-    return this;
-  }
-
-  remove(path: string): this {
-    rmSync(join(this.path, path), { recursive: true });
+  add(version: string, files: Tree): this {
+    layTree(join(this.path, version), files);
     return this;
   }
 }
@@ -72,41 +64,17 @@ export class Van implements AsyncDisposable {
   private constructor(
     readonly root: string,
     readonly link: Link,
-    readonly process: Bun.Subprocess,
+    readonly process: Serving,
   ) {}
 
   static async open(root: string, more: string[] = []): Promise<Van> {
-    const tool = join(import.meta.dir, "../../ota.ts");
-    const process = Bun.spawn(
-      [globalThis.process.execPath, tool, "serve", "--root", root, "--port", "0", ...more],
-      {
-        stdin: "ignore",
-        stdout: "pipe",
-        stderr: "ignore",
-      },
-    );
-    let said = "";
-    const decoder = new TextDecoder();
-    const reader = process.stdout.getReader();
-    for (;;) {
-      const { value, done } = await reader.read();
-      said += decoder.decode(value, { stream: true });
-      const url = /http:\/\/[\w.[\]:]+?:(\d+)/.exec(said);
-      if (url) {
-        // What it prints from here on must not fill the pipe.
-        void (async () => {
-          while (!(await reader.read()).done);
-        })();
-        return new Van(root, new Link(Number(url[1])), process);
-      }
-      if (done) throw new Error(`serve did not start:\n${said}`);
-    }
+    const process = await Serving.start(["--root", root, ...more]);
+    return new Van(root, new Link(Number(new URL(process.url).port)), process);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     this.link.stop();
-    this.process.kill();
-    await this.process.exited;
+    await this.process[Symbol.asyncDispose]();
   }
 
   /** The files of a release as they are on a board of that kind, with OTA_VERSION.py. */
@@ -158,7 +126,7 @@ export async function update(board: Board, options: Options = {}): Promise<Start
   return [await board.start(UPDATE, options), await board.start(CONFIRM)];
 }
 
-/** Numbers from a seed, the same each time. */
+/** Numbers from a seed, as those from which the usual samples of states were chosen. */
 export function random(seed: number): (below: number) => number {
   let state = seed | 1;
   return (below) => {

@@ -1,9 +1,7 @@
 // The network side of link.ts: real TCP connections in a thread of their own, one at a time.
-import { connect, type Socket } from "node:net";
-
 declare const self: Worker;
 
-let socket: Socket | undefined;
+let socket: Bun.Socket | undefined;
 let inbox: Uint8Array[] = [];
 let ended = false;
 let waiting: (() => void) | undefined;
@@ -33,6 +31,12 @@ function wake(): void {
   then?.();
 }
 
+function over(mine: Bun.Socket): void {
+  if (socket !== mine) return;
+  ended = true;
+  wake();
+}
+
 export type Command =
   | { do: "start"; memory: SharedArrayBuffer }
   | { do: "open"; port: number }
@@ -46,39 +50,39 @@ self.onmessage = ({ data: command }: MessageEvent<Command>) => {
       state = new Int32Array(command.memory, 0, 2);
       data = new Uint8Array(command.memory, 8);
       return reply(0);
-    case "open": {
+    case "open":
       inbox = [];
       ended = false;
-      let open = false;
-      const mine = connect(command.port, "127.0.0.1");
-      socket = mine;
-      mine.on("connect", () => {
-        open = true;
-        reply(0);
-      });
-      mine.on("data", (bytes: Uint8Array) => {
-        if (socket !== mine) return;
-        inbox.push(bytes);
-        wake();
-      });
-      mine.on("error", () => {
-        if (!open) reply(-1);
-      });
-      mine.on("close", () => {
-        if (socket !== mine) return;
-        ended = true;
-        wake();
-      });
+      // (At a close, the `connect` of node:net may lose the last of what came.)
+      void Bun.connect({
+        hostname: "127.0.0.1",
+        port: command.port,
+        socket: {
+          open: (mine) => {
+            socket = mine;
+            reply(0);
+          },
+          data: (mine, bytes) => {
+            if (socket !== mine) return;
+            inbox.push(Uint8Array.from(bytes));
+            wake();
+          },
+          end: over,
+          close: over,
+          connectError: () => reply(-1),
+        },
+      }).catch(() => {});
       return;
-    }
     case "send":
       socket?.write(command.bytes);
       return reply(0);
     case "receive":
       return receive();
-    case "close":
-      socket?.destroy();
+    case "close": {
+      const mine = socket;
       socket = undefined;
+      mine?.terminate();
       return reply(0);
+    }
   }
 };

@@ -1,11 +1,15 @@
-/** Content of the kinds that releases have: what shrinks, what does not, and what changed a little. */
+/**
+ * Content of the kinds that releases have: what shrinks, what does not, and what changed a little;
+ * and its hashes.
+ */
 
 import { Random } from "./random.ts";
 
 /** Bytes that no coding makes smaller. */
 export function noise(size: number, seed: number): Uint8Array {
   const random = new Random(seed);
-  return new Uint8Array(size).map(() => random.below(256));
+  const words = new Uint32Array(Math.ceil(size / 4)).map(() => random.below(2 ** 32));
+  return new Uint8Array(words.buffer).slice(0, size);
 }
 
 /** Bytes of which a coding leaves about a half, as of machine code. */
@@ -28,4 +32,12 @@ export function edited(content: Uint8Array, seed: number, changes = 4): Uint8Arr
     bytes = Buffer.concat([bytes.subarray(0, at), put, rest]);
   }
   return new Uint8Array(bytes);
+}
+
+export function sha1(content: string | Uint8Array): string {
+  return new Bun.CryptoHasher("sha1").update(content).digest("hex");
+}
+
+export function sha256(content: string | Uint8Array): string {
+  return new Bun.CryptoHasher("sha256").update(content).digest("hex");
 }

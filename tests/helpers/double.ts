@@ -4,7 +4,8 @@
  */
 
 import { createServer, type Server, type Socket } from "node:net";
-import { sha1, sha256, type Tree } from "./tool.ts";
+import { sha1, sha256 } from "./content.ts";
+import type { Tree } from "./temp.ts";
 
 /** One request. */
 export interface Asked {

@@ -1,8 +1,8 @@
 /** Debian's nginx as a process of one test, on a port of its own. */
 
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
-import { createServer } from "node:net";
-import { eventually, need, Temp } from "./tool.ts";
+import { Temp } from "./temp.ts";
+import { eventually, need } from "./tool.ts";
 
 /** An nginx that listens. */
 export class Nginx implements AsyncDisposable {
@@ -94,20 +94,4 @@ http {
 /** Debian has it where only root looks. */
 function program(): string {
   return Bun.which("nginx", { PATH: "/usr/sbin:/sbin" }) ?? need("nginx");
-}
-
-/**
- * A port that nobody has just now, for a program that cannot pick one, and for one that goes and
- * comes back. It is none of those that the system hands out: among thousands of connections, one
- * would soon have it.
- */
-export async function freePort(): Promise<number> {
-  for (;;) {
-    const port = 12_000 + Math.floor(Math.random() * 20_000);
-    const { promise, resolve } = Promise.withResolvers<boolean>();
-    const server = createServer();
-    server.once("error", () => resolve(false));
-    server.listen(port, "127.0.0.1", () => server.close(() => resolve(true)));
-    if (await promise) return port;
-  }
 }

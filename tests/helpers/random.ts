@@ -1,3 +1,17 @@
+/** Whether every point of every sweep is tried; else each run tries some, chosen by its seed. */
+export const ALL = Bun.env.OTA_ALL !== undefined;
+
+/**
+ * The seed of a file's run, which is printed. Set SEED to repeat a run.
+ *
+ * @param usual for those that are the same each time
+ */
+export function seeded(name: string, usual = Math.floor(Math.random() * 2 ** 32)): number {
+  const seed = Number(Bun.env.SEED ?? usual);
+  console.log(`${name}: SEED=${seed}`);
+  return seed;
+}
+
 /** Random numbers that can be repeated: the same seed gives the same numbers. */
 export class Random {
   #state: number;

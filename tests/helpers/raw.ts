@@ -3,7 +3,7 @@
  * tests of requests that no HTTP client would send, and of what a client would hide.
  */
 
-import { connect } from "node:net";
+import { connect, createServer } from "node:net";
 
 /** What came back on one connection. */
 export interface RawResponse {
@@ -109,4 +109,51 @@ export function parseResponse(bytes: Uint8Array): ParsedResponse {
   }
   const headerLength = end + 4;
   return { status: Number(status), headers, headerLength, body: bytes.slice(headerLength) };
+}
+
+/** How a request is sent. */
+export interface Sent {
+  method?: string;
+  version?: "1.0" | "1.1";
+  /** `null` sends none; else `device.test` is the default. */
+  host?: string | null;
+  /** By name, or lines as they are. */
+  headers?: Record<string, string> | readonly string[];
+}
+
+/** One request on a connection of its own, its answer taken apart; the target is sent as it is. */
+export async function sendRequest(
+  server: { url: URL | string } | string,
+  target: string,
+  { method = "GET", version = "1.1", host = "device.test", headers = {} }: Sent = {},
+): Promise<ParsedResponse> {
+  const fields = Object.entries(headers).map(([name, value]) => `${name}: ${value}`);
+  const lines = [
+    `${method} ${target} HTTP/${version}`,
+    ...(host === null ? [] : [`Host: ${host}`]),
+    ...(version === "1.1" ? ["Connection: close"] : []),
+    ...(Array.isArray(headers) ? headers : fields),
+  ];
+  const url = typeof server === "string" ? server : server.url;
+  const { bytes, closed, error } = await rawRequest(url, `${lines.join("\r\n")}\r\n\r\n`);
+  if (!closed || error !== undefined) {
+    throw new Error(`${method} ${target}: ${error ?? "the connection was not closed"}`);
+  }
+  return parseResponse(bytes);
+}
+
+/**
+ * A port that nobody has just now, for a program that cannot pick one, and for one that goes and
+ * comes back. It is none of those that the system hands out: among thousands of connections, one
+ * would soon have it.
+ */
+export async function freePort(): Promise<number> {
+  for (;;) {
+    const port = 12_000 + Math.floor(Math.random() * 20_000);
+    const { promise, resolve } = Promise.withResolvers<boolean>();
+    const server = createServer();
+    server.once("error", () => resolve(false));
+    server.listen(port, "127.0.0.1", () => server.close(() => resolve(true)));
+    if (await promise) return port;
+  }
 }

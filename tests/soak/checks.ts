@@ -2,7 +2,7 @@
 
 import * as fs from "node:fs";
 import { OTAError, VERSION_FILE, type Manifest } from "../../ota.ts";
-import { sha256 } from "../helpers/tool.ts";
+import { sha256 } from "../helpers/content.ts";
 import { afterUpdate, displaced, type Expected, type Image, type Model } from "./model.ts";
 import { differences, type Tree } from "./releases.ts";
 import type { Device, Ended, World } from "./world.ts";

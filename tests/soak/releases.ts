@@ -3,9 +3,8 @@
 import * as fs from "node:fs";
 import { dirname } from "node:path";
 import { ancestors, VERSION_FILE } from "../../ota.ts";
-import { edited, noise } from "../helpers/content.ts";
-import type { Random } from "../helpers/random.ts";
-import { sha256 } from "../helpers/tool.ts";
+import { edited, noise, sha256 } from "../helpers/content.ts";
+import { Random } from "../helpers/random.ts";
 
 /** Content, and whether its owner may run it. */
 export interface File {

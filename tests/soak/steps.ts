@@ -1,8 +1,7 @@
 /** What happens in a year: the kinds of steps. */
 
 import * as fs from "node:fs";
-import { startServe } from "../helpers/cli.ts";
-import { eventually, injecting, Tool } from "../helpers/tool.ts";
+import { eventually, injecting, Serving, Tool } from "../helpers/tool.ts";
 import { Line } from "./between.ts";
 import * as checks from "./checks.ts";
 import * as model from "./model.ts";
@@ -447,7 +446,7 @@ export const KINDS: Record<string, Kind> = {
     async (world) => {
       const device = anyDevice(world);
       const { next } = expect(world, device);
-      await using served = await startServe(["--root", world.root, "--host", "127.0.0.1"]);
+      await using served = await Serving.start(["--root", world.root, "--host", "127.0.0.1"]);
       const wait = world.random.below(20);
       const onContent = () => void setTimeout(() => void served[Symbol.asyncDispose](), wait);
       await world.update(device, { url: served.url, hurry: true, onContent });

@@ -13,9 +13,10 @@ import {
   type OTAServer,
   type TransferRequest,
 } from "../../ota.ts";
+import { sha256 } from "../helpers/content.ts";
 import { Random } from "../helpers/random.ts";
-import { TempDir } from "../helpers/temp.ts";
-import { ota, sha256, type Ended as Exit } from "../helpers/tool.ts";
+import { Temp } from "../helpers/temp.ts";
+import { ota, type Ended as Exit } from "../helpers/tool.ts";
 import { Cache, hurried, troubled, type Trouble } from "./between.ts";
 import { adopted, type Image, type Model, type Offered } from "./model.ts";
 import { Gardener, readTree, writeFile, writeTree, type File, type Tree } from "./releases.ts";
@@ -91,7 +92,7 @@ export class Device {
 }
 
 export class World implements AsyncDisposable {
-  readonly temp = new TempDir();
+  readonly temp = new Temp();
   /** What devices and servers are told: a link, for roots are switched. */
   readonly root = this.temp.at("releases");
   /** Oldest first. */
@@ -132,7 +133,7 @@ export class World implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     for (const server of this.servers) await server[Symbol.asyncDispose]();
     await this.#cache[Symbol.asyncDispose]();
-    await this.temp[Symbol.asyncDispose]();
+    this.temp[Symbol.dispose]();
   }
 
   get offered(): Offered {

@@ -1,29 +1,15 @@
 /**
  * Whether a release stays: checks, restarts, what is remembered of a release that failed, and the
- * way back by hand, all with the real command.
+ * way back by hand. The command is a process of its own where it is killed.
  */
 
-import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { cpSync, existsSync, readFileSync, rmSync } from "node:fs";
-import { status, type Status } from "../ota.ts";
+import type { ServeOptions } from "../ota.ts";
 import { Double, manifestOf, send } from "./helpers/double.ts";
-import {
-  asTree,
-  callsOf,
-  eventually,
-  existing,
-  injecting,
-  layTree,
-  ota,
-  quoted,
-  readTree,
-  Served,
-  Temp,
-  Tool,
-  type Ended,
-  type ToolOptions,
-  type Tree,
-} from "./helpers/tool.ts";
+import { asTree, existing, layTree, type Tree } from "./helpers/temp.ts";
+import { callsOf, eventually, injecting, ota, quoted, Tool, type Ran } from "./helpers/tool.ts";
+import { World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -48,51 +34,37 @@ const own = (version: string): Tree => ({
 const TREE_1 = asTree({ ...V1, ...own("1.0.0") });
 const TREE_2 = asTree({ ...V2, ...own("1.0.1") });
 
-let made: Promise<Device> | undefined;
-const first = async () => (await (made ??= Device.make())).path;
-afterAll(async () => (await made)?.[Symbol.dispose]());
+let first: Device;
+beforeAll(async () => {
+  first = new Device({ "1.0.0": V1 }, { beside: { "firmware_1.0.0.bin": IMAGE_1 } });
+  await first.provision("1.0.0");
+  first.release("1.0.1", V2);
+  layTree(first.releases, { "firmware_1.0.1.bin": IMAGE_2 });
+});
+afterAll(() => first[Symbol.dispose]());
 
 /** A device that is on 1.0.0 with its firmware, by the updater's own record; 1.0.1 is out. */
-class Device extends Temp {
-  readonly releases = this.at("releases");
-  readonly root = this.at("device");
-  /** Where commands write what they do. */
+class Device extends World {
+  /** Where commands write what they do: `$LOG` in them. */
   readonly log = this.at("log");
 
-  static async on1(): Promise<Device> {
+  static async on1(options: ServeOptions = {}): Promise<Device> {
     const device = new Device();
-    cpSync(await first(), device.path, { recursive: true });
+    cpSync(first.path, device.path, { recursive: true });
+    await device.serve(options);
     return device;
   }
 
-  /** Makes the first of them, of which the others are copies. */
-  static async make(): Promise<Device> {
-    const device = new Device();
-    layTree(device.at("releases/1.0.0"), V1);
-    layTree(device.releases, { "firmware_1.0.0.bin": IMAGE_1 });
-    await using server = await Served.start(device.releases);
-    const { last, stderr } = await device.client(server);
-    if (last !== "updated 0 -> 1.0.0 (firmware 0 -> 1.0.0)") throw new Error(`${last}\n${stderr}`);
-    layTree(device.at("releases/1.0.1"), V2);
-    layTree(device.releases, { "firmware_1.0.1.bin": IMAGE_2 });
-    return device;
+  override args(args: readonly string[] = [], from: { url: string } = this): string[] {
+    return super.args(this.#named(args), from);
   }
 
-  client(server: { url: string }, args: string[] = [], options: ToolOptions = {}): Promise<Ended> {
-    return ota(this.args(server, args), { env: { LOG: this.log }, ...options });
+  override run(command: string, args: readonly string[] = []): Promise<Ran> {
+    return super.run(command, this.#named(args));
   }
 
-  args(server: { url: string }, args: string[] = []): string[] {
-    return ["client", "--root", this.root, "--server", server.url, ...args];
-  }
-
-  run(command: string, args: string[] = [], options: ToolOptions = {}): Promise<Ended> {
-    const all = [command, "--root", this.root, ...args];
-    return ota(all, { env: { LOG: this.log }, ...options });
-  }
-
-  status(): Promise<Status> {
-    return status(this.root);
+  #named(args: readonly string[]): string[] {
+    return args.map((arg) => arg.replaceAll("$LOG", this.log));
   }
 
   /** The lines that commands wrote, which are forgotten. */
@@ -104,7 +76,7 @@ class Device extends Temp {
 
   /** Whether all of release 1.0.0 is here, and the firmware and records say so. */
   async expectOn1(failed: string[] = []): Promise<void> {
-    expect(readTree(this.root)).toEqual(TREE_1);
+    expect(this.tree()).toEqual(TREE_1);
     expect(await this.status()).toEqual({
       version: "1.0.0",
       previous_version: null,
@@ -117,7 +89,7 @@ class Device extends Temp {
   }
 
   async expectOn2(more: Record<string, unknown> = {}): Promise<void> {
-    expect(readTree(this.root)).toEqual(TREE_2);
+    expect(this.tree()).toEqual(TREE_2);
     expect(await this.status()).toEqual({
       version: "1.0.1",
       previous_version: "1.0.0",
@@ -142,12 +114,11 @@ function isAlive(pid: number): boolean {
 
 describe.concurrent("--check", () => {
   test("runs in the root, of the new release, and is told both versions", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     const check =
       'test -f flash/new/er/mod.py && pwd > "$LOG" && ' +
       'echo "$OTA_VERSION $OTA_PREVIOUS_VERSION" >> "$LOG" && echo said && echo told >&2';
-    const { code, stdout, stderr } = await device.client(server, ["--check", check]);
+    const { code, stdout, stderr } = await device.process(["--check", check]);
     expect({ code, stdout }).toEqual({
       code: 0,
       stdout: "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)\n",
@@ -159,43 +130,39 @@ describe.concurrent("--check", () => {
   });
 
   test("is given 0 as the previous version of a device that had none", async () => {
-    using device = await Device.on1();
+    await using device = await Device.on1({ latest: "1.0.0" });
     rmSync(device.root, { recursive: true });
-    await using server = await Served.start(device.releases, { latest: "1.0.0" });
     const check = 'echo "$OTA_VERSION $OTA_PREVIOUS_VERSION" >> "$LOG"';
-    expect((await device.client(server, ["--check", check])).code).toBe(0);
+    expect((await device.client(["--check", check])).code).toBe(0);
     expect(device.logged()).toEqual(["1.0.0 0"]);
   });
 
   test("that fails takes everything back: files, directories, firmware, records", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
-    const { code, stdout, stderr } = await device.client(server, ["--check", "exit 7"]);
+    await using device = await Device.on1();
+    const { code, stdout, stderr } = await device.client(["--check", "exit 7"]);
     expect({ code, stdout }).toEqual({ code: 3, stdout: "rolled back 1.0.1 -> 1.0.0\n" });
     expect(stderr).toContain("1.0.1 is bad: its check ended with code 7");
     await device.expectOn1(["1.0.1"]);
   });
 
   test("that fails on a new device leaves it as empty as it was", async () => {
-    using device = await Device.on1();
+    await using device = await Device.on1();
     rmSync(device.root, { recursive: true });
-    await using server = await Served.start(device.releases);
-    const { code, last } = await device.client(server, ["--check", "false"]);
+    const { code, last } = await device.client(["--check", "false"]);
     expect({ code, last }).toEqual({ code: 3, last: "rolled back 1.0.1 -> 0" });
-    expect(Object.keys(readTree(device.root)).filter((path) => !path.endsWith("/"))).toEqual([]);
+    expect(Object.keys(device.tree()).filter((path) => !path.endsWith("/"))).toEqual([]);
     expect(await device.status()).toMatchObject({ version: null, firmware: null });
   });
 
   test("that hangs is late, and its whole process group ends", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     // A child, a child that is left behind, and one that ignores every polite signal.
     const check =
       "exec >/dev/null 2>&1; sleep 1000 & echo $! >> \"$LOG\"; (trap '' TERM INT HUP; " +
       'sleep 1000 & echo $! >> "$LOG"; wait) & echo $! >> "$LOG"; echo $$ >> "$LOG"; wait';
     // Time enough for all of them to begin, on a busy machine, too.
     const args = ["--check", check, "--check-timeout", "5"];
-    const { code, last, stderr } = await device.client(server, args);
+    const { code, last, stderr } = await device.client(args);
     expect({ code, last }).toEqual({ code: 3, last: "rolled back 1.0.1 -> 1.0.0" });
     expect(stderr).toContain("its check did not end within 5 s");
     const pids = device.logged().map(Number);
@@ -205,15 +172,14 @@ describe.concurrent("--check", () => {
   });
 
   test("is started three times, and a release that kills the device each time goes back", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     const check = 'exec >/dev/null 2>&1; echo "$$" >> "$LOG"; exec sleep 1000';
     const checks: number[] = [];
     try {
       for (let start = 1; start <= 3; start++) {
         // Only the first says which check: the journal knows.
-        const args = device.args(server, start === 1 ? ["--check", check] : []);
-        await using tool = new Tool(args, { env: { LOG: device.log } });
+        const args = device.args(start === 1 ? ["--check", check] : []);
+        await using tool = new Tool(args);
         await eventually("its id is written", () => {
           return existing(() => readFileSync(device.log, "utf8"))?.endsWith("\n") ?? false;
         });
@@ -226,12 +192,12 @@ describe.concurrent("--check", () => {
         // Neither status nor time decides.
         await device.expectOn2({ pending: true });
       }
-      server.lines.length = 0;
-      const { code, last, stderr } = await device.client(server);
+      device.server.lines.length = 0;
+      const { code, last, stderr } = await device.client();
       expect({ code, last }).toEqual({ code: 3, last: "rolled back 1.0.1 -> 1.0.0" });
       expect(stderr).toContain("started 3 times and never ended");
       expect(device.logged()).toEqual([]);
-      expect(server.requests).toEqual([]);
+      expect(device.server.requests).toEqual([]);
       await device.expectOn1(["1.0.1"]);
     } finally {
       for (const pid of checks) if (isAlive(pid)) process.kill(pid, "SIGKILL");
@@ -239,28 +205,24 @@ describe.concurrent("--check", () => {
   });
 
   test("of an earlier run is ended before anything is asked, by the check given now", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     {
       // `$PPID` is the client.
       const args = ["--check", 'kill -KILL "$PPID"'];
-      const { signal } = await device.client(server, args);
+      const { signal } = await device.process(args);
       expect(signal).toBe("SIGKILL");
     }
     await device.expectOn2({ pending: true });
-    const { code, last } = await device.client(server, ["--check", 'echo now > "$LOG"']);
+    const { code, last } = await device.client(["--check", 'echo now > "$LOG"']);
     expect({ code, last }).toEqual({ code: 0, last: "up to date 1.0.1" });
     expect(device.logged()).toEqual(["now"]);
     await device.expectOn2();
   });
 
   test("that an interrupt ends leaves the release on trial, and says so", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     const check = 'exec >/dev/null 2>&1; echo "$$" > "$LOG"; exec sleep 1000';
-    await using tool = new Tool(device.args(server, ["--check", check]), {
-      env: { LOG: device.log },
-    });
+    await using tool = new Tool(device.args(["--check", check]));
     await eventually("its id is written", () => {
       return existing(() => readFileSync(device.log, "utf8"))?.endsWith("\n") ?? false;
     });
@@ -271,40 +233,36 @@ describe.concurrent("--check", () => {
     expect(stderr).not.toContain("the device is as it was");
     await eventually("the check is gone", () => !isAlive(pid));
     await device.expectOn2({ pending: true });
-    expect((await device.client(server, ["--check", "true"])).last).toBe("up to date 1.0.1");
+    expect((await device.client(["--check", "true"])).last).toBe("up to date 1.0.1");
     await device.expectOn2();
   });
 
   test("without it an update is confirmed at once", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
-    expect((await device.client(server)).code).toBe(0);
+    await using device = await Device.on1();
+    expect((await device.client()).code).toBe(0);
     await device.expectOn2();
   });
 });
 
 describe.concurrent("a release that failed", () => {
   test("is not fetched again, wherever it comes from; --retry tries it", async () => {
-    using device = await Device.on1();
-    {
-      await using server = await Served.start(device.releases);
-      expect((await device.client(server, ["--check", "false"])).code).toBe(3);
-      const first = server.requests.find(({ path }) => path === "/manifest.json");
-      expect(first?.failed).toBeUndefined();
-    }
+    await using device = await Device.on1();
+    expect((await device.client(["--check", "false"])).code).toBe(3);
+    const first = device.server.requests.find(({ path }) => path === "/manifest.json");
+    expect(first?.failed).toBeUndefined();
     // Another port is another address for everything in the manifest.
-    await using server = await Served.start(device.releases);
+    await device.serve();
     for (const check of ["true", "false"]) {
-      const { code, stdout } = await device.client(server, ["--check", check]);
+      const { code, stdout } = await device.client(["--check", check]);
       expect(code).toBe(3);
       expect(stdout).toMatch(/^not tried 1\.0\.1: it failed before .*--retry.* on 1\.0\.0\n$/);
     }
-    expect(server.sent).toEqual([]);
+    expect(device.sent).toEqual([]);
     // The server hears of it.
-    expect(server.requests.map(({ failed }) => failed)).toEqual(["1.0.1", "1.0.1"]);
+    expect(device.server.requests.map(({ failed }) => failed)).toEqual(["1.0.1", "1.0.1"]);
     await device.expectOn1(["1.0.1"]);
 
-    const { code, last } = await device.client(server, ["--check", "true", "--retry"]);
+    const { code, last } = await device.client(["--check", "true", "--retry"]);
     expect({ code, last }).toEqual({
       code: 0,
       last: "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)",
@@ -313,14 +271,11 @@ describe.concurrent("a release that failed", () => {
   });
 
   test("is tried again once its content is another", async () => {
-    using device = await Device.on1();
-    {
-      await using server = await Served.start(device.releases);
-      expect((await device.client(server, ["--check", "false"])).code).toBe(3);
-    }
+    await using device = await Device.on1();
+    expect((await device.client(["--check", "false"])).code).toBe(3);
     layTree(device.at("releases/1.0.1"), { "flash/main.py": "print('two, mended')\n" });
-    await using server = await Served.start(device.releases);
-    const { code, last } = await device.client(server, ["--check", "grep -q mended flash/main.py"]);
+    await device.serve();
+    const { code, last } = await device.client(["--check", "grep -q mended flash/main.py"]);
     expect({ code, last }).toEqual({
       code: 0,
       last: "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)",
@@ -329,23 +284,20 @@ describe.concurrent("a release that failed", () => {
   });
 
   test("does not keep the next one away, and is forgotten when that one stands", async () => {
-    using device = await Device.on1();
-    {
-      await using server = await Served.start(device.releases);
-      expect((await device.client(server, ["--check", "false"])).code).toBe(3);
-    }
+    await using device = await Device.on1();
+    expect((await device.client(["--check", "false"])).code).toBe(3);
     layTree(device.at("releases/1.0.2"), V3);
-    await using server = await Served.start(device.releases);
-    const { last } = await device.client(server, ["--check", "true"]);
+    await device.serve();
+    const { last } = await device.client(["--check", "true"]);
     expect(last).toBe("updated 1.0.0 -> 1.0.2 (firmware 1.0.0 -> 1.0.1)");
-    expect(readTree(device.root)).toEqual(asTree({ ...V3, ...own("1.0.2") }));
+    expect(device.tree()).toEqual(asTree({ ...V3, ...own("1.0.2") }));
     expect(await device.status()).toMatchObject({
       version: "1.0.2",
       previous_version: "1.0.0",
       failed: [],
     });
-    expect((await device.client(server)).last).toBe("up to date 1.0.2");
-    expect(server.requests.at(-1)?.failed).toBeUndefined();
+    expect((await device.client()).last).toBe("up to date 1.0.2");
+    expect(device.server.requests.at(-1)?.failed).toBeUndefined();
   });
 });
 
@@ -354,28 +306,25 @@ describe.concurrent("--restart", () => {
   const check = (then: string) => `echo "check $OTA_VERSION" >> "$LOG"; ${then}`;
 
   test("runs after the commit, before the check", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     const args = ["--restart", restart, "--check", check("true")];
-    expect((await device.client(server, args)).code).toBe(0);
+    expect((await device.client(args)).code).toBe(0);
     expect(device.logged()).toEqual(["restart 1.0.1", "check 1.0.1"]);
     // Nothing has changed, and nothing is restarted.
-    expect((await device.client(server, args)).last).toBe("up to date 1.0.1");
+    expect((await device.client(args)).last).toBe("up to date 1.0.1");
     expect(device.logged()).toEqual([]);
   });
 
   test("runs again after the way back", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     const args = ["--restart", restart, "--check", check("false")];
-    expect((await device.client(server, args)).code).toBe(3);
+    expect((await device.client(args)).code).toBe(3);
     expect(device.logged()).toEqual(["restart 1.0.1", "check 1.0.1", "restart 1.0.0"]);
   });
 
   test("runs without a check, too, and does not decide anything", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
-    const { code, stderr } = await device.client(server, ["--restart", `${restart}; exit 5`]);
+    await using device = await Device.on1();
+    const { code, stderr } = await device.client(["--restart", `${restart}; exit 5`]);
     expect(code).toBe(0);
     expect(stderr).toContain("the restart command ended with code 5");
     expect(device.logged()).toEqual(["restart 1.0.1"]);
@@ -383,11 +332,10 @@ describe.concurrent("--restart", () => {
   });
 
   test("is owed when it was killed before it ended: status runs it at boot", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     const dies = `test -e ${quoted(device.at("dead"))} || { : > ${quoted(device.at("dead"))}; kill -KILL "$PPID"; exit; }; ${restart}`;
     const args = ["--restart", dies, "--check", check("true")];
-    expect((await device.client(server, args)).signal).toBe("SIGKILL");
+    expect((await device.process(args)).signal).toBe("SIGKILL");
     expect(device.logged()).toEqual([]);
     expect((await device.run("status")).code).toBe(0);
     expect(device.logged()).toEqual(["restart 1.0.1"]);
@@ -395,16 +343,15 @@ describe.concurrent("--restart", () => {
     expect((await device.run("status")).code).toBe(0);
     await device.expectOn2({ pending: true });
     expect(device.logged()).toEqual([]);
-    expect((await device.client(server)).last).toBe("up to date 1.0.1");
+    expect((await device.client()).last).toBe("up to date 1.0.1");
     expect(device.logged().filter((line) => line.startsWith("check"))).toEqual(["check 1.0.1"]);
     await device.expectOn2();
   });
 
   test("is owed after a commit that was cut off and is ended by status", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
+    await using device = await Device.on1();
     // Killed as state.json is about to name the new release.
-    const args = device.args(server, ["--restart", restart]);
+    const args = device.args(["--restart", restart]);
     cpSync(device.root, device.at("copy"), { recursive: true });
     const calls = await callsOf(args.with(2, device.at("copy")), ["rename"]);
     device.logged();
@@ -413,7 +360,6 @@ describe.concurrent("--restart", () => {
     const nth = 2 + calls.slice(1).findIndex((call) => call.includes("state.json.new"));
     expect(nth).toBeGreaterThan(1);
     const killed = await ota(args, {
-      env: { LOG: device.log },
       prefix: injecting("rename", `signal=SIGKILL:when=${nth}`),
     });
     expect(killed.signal).toBe("SIGKILL");
@@ -426,9 +372,8 @@ describe.concurrent("--restart", () => {
 
   test("runs after a rollback by hand, as given then or before", async () => {
     for (const args of [[], ["--restart", 'echo "other $OTA_VERSION" >> "$LOG"']]) {
-      using device = await Device.on1();
-      await using server = await Served.start(device.releases);
-      expect((await device.client(server, ["--restart", restart])).code).toBe(0);
+      await using device = await Device.on1();
+      expect((await device.client(["--restart", restart])).code).toBe(0);
       device.logged();
       expect((await device.run("rollback", args)).code).toBe(0);
       expect(device.logged()).toEqual([args.length > 0 ? "other 1.0.0" : "restart 1.0.0"]);
@@ -438,20 +383,20 @@ describe.concurrent("--restart", () => {
 
 describe.concurrent("rollback by hand", () => {
   test("goes back byte for byte, once, also later, firmware too", async () => {
-    using device = await Device.on1();
+    await using device = await Device.on1();
     layTree(device.root, { "flash/data.txt": "the application's", "sd/log/1": "log" });
-    await using server = await Served.start(device.releases);
-    expect((await device.client(server)).code).toBe(0);
+    await device.serve();
+    expect((await device.client()).code).toBe(0);
     // Polls and looks in between change nothing.
     for (let day = 0; day < 2; day++) {
-      expect((await device.client(server)).last).toBe("up to date 1.0.1");
+      expect((await device.client()).last).toBe("up to date 1.0.1");
       await device.status();
     }
     layTree(device.root, { "sd/log/2": "later" });
     const { code, stdout } = await device.run("rollback");
     expect({ code, stdout }).toEqual({ code: 0, stdout: "rolled back 1.0.1 -> 1.0.0\n" });
     const apps = { "flash/data.txt": "the application's", "sd/log/1": "log", "sd/log/2": "later" };
-    expect(readTree(device.root)).toEqual(asTree({ ...V1, ...own("1.0.0"), ...apps }));
+    expect(device.tree()).toEqual(asTree({ ...V1, ...own("1.0.0"), ...apps }));
     for (const path of Object.keys(apps)) rmSync(device.at("device", path));
     rmSync(device.at("device/sd/log"), { recursive: true });
     await device.expectOn1(["1.0.1"]);
@@ -464,39 +409,37 @@ describe.concurrent("rollback by hand", () => {
   });
 
   test("is not undone by the next poll", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
-    await device.client(server);
+    await using device = await Device.on1();
+    await device.client();
     await device.run("rollback");
-    server.lines.length = 0;
-    const { code, last } = await device.client(server);
+    device.server.lines.length = 0;
+    const { code, last } = await device.client();
     expect(code).toBe(3);
     expect(last).toStartWith("not tried 1.0.1");
-    expect(server.sent).toEqual([]);
-    expect(server.requests.map(({ failed }) => failed)).toEqual(["1.0.1"]);
+    expect(device.sent).toEqual([]);
+    expect(device.server.requests.map(({ failed }) => failed)).toEqual(["1.0.1"]);
     await device.expectOn1(["1.0.1"]);
-    expect((await device.client(server, ["--retry"])).code).toBe(0);
+    expect((await device.client(["--retry"])).code).toBe(0);
     await device.expectOn2();
   });
 
   test("asks for --force where the application changed what it would overwrite", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
-    await device.client(server);
+    await using device = await Device.on1();
+    await device.client();
     const changed: Tree = {
       "flash/main.py": "print('patched in the field')\n",
       "flash/new/er/mod.py": "PATCHED = 1\n",
       "flash/data.txt": "no part of any release",
     };
     layTree(device.root, changed);
-    const before = readTree(device.root);
+    const before = device.tree();
     const refused = await device.run("rollback");
     expect(refused.code).toBe(1);
     expect(refused.stderr).toContain("flash/main.py");
     expect(refused.stderr).toContain("flash/new/er/mod.py");
     expect(refused.stderr).not.toContain("data.txt");
     expect(refused.stderr).toContain("--force");
-    expect(readTree(device.root)).toEqual(before);
+    expect(device.tree()).toEqual(before);
     expect(await device.status()).toMatchObject({ version: "1.0.1", failed: [] });
 
     const { code, last } = await device.run("rollback", ["--force"]);
@@ -506,35 +449,33 @@ describe.concurrent("rollback by hand", () => {
   });
 
   test("asks for --force where the application made a file that the release had deleted", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
-    await device.client(server);
+    await using device = await Device.on1();
+    await device.client();
     layTree(device.root, { "flash/old/only.py": "the application's own" });
-    const before = readTree(device.root);
+    const before = device.tree();
     const refused = await device.run("rollback");
     expect(refused.code).toBe(1);
     expect(refused.stderr).toContain("flash/old/only.py");
-    expect(readTree(device.root)).toEqual(before);
+    expect(device.tree()).toEqual(before);
     expect((await device.run("rollback", ["--force"])).code).toBe(0);
     await device.expectOn1(["1.0.1"]);
   });
 
   test("takes a release on trial back", async () => {
-    using device = await Device.on1();
-    await using server = await Served.start(device.releases);
-    expect((await device.client(server, ["--check", 'kill -KILL "$PPID"'])).signal).toBe("SIGKILL");
+    await using device = await Device.on1();
+    expect((await device.process(["--check", 'kill -KILL "$PPID"'])).signal).toBe("SIGKILL");
     await device.expectOn2({ pending: true });
     const { code, last } = await device.run("rollback");
     expect({ code, last }).toEqual({ code: 0, last: "rolled back 1.0.1 -> 1.0.0" });
     await device.expectOn1(["1.0.1"]);
-    expect((await device.client(server)).code).toBe(3);
+    expect((await device.client()).code).toBe(3);
   });
 
   test("takes a first installation back to nothing", async () => {
-    using device = await Device.on1();
+    await using device = await Device.on1();
     const { code, last } = await device.run("rollback");
     expect({ code, last }).toEqual({ code: 0, last: "rolled back 1.0.0 -> 0" });
-    expect(Object.keys(readTree(device.root)).filter((path) => !path.endsWith("/"))).toEqual([]);
+    expect(Object.keys(device.tree()).filter((path) => !path.endsWith("/"))).toEqual([]);
     expect(await device.status()).toMatchObject({ version: null, firmware: null });
   });
 
@@ -544,18 +485,15 @@ describe.concurrent("rollback by hand", () => {
     const { code, stdout, stderr } = await device.run("rollback");
     expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
     expect(stderr).toContain("no previous release to go back to");
-    expect(readTree(device.root)).toEqual(asTree(V1));
+    expect(device.tree()).toEqual(asTree(V1));
   });
 
   test("is possible until the next update, from which it goes back one release", async () => {
-    using device = await Device.on1();
-    {
-      await using server = await Served.start(device.releases);
-      await device.client(server);
-    }
+    await using device = await Device.on1();
+    await device.client();
     layTree(device.at("releases/1.0.2"), V3);
-    await using server = await Served.start(device.releases);
-    expect((await device.client(server)).last).toBe("updated 1.0.1 -> 1.0.2");
+    await device.serve();
+    expect((await device.client()).last).toBe("updated 1.0.1 -> 1.0.2");
     const { code, last } = await device.run("rollback");
     expect({ code, last }).toEqual({ code: 0, last: "rolled back 1.0.2 -> 1.0.1" });
     await device.expectOn2({ failed: ["1.0.2"], previous_version: "1.0.0" });
@@ -563,18 +501,15 @@ describe.concurrent("rollback by hand", () => {
   });
 
   test("stays possible when the next update fails before it is durable", async () => {
-    using device = await Device.on1();
-    {
-      await using server = await Served.start(device.releases);
-      await device.client(server);
-    }
+    await using device = await Device.on1();
+    await device.client();
     {
       const offer = { version: "1.0.2", put: { "flash/main.py": "print('three')" } };
       await using server = await Double.start((asked, connection) => {
         if (asked.path !== "/manifest.json") return send(connection, "gone", { status: 404 });
         send(connection, JSON.stringify(manifestOf(offer, server.url)));
       });
-      expect((await device.client(server)).code).toBe(1);
+      expect((await device.client([], server)).code).toBe(1);
       expect(server.askedFor("/content/flash/main.py")).not.toEqual([]);
     }
     const { last } = await device.run("rollback");

@@ -5,28 +5,20 @@
 
 import { expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync, rmSync } from "node:fs";
-import { createPublicKey, randomBytes } from "node:crypto";
+import { createPublicKey } from "node:crypto";
 import { HttpOTA, makeKeys } from "../ota.ts";
 import { boardGet } from "./helpers/board.ts";
-import { freePort, Nginx } from "./helpers/nginx.ts";
-import {
-  asTree,
-  eventually,
-  layTree,
-  readTree,
-  Served,
-  sha256,
-  Temp,
-  type Logged,
-  type Tree,
-} from "./helpers/tool.ts";
+import { noise, sha256 } from "./helpers/content.ts";
+import { Nginx } from "./helpers/nginx.ts";
+import { freePort } from "./helpers/raw.ts";
+import { asTree, layTree, readTree, type Tree } from "./helpers/temp.ts";
+import { eventually, until } from "./helpers/tool.ts";
+import { World, type Logged } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
 const SOME = "a line of the program of a meter, again and again\n";
 const same = (size: number, seed: number) => Buffer.alloc(size, `${SOME}${seed}`);
-/** Content that no coding makes smaller. */
-const noise = (size: number) => new Uint8Array(randomBytes(size));
 const own = (version: string): Tree => ({
   "flash/OTA_VERSION.py": `VERSION = '${version}'\n`,
 });
@@ -41,33 +33,27 @@ const V2: Tree = {
   "flash/lib/meter.py": same(9000, 2),
   "flash/lib/a new one.py": same(5000, 3),
   "flash/empty": "",
-  "sd/tones.bin": noise(300_000),
+  "sd/tones.bin": noise(300_000, 1),
 };
-const IMAGE = noise(400_000);
+const IMAGE = noise(400_000, 2);
 
-/** Releases in a root, and a server with nginx in front, which is where its URLs lead. */
+/** A world with nginx in front, which is where the URLs of its server lead. */
 async function withNginx(cache: string, options: { sign?: string; breaksAfter?: number } = {}) {
-  const temp = new Temp();
-  layTree(temp.at("releases/1.0.0"), V1);
-  layTree(temp.at("releases/1.0.1"), V2);
-  layTree(temp.at("releases"), { "firmware_1.0.1.bin": IMAGE });
+  const { sign, breaksAfter } = options;
   const port = await freePort();
-  const sign = options.sign && temp.at("sign.key");
-  if (sign) await Bun.write(sign, options.sign!);
-  const line = new BreakingLine(port, options.breaksAfter ?? Infinity);
-  const url = options.breaksAfter ? line.url : `http://127.0.0.1:${port}`;
-  const server = await Served.start(temp.at("releases"), { url, ...(sign && { sign }) });
+  const line = new BreakingLine(port, breaksAfter ?? Infinity);
+  const url = breaksAfter ? line.url : `http://127.0.0.1:${port}`;
+  const beside = { "firmware_1.0.1.bin": IMAGE };
+  const world = new World({ "1.0.0": V1, "1.0.1": V2 }, { beside });
+  if (sign) world.write({ "sign.key": sign });
+  const server = await world.serve({ url, ...(sign && { sign: world.at("sign.key") }) });
   const nginx = await Nginx.caching(server.url, port, cache);
   return {
-    temp,
-    server,
-    nginx,
-    line,
+    ...{ world, server, nginx, line },
     async [Symbol.asyncDispose]() {
       await line[Symbol.asyncDispose]();
       await nginx[Symbol.asyncDispose]();
-      await server[Symbol.asyncDispose]();
-      temp[Symbol.dispose]();
+      await world[Symbol.asyncDispose]();
     },
   };
 }
@@ -86,8 +72,8 @@ test.concurrent(
   async () => {
     const { key, pub } = makeKeys();
     await using setup = await withNginx(LOCK, { sign: key });
-    const { server, nginx, temp } = setup;
-    const roots = Array.from({ length: DEVICES }, (_, i) => temp.at(`device-${i}`));
+    const { server, nginx, world } = setup;
+    const roots = Array.from({ length: DEVICES }, (_, i) => world.at(`device-${i}`));
     for (const root of roots) layTree(root, V1);
 
     const update = async (root: string) => {
@@ -133,14 +119,14 @@ test.concurrent(
   "devices that come from different releases and boards share it, and all get what is theirs",
   async () => {
     await using setup = await withNginx(LOCK);
-    const { server, nginx, temp } = setup;
+    const { server, nginx, world } = setup;
     const kinds: Record<string, Tree> = {
       "1.0.0": V1,
       "": {},
       "0.9": { "flash/main.py": "old\n" },
     };
     const update = async (ver: string, i: number) => {
-      const root = temp.at(`device-${ver}-${i}`);
+      const root = world.at(`device-${ver}-${i}`);
       mkdirSync(root);
       layTree(root, kinds[ver]!);
       const outcome = await new HttpOTA(nginx.url, { root, ...(ver && { ver }) }).update();
@@ -165,7 +151,7 @@ test.concurrent(
   "a manifest is never kept: a new release shows at once to devices behind it",
   async () => {
     await using setup = await withNginx(LOCK);
-    const { nginx, temp, server } = setup;
+    const { nginx, world, server } = setup;
     const ask = async () => {
       const response = await fetch(`${nginx.url}/manifest.json?current_ver=1.0.0`);
       expect(response.headers.get("cache-control")).toBe("no-store");
@@ -173,11 +159,8 @@ test.concurrent(
       return ((await response.json()) as { version: string }).version;
     };
     expect([await ask(), await ask()]).toEqual(["1.0.1", "1.0.1"]);
-    layTree(temp.at("releases/1.0.2"), V2);
-    const end = performance.now() + 30_000;
-    let seen = "";
-    while (seen !== "1.0.2" && performance.now() < end) seen = await ask();
-    expect(seen).toBe("1.0.2");
+    world.release("1.0.2", V2);
+    await until("1.0.2 shows", ask, (version) => version === "1.0.2", 30);
     expect(server.requests.length).toBeGreaterThanOrEqual(3);
   },
 );
@@ -189,7 +172,7 @@ test.concurrent(
     // in which a busy machine can ask again, too.
     const short = "proxy_ignore_headers Cache-Control; proxy_cache_valid 200 5s;";
     await using setup = await withNginx(`${LOCK} ${short} proxy_cache_revalidate on;`);
-    const { nginx, server, temp } = setup;
+    const { nginx, server, world } = setup;
     const path = "/1.0.1/flash/main.py";
     const get = async () => {
       const response = await fetch(nginx.url + path, {
@@ -205,12 +188,7 @@ test.concurrent(
     const hash = sha256(V2["flash/main.py"]!);
     expect(await get()).toEqual({ cache: "MISS", status: 200, hash });
     expect(await get()).toEqual({ cache: "HIT", status: 200, hash });
-    let last = await get();
-    const end = performance.now() + 30_000;
-    while (last.cache === "HIT" && performance.now() < end) {
-      await Bun.sleep(50);
-      last = await get();
-    }
+    const last = await until("it is asked for again", get, ({ cache }) => cache !== "HIT", 30);
     expect(last).toEqual({ cache: "REVALIDATED", status: 200, hash });
     const asked = server.requests.filter((request) => request.path === path);
     expect(asked.map(({ status, bytes }) => [status, bytes])).toEqual([
@@ -219,16 +197,15 @@ test.concurrent(
     ]);
 
     // And what has changed comes anew.
-    rmSync(temp.at("releases/1.0.1/flash/main.py"));
-    layTree(temp.at("releases/1.0.1"), { "flash/main.py": "print('mended')\n" });
+    rmSync(world.at("releases/1.0.1/flash/main.py"));
+    world.release("1.0.1", { "flash/main.py": "print('mended')\n" });
     const mended = sha256("print('mended')\n");
-    const limit = performance.now() + 30_000;
-    while (last.hash !== mended && performance.now() < limit) {
-      await Bun.sleep(50);
-      last = await get();
-      expect([hash, mended]).toContain(last.hash);
-    }
-    expect(last.hash).toBe(mended);
+    const either = async () => {
+      const got = (await get()).hash;
+      expect([hash, mended]).toContain(got);
+      return got;
+    };
+    await until("it is mended", either, (got) => got === mended, 30);
   },
 );
 
@@ -341,13 +318,13 @@ test.concurrent(
     // A busy machine may take longer than the minute for which content is fresh.
     const kept = "proxy_ignore_headers Cache-Control; proxy_cache_valid 200 1h;";
     await using setup = await withNginx(`${LOCK} ${kept}`, { breaksAfter: 8_000_000 });
-    const { server, nginx, line, temp } = setup;
-    const large = noise(30_000_000);
-    rmSync(temp.at("releases/1.0.1"), { recursive: true });
-    rmSync(temp.at("releases/firmware_1.0.1.bin"));
-    layTree(temp.at("releases/1.0.2"), { "sd/large.bin": large });
+    const { server, nginx, line, world } = setup;
+    const large = noise(30_000_000, 3);
+    rmSync(world.at("releases/1.0.1"), { recursive: true });
+    rmSync(world.at("releases/firmware_1.0.1.bin"));
+    world.release("1.0.2", { "sd/large.bin": large });
     await eventually("it is offered", () => server.releases.includes("1.0.2"));
-    const root = temp.at("device");
+    const root = world.at("device");
     layTree(root, V1);
     const outcome = await new HttpOTA(line.url, { root, ver: "1.0.0", jobs: 1 }).update();
     expect(outcome).toMatchObject({ result: "updated", to: "1.0.2" });

@@ -19,25 +19,14 @@ import {
   type ManifestQuery,
   type TransferRequest,
 } from "../ota.ts";
+import { sha256 } from "./helpers/content.ts";
 import { Double, manifestOf, send, sendContent } from "./helpers/double.ts";
-import { Random } from "./helpers/random.ts";
-import {
-  asTree,
-  eventually,
-  injecting,
-  layTree,
-  need,
-  quoted,
-  readTree,
-  Served,
-  sha256,
-  Temp,
-  Tool,
-  type Tree,
-} from "./helpers/tool.ts";
+import { Random, seeded } from "./helpers/random.ts";
+import { asTree, layTree, readTree, Temp, type Tree } from "./helpers/temp.ts";
+import { eventually, injecting, need, quoted, Serving, until } from "./helpers/tool.ts";
+import { Served, World } from "./helpers/world.ts";
 
-const SEED = Number(Bun.env.SEED ?? Math.floor(Math.random() * 2 ** 32));
-console.log(`live: SEED=${SEED}`);
+const SEED = seeded("watch");
 
 /**
  * Seconds within which a change shows on a busy machine, too; on an idle one it is two. Well below
@@ -50,27 +39,11 @@ setDefaultTimeout(600_000);
 const V1: Tree = { "flash/main.py": "one\n", "flash/lib/a.py": "a\n", "sd/data": "data\n" };
 const V2: Tree = { ...V1, "flash/main.py": "two\n" };
 
-/** A directory with a root that holds 1.0.0 and 1.0.1. */
-class Root extends Temp {
-  readonly root = this.at("root");
-
-  constructor() {
-    super();
-    this.lay("1.0.0", V1);
-    this.lay("1.0.1", V2);
-  }
-
-  in(path: string): string {
-    return this.at("root", path);
-  }
-
-  lay(version: string, files: Tree): void {
-    layTree(this.in(version), files);
-  }
-}
+const BOTH = { "1.0.0": V1, "1.0.1": V2 };
 
 /** A server that does not take anything for complete before a quiet second, as the command. */
-const live = (root: Root, quiet = 1): Promise<Served> => Served.start(root.root, { quiet });
+const live = (quiet = 1, device?: Tree): Promise<World> =>
+  World.with(BOTH, { quiet, ...(device && { device }) });
 
 /**
  * Seconds that are quiet where something is to be seen before they are over: more than the busiest
@@ -94,30 +67,15 @@ async function whole(server: { url: string }): Promise<[string, Record<string, s
 const hashes = (files: Tree): Record<string, string> =>
   Object.fromEntries(Object.entries(files).map(([path, content]) => [path, sha256(content)]));
 
-/** Asks until the answer is right; says how many seconds that took. */
-async function until<T>(
-  what: string,
-  get: () => Promise<T>,
-  isRight: (found: T) => boolean,
-  seconds = SOON,
-): Promise<number> {
-  const started = performance.now();
-  let found = await get();
-  while (!isRight(found)) {
-    if (performance.now() - started > seconds * 1000) {
-      throw new Error(`not within ${seconds} s: ${what}; at last ${Bun.inspect(found)}`);
-    }
-    await Bun.sleep(10);
-    found = await get();
-  }
-  return (performance.now() - started) / 1000;
-}
+/** Asks until the answer is right, but not for long. */
+const soon = <T>(what: string, get: () => Promise<T>, isRight: (found: T) => boolean) =>
+  until(what, get, isRight, SOON);
 
 /** Waits until a version with these files is the newest, whole. */
-function untilNewest(server: { url: string }, version: string, files: Tree): Promise<number> {
+function untilNewest(server: { url: string }, version: string, files: Tree): Promise<unknown> {
   const expected = [version, hashes(files)];
   const isRight = (found: unknown) => Bun.deepEquals(found, expected);
-  return until(`${version} is the newest`, () => whole(server), isRight);
+  return soon(`${version} is the newest`, () => whole(server), isRight);
 }
 
 // ── From memory, and fresh ──
@@ -222,9 +180,9 @@ describe("memory is bounded, whatever is asked", () => {
     ["a release that only deletes", { "flash/main.py": "one\n" }],
   ] as const) {
     test(`random hosts and versions, and ${what}`, async () => {
-      using root = new Root();
-      root.lay("2.0.0", newest);
-      const releases = await Releases.open(root.root, { quiet: 0 });
+      await using world = new World(BOTH);
+      world.release("2.0.0", newest);
+      const releases = await Releases.open(world.releases, { quiet: 0 });
       const random = new Random(SEED);
       const request = (i: number) => {
         // A header may have 16 KiB.
@@ -241,8 +199,8 @@ describe("memory is bounded, whatever is asked", () => {
   }
 
   test("one manifest is made for a version however many ask, and one for all unknown versions", async () => {
-    using root = new Root();
-    const releases = await Releases.open(root.root, { quiet: 0 });
+    await using world = new World(BOTH);
+    const releases = await Releases.open(world.releases, { quiet: 0 });
     // Making one takes the files of a release; remembering does not.
     let made = 0;
     const release = releases.versions.at(-1)!;
@@ -268,16 +226,16 @@ describe("memory is bounded, whatever is asked", () => {
 describe.concurrent("while it serves, a change shows within two seconds", () => {
   /** One change after the other; each is awaited. */
   async function expectShown(
-    change: (root: Root) => void | Promise<void>,
+    change: (world: World) => void | Promise<void>,
     version: string,
     files: Tree,
-    prepare?: (root: Root) => void,
+    prepare?: (world: World) => void,
   ): Promise<void> {
-    using root = new Root();
-    prepare?.(root);
-    await using server = await live(root);
+    await using world = new World(BOTH);
+    prepare?.(world);
+    const server = await world.serve({ quiet: 1 });
     await whole(server);
-    await change(root);
+    await change(world);
     await untilNewest(server, version, files);
     // And it is the content that is served.
     for (const [path, content] of Object.entries(files)) {
@@ -289,30 +247,29 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
 
   const V3: Tree = { "flash/main.py": "three\n", "flash/new/deep/er/x.py": "x\n", "flash/e": "" };
 
-  test("a new version", () => expectShown((root) => root.lay("1.0.2", V3), "1.0.2", V3));
+  test("a new version", () => expectShown((world) => world.release("1.0.2", V3), "1.0.2", V3));
 
   test("a new version, moved in from elsewhere, and an edit deep in it", async () => {
-    using root = new Root();
-    await using server = await live(root);
-    layTree(root.at("build"), V3);
-    fs.renameSync(root.at("build"), root.in("1.0.2"));
-    await untilNewest(server, "1.0.2", V3);
+    await using world = await live();
+    layTree(world.at("build"), V3);
+    fs.renameSync(world.at("build"), world.at("releases/1.0.2"));
+    await untilNewest(world, "1.0.2", V3);
     const mended = { ...V3, "flash/new/deep/er/x.py": "mended\n" };
-    layTree(root.in("1.0.2"), { "flash/new/deep/er/x.py": "mended\n" });
-    await untilNewest(server, "1.0.2", mended);
+    layTree(world.at("releases/1.0.2"), { "flash/new/deep/er/x.py": "mended\n" });
+    await untilNewest(world, "1.0.2", mended);
     const more = { ...mended, "flash/new/deep/er/and/more": "more\n" };
-    layTree(root.in("1.0.2"), { "flash/new/deep/er/and/more": "more\n" });
-    await untilNewest(server, "1.0.2", more);
+    layTree(world.at("releases/1.0.2"), { "flash/new/deep/er/and/more": "more\n" });
+    await untilNewest(world, "1.0.2", more);
   });
 
   test("an edit", () => {
-    const edit = (root: Root) => root.lay("1.0.1", { "flash/lib/a.py": "edited\n" });
+    const edit = (world: World) => world.release("1.0.1", { "flash/lib/a.py": "edited\n" });
     return expectShown(edit, "1.0.1", { ...V2, "flash/lib/a.py": "edited\n" });
   });
 
   test("an edit that keeps the size, with the time of the file put back", () => {
-    const edit = (root: Root) => {
-      const file = root.in("1.0.1/flash/main.py");
+    const edit = (world: World) => {
+      const file = world.at("releases/1.0.1/flash/main.py");
       const { atime, mtime } = fs.statSync(file);
       fs.writeFileSync(file, "tWo\n");
       fs.utimesSync(file, atime, mtime);
@@ -321,69 +278,66 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
   });
 
   test("an edit as editors make it: another file, renamed over", () => {
-    const edit = (root: Root) => {
-      const file = root.in("1.0.1/flash/main.py");
+    const edit = (world: World) => {
+      const file = world.at("releases/1.0.1/flash/main.py");
       const { atime, mtime } = fs.statSync(file);
-      layTree(root.path, { new: "tWo\n" });
-      fs.utimesSync(root.at("new"), atime, mtime);
-      fs.renameSync(root.at("new"), file);
+      world.write({ new: "tWo\n" });
+      fs.utimesSync(world.at("new"), atime, mtime);
+      fs.renameSync(world.at("new"), file);
     };
     return expectShown(edit, "1.0.1", { ...V2, "flash/main.py": "tWo\n" });
   });
 
   test("a file that goes, and one that comes", () => {
     const { "sd/data": _, ...rest } = V2;
-    const edit = (root: Root) => {
-      fs.rmSync(root.in("1.0.1/sd/data"));
-      root.lay("1.0.1", { "flash/\u00e9 \u{1f680}.py": "new\n" });
+    const edit = (world: World) => {
+      fs.rmSync(world.at("releases/1.0.1/sd/data"));
+      world.release("1.0.1", { "flash/\u00e9 \u{1f680}.py": "new\n" });
     };
     return expectShown(edit, "1.0.1", { ...rest, "flash/\u00e9 \u{1f680}.py": "new\n" });
   });
 
   test("an edit of the release that a device comes from", async () => {
-    using root = new Root();
-    await using server = await live(root);
-    expect((await ask(server))?.update.map(({ dst_path }) => dst_path)).toEqual(["/flash/main.py"]);
-    root.lay("1.0.0", { "flash/lib/a.py": "other\n" });
+    await using world = await live();
+    expect((await ask(world))?.update.map(({ dst_path }) => dst_path)).toEqual(["/flash/main.py"]);
+    world.release("1.0.0", { "flash/lib/a.py": "other\n" });
     const isRight = (manifest: Manifest | null) => manifest?.update.length === 2;
-    await until("both are to be updated", () => ask(server), isRight);
+    await soon("both are to be updated", () => ask(world), isRight);
   });
 
   test("a removal: the release before is the newest again, and what was in it is gone", async () => {
-    using root = new Root();
-    await using server = await live(root);
-    expect((await ask(server))?.version).toBe("1.0.1");
-    fs.rmSync(root.in("1.0.1"), { recursive: true });
-    await untilNewest(server, "1.0.0", V1);
-    expect(await ask(server)).toBeNull();
-    expect((await fetch(`${server.url}/1.0.1/flash/main.py`)).status).toBe(404);
+    await using world = await live();
+    expect((await ask(world))?.version).toBe("1.0.1");
+    fs.rmSync(world.at("releases/1.0.1"), { recursive: true });
+    await untilNewest(world, "1.0.0", V1);
+    expect(await ask(world)).toBeNull();
+    expect((await fetch(`${world.url}/1.0.1/flash/main.py`)).status).toBe(404);
   });
 
   test("firmware: new, changed, gone", async () => {
-    using root = new Root();
-    await using server = await live(root);
-    const hash = async () => (await ask(server))?.firmware?.sha256;
+    await using world = await live();
+    const hash = async () => (await ask(world))?.firmware?.sha256;
     expect(await hash()).toBeUndefined();
     for (const image of ["one", "another"]) {
-      layTree(root.root, { "firmware_1.0.1.bin": image });
-      await until(`the image ${image}`, hash, (found) => found === sha256(image));
-      const response = await fetch(`${server.url}/firmware_1.0.1.bin`);
+      layTree(world.releases, { "firmware_1.0.1.bin": image });
+      await soon(`the image ${image}`, hash, (found) => found === sha256(image));
+      const response = await fetch(`${world.url}/firmware_1.0.1.bin`);
       expect(await response.text()).toBe(image);
     }
-    fs.rmSync(root.in("firmware_1.0.1.bin"));
-    await until("no image", hash, (found) => found === undefined);
-    expect((await fetch(`${server.url}/firmware_1.0.1.bin`)).status).toBe(404);
+    fs.rmSync(world.at("releases/firmware_1.0.1.bin"));
+    await soon("no image", hash, (found) => found === undefined);
+    expect((await fetch(`${world.url}/firmware_1.0.1.bin`)).status).toBe(404);
   });
 
   test("a version that is a link, pointed elsewhere", () => {
-    const prepare = (root: Root) => {
-      root.lay(".builds/a", V2);
-      root.lay(".builds/b", V3);
-      fs.symlinkSync(".builds/a", root.in("1.0.2"));
+    const prepare = (world: World) => {
+      world.release(".builds/a", V2);
+      world.release(".builds/b", V3);
+      fs.symlinkSync(".builds/a", world.at("releases/1.0.2"));
     };
-    const change = (root: Root) => {
-      fs.symlinkSync(".builds/b", root.in(".next"));
-      fs.renameSync(root.in(".next"), root.in("1.0.2"));
+    const change = (world: World) => {
+      fs.symlinkSync(".builds/b", world.at("releases/.next"));
+      fs.renameSync(world.at("releases/.next"), world.at("releases/1.0.2"));
     };
     return expectShown(change, "1.0.2", V3, prepare);
   });
@@ -398,7 +352,7 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
     await untilNewest(server, "1.0.0", V1);
     expect(await health()).toBe(200);
     fs.rmSync(temp.at("root/1.0.0"), { recursive: true });
-    await until(
+    await soon(
       "nothing",
       () => whole(server),
       ([version]) => version === "none",
@@ -407,16 +361,16 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
   });
 
   test("a copy that ended just while the server started", async () => {
-    using root = new Root();
+    await using world = new World(BOTH);
     const started = performance.now();
-    const starting = live(root);
+    const starting = world.serve({ quiet: 1 });
     // The server waits for about two seconds for a root that is not quiet, and then begins.
-    const file = root.in("1.0.1/flash/main.py");
+    const file = world.at("releases/1.0.1/flash/main.py");
     while (performance.now() - started < 1950) {
       fs.appendFileSync(file, "more\n");
       await Bun.sleep(20);
     }
-    await using server = await starting;
+    const server = await starting;
     await untilNewest(server, "1.0.1", { ...V2, "flash/main.py": fs.readFileSync(file) });
   });
 
@@ -427,19 +381,19 @@ describe.concurrent("while it serves, a change shows within two seconds", () => 
     ["inotify_add_watch", "error=ENOSPC:when=3+"],
   ] as const) {
     test(`where the system does not tell of changes: ${call}, ${fault}`, async () => {
-      using root = new Root();
-      const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-      await using tool = new Tool(args, { prefix: injecting(call, fault) });
-      const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
+      await using world = new World(BOTH);
+      const args = ["--root", world.releases, "--host", "127.0.0.1"];
+      await using tool = await Serving.start(args, { prefix: injecting(call, fault) });
+      const { url } = tool;
       const code = fault.split("=")[1]!.split(":")[0];
       const expected = `^warning: changes may show late: the root is scanned every \\d+ s.*${code}`;
       await tool.until(new RegExp(expected, "m"), "stderr");
-      root.lay("1.0.2", V3);
+      world.release("1.0.2", V3);
       await untilNewest({ url }, "1.0.2", V3);
-      root.lay("1.0.2", { "flash/main.py": "mended\n" });
+      world.release("1.0.2", { "flash/main.py": "mended\n" });
       await untilNewest({ url }, "1.0.2", { ...V3, "flash/main.py": "mended\n" });
-      root.lay("1.0.1", { "flash/new/main.py": "more\n" });
-      fs.rmSync(root.in("1.0.2"), { recursive: true });
+      world.release("1.0.1", { "flash/new/main.py": "more\n" });
+      fs.rmSync(world.at("releases/1.0.2"), { recursive: true });
       await untilNewest({ url }, "1.0.1", { ...V2, "flash/new/main.py": "more\n" });
       // Once, however much is not watched.
       expect(tool.stderr.match(/may show late/g)).toHaveLength(1);
@@ -469,64 +423,64 @@ describe.concurrent("the root is what its path names now", () => {
     layTree(at, { "1.0.2/flash/main.py": "other\n", "notes.txt": real });
 
   test("when it is replaced by a rename", async () => {
-    using root = new Root();
-    layOther(root.root, root.at("next"));
-    await using server = await serving(root.root);
+    await using world = new World(BOTH);
+    layOther(world.releases, world.at("next"));
+    await using server = await serving(world.releases);
     expect((await whole(server))[0]).toBe("1.0.1");
-    fs.renameSync(root.root, root.at("before"));
-    fs.renameSync(root.at("next"), root.root);
-    await expectFollowed(server, root.root);
+    fs.renameSync(world.releases, world.at("before"));
+    fs.renameSync(world.at("next"), world.releases);
+    await expectFollowed(server, world.releases);
   });
 
   test("when it is a link, and is switched; and back", async () => {
-    using root = new Root();
-    layOther(root.at("next"));
-    fs.symlinkSync("root", root.at("current"));
-    await using server = await serving(root.at("current"));
+    await using world = new World(BOTH);
+    layOther(world.at("next"));
+    fs.symlinkSync("releases", world.at("current"));
+    await using server = await serving(world.at("current"));
     expect((await whole(server))[0]).toBe("1.0.1");
     const pointTo = (target: string) => {
-      fs.symlinkSync(target, root.at("new"));
-      fs.renameSync(root.at("new"), root.at("current"));
+      fs.symlinkSync(target, world.at("new"));
+      fs.renameSync(world.at("new"), world.at("current"));
     };
     pointTo("next");
-    await expectFollowed(server, root.at("next"));
-    pointTo("root");
+    await expectFollowed(server, world.at("next"));
+    pointTo("releases");
     await untilNewest(server, "1.0.1", V2);
   });
 
   test("when a directory above it is a link that is switched", async () => {
-    using root = new Root();
-    layTree(root.at("b"), { "releases/1.0.2/flash/main.py": "other\n" });
-    layTree(root.at("b"), { "releases/notes.txt": root.at("b/releases") });
-    layTree(root.at("a"), { "releases/1.0.1/flash/main.py": "two\n" });
-    fs.symlinkSync("a", root.at("disk"));
-    await using server = await serving(root.at("disk/releases"));
-    fs.rmSync(root.at("disk"));
-    fs.symlinkSync("b", root.at("disk"));
-    await expectFollowed(server, root.at("b/releases"));
+    await using world = new World(BOTH);
+    layTree(world.at("b"), { "releases/1.0.2/flash/main.py": "other\n" });
+    layTree(world.at("b"), { "releases/notes.txt": world.at("b/releases") });
+    layTree(world.at("a"), { "releases/1.0.1/flash/main.py": "two\n" });
+    fs.symlinkSync("a", world.at("disk"));
+    await using server = await serving(world.at("disk/releases"));
+    fs.rmSync(world.at("disk"));
+    fs.symlinkSync("b", world.at("disk"));
+    await expectFollowed(server, world.at("b/releases"));
   });
 
   test("when it is away for a while: what was offered stands, and it is found again", async () => {
-    using root = new Root();
-    await using server = await serving(root.root);
-    fs.renameSync(root.root, root.at("away"));
+    await using world = new World(BOTH);
+    await using server = await serving(world.releases);
+    fs.renameSync(world.releases, world.at("away"));
     const health = async () => (await fetch(`${server.url}/-/health`)).status;
-    await until("health says so", health, (status) => status === 503);
+    await soon("health says so", health, (status) => status === 503);
     expect((await whole(server))[0]).toBe("1.0.1");
-    layOther(root.root);
-    await expectFollowed(server, root.root);
+    layOther(world.releases);
+    await expectFollowed(server, world.releases);
   });
 
   test("where the system does not tell of changes", async () => {
-    using root = new Root();
-    layOther(root.at("next"));
-    fs.symlinkSync("root", root.at("current"));
-    const args = ["serve", "--root", root.at("current"), "--port", "0", "--host", "127.0.0.1"];
+    await using world = new World(BOTH);
+    layOther(world.at("next"));
+    fs.symlinkSync("releases", world.at("current"));
+    const args = ["--root", world.at("current"), "--host", "127.0.0.1"];
     const prefix = injecting("inotify_init1", "error=EMFILE");
-    await using tool = new Tool(args, { prefix });
-    const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
-    fs.rmSync(root.at("current"));
-    fs.symlinkSync("next", root.at("current"));
+    await using tool = await Serving.start(args, { prefix });
+    const { url } = tool;
+    fs.rmSync(world.at("current"));
+    fs.symlinkSync("next", world.at("current"));
     await untilNewest({ url }, "1.0.2", other);
   });
 });
@@ -555,16 +509,16 @@ describe.concurrent("what changes under a version that devices are on", () => {
   };
 
   test("a copy that pauses for long: devices on its first state get the whole; it is said and counted", async () => {
-    using root = new Root();
-    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-    await using tool = new Tool(args);
-    const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
-    root.lay("1.0.2", part);
+    await using world = new World(BOTH);
+    const args = ["--root", world.releases, "--host", "127.0.0.1"];
+    await using tool = await Serving.start(args);
+    const { url } = tool;
+    world.release("1.0.2", part);
     await untilNewest({ url }, "1.0.2", part);
     const device = `current_ver=1.0.2&base=${digestOf(part)}`;
     expect(await offered(url, device)).toBeNull();
     expect(await changedOf(url)).toBe(0);
-    root.lay("1.0.2", all);
+    world.release("1.0.2", all);
     await untilNewest({ url }, "1.0.2", all);
     const paths = Object.keys(all).sort();
     expect(await offered(url, device)).toEqual([paths, true]);
@@ -574,20 +528,20 @@ describe.concurrent("what changes under a version that devices are on", () => {
     await tool.until(/^warning: 1\.0\.2 changed after it was offered: .*$/m, "stderr");
     expect(await changedOf(url)).toBe(1);
     // Another time, in a version that is not the newest.
-    root.lay("1.0.1", { "flash/main.py": "edited\n" });
+    world.release("1.0.1", { "flash/main.py": "edited\n" });
     await tool.until(/^warning: 1\.0\.1 changed after it was offered: .*$/m, "stderr");
     expect(await changedOf(url)).toBe(2);
     expect(await offered(url, `current_ver=1.0.1&base=${digestOf(V2)}`)).toEqual([paths, true]);
   });
 
   test("firmware that changes under its name is offered to who runs the other", async () => {
-    using root = new Root();
-    layTree(root.root, { "firmware_1.0.0.bin": "one" });
-    await using server = await live(root);
+    await using world = new World(BOTH);
+    layTree(world.releases, { "firmware_1.0.0.bin": "one" });
+    const server = await world.serve({ quiet: 1 });
     const runs = `current_ver=1.0.1&firmware_ver=1.0.0&firmware_sha256=${sha256("one")}`;
     expect(await offered(server.url, runs)).toBeNull();
-    layTree(root.root, { "firmware_1.0.0.bin": "another" });
-    await until(
+    layTree(world.releases, { "firmware_1.0.0.bin": "another" });
+    await soon(
       "the other image",
       () => offered(server.url, runs),
       (found) => found !== null,
@@ -598,15 +552,15 @@ describe.concurrent("what changes under a version that devices are on", () => {
   });
 
   test("not: a version that is touched, changes its modes, goes and comes back, or is new", async () => {
-    using root = new Root();
+    await using world = new World(BOTH);
     const warnings: string[] = [];
     let changes = 0;
-    await using server = await Served.start(root.root, {
+    const server = await world.serve({
       quiet: 0.2,
       warn: (line) => void warnings.push(line),
       changed: () => void changes++,
     });
-    const file = root.in("1.0.1/flash/main.py");
+    const file = world.at("releases/1.0.1/flash/main.py");
     const after = async (change: () => void): Promise<void> => {
       const before = changes;
       change();
@@ -614,13 +568,13 @@ describe.concurrent("what changes under a version that devices are on", () => {
     };
     await after(() => fs.utimesSync(file, 1, 1));
     await after(() => fs.chmodSync(file, 0o755));
-    await after(() => fs.renameSync(root.in("1.0.1"), root.in(".away")));
-    await after(() => fs.renameSync(root.in(".away"), root.in("1.0.1")));
-    await after(() => root.lay("1.0.2", V1));
+    await after(() => fs.renameSync(world.at("releases/1.0.1"), world.at("releases/.away")));
+    await after(() => fs.renameSync(world.at("releases/.away"), world.at("releases/1.0.1")));
+    await after(() => world.release("1.0.2", V1));
     expect([warnings, await changedOf(server.url)]).toEqual([[], 0]);
     // Gone, and another one under its name.
-    await after(() => fs.rmSync(root.in("1.0.2"), { recursive: true }));
-    await after(() => root.lay("1.0.2", V2));
+    await after(() => fs.rmSync(world.at("releases/1.0.2"), { recursive: true }));
+    await after(() => world.release("1.0.2", V2));
     expect(warnings.map((line) => line.split(":")[0])).toEqual([
       "1.0.2 changed after it was offered",
     ]);
@@ -631,8 +585,8 @@ describe.concurrent("what changes under a version that devices are on", () => {
 test.concurrent(
   "serve says what else it serves; with --only-releases it serves nothing else",
   async () => {
-    using root = new Root();
-    layTree(root.root, {
+    await using world = new World(BOTH);
+    layTree(world.releases, {
       "notes/a.txt": "a",
       "notes/b/c.txt": "c",
       "notes/x y": "odd",
@@ -641,44 +595,42 @@ test.concurrent(
       "1.0.0/secret.key": "secret",
       "1.0.3/flash/main.py": "held back",
     });
-    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
+    const args = ["--root", world.releases, "--host", "127.0.0.1"];
     args.push("--ignore", "*.key", "--latest", "1.0.1");
     const statuses = async (url: string) => {
       const asked = ["notes/a.txt", "plan.txt", "1.0.1/flash/main.py", "notes/key.pem"];
       asked.push("1.0.0/secret.key", "1.0.3/flash/main.py");
       return Promise.all(asked.map(async (path) => (await fetch(`${url}/${path}`)).status));
     };
-    await using open = new Tool(args);
-    const [startup, url = ""] = await open.until(/ at (http:\S+)\n[^]*^try .*$/m);
-    expect(startup).toMatch(/^also served: notes\/ \(3 files\), plan\.txt$/m);
-    expect(await statuses(url)).toEqual([200, 200, 200, 404, 404, 404]);
-    await using strict = new Tool([...args, "--only-releases"]);
-    const [less, strictURL = ""] = await strict.until(/ at (http:\S+)\n[^]*^try .*$/m);
-    expect(less).not.toContain("also served");
-    expect(await statuses(strictURL)).toEqual([404, 404, 200, 404, 404, 404]);
+    await using open = await Serving.start(args);
+    expect(open.startup).toMatch(/^also served: notes\/ \(3 files\), plan\.txt$/m);
+    expect(await statuses(open.url)).toEqual([200, 200, 200, 404, 404, 404]);
+    await using strict = await Serving.start([...args, "--only-releases"]);
+    expect(strict.startup).not.toContain("also served");
+    expect(await statuses(strict.url)).toEqual([404, 404, 200, 404, 404, 404]);
   },
 );
 
 test.concurrent("what did not change is not read again", async () => {
-  using root = new Root();
+  await using world = new World(BOTH);
   const many = Object.fromEntries(Array.from({ length: 30 }, (_, i) => [`flash/${i}`, `${i}`]));
-  root.lay("1.0.1", many);
-  layTree(root.root, { "firmware_1.0.0.bin": "image" });
+  world.release("1.0.1", many);
+  layTree(world.releases, { "firmware_1.0.0.bin": "image" });
   const options = ["-f", "--seccomp-bpf", "-qq", "-s", "300", "-e", "trace=open,openat,openat2"];
-  const prefix = [need("strace"), ...options, "-o", root.at("calls")];
-  const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-  await using tool = new Tool(args, { prefix });
-  const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
+  const prefix = [need("strace"), ...options, "-o", world.at("calls")];
+  const args = ["--root", world.releases, "--host", "127.0.0.1"];
+  await using tool = await Serving.start(args, { prefix });
+  const { url } = tool;
 
   let told = 0;
   /** The files below the root that were opened to be read since the last time, sorted. */
   const read = (): string[] => {
-    const lines = fs.readFileSync(root.at("calls"), "utf8").split("\n");
+    const lines = fs.readFileSync(world.at("calls"), "utf8").split("\n");
     const news = lines.slice(told, -1);
     told = lines.length - 1;
     return news
       .filter((line) => !/O_DIRECTORY|O_PATH/.test(line))
-      .flatMap((line) => new RegExp(`"${root.root}/([^"]+)"`).exec(line)?.[1] ?? [])
+      .flatMap((line) => new RegExp(`"${world.releases}/([^"]+)"`).exec(line)?.[1] ?? [])
       .sort();
   };
   const below = (version: string, files: Tree) => Object.keys(files).map((f) => `${version}/${f}`);
@@ -689,24 +641,24 @@ test.concurrent("what did not change is not read again", async () => {
 
   // A new version: its files, once each, and no other.
   const added: Tree = { "flash/main.py": "x\n", "flash/other.py": "y\n" };
-  root.lay("1.0.2", added);
+  world.release("1.0.2", added);
   await untilNewest({ url }, "1.0.2", added);
   expect(read()).toEqual(below("1.0.2", added));
 
   // An edit: the file that was edited.
-  root.lay("1.0.2", { "flash/other.py": "z\n" });
+  world.release("1.0.2", { "flash/other.py": "z\n" });
   const edited = { ...added, "flash/other.py": "z\n" };
   await untilNewest({ url }, "1.0.2", edited);
   expect(read()).toEqual(["1.0.2/flash/other.py"]);
 
   // New firmware: the image.
-  layTree(root.root, { "firmware_1.0.2.bin": "new image" });
+  layTree(world.releases, { "firmware_1.0.2.bin": "new image" });
   const firmware = async () => (await ask({ url }))?.firmware?.sha256;
-  await until("the image", firmware, (found) => found === sha256("new image"));
+  await soon("the image", firmware, (found) => found === sha256("new image"));
   expect(read()).toEqual(["firmware_1.0.2.bin"]);
 
   // A removal, and another name for a version: nothing.
-  fs.rmSync(root.in("1.0.2"), { recursive: true });
+  fs.rmSync(world.at("releases/1.0.2"), { recursive: true });
   await untilNewest({ url }, "1.0.1", { ...V2, ...many });
   expect(read()).toEqual([]);
 
@@ -750,16 +702,15 @@ describe.concurrent("a version counts after one quiet second", () => {
   }
 
   test("a copy that takes longer is not offered before it is whole", async () => {
-    using root = new Root();
-    await using server = await live(root, LONG);
-    const stop = observe(server);
+    await using world = await live(LONG);
+    const stop = observe(world);
     const files: Tree = { "flash/a.py": "abcd", "flash/b/c.py": "ef", "flash/main.py": "gh" };
     await writeSlowly({
-      [root.in("1.0.2/flash/a.py")]: ["a", "b", "", "c", "d"],
-      [root.in("1.0.2/flash/b/c.py")]: ["e", "f"],
-      [root.in("1.0.2/flash/main.py")]: ["g", "h"],
+      [world.at("releases/1.0.2/flash/a.py")]: ["a", "b", "", "c", "d"],
+      [world.at("releases/1.0.2/flash/b/c.py")]: ["e", "f"],
+      [world.at("releases/1.0.2/flash/main.py")]: ["g", "h"],
     });
-    await untilNewest(server, "1.0.2", files);
+    await untilNewest(world, "1.0.2", files);
     expect(await stop()).toEqual([
       ["1.0.1", hashes(V2)],
       ["1.0.2", hashes(files)],
@@ -767,40 +718,40 @@ describe.concurrent("a version counts after one quiet second", () => {
   });
 
   test("firmware that takes longer, too", async () => {
-    using root = new Root();
-    await using server = await live(root, LONG);
+    await using world = await live(LONG);
     const offered = new Set<string | undefined>();
     const firmware = async () => {
-      const found = (await ask(server))?.firmware?.sha256;
+      const found = (await ask(world))?.firmware?.sha256;
       offered.add(found);
       return found;
     };
     const pieces = ["first ", "second ", "third ", "fourth ", "fifth ", "sixth"];
     const right = sha256(pieces.join(""));
-    const writing = writeSlowly({ [root.in("firmware_1.0.1.bin")]: pieces });
-    await until("the whole image", firmware, (found) => found === right);
+    const writing = writeSlowly({ [world.at("releases/firmware_1.0.1.bin")]: pieces });
+    await soon("the whole image", firmware, (found) => found === right);
     await writing;
     expect([...offered]).toEqual([undefined, right]);
   });
 
   test("the last good one stands during an edit, and no other bytes are sent", async () => {
-    using root = new Root();
-    await using server = await live(root, LONG);
+    await using world = await live(LONG);
     const [kept, other] = ["flash/main.py", "flash/lib/a.py"];
     const get = async (path: string) => {
-      const response = await fetch(`${server.url}/1.0.1/${path}`);
+      const response = await fetch(`${world.url}/1.0.1/${path}`);
       return { response, text: await response.text() };
     };
     // The one was sent before, and is in memory; the other one was never asked for.
     expect((await get(kept)).text).toBe("two\n");
-    const stop = observe(server);
+    const stop = observe(world);
     const pieces = ["an edit ", "that ", "takes ", "all ", "its ", "time\n"];
     const writing = Promise.all([
-      writeSlowly({ [root.in(`1.0.1/${kept}`)]: pieces }),
-      writeSlowly({ [root.in(`1.0.1/${other}`)]: pieces }),
+      writeSlowly({ [world.at("releases", `1.0.1/${kept}`)]: pieces }),
+      writeSlowly({ [world.at("releases", `1.0.1/${other}`)]: pieces }),
     ]);
     await eventually("the edit has begun", () =>
-      [kept, other].every((path) => fs.statSync(root.in(`1.0.1/${path}`)).size > "two\n".length),
+      [kept, other].every(
+        (path) => fs.statSync(world.at("releases", `1.0.1/${path}`)).size > "two\n".length,
+      ),
     );
     let isOver = false;
     void writing.then(() => (isOver = true));
@@ -813,7 +764,7 @@ describe.concurrent("a version counts after one quiet second", () => {
     }
     expect([...answers]).toEqual(["503 2 changing just now\n"]);
     const edited = { ...V2, [kept!]: pieces.join(""), [other!]: pieces.join("") };
-    await untilNewest(server, "1.0.1", edited);
+    await untilNewest(world, "1.0.1", edited);
     expect((await get(kept)).text).toBe(pieces.join(""));
     expect((await get(other)).text).toBe(pieces.join(""));
     expect(await stop()).toEqual([
@@ -823,14 +774,16 @@ describe.concurrent("a version counts after one quiet second", () => {
   });
 
   test("a removal that takes long does not offer what is left", async () => {
-    using root = new Root();
+    await using world = new World(BOTH);
     const many = Object.fromEntries(Array.from({ length: 6 }, (_, i) => [`flash/${i}`, `${i}`]));
-    root.lay("1.0.2", many);
-    await using server = await live(root, LONG);
+    world.release("1.0.2", many);
+    const server = await world.serve({ quiet: LONG });
     const stop = observe(server);
-    const removals = Object.keys(many).map((path) => `rm ${quoted(root.in(`1.0.2/${path}`))}`);
+    const removals = Object.keys(many).map(
+      (path) => `rm ${quoted(world.at("releases", `1.0.2/${path}`))}`,
+    );
     await Bun.spawn(["sh", "-ec", removals.join("; sleep 0.3; ")]).exited;
-    fs.rmSync(root.in("1.0.2"), { recursive: true });
+    fs.rmSync(world.at("releases/1.0.2"), { recursive: true });
     await untilNewest(server, "1.0.1", V2);
     expect(await stop()).toEqual([
       ["1.0.2", hashes(many)],
@@ -839,24 +792,20 @@ describe.concurrent("a version counts after one quiet second", () => {
   });
 
   test("the command waits for a fresh root, says what is changing, and what came of it", async () => {
-    using root = new Root();
+    await using world = new World(BOTH);
     // Without a process for each pause, which may take longer to start than a second.
     const script =
       "mkdir 1.0.2; exec 3<> <(:); i=0; while echo > 1.0.2/$((i += 1)); do read -t 0.1 -u 3; done";
-    const writer = Bun.spawn(["bash", "-c", script], { cwd: root.root });
-    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-    await using tool = new Tool(args);
-    try {
-      const [startup, url = ""] = await tool.until(/^.* at (http:\S+)\n[^]*^try .*$/m);
-      expect(startup).toMatch(/^version +1\.0\.0 /m);
-      expect(startup).toMatch(/^version +1\.0\.1 /m);
-      expect(startup).not.toMatch(/^version +1\.0\.2 /m);
-      expect(startup).toMatch(/^changing +1\.0\.2\b/m);
-      expect((await whole({ url }))[0]).toBe("1.0.1");
-    } finally {
-      writer.kill("SIGKILL");
-      await writer.exited;
-    }
+    await using writer = Bun.spawn(["bash", "-c", script], { cwd: world.releases });
+    await using tool = await Serving.start(["--root", world.releases, "--host", "127.0.0.1"]);
+    const { startup, url } = tool;
+    expect(startup).toMatch(/^version +1\.0\.0 /m);
+    expect(startup).toMatch(/^version +1\.0\.1 /m);
+    expect(startup).not.toMatch(/^version +1\.0\.2 /m);
+    expect(startup).toMatch(/^changing +1\.0\.2\b/m);
+    expect((await whole({ url }))[0]).toBe("1.0.1");
+    writer.kill("SIGKILL");
+    await writer.exited;
     const isNow = () => /^now +1\.0\.0 1\.0\.1 1\.0\.2$/m.test(tool.stdout);
     await eventually("it says that 1.0.2 counts", isNow, SOON);
   });
@@ -868,16 +817,16 @@ describe.concurrent("a rename publishes at once or not at all", () => {
   );
 
   /** Runs commands as a person would, in the root. */
-  async function shell(root: Root, script: string): Promise<void> {
-    const child = Bun.spawn(["sh", "-ec", script], { cwd: root.root, stderr: "pipe" });
+  async function shell(world: World, script: string): Promise<void> {
+    const child = Bun.spawn(["sh", "-ec", script], { cwd: world.releases, stderr: "pipe" });
     const [code, errors] = await Promise.all([child.exited, child.stderr.text()]);
     if (code !== 0) throw new Error(`${script}: ${errors}`);
   }
 
   test("cp -r build .1.0.2 && mv .1.0.2 1.0.2", async () => {
-    using root = new Root();
-    layTree(root.at("build"), many);
-    await using server = await live(root);
+    await using world = new World(BOTH);
+    layTree(world.at("build"), many);
+    const server = await world.serve({ quiet: 1 });
     const seen: [string, number][] = [];
     let stopped = false;
     const look = async () => {
@@ -889,15 +838,15 @@ describe.concurrent("a rename publishes at once or not at all", () => {
     const watching = (async () => {
       for (; !stopped; await Bun.sleep(1)) await look();
     })();
-    await shell(root, "cp -r ../build .1.0.2");
+    await shell(world, "cp -r ../build .1.0.2");
     // Long enough for anything else to count.
     await Bun.sleep(1600);
     expect((await whole(server))[0]).toBe("1.0.1");
     expect((await fetch(`${server.url}/.1.0.2/flash/0/0.py`)).status).toBe(404);
-    await shell(root, "mv .1.0.2 1.0.2");
+    await shell(world, "mv .1.0.2 1.0.2");
     await untilNewest(server, "1.0.2", many);
     // And back out of sight.
-    await shell(root, "mv 1.0.2 .1.0.2");
+    await shell(world, "mv 1.0.2 .1.0.2");
     await untilNewest(server, "1.0.1", V2);
     stopped = true;
     await watching;
@@ -910,9 +859,9 @@ describe.concurrent("a rename publishes at once or not at all", () => {
   });
 
   test("a version that is exchanged for another one, by two renames", async () => {
-    using root = new Root();
-    root.lay(".new", many);
-    await using server = await live(root);
+    await using world = new World(BOTH);
+    world.release(".new", many);
+    const server = await world.serve({ quiet: 1 });
     const counts = new Set<string>();
     const get = async () => {
       const found = await whole(server);
@@ -920,8 +869,8 @@ describe.concurrent("a rename publishes at once or not at all", () => {
       return found;
     };
     await get();
-    await shell(root, "mv 1.0.1 .old; mv .new 1.0.1");
-    await until("the other one", get, ([, files]) => Object.keys(files).length === 200);
+    await shell(world, "mv 1.0.1 .old; mv .new 1.0.1");
+    await soon("the other one", get, ([, files]) => Object.keys(files).length === 200);
     // Between the renames there is no 1.0.1, and a look may see that.
     expect([...counts].filter((count) => count !== "1.0.0 3")).toEqual(["1.0.1 3", "1.0.1 200"]);
   });
@@ -931,11 +880,11 @@ describe.concurrent("a rename publishes at once or not at all", () => {
 
 describe.concurrent("content that is other than indexed is not sent", () => {
   test("503 with Retry-After, for every way to ask; and it is looked at again at once", async () => {
-    using root = new Root();
+    await using world = new World(BOTH);
     // Nothing tells of a change that is made through another name of the file.
-    fs.linkSync(root.in("1.0.1/flash/main.py"), root.at("elsewhere"));
-    await using server = await live(root, LONG);
-    fs.writeFileSync(root.at("elsewhere"), "evil\n");
+    fs.linkSync(world.at("releases/1.0.1/flash/main.py"), world.at("elsewhere"));
+    const server = await world.serve({ quiet: LONG });
+    fs.writeFileSync(world.at("elsewhere"), "evil\n");
     const url = `${server.url}/1.0.1/flash/main.py`;
     const ways: RequestInit[] = [
       {},
@@ -970,10 +919,10 @@ describe.concurrent("content that is other than indexed is not sent", () => {
         (file) => fs.rmSync(file),
       ];
       const expectRefused = async (change: (file: string) => void) => {
-        using root = new Root();
-        const file = root.in("firmware_1.0.1.bin");
+        await using world = new World(BOTH);
+        const file = world.at("releases/firmware_1.0.1.bin");
         fs.writeFileSync(file, content);
-        await using server = await live(root, LONG);
+        const server = await world.serve({ quiet: LONG });
         const before = await ask(server);
         change(file);
         const response = await fetch(before!.firmware!.URL);
@@ -985,12 +934,12 @@ describe.concurrent("content that is other than indexed is not sent", () => {
   }
 
   test("a file that has grown without bound is not read to its end", async () => {
-    using root = new Root();
-    fs.linkSync(root.in("1.0.1/flash/main.py"), root.at("elsewhere"));
-    const args = ["serve", "--root", root.root, "--port", "0", "--host", "127.0.0.1"];
-    await using tool = new Tool(args);
-    const [, url = ""] = await tool.until(/ at (http:\S+)\n[^]*^try .*$/m);
-    fs.truncateSync(root.at("elsewhere"), 1.5 * 2 ** 30);
+    await using world = new World(BOTH);
+    fs.linkSync(world.at("releases/1.0.1/flash/main.py"), world.at("elsewhere"));
+    const args = ["--root", world.releases, "--host", "127.0.0.1"];
+    await using tool = await Serving.start(args);
+    const { url } = tool;
+    fs.truncateSync(world.at("elsewhere"), 1.5 * 2 ** 30);
     const response = await fetch(`${url}/1.0.1/flash/main.py`);
     await response.body?.cancel();
     expect(response.status).toBe(503);
@@ -1000,12 +949,12 @@ describe.concurrent("content that is other than indexed is not sent", () => {
   });
 
   test("larger content: what went or became shorter is no error of the server", async () => {
-    using root = new Root();
+    await using world = new World(BOTH);
     const size = 17 * 1024 * 1024;
-    const file = root.in("firmware_1.0.1.bin");
+    const file = world.at("releases/firmware_1.0.1.bin");
     for (const change of [() => fs.truncateSync(file, 1000), () => fs.rmSync(file)]) {
       fs.writeFileSync(file, Buffer.alloc(size, "a"));
-      await using server = await live(root, LONG);
+      const server = await world.serve({ quiet: LONG });
       const before = await ask(server);
       expect(before?.firmware?.size).toBe(size);
       change();
@@ -1087,39 +1036,35 @@ describe.concurrent("a device that gets other content than its manifest says", (
     ["other, as long", "tWo\n"],
   ] as const) {
     test(`while a file becomes ${what} on the server: it ends up on the edited release`, async () => {
-      using root = new Root();
-      layTree(root.at("device"), V1);
-      await using server = await live(root, 3);
-      const unlucky = new Unlucky(server.url, { root: root.at("device"), ver: "1.0.0" });
-      unlucky.edit = () => root.lay("1.0.1", { "flash/main.py": content });
+      await using world = await live(3, V1);
+      const unlucky = new Unlucky(world.url, { root: world.root, ver: "1.0.0" });
+      unlucky.edit = () => world.release("1.0.1", { "flash/main.py": content });
       expect((await unlucky.update()).result).toBe("updated");
       const edited = { ...V2, "flash/main.py": content };
-      expect(readTree(root.at("device"))).toMatchObject(asTree(edited));
+      expect(world.tree()).toMatchObject(asTree(edited));
       // What 1.0.0 consists of, and what is new, twice.
-      expect(server.requests.filter(({ path }) => path === "/manifest.json").length).toBe(3);
-      expect(server.requests.map(({ status }) => status)).toContain(503);
+      expect(world.server.requests.filter(({ path }) => path === "/manifest.json").length).toBe(3);
+      expect(world.server.requests.map(({ status }) => status)).toContain(503);
     });
   }
 
   test("while the release is withdrawn on the server: it stays as it is", async () => {
-    using root = new Root();
-    layTree(root.at("device"), V1);
-    await using server = await Served.start(root.root);
-    const unlucky = new Unlucky(server.url, { root: root.at("device"), ver: "1.0.0" });
-    unlucky.edit = () => fs.rmSync(root.in("1.0.1"), { recursive: true });
+    await using world = await World.with(BOTH, { device: V1 });
+    const unlucky = new Unlucky(world.url, { root: world.root, ver: "1.0.0" });
+    unlucky.edit = () => fs.rmSync(world.at("releases/1.0.1"), { recursive: true });
     const outcome = await unlucky.update().catch((thrown: unknown) => thrown);
     if (outcome instanceof Error) expect(String(outcome)).toContain("1.0.1");
     else expect(outcome).toMatchObject({ result: "up to date", to: "1.0.0" });
-    expect(readTree(root.at("device"))).toEqual(asTree(V1));
+    expect(world.tree()).toEqual(asTree(V1));
   });
 
   test("cut off after the last byte of coded content: the next try goes on from there", async () => {
-    using root = new Root();
+    await using world = new World(BOTH);
     const long = "print('the same line again')\n".repeat(500);
-    root.lay("1.0.1", { "flash/main.py": long });
-    layTree(root.at("device"), V1);
-    await using server = await Served.start(root.root);
-    const options = { root: root.at("device"), ver: "1.0.0" };
+    world.release("1.0.1", { "flash/main.py": long });
+    layTree(world.root, V1);
+    const server = await world.serve();
+    const options = { root: world.root, ver: "1.0.0" };
     /** A way on which the end of the first answer with content never comes. */
     class Cut extends HttpOTA {
       readonly power = new AbortController();
@@ -1142,8 +1087,8 @@ describe.concurrent("a device that gets other content than its manifest says", (
     const cut = new Cut(server.url, { ...options, signal: power.signal });
     cut.power.signal.addEventListener("abort", () => power.abort(cut.power.signal.reason));
     expect(String(await cut.update().catch((error: unknown) => error))).toContain("power");
-    expect(readTree(root.at("device"))).toEqual(asTree(V1));
+    expect(world.tree()).toEqual(asTree(V1));
     expect((await new HttpOTA(server.url, options).update()).result).toBe("updated");
-    expect(readTree(root.at("device"))).toMatchObject(asTree({ ...V2, "flash/main.py": long }));
+    expect(world.tree()).toMatchObject(asTree({ ...V2, "flash/main.py": long }));
   });
 });

@@ -9,7 +9,9 @@ import { connect as connectTLS } from "node:tls";
 import { OTAError, parseManifest, serve } from "../ota.ts";
 import { certify } from "./helpers/pki.ts";
 import { parseResponse, rawRequest } from "./helpers/raw.ts";
-import { eventually, layTree, ota, Served, Temp, Tool } from "./helpers/tool.ts";
+import { layTree, Temp } from "./helpers/temp.ts";
+import { eventually, ota, Tool } from "./helpers/tool.ts";
+import { Served } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -23,8 +25,7 @@ describe("X-Forwarded-Proto and -For", () => {
     headers: Record<string, string>,
     { host = "127.0.0.1", url = undefined as string | undefined } = {},
   ) {
-    using temp = new Temp();
-    layTree(temp.path, TREE);
+    using temp = new Temp(TREE);
     const warnings: string[] = [];
     const warn = (line: string) => void warnings.push(line);
     const options = { trustProxy, warn, host, ...(url !== undefined && { url }) };
@@ -137,8 +138,7 @@ describe("X-Forwarded-Proto and -For", () => {
   });
 
   test("on the command line, several times", async () => {
-    using temp = new Temp();
-    layTree(temp.path, TREE);
+    using temp = new Temp(TREE);
     const place = ["--root", temp.path, "--port", "0", "--host", "127.0.0.1"];
     const proxies = ["--trust-proxy", "10.0.0.0/8", "--trust-proxy", "127.0.0.1"];
     await using tool = new Tool(["serve", ...place, ...proxies]);
@@ -180,12 +180,13 @@ describe.concurrent("a certificate that is renewed", () => {
 
   /** Waits until it is, and looks whether it was answered all the time by the one or the other. */
   async function untilTrusted(server: Served, ca: string, before: string): Promise<void> {
-    const end = performance.now() + 20_000;
-    while (!(await isTrusted(server, ca))) {
-      if (performance.now() > end) throw new Error("the new certificate is not in use");
-      const either = (await isTrusted(server, before)) || (await isTrusted(server, ca));
+    const look = async () => {
+      const isNew = await isTrusted(server, ca);
+      const either = isNew || (await isTrusted(server, before)) || (await isTrusted(server, ca));
       expect(either).toBe(true);
-    }
+      return isNew;
+    };
+    await eventually("the new certificate is in use", look, 20);
     expect(await isTrusted(server, before)).toBe(false);
   }
 

@@ -14,8 +14,8 @@ import {
   type State,
   status,
 } from "../ota.ts";
-import { runOta } from "./helpers/cli.ts";
-import { readTree, TempDir, type Tree } from "./helpers/temp.ts";
+import { filesBelow, Temp, type Tree } from "./helpers/temp.ts";
+import { run } from "./helpers/tool.ts";
 
 const V1: Tree = {
   "flash/main.py": "print('one')\n",
@@ -34,7 +34,7 @@ const below = (directory: string, tree: Tree): Tree =>
   Object.fromEntries(Object.entries(tree).map(([path, text]) => [`${directory}/${path}`, text]));
 
 /** A root of releases, a device, and what the updater said of it. */
-class Field extends TempDir {
+class Field extends Temp {
   readonly notes: string[] = [];
   readonly device = this.at("device");
   readonly releases = this.at("releases");
@@ -62,7 +62,7 @@ class Field extends TempDir {
 
   /** What is on the device, but for what the updater keeps. */
   get tree(): Tree {
-    const files = [...readTree(this.device)].filter(([path]) => !path.startsWith(".ota/"));
+    const files = [...filesBelow(this.device)].filter(([path]) => !path.startsWith(".ota/"));
     const texts = files.map(([path, bytes]) => [path, new TextDecoder().decode(bytes)] as const);
     return Object.fromEntries(texts.filter(([path]) => path !== "flash/OTA_VERSION.py").sort());
   }
@@ -92,7 +92,7 @@ const sorted = <T>(record: Record<string, T>): Record<string, T> =>
 
 describe("a device that is brought along with --ver", () => {
   test("loses what the release drops, and its record is the whole release", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     expect(await field.update()).toBe("updated 1.0.1");
     await field.expectOn("1.0.1", V2);
     expect(field.notes).toEqual([]);
@@ -105,13 +105,13 @@ describe("a device that is brought along with --ver", () => {
   });
 
   test("with --repair at first contact, too", async () => {
-    await using field = new Field({ ...V1, "flash/main.py": "scribbled\n" });
+    using field = new Field({ ...V1, "flash/main.py": "scribbled\n" });
     expect(await field.update({ repair: true })).toBe("updated 1.0.1");
     await field.expectOn("1.0.1", V2);
   });
 
   test("and after a first release that failed its check", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     const check = { command: "false", timeout: 5 };
     expect(await field.update({ check })).toBe("rolled back 1.0.1");
     await field.expectOn("1.0.0", V1);
@@ -122,7 +122,7 @@ describe("a device that is brought along with --ver", () => {
   });
 
   test("by a record that lacks files, as ota.ts 0.1.0 made them", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     expect(await field.update()).toBe("updated 1.0.1");
     const { state } = field;
     const { stamps: _, executable: __, image: ___, ...installed } = state.installed!;
@@ -138,7 +138,7 @@ describe("a device that is brought along with --ver", () => {
 
   test("that is not what it says: told, and put right", async () => {
     // Its `.ota` was deleted; --ver is still in the unit file.
-    await using field = new Field({ ...V2, "own.txt": "own" });
+    using field = new Field({ ...V2, "own.txt": "own" });
     field.release("1.0.2", { ...V1, "flash/lib/new.py": "newer\n" });
     expect(await field.update()).toBe("updated 1.0.2");
     expect(field.notes).toContainEqual(
@@ -149,7 +149,7 @@ describe("a device that is brought along with --ver", () => {
   });
 
   test("from a release that the server does not have: told, and everything is brought", async () => {
-    await using field = new Field({ ...V1, "flash/main.py": "0.9" }, { "1.0.1": V2 });
+    using field = new Field({ ...V1, "flash/main.py": "0.9" }, { "1.0.1": V2 });
     expect(await field.update({ ver: "0.9" })).toBe("updated 1.0.1");
     expect(field.notes[0]).toBe("the server does not have 0.9: what it consists of is not known");
     expect(field.tree).toMatchObject(V2);
@@ -163,7 +163,7 @@ describe("files that others changed, deleted or damaged", () => {
   };
 
   test("are repaired by the next update, and nothing else is fetched", async () => {
-    await using field = new Field(V2);
+    using field = new Field(V2);
     await using server = await serve({ root: field.releases, port: 0, quiet: 0 });
     const device = new HttpOTA(server.url, { root: field.device, ver: "1.0.1" });
     expect((await device.update()).result).toBe("up to date");
@@ -175,9 +175,9 @@ describe("files that others changed, deleted or damaged", () => {
   });
 
   test("status --check names them, and says whether there are any by its exit code", async () => {
-    await using field = new Field(V2);
+    using field = new Field(V2);
     await field.update({ ver: "1.0.1" });
-    const check = () => runOta(["status", "--root", field.device, "--check"]);
+    const check = () => run(["status", "--root", field.device, "--check"]);
     expect(await check()).toMatchObject({
       code: 0,
       stdout: expect.stringMatching(/differs: +none/),
@@ -194,7 +194,7 @@ describe("files that others changed, deleted or damaged", () => {
   });
 
   test("although they look unchanged: --check-files hashes them all", async () => {
-    await using field = new Field(V2);
+    using field = new Field(V2);
     await field.update({ ver: "1.0.1" });
     const file = field.at("device/flash/main.py");
     const { atime, mtime } = fs.statSync(file);
@@ -213,12 +213,12 @@ describe("files that others changed, deleted or damaged", () => {
   });
 
   test("and an old .ota that was put back: no mix of releases comes of it", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     field.release("1.0.1", { "flash/lib/only.py": "only in 1.0.1\n" });
     expect(await field.update({ ver: "1.0.0" })).toBe("updated 1.0.1");
-    await using copy = new TempDir();
+    using copy = new Temp();
     // The record of 1.0.0.
-    await using before = new Field(V1, { "1.0.0": V1 });
+    using before = new Field(V1, { "1.0.0": V1 });
     await before.update();
     fs.cpSync(before.at("device/.ota"), copy.at("ota"), { recursive: true });
     fs.rmSync(field.at("device/.ota"), { recursive: true });
@@ -230,9 +230,9 @@ describe("files that others changed, deleted or damaged", () => {
 });
 
 test("an old .ota that was put back where nothing recorded differs: no file is left over", async () => {
-  await using field = new Field({ "flash/a": "a" }, { "1.0.0": { "flash/a": "a" } });
+  using field = new Field({ "flash/a": "a" }, { "1.0.0": { "flash/a": "a" } });
   await field.update();
-  await using copy = new TempDir();
+  using copy = new Temp();
   fs.cpSync(field.at("device/.ota"), copy.at("ota"), { recursive: true });
   field.release("1.0.1", { "flash/a": "a", "flash/b": "b" });
   expect(await field.update()).toBe("updated 1.0.1");
@@ -245,7 +245,7 @@ test("an old .ota that was put back where nothing recorded differs: no file is l
 
 describe("content that changed under a version", () => {
   test("is delivered, deletions too, and takes nothing of the way back", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     expect(await field.update()).toBe("updated 1.0.1");
     field.remove("releases/1.0.1/flash/lib/new.py");
     field.release("1.0.1", { "flash/same.py": "same no more\n", "flash/x/added.py": "added\n" });
@@ -259,7 +259,7 @@ describe("content that changed under a version", () => {
 
   test("a firmware image that is damaged on the device, or replaced on the server", async () => {
     const firmware = { "firmware_1.0.1.bin": "image one" };
-    await using field = new Field(V1);
+    using field = new Field(V1);
     field.write(below("releases", firmware));
     expect(await field.update()).toBe("updated 1.0.1 firmware 1.0.1");
     field.write({ "device/.ota/ota_0.bin": "imAge one" });
@@ -279,11 +279,11 @@ describe("content that changed under a version", () => {
 
 describe("the way back", () => {
   test("with lost backups is refused before anything is done", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     await field.update();
     const [backup] = fs.readdirSync(field.at("device/.ota")).filter((n) => n.startsWith("backup"));
     field.remove(`device/.ota/${backup}`);
-    const { code, stdout, stderr } = await runOta(["rollback", "--root", field.device]);
+    const { code, stdout, stderr } = await run(["rollback", "--root", field.device]);
     expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
     expect(stderr).toMatch(
       /^ota\.ts: cannot go back to 1\.0\.0: .*backup.*flash\/main\.py.* is gone/,
@@ -293,7 +293,7 @@ describe("the way back", () => {
   });
 
   test("from a repair is the one to the release before", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     await field.update();
     field.write({ "device/flash/main.py": "scribbled", "device/sd/data.bin": "scribbled" });
     expect(await field.update()).toBe("repaired 1.0.1");
@@ -308,7 +308,7 @@ describe("the way back", () => {
   });
 
   test("is free after a repair of a damaged firmware slot", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     field.write({ "releases/firmware_1.0.1.bin": "image one" });
     await field.update();
     field.write({ "device/.ota/ota_0.bin": "damaged" });
@@ -318,7 +318,7 @@ describe("the way back", () => {
   });
 
   test("brings nothing of a version that changed into the release before", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     await field.update();
     // What the application deleted, a later 1.0.2 lacks at first, and then has.
     field.remove("device/flash/same.py");
@@ -332,7 +332,7 @@ describe("the way back", () => {
   });
 
   test("is none where there was none before the repair", async () => {
-    await using field = new Field(V2);
+    using field = new Field(V2);
     await field.update({ ver: "1.0.1" });
     field.write({ "device/flash/main.py": "scribbled" });
     expect(await field.update()).toBe("repaired 1.0.1");
@@ -341,7 +341,7 @@ describe("the way back", () => {
   });
 
   test("of a repair that fails its check is to what was there", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     await field.update();
     field.write({ "device/flash/main.py": "scribbled" });
     const check = { command: "grep -q scribbled flash/main.py", timeout: 5 };
@@ -352,14 +352,14 @@ describe("the way back", () => {
   });
 
   test("from firmware alone names the firmware", async () => {
-    await using field = new Field(V2);
+    using field = new Field(V2);
     await field.update({ ver: "1.0.1" });
     field.write({ "releases/firmware_1.0.2.bin": "image" });
     const check = { command: "false", timeout: 5 };
     expect(await field.update({ check })).toBe("rolled back 1.0.1 firmware 1.0.2");
     expect((await status(field.device)).failed).toEqual(["firmware 1.0.2"]);
     const args = ["--root", field.device, "--from", field.releases];
-    const { code, stdout } = await runOta(["client", ...args]);
+    const { code, stdout } = await run(["client", ...args]);
     expect({ code, stdout }).toEqual({
       code: 3,
       stdout: "not tried firmware 1.0.2: it failed before (--retry tries it); on 1.0.1\n",
@@ -369,7 +369,7 @@ describe("the way back", () => {
   });
 
   test("gives directories their mode back", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     fs.chmodSync(field.at("device/flash/lib"), 0o2750);
     field.remove("releases/1.0.1/flash/lib");
     await field.update();
@@ -381,7 +381,7 @@ describe("the way back", () => {
 
 describe("an application's file where a release adds one", () => {
   test("is kept, told, and given back by a rollback", async () => {
-    await using field = new Field({ ...V1, "flash/lib/new.py": "the application's\n" });
+    using field = new Field({ ...V1, "flash/lib/new.py": "the application's\n" });
     expect(await field.update()).toBe("updated 1.0.1");
     await field.expectOn("1.0.1", V2);
     const [, kept] = /^flash\/lib\/new\.py .* is kept as (.+)$/.exec(field.notes.join("\n"))!;
@@ -392,7 +392,7 @@ describe("an application's file where a release adds one", () => {
   });
 
   test("of the same content makes no fuss", async () => {
-    await using field = new Field({ ...V1, "flash/lib/new.py": "new\n" });
+    using field = new Field({ ...V1, "flash/lib/new.py": "new\n" });
     expect(await field.update()).toBe("updated 1.0.1");
     expect(field.notes).toEqual([]);
   });
@@ -400,7 +400,7 @@ describe("an application's file where a release adds one", () => {
 
 describe("what the updater keeps", () => {
   test("does not stand in the way of a release in which flash is a file", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     await field.update();
     field.release("1.0.2", { flash: "a file\n" });
     expect(await field.update()).toBe("updated 1.0.2");
@@ -412,7 +412,7 @@ describe("what the updater keeps", () => {
   });
 
   test("an id that is none is made anew", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     for (const bad of ["", "\n", "a b", "x".repeat(129), "a\u0000"]) {
       field.write({ "device/.ota/id": bad });
       field.release(`1.1.${bad.length}`, V2);
@@ -426,12 +426,12 @@ describe("what the updater keeps", () => {
   });
 
   test("a state.json that was deleted by hand replays nothing over newer files", async () => {
-    await using field = new Field(V1);
+    using field = new Field(V1);
     await field.update();
     fs.rmSync(field.at("device/.ota/state.json"));
     const own = { "device/flash/lib/old.py": "of the application now\n" };
     field.write(own);
-    const { code, stderr } = await runOta(["status", "--root", field.device]);
+    const { code, stderr } = await run(["status", "--root", field.device]);
     expect(code).toBe(1);
     expect(stderr).toContain("--repair");
     expect(field.tree).toEqual(
@@ -453,14 +453,14 @@ describe("executable files", () => {
   const check = { command: "./selftest.sh", timeout: 5 };
 
   test("run: a check may be a script that comes with the release", async () => {
-    await using field = layField();
+    using field = layField();
     expect(await field.update({ check })).toBe("updated 1.0.1");
     expect(field.mode("selftest.sh") & 0o111).not.toBe(0);
     expect(field.mode("tool.sh") & 0o111).toBe(0);
   });
 
   test("become so, and cease to be so, with a release; nothing is fetched for it", async () => {
-    await using field = layField();
+    using field = layField();
     await field.update();
     field.release("1.0.2", { ...V1, ...script });
     fs.chmodSync(field.at("releases/1.0.2/tool.sh"), 0o755);
@@ -475,7 +475,7 @@ describe("executable files", () => {
   });
 
   test("that lost their mode are repaired; what the owner made executable stays so", async () => {
-    await using field = layField();
+    using field = layField();
     await field.update();
     fs.chmodSync(field.at("device/selftest.sh"), 0o600);
     fs.chmodSync(field.at("device/tool.sh"), 0o700);
@@ -489,7 +489,7 @@ describe("executable files", () => {
   });
 
   test("are known as such from first contact on", async () => {
-    await using field = layField();
+    using field = layField();
     field.write(below("device", script));
     fs.chmodSync(field.at("device/selftest.sh"), 0o755);
     expect(await field.update({ ver: "1.0.1" })).toBe("up to date 1.0.1");
@@ -497,7 +497,7 @@ describe("executable files", () => {
   });
 
   test("that are not so at first contact become so", async () => {
-    await using field = layField();
+    using field = layField();
     field.write(below("device", script));
     field.release("1.0.2", { ...V2, ...script });
     fs.chmodSync(field.at("releases/1.0.2/selftest.sh"), 0o755);
