@@ -1009,7 +1009,7 @@ function asEnvelope(value: unknown, name: string): Envelope {
 function asTime(value: unknown, name: string): string {
   const text = asText(value, name);
   const isTime = /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$/.test(text);
-  return isTime && !Number.isNaN(Date.parse(text)) ? text : malformed(`${name}: no time in UTC`);
+  return isTime && !Number.isNaN(Date.parse(text)) ? text : malformed(`${name}: not a time in UTC`);
 }
 
 /**
@@ -1018,7 +1018,7 @@ function asTime(value: unknown, name: string): string {
  * @throws {FormatError} when it is of another type, or its payload is no step
  */
 function stepIn({ payload, payloadType }: Envelope): Step {
-  if (payloadType !== STEP_TYPE) malformed(`payloadType: no ${STEP_TYPE}`);
+  if (payloadType !== STEP_TYPE) malformed(`payloadType: not ${STEP_TYPE}`);
   const json = parseJSON(Buffer.from(payload, "base64").toString());
   const fields = asObject(json, "the payload");
   const { expires, firmware, from, issued, model, release, steps, to } = fields;
