@@ -3851,13 +3851,6 @@ function slotPath(slot: 0 | 1): string {
   return `${OTA_DIR}/ota_${slot}.bin`;
 }
 
-/** The firmware that runs, as otadata says; `null` when none was ever flashed. */
-export function readFirmware(disk: Disk): ActiveFirmware | null {
-  const otadata = parseJSON(readText(disk, `${OTA_DIR}/otadata`) ?? "");
-  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
-  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
-}
-
 /** A device's files, to be read. */
 export class Files {
   /** @param root what messages call the device's root */
@@ -3866,8 +3859,11 @@ export class Files {
     readonly disk: Disk,
   ) {}
 
+  /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
   get firmware(): ActiveFirmware | null {
-    return readFirmware(this.disk);
+    const otadata = parseJSON(readText(this.disk, `${OTA_DIR}/otadata`) ?? "");
+    if (!isObject(otadata) || typeof otadata.version !== "string") return null;
+    return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
   }
 
   stat(path: string): DiskStat | undefined {
@@ -4347,6 +4343,12 @@ class Records {
     // A state is written before the first transaction: it was lost, and what it said is not known.
     const isStateLost = !state && (this.commit ?? this.done)?.restored !== undefined;
     if (isStateLost && this.damaged.length === 0) this.setAsideTransactions();
+  }
+
+  /** The way from a change under way or on trial to what stood before; else to the release before. */
+  get rollbackPlan(): RollbackPlan | undefined {
+    if (this.commit) return this.commit;
+    return this.done?.id === this.state.journal ? rollbackPlanOf(this.done) : undefined;
   }
 
   /** What was interrupted. */
@@ -4994,10 +4996,14 @@ class Transactions {
   /** Goes back; where that cannot be done, only a repair helps. */
   async #endReversal(why: Reversal): Promise<void> {
     const { commit, done } = this.records;
-    const plan = commit ?? rollbackPlanOf(done!)!;
-    this.lost = this.tree.findLost(plan.back, plan.restored);
+    this.lost = this.findLost(commit ?? rollbackPlanOf(done!)!);
     if (this.lost.length === 0) return this.goBack(why);
     this.records.setAsideTransactions();
+  }
+
+  /** What going back needs and no longer finds. */
+  findLost({ back, restored }: RollbackPlan): string[] {
+    return this.tree.findLost(back, restored);
   }
 
   /**
@@ -5044,7 +5050,7 @@ class Transactions {
     const transaction = (commit ?? done)!;
     const plan = commit ?? rollbackPlanOf(transaction)!;
     await records.beginReversal(why);
-    const lost = this.tree.findLost(plan.back, plan.restored);
+    const lost = this.findLost(plan);
     if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
     await this.tree.run(plan.back);
     if (state.journal === transaction.id) {
@@ -5191,14 +5197,7 @@ export class Journal implements Disposable {
 
   /** Whether `rollBack` can go back to a release before this one. */
   get canRollBack(): boolean {
-    return this.#rollbackPlan !== undefined;
-  }
-
-  /** From a release on trial to what stood before; else to the release before. */
-  get #rollbackPlan(): RollbackPlan | undefined {
-    const { commit, done, state } = this.#records;
-    if (commit) return commit;
-    return done && done.id === state.journal ? rollbackPlanOf(done) : undefined;
+    return this.#records.rollbackPlan !== undefined;
   }
 
   /** What was moved aside since this was last asked: where it was, and where it is. */
@@ -5208,8 +5207,8 @@ export class Journal implements Disposable {
 
   /** Files that the application changed since the commit and that `rollBack` would overwrite. */
   changedSinceCommit(): string[] {
-    if (!this.#rollbackPlan) return [];
-    const { back, placed } = this.#rollbackPlan;
+    if (!this.#records.rollbackPlan) return [];
+    const { back, placed } = this.#records.rollbackPlan;
     const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
     return atRisk.filter((path) => {
       if (path.startsWith(`${OTA_DIR}/`) || !this.files.isFile(path)) return false;
@@ -5234,7 +5233,7 @@ export class Journal implements Disposable {
       restart: change.restart ?? null,
       repairs: [...this.damaged],
     };
-    if (change.repair) transaction.release = beforeRepair(transaction, this.#rollbackPlan);
+    if (change.repair) transaction.release = beforeRepair(transaction, this.#records.rollbackPlan);
     await this.#transactions.run(transaction);
   }
 
@@ -5283,9 +5282,9 @@ export class Journal implements Disposable {
    *   then nothing was done
    */
   async rollBack(): Promise<void> {
-    const plan = this.#rollbackPlan;
+    const plan = this.#records.rollbackPlan;
     if (!plan) throw new OTAError(`${this.files.root} has no previous release to go back to`);
-    const lost = this.#transactions.tree.findLost(plan.back, plan.restored);
+    const lost = this.#transactions.findLost(plan);
     if (lost.length === 0) return this.#transactions.goBack("rollback");
     // A bad release that cannot be rolled back must not block the next one.
     if (this.state.trial) await this.#endTrial(withFailure(this.state.failed, plan.failed));
@@ -5400,6 +5399,10 @@ export interface OTAOptions extends DeviceOptions {
   retry?: boolean;
   /** Ed25519 public keys, one of which must have signed the manifest. */
   verify?: readonly KeyObject[];
+}
+
+function note({ report }: DeviceOptions, text: string): void {
+  report?.({ kind: "note", text });
 }
 
 /** The files of a device; its root need not be there. */
@@ -5521,7 +5524,7 @@ class HealthCheck {
     if (!trial) return true;
     if (trial.starts >= MAX_STARTS) {
       const often = `was started ${MAX_STARTS} times and never ended`;
-      this.#note(`the check of ${installed!.version} ${often}`);
+      note(this.options, `the check of ${installed!.version} ${often}`);
     } else {
       await this.journal.countStart();
       if (!check || (await this.#passes(check, installed!))) {
@@ -5571,7 +5574,7 @@ class HealthCheck {
     const code = await this.#run(command, timeout, true);
     if (code === 0) return true;
     const why = code === undefined ? `did not end within ${timeout} s` : `ended with code ${code}`;
-    this.#note(`${version} is bad: its check ${why}`);
+    note(this.options, `${version} is bad: its check ${why}`);
     return false;
   }
 
@@ -5582,7 +5585,7 @@ class HealthCheck {
       const code = await this.#run(command, RESTART_TIMEOUT, false);
       const late = `did not end within ${RESTART_TIMEOUT} s; it is left running`;
       const how = code === undefined ? late : `ended with code ${code}`;
-      if (code !== 0) this.#note(`the restart command ${how}`);
+      if (code !== 0) note(this.options, `the restart command ${how}`);
     }
     await this.journal.restarted();
   }
@@ -5606,13 +5609,9 @@ class HealthCheck {
     }
   }
 
-  #note(text: string): void {
-    this.options.report?.({ kind: "note", text });
-  }
-
   #reportDisplaced(): void {
     for (const [path, now] of this.journal.takeDisplaced()) {
-      this.#note(`${path} was not of a release and stood in its way: it is kept as ${now}`);
+      note(this.options, `${path} was not of a release and stood in its way: it is kept as ${now}`);
     }
   }
 }
@@ -5821,12 +5820,13 @@ interface Plan {
  * @throws {OTAError} naming the first path that cannot be changed, and why
  */
 async function makePlan(
-  { files, staging }: Journal,
+  journal: Journal,
   manifest: Manifest,
   after: Target,
   has: Inventory,
   full: boolean,
 ): Promise<Plan> {
+  const { files } = journal;
   const old = has.installed?.files ?? {};
   const ran = new Set(has.installed?.executable);
   const entries = listedFiles(manifest);
@@ -5858,9 +5858,9 @@ async function makePlan(
   }
   planDownloads(files, plan, entries, old);
   planFirmware(files, plan, manifest);
-  await planVersionFile(files, staging, plan);
+  await planVersionFile(journal, plan);
   preflight(files, plan.put.keys(), plan.remove);
-  checkSpace(files, staging, plan);
+  checkSpace(journal, plan);
   return plan;
 }
 
@@ -5916,7 +5916,7 @@ function planFirmware(files: Files, plan: Plan, { firmware }: Manifest): void {
  * Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`; where a release makes a file
  * of that directory, it goes.
  */
-async function planVersionFile(files: Files, staging: Staging, plan: Plan): Promise<void> {
+async function planVersionFile({ files, staging }: Journal, plan: Plan): Promise<void> {
   if (plan.after.files.has("flash")) {
     if (files.isFile(VERSION_FILE)) plan.remove.push(VERSION_FILE);
     return;
@@ -5930,7 +5930,7 @@ async function planVersionFile(files: Files, staging: Staging, plan: Plan): Prom
 }
 
 /** @throws {OTAError} with both numbers, when a plan needs more space than there is */
-function checkSpace({ root, disk }: Files, staging: Staging, plan: Plan): void {
+function checkSpace({ files, staging }: Journal, plan: Plan): void {
   const { put, remove, after, downloads } = plan;
   const sizes = new Map(downloads.map(({ key, size }) => [key, size ?? 0]));
   let needed = staging.backupBytes([...put.keys(), ...remove]);
@@ -5945,10 +5945,10 @@ function checkSpace({ root, disk }: Files, staging: Staging, plan: Plan): void {
   }
   // The journal, the record, and the directories: some 200 bytes a file, and a margin.
   needed += 64 * 1024 + 200 * (put.size + remove.length + after.files.size);
-  const free = disk.free(OTA_DIR);
+  const free = files.disk.free(OTA_DIR);
   if (needed > free) {
     throw new OTAError(
-      `not enough space in ${root}: this update needs ${needed} bytes, and ${free} are ` +
+      `not enough space in ${files.root}: this update needs ${needed} bytes, and ${free} are ` +
         "free; nothing was fetched",
     );
   }
@@ -6029,16 +6029,6 @@ const TRIES = 5;
 /** Slower than this many bytes a second over so many seconds counts as stalled. */
 const SLOWEST = { rate: 10, seconds: 300 };
 
-interface ReceiverOptions {
-  /** Seconds without a byte after which a transfer is given up. */
-  timeout: number;
-  slowest: { rate: number; seconds: number } | undefined;
-  /** Ends everything. */
-  signal: AbortSignal;
-  /** Is told of every try that failed. */
-  note: (text: string) => void;
-}
-
 class Receiver {
   /** Bytes of all bodies so far, as they came. */
   received = 0;
@@ -6046,9 +6036,9 @@ class Receiver {
 
   constructor(
     private readonly getData: (path: string, want: TransferRequest) => Promise<TransferResponse>,
-    private readonly options: ReceiverOptions,
+    private readonly options: OTAOptions,
   ) {
-    this.signal = options.signal;
+    this.signal = options.signal ?? NEVER;
   }
 
   /**
@@ -6096,7 +6086,7 @@ class Receiver {
     promise: Promise<T>,
     signal: AbortSignal,
   ): Promise<T> {
-    const { timeout } = this.options;
+    const { timeout = 30 } = this.options;
     try {
       const got = await within(timeout, promise, signal);
       if (got) return got;
@@ -6121,7 +6111,7 @@ class Receiver {
         if (error instanceof ContentError && (++wrong === 2 || tries === TRIES)) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
-        this.options.note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
+        note(this.options, `${error.message}; trying again in ${pause.toFixed(1)} s`);
         await sleep(pause, signal);
       }
     }
@@ -6299,29 +6289,26 @@ class Fetcher {
   readonly #fetched = new Set<string>();
   #progress = (_: number) => {};
 
-  /** @param report is told of progress */
   constructor(
-    private readonly files: Files,
-    private readonly staging: Staging,
+    private readonly journal: Journal,
     private readonly receiver: Receiver,
-    private readonly report: (event: OTAEvent) => void,
+    private readonly options: OTAOptions,
   ) {}
 
   /**
    * Stages all content of a plan.
    *
-   * @param jobs downloads at once
    * @throws {TransferError} when content is not to be had as the manifest has it
    */
-  async fetchAll({ downloads }: Plan, jobs: number): Promise<Traffic> {
+  async fetchAll({ downloads }: Plan): Promise<Traffic> {
     const total = downloads.reduce((sum, { size }) => sum + (size ?? NaN), 0);
     let received = 0;
     this.#progress = (bytes) => {
       received += bytes;
-      this.report({ kind: "progress", received, total });
+      this.options.report?.({ kind: "progress", received, total });
     };
     Object.assign(this.#traffic, { content: 0, reused: 0 });
-    await pool(downloads, jobs, (item, failed) => {
+    await pool(downloads, this.options.jobs ?? 4, (item, failed) => {
       return this.#fetch(item, AbortSignal.any([failed, this.receiver.signal]));
     });
     return { ...this.#traffic, received: this.receiver.received };
@@ -6329,6 +6316,7 @@ class Fetcher {
 
   async #fetch(item: Download, signal: AbortSignal): Promise<void> {
     const { key, path, size } = item;
+    const { files, staging } = this.journal;
     this.#traffic.content += size ?? 0;
     if (await this.#isHere(item)) {
       if (!this.#fetched.has(key)) this.#traffic.reused++;
@@ -6342,24 +6330,26 @@ class Fetcher {
       await get(false);
     } catch (error) {
       if (!(error instanceof CodingError)) throw error;
-      this.report({ kind: "note", text: `${error.message}; fetching it plain` });
+      note(this.options, `${error.message}; fetching it plain`);
       await get(true);
     }
-    const staged = size ?? this.files.stat(this.staging.path(key))!.size;
+    const staged = size ?? files.stat(staging.path(key))!.size;
     if (size === undefined) this.#traffic.content += staged;
-    this.report({ kind: "fetched", path, size: staged });
+    this.options.report?.({ kind: "fetched", path, size: staged });
   }
 
   /** Whether content is staged already, or can be from another file of the device. */
   async #isHere({ key, localCopies }: Download): Promise<boolean> {
-    if (this.staging.has(key)) return true;
-    for (const path of localCopies) if (await this.staging.addCopy(key, path)) return true;
+    const { staging } = this.journal;
+    if (staging.has(key)) return true;
+    for (const path of localCopies) if (await staging.addCopy(key, path)) return true;
     return false;
   }
 
   async #fetchOnce(item: Download, isPlain: boolean, signal: AbortSignal): Promise<void> {
-    const partial = this.staging.partial(item.key);
-    const attempt = new Attempt(this.files, item, partial, isPlain, this.#progress);
+    const { files, staging } = this.journal;
+    const partial = staging.partial(item.key);
+    const attempt = new Attempt(files, item, partial, isPlain, this.#progress);
     try {
       if (!attempt.takeAll()) {
         const want = { ...attempt.want, signal };
@@ -6485,14 +6475,17 @@ class Survey {
     const recorded = this.journal.state.installed?.version ?? versionFromFile(this.#files);
     if (recorded !== undefined) {
       if (ver !== undefined && ver !== recorded) {
-        this.#note(`the device is on ${recorded} by its own record; --ver ${ver} is not used`);
+        note(
+          this.options,
+          `the device is on ${recorded} by its own record; --ver ${ver} is not used`,
+        );
       }
       return recorded;
     }
     const isEmpty = () => this.#files.disk.list("").every((name) => name === OTA_DIR);
     if (ver !== undefined && isEmpty()) {
       const { root } = this.#files;
-      this.#note(`${root} is empty: everything is fetched, whatever --ver ${ver} says`);
+      note(this.options, `${root} is empty: everything is fetched, whatever --ver ${ver} says`);
       return "";
     }
     return ver ?? "";
@@ -6526,7 +6519,7 @@ class Survey {
     // A server that knows no `list` answers with its newest release.
     const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
     if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
-      this.#note(`the server does not have ${version}: what it consists of is not known`);
+      note(this.options, `the server does not have ${version}: what it consists of is not known`);
       return null;
     }
     return list;
@@ -6539,7 +6532,7 @@ class Survey {
     const some = other.slice(0, 3).map(({ path }) => path);
     const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
     const count = `${other.length} of the ${list.new.length} files of ${list.version}`;
-    this.#note(`${count} are missing here or have other content: ${paths}`);
+    note(this.options, `${count} are missing here or have other content: ${paths}`);
   }
 
   async query(has: Inventory): Promise<ManifestQuery> {
@@ -6570,10 +6563,6 @@ class Survey {
     await replaceText(disk, path, `${made}\n`);
     await disk.sync(OTA_DIR);
     return made;
-  }
-
-  #note(text: string): void {
-    this.options.report?.({ kind: "note", text });
   }
 }
 
@@ -6659,12 +6648,10 @@ export abstract class OTA {
 
   /** Asks for a manifest, and stages all content that it needs. */
   async #stage(journal: Journal, survey: Survey): Promise<Staged | Outcome> {
-    const { jobs = 4, timeout = 30, slowest, repair = false, retry, verify } = this.options;
-    const { signal = NEVER, report = () => {} } = this.options;
-    const note = (text: string) => report({ kind: "note", text });
+    const { repair = false, retry, verify } = this.options;
     const get = (path: string, want: TransferRequest) => this.getData(path, want);
-    const receiver = new Receiver(get, { timeout, slowest, signal, note });
-    const fetcher = new Fetcher(this.#files, journal.staging, receiver, report);
+    const receiver = new Receiver(get, this.options);
+    const fetcher = new Fetcher(journal, receiver, this.options);
     const manifests = new ManifestClient(receiver, verify);
     const from = survey.current || "0";
     const has = await survey.take(manifests);
@@ -6687,13 +6674,13 @@ export abstract class OTA {
       }
       const plan = await makePlan(journal, manifest, target, has, full);
       try {
-        return { plan, has, failure, traffic: await fetcher.fetchAll(plan, jobs) };
+        return { plan, has, failure, traffic: await fetcher.fetchAll(plan) };
       } catch (error) {
         // On a full disk, what was staged must not block the next try.
         if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.staging.clear();
         // The release may have changed since the manifest was made.
         if (!isFirst || !(error instanceof TransferError)) throw error;
-        note(`${error.message}; asking for a new manifest`);
+        note(this.options, `${error.message}; asking for a new manifest`);
       }
     }
   }

@@ -25,7 +25,6 @@ import {
   OTAError,
   peekState,
   preflight,
-  readFirmware,
 } from "../ota.ts";
 import type { Fault, PowerCut } from "./helpers/memory-disk.ts";
 import { Crash, MemoryDisk } from "./helpers/memory-disk.ts";
@@ -308,7 +307,7 @@ function lookAtTree(disk: MemoryDisk): Pick<World, "files" | "directories" | "fi
       files.map(([path, { mode, data }]) => [path, `${mode.toString(8)} ${decode(data)}`]),
     ),
     directories: new Set(directories.map(([path]) => path)),
-    firmware: readFirmware(disk),
+    firmware: new DeviceFiles(ROOT, disk).firmware,
     slots: [slot(0), slot(1)],
   };
 }
