@@ -3692,7 +3692,7 @@ export function fileSystem(root: string): Disk {
     rmdir: (path) => fs.rmdirSync(at(path)),
     chmod(path, mode, owner) {
       // Before the mode, of which it clears bits. Only root may.
-      if (owner) tidy(() => fs.chownSync(at(path), owner.uid, owner.gid));
+      if (owner) ignoreErrors(() => fs.chownSync(at(path), owner.uid, owner.gid));
       fs.chmodSync(at(path), mode);
     },
     writable(path) {
@@ -3785,7 +3785,7 @@ export function mountPoints(root: string): Set<string> {
   const below = root.endsWith("/") ? root : `${root}/`;
   let table = "";
   // Not Linux, or no /proc: empty.
-  tidy(() => (table = fs.readFileSync("/proc/self/mountinfo", "utf8")));
+  ignoreErrors(() => (table = fs.readFileSync("/proc/self/mountinfo", "utf8")));
   const points = table.split("\n").map((line) => {
     const escaped = line.split(" ")[4] ?? "";
     return escaped.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(parseInt(octal, 8)));
@@ -3803,11 +3803,11 @@ function ifThere(remove: () => void): void {
 }
 
 /** Does what may fail: a cleanup that the next run does again, a refinement. */
-function tidy(task: () => void): void {
+function ignoreErrors(task: () => void): void {
   try {
     task();
   } catch {
-    // See above.
+    // As the name says.
   }
 }
 
@@ -4094,7 +4094,7 @@ export class Staging {
   /** Drops what an update staged and did not use. */
   clear(): void {
     const { disk } = this.files;
-    tidy(() => disk.list(STAGED).forEach((name) => disk.unlink(this.path(name))));
+    ignoreErrors(() => disk.list(STAGED).forEach((name) => disk.unlink(this.path(name))));
   }
 
   /** Bytes that it takes to back files up: none where they can be linked. */
@@ -4155,15 +4155,6 @@ function isSameFailure(a: FailedRelease, b: Pick<FailedRelease, "digest" | "imag
 
 function withFailure(failed: readonly FailedRelease[], one: FailedRelease): FailedRelease[] {
   return [...failed.filter((other) => !isSameFailure(other, one)), one].slice(-FAILED_KEPT);
-}
-
-/** The failures that still count on a device with a version and a firmware version. */
-function newerFailures(failed: readonly FailedRelease[], on: string, image = ""): FailedRelease[] {
-  return failed.filter(({ version, firmware }) => {
-    return firmware === undefined
-      ? new LooseVersion(version).compare(on) > 0
-      : new LooseVersion(firmware).compare(image) > 0;
-  });
 }
 
 /** What a person is told of a failed release: `1.0.1`, `firmware 1.0.1`. */
@@ -4394,7 +4385,7 @@ class Records {
 
   /** Deletes the damaged records that were set aside, once there is a good one again. */
   dropDamaged(): void {
-    for (const path of this.damaged) tidy(() => this.#disk.unlink(path));
+    for (const path of this.damaged) ignoreErrors(() => this.#disk.unlink(path));
     this.damaged = [];
   }
 
@@ -4625,6 +4616,7 @@ export function adopt(
 export interface Change {
   /** What the device is on, where there is no record of it. */
   from?: Installed;
+  /** The record; files that are put may be known by their SHA-1 there. */
   installed: Installed;
   /** What is remembered of the release, should it fail. */
   failure: FailedRelease;
@@ -4669,7 +4661,7 @@ class Preparation {
     this.#files = files;
     this.#staging = staging;
     this.#before = before;
-    this.to = { ...to, stamps: { ...to.stamps } };
+    this.to = { ...to, files: { ...to.files }, stamps: { ...to.stamps } };
   }
 
   async run(change: Change): Promise<void> {
@@ -4706,7 +4698,7 @@ class Preparation {
     const before = this.#before;
     const isKnown = before?.stamps?.[path] === this.#files.stat(path)!.stamp;
     // A file that cannot be read can still be hard-linked.
-    tidy(() => {
+    ignoreErrors(() => {
       this.restored[path] = isKnown ? before!.files[path]! : this.#files.digest(path);
     });
   }
@@ -4752,7 +4744,10 @@ class Preparation {
     const digest = this.#staging.sha256(key);
     const { stamp } = this.#files.stat(source)!;
     this.placed[path] = digest;
-    if (this.to.files[path] === digest) this.to.stamps![path] = stamp;
+    if (Object.hasOwn(this.to.files, path)) {
+      this.to.files[path] = digest;
+      this.to.stamps![path] = stamp;
+    }
     if (path.startsWith(`${OTA_DIR}/ota_`)) this.to.image = { sha256: digest, stamp };
   }
 
@@ -4870,7 +4865,7 @@ class Tree {
 
   /** Deletes all backups but these. */
   dropBackups(needed: ReadonlySet<string>): void {
-    tidy(() => {
+    ignoreErrors(() => {
       for (const name of this.#disk.list(OTA_DIR)) {
         const path = `${OTA_DIR}/${name}`;
         if (!name.startsWith("backup-") || needed.has(path)) continue;
@@ -5070,8 +5065,13 @@ class Transactions {
 
   /** The failures that still count once this is installed. */
   failuresAfter(installed: Installed | null): FailedRelease[] {
-    const image = this.files.firmware?.version;
-    return newerFailures(this.records.state.failed, installed?.version ?? "", image);
+    const current = installed?.version ?? "";
+    const active = this.files.firmware?.version ?? "";
+    return this.records.state.failed.filter(({ version, firmware }) => {
+      return firmware === undefined
+        ? new LooseVersion(version).compare(current) > 0
+        : new LooseVersion(firmware).compare(active) > 0;
+    });
   }
 
   /** Deletes what nothing needs once there is a good record. Staged content is for the next try. */
@@ -5412,6 +5412,13 @@ function filesOf(root: string, { disk }: DeviceOptions): Files {
   return new Files(real, fileSystem(real));
 }
 
+/** @throws {OTAError} when its root is not there */
+function existingFiles(root: string, options: DeviceOptions): Files {
+  const files = filesOf(root, options);
+  if (files.stat("")) return files;
+  throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
+}
+
 // ──── Waiting ────────────────────────────────────────────────────────────────────────────────────
 // Whatever a device waits for, a command or another side, may never end.
 
@@ -5462,17 +5469,10 @@ const runShell: CommandRunner = async (command, { cwd, env, timeout, kill, signa
     return (code = await within(timeout, child.exited, signal));
   } finally {
     child.unref();
-    if (kill && code !== 0) endGroup(child.pid);
+    // There may be nothing left of it.
+    if (kill && code !== 0) ignoreErrors(() => process.kill(-child.pid, "SIGKILL"));
   }
 };
-
-function endGroup(pid: number): void {
-  try {
-    process.kill(-pid, "SIGKILL");
-  } catch (error) {
-    if (errorCode(error) !== "ESRCH") throw error;
-  }
-}
 
 // ──── Health check ───────────────────────────────────────────────────────────────────────────────
 // What decides whether a release stays. A release with a check is on trial until its check ends
@@ -5544,7 +5544,7 @@ class HealthCheck {
    */
   async rollBack(force: boolean): Promise<Outcome> {
     const { installed } = this.journal.state;
-    const changed = this.journal.canRollBack && !force ? this.journal.changedSinceCommit() : [];
+    const changed = force ? [] : this.journal.changedSinceCommit();
     if (changed.length > 0) {
       throw new OTAError(
         `changed since ${installed?.version} was installed: ${changed.join(", ")}.\n` +
@@ -5628,9 +5628,7 @@ export async function rollBack(
   force = false,
   options: DeviceOptions = {},
 ): Promise<Outcome> {
-  const files = filesOf(root, options);
-  if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
-  using journal = await Journal.open(files);
+  using journal = await Journal.open(existingFiles(root, options));
   return new HealthCheck(journal, options).rollBack(force);
 }
 
@@ -5669,9 +5667,8 @@ export interface StatusOptions extends DeviceOptions {
  *   version of this tool
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
-  const files = filesOf(root, options);
+  const files = existingFiles(root, options);
   const describe = (state: State) => describeDevice(files, state, options.examine);
-  if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
   if (files.isFile("")) throw new OTAError(noRoot(files.root, "it is no directory"));
   if (!files.stat(OTA_DIR)) return describe(EMPTY);
   let journal: Journal;
@@ -5711,20 +5708,11 @@ function versionFromFile({ disk }: Files): string | undefined {
 // ──── Target ─────────────────────────────────────────────────────────────────────────────────────
 // The release that a manifest leads to, from what a device has.
 
-/** A file of a release, as a device has it or will. */
-interface ReleaseFile {
-  /** SHA-256, or SHA-1 of content that is still to be staged. */
-  key: string;
-  executable: boolean;
-  /** `DiskStat.stamp` of a file that is in its place already. */
-  stamp?: string;
-}
-
-/** The release that a device will have. */
-interface Target {
-  version: string;
-  files: Map<string, ReleaseFile>;
-}
+/**
+ * The record of the release that a device will have. Its files may be known by their SHA-1 until
+ * they are in place, and what is not there yet has no stamp.
+ */
+type Target = Omit<Installed, "previous_version">;
 
 interface Listed extends Omit<ManifestEntry, "dst_path"> {
   path: string;
@@ -5748,28 +5736,31 @@ export function targetOf(
   recorded: Installed | undefined,
   full: boolean,
 ): Target {
-  const files = new Map<string, ReleaseFile>();
-  const runs = new Set(recorded?.executable);
-  for (const [path, key] of full ? [] : Object.entries(recorded?.files ?? {})) {
-    files.set(path, { key, executable: runs.has(path), stamp: recorded!.stamps?.[path] });
-  }
+  const files = new Map(full ? [] : Object.entries(recorded?.files ?? {}));
   for (const path of manifest.delete) files.delete(path);
-  for (const { path, key, sha256, executable = false } of listedFiles(manifest)) {
+  const executable = new Set(recorded?.executable?.filter((path) => files.has(path)));
+  for (const { path, key, sha256, executable: runs } of listedFiles(manifest)) {
+    files.set(path, key);
+    if (runs) executable.add(path);
     // A server that sends no SHA-256 sends no modes either.
-    const ran = sha256 === undefined && files.get(path)?.executable === true;
-    files.set(path, { key, executable: executable || ran });
+    else if (sha256 !== undefined) executable.delete(path);
   }
-  return { version: manifest.version, files };
+  const stamps = Object.entries(recorded?.stamps ?? {}).filter(([path]) => files.has(path));
+  return {
+    version: manifest.version,
+    files: Object.fromEntries(files),
+    executable: [...executable],
+    stamps: Object.fromEntries(stamps),
+    image: recorded?.image,
+  };
 }
 
 /**
  * The digest by which a release that failed is known again: the same from whatever the device has,
  * and whether or not the list is full.
  */
-export function targetDigest({ version, files }: Target): string {
-  const keys = [...files].map(([path, { key }]) => [path, key]).sort();
-  const executable = [...files].filter(([, file]) => file.executable).map(([path]) => path);
-  return sha256(JSON.stringify([version, keys, executable.sort()]));
+export function targetDigest({ version, files, executable = [] }: Target): string {
+  return sha256(JSON.stringify([version, Object.entries(files).sort(), executable.toSorted()]));
 }
 
 function failureOf(
@@ -5801,7 +5792,7 @@ interface Download {
 }
 
 interface Plan {
-  after: Target;
+  target: Target;
   /** Path → key of what is put there. */
   put: Map<string, string>;
   remove: string[];
@@ -5814,7 +5805,7 @@ interface Plan {
 /**
  * Compares what a manifest lists with what is there.
  *
- * @param after `targetOf` it; what is in its place is noted there
+ * @param target `targetOf` it; what is in its place is noted there
  * @param has what is really there of what the updater has installed
  * @param full whether of that, what the manifest lacks is to go
  * @throws {OTAError} naming the first path that cannot be changed, and why
@@ -5822,34 +5813,33 @@ interface Plan {
 async function makePlan(
   journal: Journal,
   manifest: Manifest,
-  after: Target,
+  target: Target,
   has: Inventory,
   full: boolean,
 ): Promise<Plan> {
   const { files } = journal;
   const old = has.installed?.files ?? {};
-  const ran = new Set(has.installed?.executable);
+  const [runs, ran] = [new Set(target.executable), new Set(has.installed?.executable)];
   const entries = listedFiles(manifest);
   const listed = new Set(entries.map(({ path }) => path));
   const gone = full ? Object.keys(old).filter((path) => !listed.has(path)) : [];
   const remove = [...new Set([...manifest.delete, ...gone])];
   refuseLinks(files, [...listed, ...remove]);
   const plan: Plan = {
-    ...{ after, put: new Map(), displace: [], downloads: [] },
+    ...{ target, put: new Map(), displace: [], downloads: [] },
     remove: remove.filter((path) => files.isFile(path)),
   };
   const updated = new Set(manifest.update.map(({ dst_path }) => dst_path.slice(1)));
   for (const entry of entries) {
     const { path, key, sha256 } = entry;
-    const target = after.files.get(path)!;
     const stat = files.stat(path);
     const file = stat?.kind === "file" ? stat : undefined;
     const isHere = hasContent(files, entry, has);
     if (isHere) {
-      target.key = sha256 ?? files.digest(path);
-      const isRight = target.executable ? isExecutable(file!) : !ran.has(path);
+      target.files[path] = sha256 ?? files.digest(path);
+      const isRight = runs.has(path) ? isExecutable(file!) : !ran.has(path);
       if (isRight) {
-        target.stamp = file!.stamp;
+        target.stamps![path] = file!.stamp;
         continue;
       }
     }
@@ -5889,7 +5879,9 @@ function planDownloads(
     paths.set(sha256, [...(paths.get(sha256) ?? []), path]);
   };
   for (const [path, sha256] of Object.entries(old)) note(path, sha256);
-  for (const [path, { key }] of plan.after.files) if (!plan.put.has(path)) note(path, key);
+  for (const [path, key] of Object.entries(plan.target.files)) {
+    if (!plan.put.has(path)) note(path, key);
+  }
   if (wanted.size > 0) {
     // A device without a record has to hash what is there.
     const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in old));
@@ -5917,21 +5909,21 @@ function planFirmware(files: Files, plan: Plan, { firmware }: Manifest): void {
  * of that directory, it goes.
  */
 async function planVersionFile({ files, staging }: Journal, plan: Plan): Promise<void> {
-  if (plan.after.files.has("flash")) {
+  if (Object.hasOwn(plan.target.files, "flash")) {
     if (files.isFile(VERSION_FILE)) plan.remove.push(VERSION_FILE);
     return;
   }
   const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
   if (!hasFlash && !files.isDirectory("flash")) return;
   refuseLinks(files, [VERSION_FILE]);
-  const bytes = utf8(`VERSION = '${plan.after.version}'\n`);
+  const bytes = utf8(`VERSION = '${plan.target.version}'\n`);
   if (files.hasContent(VERSION_FILE, sha256(bytes), bytes.byteLength)) return;
   plan.put.set(VERSION_FILE, await staging.add(bytes));
 }
 
 /** @throws {OTAError} with both numbers, when a plan needs more space than there is */
 function checkSpace({ files, staging }: Journal, plan: Plan): void {
-  const { put, remove, after, downloads } = plan;
+  const { put, remove, target, downloads } = plan;
   const sizes = new Map(downloads.map(({ key, size }) => [key, size ?? 0]));
   let needed = staging.backupBytes([...put.keys(), ...remove]);
   for (const [key, size] of sizes) {
@@ -5944,7 +5936,7 @@ function checkSpace({ files, staging }: Journal, plan: Plan): void {
     once.add(key);
   }
   // The journal, the record, and the directories: some 200 bytes a file, and a margin.
-  needed += 64 * 1024 + 200 * (put.size + remove.length + after.files.size);
+  needed += 64 * 1024 + 200 * (put.size + remove.length + Object.keys(target.files).length);
   const free = files.disk.free(OTA_DIR);
   if (needed > free) {
     throw new OTAError(
@@ -5952,21 +5944,6 @@ function checkSpace({ files, staging }: Journal, plan: Plan): void {
         "free; nothing was fetched",
     );
   }
-}
-
-/** The record of a release once it is in place, without the stamps of what is put there. */
-function recordOf(
-  { after, put }: Plan,
-  staging: Staging,
-): Pick<Installed, "version" | "files" | "executable" | "stamps"> {
-  const files: Record<string, string> = {};
-  const stamps: Record<string, string> = {};
-  for (const [path, { key, stamp }] of after.files) {
-    files[path] = staging.sha256(key);
-    if (stamp !== undefined && !put.has(path)) stamps[path] = stamp;
-  }
-  const executable = [...after.files.keys()].filter((path) => after.files.get(path)!.executable);
-  return { version: after.version, files, executable, stamps };
 }
 
 // ──── Transfer ──────────────────────────────────────────────────────────────────────────────────
@@ -6694,13 +6671,12 @@ export abstract class OTA {
   ): Promise<Outcome> {
     const { check, restart } = this.options;
     const { put, remove, displace, firmware } = plan;
-    const { version } = plan.after;
+    const { version } = plan.target;
     const before = has.installed;
     const isSame = version === current;
     const installed: Installed = {
-      ...recordOf(plan, journal.staging),
+      ...plan.target,
       previous_version: (isSame && before?.previous_version) || current || null,
-      image: before?.image,
     };
     const outcome: Outcome = { result: "updated", from: current || "0", to: version };
     if (put.size + remove.length === 0 && !firmware) {
