@@ -3812,7 +3812,7 @@ function ignoreErrors(task: () => void): void {
 }
 
 // ──── Files ──────────────────────────────────────────────────────────────────────────────────────
-// Reading a device's files. Updates never follow symbolic links: `Disk.stat` does not.
+// Reading a device's files. Symbolic links are never followed.
 
 /** The whole of a small file, or `undefined` when it is not there. */
 function readText(disk: Disk, path: string): string | undefined {
@@ -3841,6 +3841,7 @@ function linkOrCopy(disk: Disk, from: string, to: string): boolean {
   }
 }
 
+/** The active firmware. */
 export interface ActiveFirmware {
   version: string;
   slot: 0 | 1;
@@ -3950,13 +3951,10 @@ export function preflight(files: Files, put: Iterable<string>, remove: Iterable<
   };
   const directories = new Set([...written, ...removed].flatMap(ancestors));
   directories.forEach(checkDirectory);
+  const touched = [...written, ...removed, ...directories, OTA_DIR];
   const mounts = disk.mounts();
-  const mounted = [...written, ...removed, ...directories, OTA_DIR].find((path) =>
-    mounts.has(path),
-  );
-  if (mounted !== undefined) {
-    const why = "something is mounted there, and cannot be replaced; mount the whole root instead";
-    stop(mounted, why);
+  for (const path of touched.filter((path) => mounts.has(path))) {
+    stop(path, "something is mounted there, and cannot be replaced; mount the whole root instead");
   }
   if (!disk.writable("")) stop("anything", "no permission to write there");
   for (const path of removed) if (!files.isFile(path)) stop(path, "it is no regular file");
@@ -4208,6 +4206,13 @@ interface Transaction extends RollbackPlan {
   release?: RollbackPlan | null;
 }
 
+/** The rollback plan of the installed release; none for a repair of one that had none. */
+function rollbackPlanOf(transaction: Transaction): RollbackPlan | undefined {
+  const { release = transaction } = transaction;
+  return release ?? undefined;
+}
+
+/** The content of state.json. */
 export interface State {
   format: number;
   installed: Installed | null;
@@ -4336,7 +4341,7 @@ class Records {
     if (isStateLost && this.damaged.length === 0) this.setAsideTransactions();
   }
 
-  /** The way from a change under way or on trial to what stood before; else to the release before. */
+  /** Back from a change that is under way or on trial; else to the release before. */
   get rollbackPlan(): RollbackPlan | undefined {
     if (this.commit) return this.commit;
     return this.done?.id === this.state.journal ? rollbackPlanOf(this.done) : undefined;
@@ -4526,10 +4531,8 @@ export function takeInventory(
   thorough = false,
 ): Inventory {
   const found: Inventory = { files: new Map(), differences: [], isNewer: false };
-  if (recorded) {
-    found.installed = { ...recorded, stamps: { ...recorded.stamps } };
-    for (const path of Object.keys(recorded.files)) checkFile(files, path, found, thorough);
-  }
+  if (recorded) found.installed = { ...recorded, stamps: { ...recorded.stamps } };
+  for (const path of Object.keys(recorded?.files ?? {})) checkFile(files, path, found, thorough);
   checkFirmware(files, found, thorough);
   return found;
 }
@@ -4880,12 +4883,6 @@ class Tree {
 // A repair puts the release right that stands, and is none itself: its rollback leads to the release
 // before.
 
-/** The rollback plan of the installed release; none for a repair of one that had none. */
-function rollbackPlanOf(transaction: Transaction): RollbackPlan | undefined {
-  const { release = transaction } = transaction;
-  return release ?? undefined;
-}
-
 /**
  * Joins the rollback plans of a repair and of the release that it repairs.
  *
@@ -4932,15 +4929,6 @@ function beforeRepair(repair: Transaction, plan: RollbackPlan | undefined): Roll
   };
 }
 
-/** The directories of backups that the rollback plans of transactions need. */
-function backupsNeeded(transactions: readonly Transaction[]): Set<string> {
-  const needed = transactions.flatMap((one) => {
-    const others = one.release?.back.place.map(([from]) => dirname(from)) ?? [];
-    return [backupPath(one.id), ...others];
-  });
-  return new Set(needed);
-}
-
 // ──── Transactions ───────────────────────────────────────────────────────────────────────────────
 // Runs a transaction to one of its two ends, also after an interruption. Before the tree is touched,
 // the new content is staged, the old content has a second name in `.ota/backup-ID`, and the
@@ -4984,21 +4972,14 @@ class Transactions {
     }
     const isWhole = () => this.tree.findLost(commit!.forward, commit!.placed).length === 0;
     if (unfinished === "commit" && isWhole()) await this.#goForward(commit!);
-    else await this.#endReversal(unfinished === "commit" ? "undo" : unfinished);
+    else {
+      const { back, restored } = commit ?? rollbackPlanOf(done!)!;
+      this.lost = this.tree.findLost(back, restored);
+      // Where going back cannot be done, only a repair helps.
+      if (this.lost.length > 0) records.setAsideTransactions();
+      else await this.goBack(unfinished === "commit" ? "undo" : unfinished);
+    }
     return true;
-  }
-
-  /** Goes back; where that cannot be done, only a repair helps. */
-  async #endReversal(why: Reversal): Promise<void> {
-    const { commit, done } = this.records;
-    this.lost = this.findLost(commit ?? rollbackPlanOf(done!)!);
-    if (this.lost.length === 0) return this.goBack(why);
-    this.records.setAsideTransactions();
-  }
-
-  /** What going back needs and no longer finds. */
-  findLost({ back, restored }: RollbackPlan): string[] {
-    return this.tree.findLost(back, restored);
   }
 
   /**
@@ -5045,7 +5026,7 @@ class Transactions {
     const transaction = (commit ?? done)!;
     const plan = commit ?? rollbackPlanOf(transaction)!;
     await records.beginReversal(why);
-    const lost = this.findLost(plan);
+    const lost = this.tree.findLost(plan.back, plan.restored);
     if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
     await this.tree.run(plan.back);
     if (state.journal === transaction.id) {
@@ -5082,7 +5063,12 @@ class Transactions {
 
   dropBackups(): void {
     const { commit, done } = this.records;
-    this.tree.dropBackups(backupsNeeded([commit, done].filter((one) => one !== undefined)));
+    const needed = new Set<string>();
+    for (const one of [commit, done]) {
+      if (one) needed.add(backupPath(one.id));
+      for (const [from] of one?.release?.back.place ?? []) needed.add(dirname(from));
+    }
+    this.tree.dropBackups(needed);
   }
 }
 
@@ -5284,7 +5270,7 @@ export class Journal implements Disposable {
   async rollBack(): Promise<void> {
     const plan = this.#records.rollbackPlan;
     if (!plan) throw new OTAError(`${this.files.root} has no previous release to go back to`);
-    const lost = this.#transactions.findLost(plan);
+    const lost = this.#transactions.tree.findLost(plan.back, plan.restored);
     if (lost.length === 0) return this.#transactions.goBack("rollback");
     // A bad release that cannot be rolled back must not block the next one.
     if (this.state.trial) await this.#endTrial(withFailure(this.state.failed, plan.failed));
