@@ -3913,11 +3913,7 @@ export class Files {
 // ──── Preflight ──────────────────────────────────────────────────────────────────────────────────
 // What would make a change fail half way is found before anything is fetched for it.
 
-/**
- * Refuses paths that are symbolic links, or go through one.
- *
- * @throws {OTAError} naming the first
- */
+/** @throws {OTAError} naming the first path that is a symbolic link, or goes through one */
 function refuseLinks(files: Files, paths: readonly string[]): void {
   for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
     if (files.stat(path)?.kind !== "link") continue;
@@ -4056,7 +4052,7 @@ export class Staging {
     return new PartialDownload(this.files.disk, key);
   }
 
-  /** Stages generated content. @returns its key */
+  /** Stages generated content, and returns its key. */
   async add(bytes: Uint8Array): Promise<string> {
     const key = sha256(bytes);
     const partial = this.partial(key);
@@ -4065,11 +4061,7 @@ export class Staging {
     return key;
   }
 
-  /**
-   * Stages content that another file of the device has.
-   *
-   * @returns whether that file has it
-   */
+  /** Stages content that another file of the device has, and returns whether it does. */
   async addCopy(key: string, path: string): Promise<boolean> {
     if (!this.files.hasContent(path, key)) return false;
     const partial = this.partial(key);
@@ -4624,10 +4616,10 @@ export interface Change {
   /** What is remembered of the release, should it fail. */
   failure: FailedRelease;
   /** Path → staged key. */
-  put: ReadonlyMap<string, string>;
-  remove: readonly string[];
+  put: Map<string, string>;
+  remove: string[];
   /** Those of `put` where the application has a file: it is moved aside and kept. */
-  displace?: readonly string[];
+  displace: string[];
   firmware?: { key: string; version: string };
   /** Puts the release on trial. */
   check?: Check;
@@ -4680,7 +4672,7 @@ class Preparation {
     }
     this.forward.unlink.push(...change.remove);
     for (const path of change.remove) this.#backUp(path);
-    for (const path of change.displace ?? []) this.#displace(path);
+    for (const path of change.displace) this.#displace(path);
     const used = new Set<string>();
     for (const [path, key] of put) {
       this.#place(path, key, used.has(key));
@@ -4809,7 +4801,9 @@ class Tree {
 
   /** Runs steps of which any may have been run before; afterwards all are durable. */
   async run({ unlink, rmdir, mkdir, place, modes = {} }: Steps): Promise<void> {
-    for (const path of unlink) this.#unlink(path);
+    for (const path of unlink) {
+      if (!this.files.isDirectory(path)) ifThere(() => this.#disk.unlink(path));
+    }
     for (const path of rmdir) this.#rmdir(path);
     for (const path of mkdir) this.#mkdir(path);
     for (const [from, to] of place) this.#move(from, to);
@@ -4822,10 +4816,6 @@ class Tree {
     await pool(directories, SYNCS, async (path) => {
       if (this.files.isDirectory(path)) await this.#disk.sync(path);
     });
-  }
-
-  #unlink(path: string): void {
-    if (!this.files.isDirectory(path)) ifThere(() => this.#disk.unlink(path));
   }
 
   #rmdir(path: string): void {
@@ -4950,11 +4940,7 @@ class Transactions {
     this.tree = new Tree(files);
   }
 
-  /**
-   * Finishes what was interrupted.
-   *
-   * @returns whether there was something to finish
-   */
+  /** Finishes what was interrupted, and returns whether anything was. */
   async recover(): Promise<boolean> {
     const { records } = this;
     records.load();
@@ -4982,11 +4968,7 @@ class Transactions {
     return true;
   }
 
-  /**
-   * Makes a change that is prepared.
-   *
-   * @throws whatever the disk threw, after going back
-   */
+  /** Makes a prepared change. When that fails, goes back and throws what the disk threw. */
   async run(transaction: Transaction): Promise<void> {
     if (this.records.damaged.length > 0) await this.records.forgetTransactions();
     await this.records.begin(transaction);
@@ -5336,23 +5318,16 @@ export interface CommandOptions {
   signal: AbortSignal;
 }
 
-/**
- * Runs a command for `sh -c` on the device.
- *
- * @returns its exit code; `undefined` when it did not end in time
- * @throws the reason of the signal, when that aborts
- */
-export type CommandRunner = (
-  command: string,
-  options: CommandOptions,
-) => Promise<number | undefined>;
-
 /** What `rollBack`, `status` and `OTA` all need. */
 export interface DeviceOptions {
   /** The device's files, when they are not a directory of this machine; `root` only names them. */
   disk?: Disk;
-  /** Runs the check and the restart command; a shell of this machine. */
-  run?: CommandRunner;
+  /**
+   * Runs the check and the restart command, for `sh -c`; a shell of this machine does by default.
+   * Resolves to the exit code, or `undefined` when that did not come in time; throws the reason of
+   * the signal when that aborts.
+   */
+  run?: (command: string, options: CommandOptions) => Promise<number | undefined>;
   /** Decides whether a new release is good; without one, every release is. */
   check?: Check;
   /** A command for `sh -c`, run whenever the tree has changed. */
@@ -5444,7 +5419,8 @@ async function sleep(seconds: number, signal: AbortSignal): Promise<void> {
 }
 
 /** Runs a command in a shell of this machine. What it prints goes to stderr. */
-const runShell: CommandRunner = async (command, { cwd, env, timeout, kill, signal }) => {
+async function runShell(command: string, options: CommandOptions): Promise<number | undefined> {
+  const { cwd, env, timeout, kill, signal } = options;
   const child = Bun.spawn(["sh", "-c", command], {
     ...{ cwd, env: { ...process.env, ...env } },
     stdio: ["ignore", 2, 2],
@@ -5458,7 +5434,7 @@ const runShell: CommandRunner = async (command, { cwd, env, timeout, kill, signa
     // There may be nothing left of it.
     if (kill && code !== 0) ignoreErrors(() => process.kill(-child.pid, "SIGKILL"));
   }
-};
+}
 
 // ──── Health check ───────────────────────────────────────────────────────────────────────────────
 // What decides whether a release stays. A release with a check is on trial until its check ends
@@ -5654,7 +5630,16 @@ export interface StatusOptions extends DeviceOptions {
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
   const files = existingFiles(root, options);
-  const describe = (state: State) => describeDevice(files, state, options.examine);
+  const describe = ({ installed, trial, failed }: State): Status => {
+    const { firmware } = files;
+    const version = installed?.version ?? versionFromFile(files) ?? null;
+    return {
+      ...{ version, previous_version: installed?.previous_version ?? null },
+      firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
+      ...{ pending: trial !== null, failed: failed.map(failedName) },
+      ...(options.examine && { differs: takeInventory(files, installed, true).differences }),
+    };
+  };
   if (files.isFile("")) throw new OTAError(noRoot(files.root, "it is no directory"));
   if (!files.stat(OTA_DIR)) return describe(EMPTY);
   let journal: Journal;
@@ -5669,19 +5654,6 @@ export async function status(root: string, options: StatusOptions = {}): Promise
   open.refuseDamage();
   await new HealthCheck(open, options).settle();
   return describe(open.state);
-}
-
-function describeDevice(files: Files, state: State, isExamined = false): Status {
-  const { installed, trial, failed } = state;
-  const { firmware } = files;
-  return {
-    version: installed?.version ?? versionFromFile(files) ?? null,
-    previous_version: installed?.previous_version ?? null,
-    firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
-    pending: trial !== null,
-    failed: failed.map(failedName),
-    ...(isExamined && { differs: takeInventory(files, installed, true).differences }),
-  };
 }
 
 /** The version in `flash/OTA_VERSION.py`, if it is there and is one. */
@@ -5777,14 +5749,8 @@ interface Download {
   old?: string;
 }
 
-interface Plan {
+interface Plan extends Pick<Change, "put" | "remove" | "displace" | "firmware"> {
   target: Target;
-  /** Path → key of what is put there. */
-  put: Map<string, string>;
-  remove: string[];
-  /** Those of `put` where a file of the application is. */
-  displace: string[];
-  firmware?: { key: string; version: string };
   downloads: Download[];
 }
 
@@ -6656,12 +6622,12 @@ export abstract class OTA {
     current: string,
   ): Promise<Outcome> {
     const { check, restart } = this.options;
-    const { put, remove, displace, firmware } = plan;
-    const { version } = plan.target;
+    const { put, remove, firmware, target } = plan;
+    const { version } = target;
     const before = has.installed;
     const isSame = version === current;
     const installed: Installed = {
-      ...plan.target,
+      ...target,
       previous_version: (isSame && before?.previous_version) || current || null,
     };
     const outcome: Outcome = { result: "updated", from: current || "0", to: version };
@@ -6677,10 +6643,7 @@ export abstract class OTA {
     else if (isSame && firmware) failure.firmware = firmware.version;
     const from =
       before ?? (current ? { version: current, previous_version: null, files: {} } : undefined);
-    await journal.commit({
-      ...{ from, installed, failure, put, remove, displace, firmware },
-      ...{ check, restart, repair },
-    });
+    await journal.commit({ ...plan, from, installed, failure, check, restart, repair });
     const good = await trial.start(check);
     return good ? outcome : { ...outcome, result: "rolled back" };
   }
