@@ -269,31 +269,44 @@ export class SortedMap<V> {
   }
 }
 
-/**
- * Runs a task for every item, a few at a time. The first failure stops it, and is thrown when what
- * was under way has ended.
- *
- * @param width tasks at once
- * @param task gets a signal that another one has failed
- */
-async function pool<T>(
-  items: Iterable<T>,
-  width: number,
-  task: (item: T, failed: AbortSignal) => Promise<void>,
-): Promise<void> {
-  const failure = new AbortController();
-  const queue = [...items].values();
-  const work = async () => {
-    for (const item of queue) {
-      if (failure.signal.aborted) return;
-      await task(item, failure.signal);
+/** Runs tasks, a few at a time; the others wait in order. */
+class Pool {
+  #running = 0;
+  readonly #waiting: (() => void)[] = [];
+
+  /** @param width tasks at a time */
+  constructor(private readonly width: number) {}
+
+  async run<T>(task: () => Promise<T>): Promise<T> {
+    if (this.#running < this.width) this.#running++;
+    else await new Promise<void>((go) => this.#waiting.push(go));
+    try {
+      return await task();
+    } finally {
+      const next = this.#waiting.shift();
+      if (next) next();
+      else this.#running--;
     }
-  };
-  const workers = Array.from({ length: width }, () => {
-    return work().catch((error) => failure.abort(error));
-  });
-  await Promise.all(workers);
-  failure.signal.throwIfAborted();
+  }
+
+  /**
+   * Runs a task for every item. The first failure stops it, and is thrown once the tasks that were
+   * running have ended.
+   *
+   * @param task gets a signal that another one has failed
+   */
+  async each<T>(
+    items: Iterable<T>,
+    task: (item: T, failed: AbortSignal) => Promise<void>,
+  ): Promise<void> {
+    const failure = new AbortController();
+    const runUnlessFailed = async (item: T) => {
+      if (!failure.signal.aborted) await task(item, failure.signal);
+    };
+    const tasks = Array.from(items, (item) => this.run(() => runUnlessFailed(item)));
+    await Promise.all(tasks.map((one) => one.catch((error) => failure.abort(error))));
+    failure.signal.throwIfAborted();
+  }
 }
 
 // ──── JSON ────────────────────────────────────────────────────────────────────────────────────────
@@ -1296,22 +1309,19 @@ class Hasher {
     if (bytes < MIN_WORK) return this.#hashHere(files);
     const count = Math.min(MAX_WORKERS, files.length);
     const batch = Math.min(BATCH, Math.ceil(files.length / count));
+    const starts = Array.from({ length: Math.ceil(files.length / batch) }, (_, i) => i * batch);
+    const idle = this.#start(count);
     const hashed: Hashed[] = [];
-    let next = 0;
-    const work = async (worker: Worker) => {
-      let hash = (some: readonly string[]) => this.#ask(worker, some);
-      while (next < files.length) {
-        const first = next;
-        const some = files.slice(first, (next += batch));
-        const found = await hash(some).catch(() => {
-          // A failed worker is not replaced: its share is hashed on the calling thread.
-          hash = (some) => this.#hashHere(some);
-          return hash(some);
-        });
-        for (const [i, item] of found.entries()) hashed[first + i] = item;
+    await new Pool(count).each(starts, async (start) => {
+      const some = files.slice(start, start + batch);
+      const worker = idle.pop();
+      // A failed worker is not replaced: its share is hashed on the calling thread.
+      const found = worker && (await this.#ask(worker, some).catch(() => undefined));
+      if (found) idle.push(worker!);
+      for (const [i, item] of (found ?? (await this.#hashHere(some))).entries()) {
+        hashed[start + i] = item;
       }
-    };
-    await Promise.all(this.#start(count).map(work));
+    });
     return hashed;
   }
 
@@ -2647,9 +2657,7 @@ class Encoder {
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
   readonly #running = new SingleFlight<Coded | undefined>();
   #waiting = 0;
-  #coding = 0;
-  /** Tasks that wait for a free slot. */
-  readonly #queue: (() => void)[] = [];
+  readonly #pool = new Pool(MAX_CODING);
 
   /** @param budget when it is spent, only cached results are used */
   constructor(private readonly budget?: TokenBucket) {}
@@ -2674,7 +2682,7 @@ class Encoder {
     return this.#running.run(name, async () => {
       this.#waiting += needs;
       try {
-        const coded = await this.#inTurn(() => this.#make(encoding, content, dictionary));
+        const coded = await this.#pool.run(() => this.#make(encoding, content, dictionary));
         if (coded) this.#done.set(name, coded, coded.content.size);
         else if (coded === null) this.#useless.set(name, true, 0);
         return coded ?? undefined;
@@ -2684,19 +2692,6 @@ class Encoder {
         this.#waiting -= needs;
       }
     });
-  }
-
-  /** Limits the number of tasks that run at once; the others wait in order. */
-  async #inTurn<T>(task: () => Promise<T>): Promise<T> {
-    if (this.#coding < MAX_CODING) this.#coding++;
-    else await new Promise<void>((go) => this.#queue.push(go));
-    try {
-      return await task();
-    } finally {
-      const next = this.#queue.shift();
-      if (next) next();
-      else this.#coding--;
-    }
   }
 
   /** @returns `null` when the result would not be smaller; `undefined` when that is not known */
@@ -4943,8 +4938,8 @@ class Preparation {
       used.add(key);
     }
     this.#planDirectories([...put.keys()], change.remove);
-    await pool(this.#unsynced, SYNCS, (path) => disk.sync(path));
-    await pool([STAGED, backupPath(this.id), OTA_DIR], SYNCS, (path) => disk.sync(path));
+    await new Pool(SYNCS).each(this.#unsynced, (path) => disk.sync(path));
+    await new Pool(SYNCS).each([STAGED, backupPath(this.id), OTA_DIR], (path) => disk.sync(path));
   }
 
   /** Keeps the content of a file for the rollback. */
@@ -5077,7 +5072,7 @@ class Tree {
     }
     const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
     const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
-    await pool(directories, SYNCS, async (path) => {
+    await new Pool(SYNCS).each(directories, async (path) => {
       if (this.files.isDirectory(path)) await this.#disk.sync(path);
     });
   }
@@ -6375,7 +6370,7 @@ class Attempt {
     const { size: offset, etag } = partial;
     this.want = {
       ...(offset > 0 && etag && { offset, etag }),
-      ...(codable && { accept: dictionary ? ["dcz", "zstd", "gzip"] : ["zstd", "gzip"] }),
+      ...(codable && { accept: codings(dictionary !== undefined) }),
       ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
     };
   }
@@ -6504,7 +6499,7 @@ class Fetcher {
       this.options.report?.({ kind: "progress", received, total });
     };
     Object.assign(this.#traffic, { content: 0, reused: 0 });
-    await pool(downloads, this.options.jobs ?? 4, (item, failed) => {
+    await new Pool(this.options.jobs ?? 4).each(downloads, (item, failed) => {
       return this.#fetch(item, AbortSignal.any([failed, this.receiver.signal]));
     });
     return { ...this.#traffic, received: this.receiver.received };
@@ -6592,7 +6587,7 @@ class ManifestClient {
     const pieces: Uint8Array[] = [];
     let size = 0;
     const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
-    const want = { accept: ["zstd", "gzip"] as const, signal: this.receiver.signal };
+    const want = { accept: codings(false), signal: this.receiver.signal };
     const { headers, encoding } = await this.receiver.receive(path, want, () => (piece) => {
       size += piece.byteLength;
       if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
@@ -7104,7 +7099,7 @@ function strongTag(etag: string | null): string | undefined {
 
 function encodingOf(header: string | null): Encoding {
   const name = header?.toLowerCase() ?? "identity";
-  if (["identity", "gzip", "zstd", "dcz"].includes(name)) return name as Encoding;
+  if (name === "identity" || isCoding(name)) return name;
   throw new TransferError(`content came coded as ${name}, which nobody asked for`, true);
 }
 
