@@ -269,31 +269,44 @@ export class SortedMap<V> {
   }
 }
 
-/**
- * Runs a task for every item, a few at a time. The first failure stops it, and is thrown when what
- * was under way has ended.
- *
- * @param width tasks at once
- * @param task gets a signal that another one has failed
- */
-async function pool<T>(
-  items: Iterable<T>,
-  width: number,
-  task: (item: T, failed: AbortSignal) => Promise<void>,
-): Promise<void> {
-  const failure = new AbortController();
-  const queue = [...items].values();
-  const work = async () => {
-    for (const item of queue) {
-      if (failure.signal.aborted) return;
-      await task(item, failure.signal);
+/** Runs tasks, a few at a time; the others wait in order. */
+class Pool {
+  #running = 0;
+  readonly #waiting: (() => void)[] = [];
+
+  /** @param width tasks at a time */
+  constructor(private readonly width: number) {}
+
+  async run<T>(task: () => Promise<T>): Promise<T> {
+    if (this.#running < this.width) this.#running++;
+    else await new Promise<void>((go) => this.#waiting.push(go));
+    try {
+      return await task();
+    } finally {
+      const next = this.#waiting.shift();
+      if (next) next();
+      else this.#running--;
     }
-  };
-  const workers = Array.from({ length: width }, () => {
-    return work().catch((error) => failure.abort(error));
-  });
-  await Promise.all(workers);
-  failure.signal.throwIfAborted();
+  }
+
+  /**
+   * Runs a task for every item. The first failure stops it, and is thrown once the tasks that were
+   * running have ended.
+   *
+   * @param task gets a signal that another one has failed
+   */
+  async each<T>(
+    items: Iterable<T>,
+    task: (item: T, failed: AbortSignal) => Promise<void>,
+  ): Promise<void> {
+    const failure = new AbortController();
+    const runUnlessFailed = async (item: T) => {
+      if (!failure.signal.aborted) await task(item, failure.signal);
+    };
+    const tasks = Array.from(items, (item) => this.run(() => runUnlessFailed(item)));
+    await Promise.all(tasks.map((one) => one.catch((error) => failure.abort(error))));
+    failure.signal.throwIfAborted();
+  }
 }
 
 // ──── JSON ────────────────────────────────────────────────────────────────────────────────────────
@@ -1468,22 +1481,19 @@ class Hasher {
     if (bytes < MIN_WORK) return this.#hashHere(files);
     const count = Math.min(MAX_WORKERS, files.length);
     const batch = Math.min(BATCH, Math.ceil(files.length / count));
+    const starts = Array.from({ length: Math.ceil(files.length / batch) }, (_, i) => i * batch);
+    const idle = this.#start(count);
     const hashed: Hashed[] = [];
-    let next = 0;
-    const work = async (worker: Worker) => {
-      let hash = (some: readonly string[]) => this.#ask(worker, some);
-      while (next < files.length) {
-        const first = next;
-        const some = files.slice(first, (next += batch));
-        const found = await hash(some).catch(() => {
-          // A failed worker is not replaced: its share is hashed on the calling thread.
-          hash = (some) => this.#hashHere(some);
-          return hash(some);
-        });
-        for (const [i, item] of found.entries()) hashed[first + i] = item;
+    await new Pool(count).each(starts, async (start) => {
+      const some = files.slice(start, start + batch);
+      const worker = idle.pop();
+      // A failed worker is not replaced: its share is hashed on the calling thread.
+      const found = worker && (await this.#ask(worker, some).catch(() => undefined));
+      if (found) idle.push(worker!);
+      for (const [i, item] of (found ?? (await this.#hashHere(some))).entries()) {
+        hashed[start + i] = item;
       }
-    };
-    await Promise.all(this.#start(count).map(work));
+    });
     return hashed;
   }
 
@@ -3196,9 +3206,7 @@ class Encoder {
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
   readonly #running = new SingleFlight<Coded | undefined>();
   #waiting = 0;
-  #coding = 0;
-  /** Tasks that wait for a free slot. */
-  readonly #queue: (() => void)[] = [];
+  readonly #pool = new Pool(MAX_CODING);
 
   /** @param budget when it is spent, only cached results are used */
   constructor(private readonly budget?: TokenBucket) {}
@@ -3223,7 +3231,7 @@ class Encoder {
     return this.#running.run(name, async () => {
       this.#waiting += needs;
       try {
-        const coded = await this.#inTurn(() => this.#make(encoding, content, dictionary));
+        const coded = await this.#pool.run(() => this.#make(encoding, content, dictionary));
         if (coded) this.#done.set(name, coded, coded.content.size);
         else if (coded === null) this.#useless.set(name, true, 0);
         return coded ?? undefined;
@@ -3233,19 +3241,6 @@ class Encoder {
         this.#waiting -= needs;
       }
     });
-  }
-
-  /** Limits the number of tasks that run at once; the others wait in order. */
-  async #inTurn<T>(task: () => Promise<T>): Promise<T> {
-    if (this.#coding < MAX_CODING) this.#coding++;
-    else await new Promise<void>((go) => this.#queue.push(go));
-    try {
-      return await task();
-    } finally {
-      const next = this.#queue.shift();
-      if (next) next();
-      else this.#coding--;
-    }
   }
 
   /** @returns `null` when the result would not be smaller; `undefined` when that is not known */
@@ -4505,7 +4500,7 @@ export function fileSystem(root: string): Disk {
     rmdir: (path) => fs.rmdirSync(at(path)),
     chmod(path, mode, owner) {
       // Before the mode, of which it clears bits. Only root may.
-      if (owner) tidy(() => fs.chownSync(at(path), owner.uid, owner.gid));
+      if (owner) ignoreErrors(() => fs.chownSync(at(path), owner.uid, owner.gid));
       fs.chmodSync(at(path), mode);
     },
     writable(path) {
@@ -4598,7 +4593,7 @@ export function mountPoints(root: string): Set<string> {
   const below = root.endsWith("/") ? root : `${root}/`;
   let table = "";
   // Not Linux, or no /proc: empty.
-  tidy(() => (table = fs.readFileSync("/proc/self/mountinfo", "utf8")));
+  ignoreErrors(() => (table = fs.readFileSync("/proc/self/mountinfo", "utf8")));
   const points = table.split("\n").map((line) => {
     const escaped = line.split(" ")[4] ?? "";
     return escaped.replace(/\\([0-7]{3})/g, (_, octal) => String.fromCharCode(parseInt(octal, 8)));
@@ -4616,16 +4611,16 @@ function ifThere(remove: () => void): void {
 }
 
 /** Does what may fail: a cleanup that the next run does again, a refinement. */
-function tidy(task: () => void): void {
+function ignoreErrors(task: () => void): void {
   try {
     task();
   } catch {
-    // See above.
+    // As the name says.
   }
 }
 
 // ──── Files ──────────────────────────────────────────────────────────────────────────────────────
-// Reading a device's files. Updates never follow symbolic links: `Disk.stat` does not.
+// Reading a device's files. Symbolic links are never followed.
 
 /** The whole of a small file, or `undefined` when it is not there. */
 function readText(disk: Disk, path: string): string | undefined {
@@ -4654,6 +4649,7 @@ function linkOrCopy(disk: Disk, from: string, to: string): boolean {
   }
 }
 
+/** The active firmware. */
 export interface ActiveFirmware {
   version: string;
   slot: 0 | 1;
@@ -4664,13 +4660,6 @@ function slotPath(slot: 0 | 1): string {
   return `${OTA_DIR}/ota_${slot}.bin`;
 }
 
-/** The firmware that runs, as otadata says; `null` when none was ever flashed. */
-export function readFirmware(disk: Disk): ActiveFirmware | null {
-  const otadata = parseJSON(readText(disk, `${OTA_DIR}/otadata`) ?? "");
-  if (!isObject(otadata) || typeof otadata.version !== "string") return null;
-  return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
-}
-
 /** A device's files, to be read. */
 export class Files {
   /** @param root what messages call the device's root */
@@ -4679,8 +4668,11 @@ export class Files {
     readonly disk: Disk,
   ) {}
 
+  /** The firmware that runs, as otadata says; `null` when none was ever flashed. */
   get firmware(): ActiveFirmware | null {
-    return readFirmware(this.disk);
+    const otadata = parseJSON(readText(this.disk, `${OTA_DIR}/otadata`) ?? "");
+    if (!isObject(otadata) || typeof otadata.version !== "string") return null;
+    return { version: otadata.version, slot: otadata.slot === 1 ? 1 : 0 };
   }
 
   stat(path: string): DiskStat | undefined {
@@ -4729,11 +4721,7 @@ export class Files {
 // ──── Preflight ──────────────────────────────────────────────────────────────────────────────────
 // What would make a change fail half way is found before anything is fetched for it.
 
-/**
- * Refuses paths that are symbolic links, or go through one.
- *
- * @throws {OTAError} naming the first
- */
+/** @throws {OTAError} naming the first path that is a symbolic link, or goes through one */
 function refuseLinks(files: Files, paths: readonly string[]): void {
   for (const path of new Set([...paths, ...paths.flatMap(ancestors)])) {
     if (files.stat(path)?.kind !== "link") continue;
@@ -4767,13 +4755,10 @@ export function preflight(files: Files, put: Iterable<string>, remove: Iterable<
   };
   const directories = new Set([...written, ...removed].flatMap(ancestors));
   directories.forEach(checkDirectory);
+  const touched = [...written, ...removed, ...directories, OTA_DIR];
   const mounts = disk.mounts();
-  const mounted = [...written, ...removed, ...directories, OTA_DIR].find((path) =>
-    mounts.has(path),
-  );
-  if (mounted !== undefined) {
-    const why = "something is mounted there, and cannot be replaced; mount the whole root instead";
-    stop(mounted, why);
+  for (const path of touched.filter((path) => mounts.has(path))) {
+    stop(path, "something is mounted there, and cannot be replaced; mount the whole root instead");
   }
   if (!disk.writable("")) stop("anything", "no permission to write there");
   for (const path of removed) if (!files.isFile(path)) stop(path, "it is not a regular file");
@@ -4875,7 +4860,7 @@ export class Staging {
     return new PartialDownload(this.files.disk, key);
   }
 
-  /** Stages generated content. @returns its key */
+  /** Stages generated content, and returns its key. */
   async add(bytes: Uint8Array): Promise<string> {
     const key = sha256(bytes);
     const partial = this.partial(key);
@@ -4884,11 +4869,7 @@ export class Staging {
     return key;
   }
 
-  /**
-   * Stages content that another file of the device has.
-   *
-   * @returns whether that file has it
-   */
+  /** Stages content that another file of the device has, and returns whether it does. */
   async addCopy(key: string, path: string): Promise<boolean> {
     if (!this.files.hasContent(path, key)) return false;
     const partial = this.partial(key);
@@ -4911,7 +4892,7 @@ export class Staging {
   /** Drops what an update staged and did not use. */
   clear(): void {
     const { disk } = this.files;
-    tidy(() => disk.list(STAGED).forEach((name) => disk.unlink(this.path(name))));
+    ignoreErrors(() => disk.list(STAGED).forEach((name) => disk.unlink(this.path(name))));
   }
 
   /** Bytes that it takes to back files up: none where they can be linked. */
@@ -4976,15 +4957,6 @@ function withFailure(failed: readonly FailedRelease[], one: FailedRelease): Fail
   return [...failed.filter((other) => !isSameFailure(other, one)), one].slice(-FAILED_KEPT);
 }
 
-/** The failures that still count on a device with a version and a firmware version. */
-function newerFailures(failed: readonly FailedRelease[], on: string, image = ""): FailedRelease[] {
-  return failed.filter(({ version, firmware }) => {
-    return firmware === undefined
-      ? new LooseVersion(version).compare(on) > 0
-      : new LooseVersion(firmware).compare(image) > 0;
-  });
-}
-
 /** What a person is told of a failed release: `1.0.1`, `firmware 1.0.1`. */
 function failedName({ version, firmware }: FailedRelease): string {
   return firmware === undefined ? version : `firmware ${firmware}`;
@@ -5036,6 +5008,13 @@ interface Transaction extends RollbackPlan {
   release?: RollbackPlan | null;
 }
 
+/** The rollback plan of the installed release; none for a repair of one that had none. */
+function rollbackPlanOf(transaction: Transaction): RollbackPlan | undefined {
+  const { release = transaction } = transaction;
+  return release ?? undefined;
+}
+
+/** The content of state.json. */
 export interface State {
   format: number;
   installed: Installed | null;
@@ -5164,6 +5143,12 @@ class Records {
     if (isStateLost && this.damaged.length === 0) this.setAsideTransactions();
   }
 
+  /** Back from a change that is under way or on trial; else to the release before. */
+  get rollbackPlan(): RollbackPlan | undefined {
+    if (this.commit) return this.commit;
+    return this.done?.id === this.state.journal ? rollbackPlanOf(this.done) : undefined;
+  }
+
   /** What was interrupted. */
   get unfinished(): "commit" | Reversal | undefined {
     const reversal = (["undo", "rollback"] as const).find((name) => this.#has(name));
@@ -5207,7 +5192,7 @@ class Records {
 
   /** Deletes the damaged records that were set aside, once there is a good one again. */
   dropDamaged(): void {
-    for (const path of this.damaged) tidy(() => this.#disk.unlink(path));
+    for (const path of this.damaged) ignoreErrors(() => this.#disk.unlink(path));
     this.damaged = [];
   }
 
@@ -5348,10 +5333,8 @@ export function takeInventory(
   thorough = false,
 ): Inventory {
   const found: Inventory = { files: new Map(), differences: [], isNewer: false };
-  if (recorded) {
-    found.installed = { ...recorded, stamps: { ...recorded.stamps } };
-    for (const path of Object.keys(recorded.files)) checkFile(files, path, found, thorough);
-  }
+  if (recorded) found.installed = { ...recorded, stamps: { ...recorded.stamps } };
+  for (const path of Object.keys(recorded?.files ?? {})) checkFile(files, path, found, thorough);
   checkFirmware(files, found, thorough);
   return found;
 }
@@ -5438,14 +5421,15 @@ export function adopt(
 export interface Change {
   /** What the device is on, where there is no record of it. */
   from?: Installed;
+  /** The record; files that are put may be known by their SHA-1 there. */
   installed: Installed;
   /** What is remembered of the release, should it fail. */
   failure: FailedRelease;
   /** Path → staged key. */
-  put: ReadonlyMap<string, string>;
-  remove: readonly string[];
+  put: Map<string, string>;
+  remove: string[];
   /** Those of `put` where the application has a file: it is moved aside and kept. */
-  displace?: readonly string[];
+  displace: string[];
   firmware?: { key: string; version: string };
   /** Puts the release on trial. */
   check?: Check;
@@ -5482,7 +5466,7 @@ class Preparation {
     this.#files = files;
     this.#staging = staging;
     this.#before = before;
-    this.to = { ...to, stamps: { ...to.stamps } };
+    this.to = { ...to, files: { ...to.files }, stamps: { ...to.stamps } };
   }
 
   async run(change: Change): Promise<void> {
@@ -5498,15 +5482,15 @@ class Preparation {
     }
     this.forward.unlink.push(...change.remove);
     for (const path of change.remove) this.#backUp(path);
-    for (const path of change.displace ?? []) this.#displace(path);
+    for (const path of change.displace) this.#displace(path);
     const used = new Set<string>();
     for (const [path, key] of put) {
       this.#place(path, key, used.has(key));
       used.add(key);
     }
     this.#planDirectories([...put.keys()], change.remove);
-    await pool(this.#unsynced, SYNCS, (path) => disk.sync(path));
-    await pool([STAGED, backupPath(this.id), OTA_DIR], SYNCS, (path) => disk.sync(path));
+    await new Pool(SYNCS).each(this.#unsynced, (path) => disk.sync(path));
+    await new Pool(SYNCS).each([STAGED, backupPath(this.id), OTA_DIR], (path) => disk.sync(path));
   }
 
   /** Keeps the content of a file for the rollback. */
@@ -5519,7 +5503,7 @@ class Preparation {
     const before = this.#before;
     const isKnown = before?.stamps?.[path] === this.#files.stat(path)!.stamp;
     // A file that cannot be read can still be hard-linked.
-    tidy(() => {
+    ignoreErrors(() => {
       this.restored[path] = isKnown ? before!.files[path]! : this.#files.digest(path);
     });
   }
@@ -5565,7 +5549,10 @@ class Preparation {
     const digest = this.#staging.sha256(key);
     const { stamp } = this.#files.stat(source)!;
     this.placed[path] = digest;
-    if (this.to.files[path] === digest) this.to.stamps![path] = stamp;
+    if (Object.hasOwn(this.to.files, path)) {
+      this.to.files[path] = digest;
+      this.to.stamps![path] = stamp;
+    }
     if (path.startsWith(`${OTA_DIR}/ota_`)) this.to.image = { sha256: digest, stamp };
   }
 
@@ -5624,7 +5611,9 @@ class Tree {
 
   /** Runs steps of which any may have been run before; afterwards all are durable. */
   async run({ unlink, rmdir, mkdir, place, modes = {} }: Steps): Promise<void> {
-    for (const path of unlink) this.#unlink(path);
+    for (const path of unlink) {
+      if (!this.files.isDirectory(path)) ifThere(() => this.#disk.unlink(path));
+    }
     for (const path of rmdir) this.#rmdir(path);
     for (const path of mkdir) this.#mkdir(path);
     for (const [from, to] of place) this.#move(from, to);
@@ -5634,13 +5623,9 @@ class Tree {
     }
     const paths = [...unlink, ...rmdir, ...mkdir, ...place.flat()];
     const directories = new Set(paths.map((path) => ancestors(path)[0] ?? ""));
-    await pool(directories, SYNCS, async (path) => {
+    await new Pool(SYNCS).each(directories, async (path) => {
       if (this.files.isDirectory(path)) await this.#disk.sync(path);
     });
-  }
-
-  #unlink(path: string): void {
-    if (!this.files.isDirectory(path)) ifThere(() => this.#disk.unlink(path));
   }
 
   #rmdir(path: string): void {
@@ -5683,7 +5668,7 @@ class Tree {
 
   /** Deletes all backups but these. */
   dropBackups(needed: ReadonlySet<string>): void {
-    tidy(() => {
+    ignoreErrors(() => {
       for (const name of this.#disk.list(OTA_DIR)) {
         const path = `${OTA_DIR}/${name}`;
         if (!name.startsWith("backup-") || needed.has(path)) continue;
@@ -5697,12 +5682,6 @@ class Tree {
 // ──── Repairs ────────────────────────────────────────────────────────────────────────────────────
 // A repair puts the release right that stands, and is none itself: its rollback leads to the release
 // before.
-
-/** The rollback plan of the installed release; none for a repair of one that had none. */
-function rollbackPlanOf(transaction: Transaction): RollbackPlan | undefined {
-  const { release = transaction } = transaction;
-  return release ?? undefined;
-}
 
 /**
  * Joins the rollback plans of a repair and of the release that it repairs.
@@ -5750,15 +5729,6 @@ function beforeRepair(repair: Transaction, plan: RollbackPlan | undefined): Roll
   };
 }
 
-/** The directories of backups that the rollback plans of transactions need. */
-function backupsNeeded(transactions: readonly Transaction[]): Set<string> {
-  const needed = transactions.flatMap((one) => {
-    const others = one.release?.back.place.map(([from]) => dirname(from)) ?? [];
-    return [backupPath(one.id), ...others];
-  });
-  return new Set(needed);
-}
-
 // ──── Transactions ───────────────────────────────────────────────────────────────────────────────
 // Runs a transaction to one of its two ends, also after an interruption. Before the tree is touched,
 // the new content is staged, the old content has a second name in `.ota/backup-ID`, and the
@@ -5780,11 +5750,7 @@ class Transactions {
     this.tree = new Tree(files);
   }
 
-  /**
-   * Finishes what was interrupted.
-   *
-   * @returns whether there was something to finish
-   */
+  /** Finishes what was interrupted, and returns whether anything was. */
   async recover(): Promise<boolean> {
     const { records } = this;
     records.load();
@@ -5802,24 +5768,17 @@ class Transactions {
     }
     const isWhole = () => this.tree.findLost(commit!.forward, commit!.placed).length === 0;
     if (unfinished === "commit" && isWhole()) await this.#goForward(commit!);
-    else await this.#endReversal(unfinished === "commit" ? "undo" : unfinished);
+    else {
+      const { back, restored } = commit ?? rollbackPlanOf(done!)!;
+      this.lost = this.tree.findLost(back, restored);
+      // Where going back cannot be done, only a repair helps.
+      if (this.lost.length > 0) records.setAsideTransactions();
+      else await this.goBack(unfinished === "commit" ? "undo" : unfinished);
+    }
     return true;
   }
 
-  /** Goes back; where that cannot be done, only a repair helps. */
-  async #endReversal(why: Reversal): Promise<void> {
-    const { commit, done } = this.records;
-    const plan = commit ?? rollbackPlanOf(done!)!;
-    this.lost = this.tree.findLost(plan.back, plan.restored);
-    if (this.lost.length === 0) return this.goBack(why);
-    this.records.setAsideTransactions();
-  }
-
-  /**
-   * Makes a change that is prepared.
-   *
-   * @throws whatever the disk threw, after going back
-   */
+  /** Makes a prepared change. When that fails, goes back and throws what the disk threw. */
   async run(transaction: Transaction): Promise<void> {
     if (this.records.damaged.length > 0) await this.records.forgetTransactions();
     await this.records.begin(transaction);
@@ -5879,8 +5838,13 @@ class Transactions {
 
   /** The failures that still count once this is installed. */
   failuresAfter(installed: Installed | null): FailedRelease[] {
-    const image = this.files.firmware?.version;
-    return newerFailures(this.records.state.failed, installed?.version ?? "", image);
+    const current = installed?.version ?? "";
+    const active = this.files.firmware?.version ?? "";
+    return this.records.state.failed.filter(({ version, firmware }) => {
+      return firmware === undefined
+        ? new LooseVersion(version).compare(current) > 0
+        : new LooseVersion(firmware).compare(active) > 0;
+    });
   }
 
   /** Deletes what nothing needs once there is a good record. Staged content is for the next try. */
@@ -5891,7 +5855,12 @@ class Transactions {
 
   dropBackups(): void {
     const { commit, done } = this.records;
-    this.tree.dropBackups(backupsNeeded([commit, done].filter((one) => one !== undefined)));
+    const needed = new Set<string>();
+    for (const one of [commit, done]) {
+      if (one) needed.add(backupPath(one.id));
+      for (const [from] of one?.release?.back.place ?? []) needed.add(dirname(from));
+    }
+    this.tree.dropBackups(needed);
   }
 }
 
@@ -6006,14 +5975,7 @@ export class Journal implements Disposable {
 
   /** Whether `rollBack` can go back to a release before this one. */
   get canRollBack(): boolean {
-    return this.#rollbackPlan !== undefined;
-  }
-
-  /** From a release on trial to what stood before; else to the release before. */
-  get #rollbackPlan(): RollbackPlan | undefined {
-    const { commit, done, state } = this.#records;
-    if (commit) return commit;
-    return done && done.id === state.journal ? rollbackPlanOf(done) : undefined;
+    return this.#records.rollbackPlan !== undefined;
   }
 
   /** What was moved aside since this was last asked: where it was, and where it is. */
@@ -6023,8 +5985,8 @@ export class Journal implements Disposable {
 
   /** Files that the application changed since the commit and that `rollBack` would overwrite. */
   changedSinceCommit(): string[] {
-    if (!this.#rollbackPlan) return [];
-    const { back, placed } = this.#rollbackPlan;
+    if (!this.#records.rollbackPlan) return [];
+    const { back, placed } = this.#records.rollbackPlan;
     const atRisk = [...back.unlink, ...back.place.map(([, to]) => to)];
     return atRisk.filter((path) => {
       if (path.startsWith(`${OTA_DIR}/`) || !this.files.isFile(path)) return false;
@@ -6049,7 +6011,7 @@ export class Journal implements Disposable {
       restart: change.restart ?? null,
       repairs: [...this.damaged],
     };
-    if (change.repair) transaction.release = beforeRepair(transaction, this.#rollbackPlan);
+    if (change.repair) transaction.release = beforeRepair(transaction, this.#records.rollbackPlan);
     await this.#transactions.run(transaction);
   }
 
@@ -6098,7 +6060,7 @@ export class Journal implements Disposable {
    *   then nothing was done
    */
   async rollBack(): Promise<void> {
-    const plan = this.#rollbackPlan;
+    const plan = this.#records.rollbackPlan;
     if (!plan) throw new OTAError(`${this.files.root} has no previous release to go back to`);
     const lost = this.#transactions.tree.findLost(plan.back, plan.restored);
     if (lost.length === 0) return this.#transactions.goBack("rollback");
@@ -6166,23 +6128,16 @@ export interface CommandOptions {
   signal: AbortSignal;
 }
 
-/**
- * Runs a command for `sh -c` on the device.
- *
- * @returns its exit code; `undefined` when it did not end in time
- * @throws the reason of the signal, when that aborts
- */
-export type CommandRunner = (
-  command: string,
-  options: CommandOptions,
-) => Promise<number | undefined>;
-
 /** What `rollBack`, `status` and `OTA` all need. */
 export interface DeviceOptions {
   /** The device's files, when they are not a directory of this machine; `root` only names them. */
   disk?: Disk;
-  /** Runs the check and the restart command; a shell of this machine. */
-  run?: CommandRunner;
+  /**
+   * Runs the check and the restart command, for `sh -c`; a shell of this machine does by default.
+   * Resolves to the exit code, or `undefined` when that did not come in time; throws the reason of
+   * the signal when that aborts.
+   */
+  run?: (command: string, options: CommandOptions) => Promise<number | undefined>;
   /** Decides whether a new release is good; without one, every release is. */
   check?: Check;
   /** A command for `sh -c`, run whenever the tree has changed. */
@@ -6221,11 +6176,22 @@ export interface OTAOptions extends DeviceOptions {
   model?: string;
 }
 
+function note({ report }: DeviceOptions, text: string): void {
+  report?.({ kind: "note", text });
+}
+
 /** The files of a device; its root need not be there. */
 function filesOf(root: string, { disk }: DeviceOptions): Files {
   if (disk) return new Files(root, disk);
   const real = fs.existsSync(root) ? fs.realpathSync(root) : resolve(root);
   return new Files(real, fileSystem(real));
+}
+
+/** @throws {OTAError} when its root is not there */
+function existingFiles(root: string, options: DeviceOptions): Files {
+  const files = filesOf(root, options);
+  if (files.stat("")) return files;
+  throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
 }
 
 // ──── Waiting ────────────────────────────────────────────────────────────────────────────────────
@@ -6267,7 +6233,8 @@ async function sleep(seconds: number, signal: AbortSignal): Promise<void> {
 }
 
 /** Runs a command in a shell of this machine. What it prints goes to stderr. */
-const runShell: CommandRunner = async (command, { cwd, env, timeout, kill, signal }) => {
+async function runShell(command: string, options: CommandOptions): Promise<number | undefined> {
+  const { cwd, env, timeout, kill, signal } = options;
   const child = Bun.spawn(["sh", "-c", command], {
     ...{ cwd, env: { ...process.env, ...env } },
     stdio: ["ignore", 2, 2],
@@ -6278,15 +6245,8 @@ const runShell: CommandRunner = async (command, { cwd, env, timeout, kill, signa
     return (code = await within(timeout, child.exited, signal));
   } finally {
     child.unref();
-    if (kill && code !== 0) endGroup(child.pid);
-  }
-};
-
-function endGroup(pid: number): void {
-  try {
-    process.kill(-pid, "SIGKILL");
-  } catch (error) {
-    if (errorCode(error) !== "ESRCH") throw error;
+    // There may be nothing left of it.
+    if (kill && code !== 0) ignoreErrors(() => process.kill(-child.pid, "SIGKILL"));
   }
 }
 
@@ -6340,7 +6300,7 @@ class HealthCheck {
     if (!trial) return true;
     if (trial.starts >= MAX_STARTS) {
       const often = `was started ${MAX_STARTS} times and never ended`;
-      this.#note(`the check of ${installed!.version} ${often}`);
+      note(this.options, `the check of ${installed!.version} ${often}`);
     } else {
       await this.journal.countStart();
       if (!check || (await this.#passes(check, installed!))) {
@@ -6360,7 +6320,7 @@ class HealthCheck {
    */
   async rollBack(force: boolean): Promise<Outcome> {
     const { installed } = this.journal.state;
-    const changed = this.journal.canRollBack && !force ? this.journal.changedSinceCommit() : [];
+    const changed = force ? [] : this.journal.changedSinceCommit();
     if (changed.length > 0) {
       throw new OTAError(
         `changed since ${installed?.version} was installed: ${changed.join(", ")}.\n` +
@@ -6390,7 +6350,7 @@ class HealthCheck {
     const code = await this.#run(command, timeout, true);
     if (code === 0) return true;
     const why = code === undefined ? `did not end within ${timeout} s` : `ended with code ${code}`;
-    this.#note(`${version} is bad: its check ${why}`);
+    note(this.options, `${version} is bad: its check ${why}`);
     return false;
   }
 
@@ -6401,7 +6361,7 @@ class HealthCheck {
       const code = await this.#run(command, RESTART_TIMEOUT, false);
       const late = `did not end within ${RESTART_TIMEOUT} s; it is left running`;
       const how = code === undefined ? late : `ended with code ${code}`;
-      if (code !== 0) this.#note(`the restart command ${how}`);
+      if (code !== 0) note(this.options, `the restart command ${how}`);
     }
     await this.journal.restarted();
   }
@@ -6425,13 +6385,12 @@ class HealthCheck {
     }
   }
 
-  #note(text: string): void {
-    this.options.report?.({ kind: "note", text });
-  }
-
   #reportDisplaced(): void {
     for (const [path, now] of this.journal.takeDisplaced()) {
-      this.#note(`${path} was not part of a release and was in its way: it is kept as ${now}`);
+      note(
+        this.options,
+        `${path} was not part of a release and was in its way: it is kept as ${now}`,
+      );
     }
   }
 }
@@ -6448,9 +6407,7 @@ export async function rollBack(
   force = false,
   options: DeviceOptions = {},
 ): Promise<Outcome> {
-  const files = filesOf(root, options);
-  if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
-  using journal = await Journal.open(files);
+  using journal = await Journal.open(existingFiles(root, options));
   return new HealthCheck(journal, options).rollBack(force);
 }
 
@@ -6489,9 +6446,17 @@ export interface StatusOptions extends DeviceOptions {
  *   version of this tool
  */
 export async function status(root: string, options: StatusOptions = {}): Promise<Status> {
-  const files = filesOf(root, options);
-  const describe = (state: State) => describeDevice(files, state, options.examine);
-  if (!files.stat("")) throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
+  const files = existingFiles(root, options);
+  const describe = ({ installed, trial, failed }: State): Status => {
+    const { firmware } = files;
+    const version = installed?.version ?? versionFromFile(files) ?? null;
+    return {
+      ...{ version, previous_version: installed?.previous_version ?? null },
+      firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
+      ...{ pending: trial !== null, failed: failed.map(failedName) },
+      ...(options.examine && { differs: takeInventory(files, installed, true).differences }),
+    };
+  };
   if (files.isFile("")) throw new OTAError(noRoot(files.root, "it is not a directory"));
   if (!files.stat(OTA_DIR)) return describe(EMPTY);
   let journal: Journal;
@@ -6508,19 +6473,6 @@ export async function status(root: string, options: StatusOptions = {}): Promise
   return describe(open.state);
 }
 
-function describeDevice(files: Files, state: State, isExamined = false): Status {
-  const { installed, trial, failed } = state;
-  const { firmware } = files;
-  return {
-    version: installed?.version ?? versionFromFile(files) ?? null,
-    previous_version: installed?.previous_version ?? null,
-    firmware: firmware && { version: firmware.version, file: slotPath(firmware.slot) },
-    pending: trial !== null,
-    failed: failed.map(failedName),
-    ...(isExamined && { differs: takeInventory(files, installed, true).differences }),
-  };
-}
-
 /** The version in `flash/OTA_VERSION.py`, if it is there and is one. */
 function versionFromFile({ disk }: Files): string | undefined {
   const text = readText(disk, VERSION_FILE) ?? "";
@@ -6531,20 +6483,11 @@ function versionFromFile({ disk }: Files): string | undefined {
 // ──── Target ─────────────────────────────────────────────────────────────────────────────────────
 // The release that a manifest leads to, from what a device has.
 
-/** A file of a release, as a device has it or will. */
-interface ReleaseFile {
-  /** SHA-256, or SHA-1 of content that is still to be staged. */
-  key: string;
-  executable: boolean;
-  /** `DiskStat.stamp` of a file that is in its place already. */
-  stamp?: string;
-}
-
-/** The release that a device will have. */
-interface Target {
-  version: string;
-  files: Map<string, ReleaseFile>;
-}
+/**
+ * The record of the release that a device will have. Its files may be known by their SHA-1 until
+ * they are in place, and what is not there yet has no stamp.
+ */
+type Target = Omit<Installed, "previous_version">;
 
 interface Listed extends Omit<ManifestEntry, "dst_path"> {
   path: string;
@@ -6568,28 +6511,31 @@ export function targetOf(
   recorded: Installed | undefined,
   full: boolean,
 ): Target {
-  const files = new Map<string, ReleaseFile>();
-  const runs = new Set(recorded?.executable);
-  for (const [path, key] of full ? [] : Object.entries(recorded?.files ?? {})) {
-    files.set(path, { key, executable: runs.has(path), stamp: recorded!.stamps?.[path] });
-  }
+  const files = new Map(full ? [] : Object.entries(recorded?.files ?? {}));
   for (const path of manifest.delete) files.delete(path);
-  for (const { path, key, sha256, executable = false } of listedFiles(manifest)) {
+  const executable = new Set(recorded?.executable?.filter((path) => files.has(path)));
+  for (const { path, key, sha256, executable: runs } of listedFiles(manifest)) {
+    files.set(path, key);
+    if (runs) executable.add(path);
     // A server that sends no SHA-256 sends no modes either.
-    const ran = sha256 === undefined && files.get(path)?.executable === true;
-    files.set(path, { key, executable: executable || ran });
+    else if (sha256 !== undefined) executable.delete(path);
   }
-  return { version: manifest.version, files };
+  const stamps = Object.entries(recorded?.stamps ?? {}).filter(([path]) => files.has(path));
+  return {
+    version: manifest.version,
+    files: Object.fromEntries(files),
+    executable: [...executable],
+    stamps: Object.fromEntries(stamps),
+    image: recorded?.image,
+  };
 }
 
 /**
  * The digest by which a release that failed is known again: the same from whatever the device has,
  * and whether or not the list is full.
  */
-export function targetDigest({ version, files }: Target): string {
-  const keys = [...files].map(([path, { key }]) => [path, key]).sort();
-  const executable = [...files].filter(([, file]) => file.executable).map(([path]) => path);
-  return sha256(JSON.stringify([version, keys, executable.sort()]));
+export function targetDigest({ version, files, executable = [] }: Target): string {
+  return sha256(JSON.stringify([version, Object.entries(files).sort(), executable.toSorted()]));
 }
 
 function failureOf(
@@ -6620,55 +6566,49 @@ interface Download {
   old?: string;
 }
 
-interface Plan {
-  after: Target;
-  /** Path → key of what is put there. */
-  put: Map<string, string>;
-  remove: string[];
-  /** Those of `put` where a file of the application is. */
-  displace: string[];
-  firmware?: { key: string; version: string };
+interface Plan extends Pick<Change, "put" | "remove" | "displace" | "firmware"> {
+  target: Target;
   downloads: Download[];
 }
 
 /**
  * Compares what a manifest lists with what is there.
  *
- * @param after `targetOf` it; what is in its place is noted there
+ * @param target `targetOf` it; what is in its place is noted there
  * @param has what is really there of what the updater has installed
  * @param full whether of that, what the manifest lacks is to go
  * @throws {OTAError} naming the first path that cannot be changed, and why
  */
 async function makePlan(
-  { files, staging }: Journal,
+  journal: Journal,
   manifest: Manifest,
-  after: Target,
+  target: Target,
   has: Inventory,
   full: boolean,
 ): Promise<Plan> {
+  const { files } = journal;
   const old = has.installed?.files ?? {};
-  const ran = new Set(has.installed?.executable);
+  const [runs, ran] = [new Set(target.executable), new Set(has.installed?.executable)];
   const entries = listedFiles(manifest);
   const listed = new Set(entries.map(({ path }) => path));
   const gone = full ? Object.keys(old).filter((path) => !listed.has(path)) : [];
   const remove = [...new Set([...manifest.delete, ...gone])];
   refuseLinks(files, [...listed, ...remove]);
   const plan: Plan = {
-    ...{ after, put: new Map(), displace: [], downloads: [] },
+    ...{ target, put: new Map(), displace: [], downloads: [] },
     remove: remove.filter((path) => files.isFile(path)),
   };
   const updated = new Set(manifest.update.map(({ dst_path }) => dst_path.slice(1)));
   for (const entry of entries) {
     const { path, key, sha256 } = entry;
-    const target = after.files.get(path)!;
     const stat = files.stat(path);
     const file = stat?.kind === "file" ? stat : undefined;
     const isHere = hasContent(files, entry, has);
     if (isHere) {
-      target.key = sha256 ?? files.digest(path);
-      const isRight = target.executable ? isExecutable(file!) : !ran.has(path);
+      target.files[path] = sha256 ?? files.digest(path);
+      const isRight = runs.has(path) ? isExecutable(file!) : !ran.has(path);
       if (isRight) {
-        target.stamp = file!.stamp;
+        target.stamps![path] = file!.stamp;
         continue;
       }
     }
@@ -6677,9 +6617,9 @@ async function makePlan(
   }
   planDownloads(files, plan, entries, old);
   planFirmware(files, plan, manifest);
-  await planVersionFile(files, staging, plan);
+  await planVersionFile(journal, plan);
   preflight(files, plan.put.keys(), plan.remove);
-  checkSpace(files, staging, plan);
+  checkSpace(journal, plan);
   return plan;
 }
 
@@ -6708,7 +6648,9 @@ function planDownloads(
     paths.set(sha256, [...(paths.get(sha256) ?? []), path]);
   };
   for (const [path, sha256] of Object.entries(old)) note(path, sha256);
-  for (const [path, { key }] of plan.after.files) if (!plan.put.has(path)) note(path, key);
+  for (const [path, key] of Object.entries(plan.target.files)) {
+    if (!plan.put.has(path)) note(path, key);
+  }
   if (wanted.size > 0) {
     // A device without a record has to hash what is there.
     const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in old));
@@ -6735,22 +6677,22 @@ function planFirmware(files: Files, plan: Plan, { firmware }: Manifest): void {
  * Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`; where a release makes a file
  * of that directory, it goes.
  */
-async function planVersionFile(files: Files, staging: Staging, plan: Plan): Promise<void> {
-  if (plan.after.files.has("flash")) {
+async function planVersionFile({ files, staging }: Journal, plan: Plan): Promise<void> {
+  if (Object.hasOwn(plan.target.files, "flash")) {
     if (files.isFile(VERSION_FILE)) plan.remove.push(VERSION_FILE);
     return;
   }
   const hasFlash = [...plan.put.keys()].some((path) => path.startsWith("flash/"));
   if (!hasFlash && !files.isDirectory("flash")) return;
   refuseLinks(files, [VERSION_FILE]);
-  const bytes = utf8(`VERSION = '${plan.after.version}'\n`);
+  const bytes = utf8(`VERSION = '${plan.target.version}'\n`);
   if (files.hasContent(VERSION_FILE, sha256(bytes), bytes.byteLength)) return;
   plan.put.set(VERSION_FILE, await staging.add(bytes));
 }
 
 /** @throws {OTAError} with both numbers, when a plan needs more space than there is */
-function checkSpace({ root, disk }: Files, staging: Staging, plan: Plan): void {
-  const { put, remove, after, downloads } = plan;
+function checkSpace({ files, staging }: Journal, plan: Plan): void {
+  const { put, remove, target, downloads } = plan;
   const sizes = new Map(downloads.map(({ key, size }) => [key, size ?? 0]));
   let needed = staging.backupBytes([...put.keys(), ...remove]);
   for (const [key, size] of sizes) {
@@ -6763,29 +6705,14 @@ function checkSpace({ root, disk }: Files, staging: Staging, plan: Plan): void {
     once.add(key);
   }
   // The journal, the record, and the directories: some 200 bytes a file, and a margin.
-  needed += 64 * 1024 + 200 * (put.size + remove.length + after.files.size);
-  const free = disk.free(OTA_DIR);
+  needed += 64 * 1024 + 200 * (put.size + remove.length + Object.keys(target.files).length);
+  const free = files.disk.free(OTA_DIR);
   if (needed > free) {
     throw new OTAError(
-      `not enough space in ${root}: this update needs ${needed} bytes, and ${free} are ` +
+      `not enough space in ${files.root}: this update needs ${needed} bytes, and ${free} are ` +
         "free; nothing was fetched",
     );
   }
-}
-
-/** The record of a release once it is in place, without the stamps of what is put there. */
-function recordOf(
-  { after, put }: Plan,
-  staging: Staging,
-): Pick<Installed, "version" | "files" | "executable" | "stamps"> {
-  const files: Record<string, string> = {};
-  const stamps: Record<string, string> = {};
-  for (const [path, { key, stamp }] of after.files) {
-    files[path] = staging.sha256(key);
-    if (stamp !== undefined && !put.has(path)) stamps[path] = stamp;
-  }
-  const executable = [...after.files.keys()].filter((path) => after.files.get(path)!.executable);
-  return { version: after.version, files, executable, stamps };
 }
 
 // ──── Transfer ──────────────────────────────────────────────────────────────────────────────────
@@ -6848,16 +6775,6 @@ const TRIES = 5;
 /** Slower than this many bytes a second over so many seconds counts as stalled. */
 const SLOWEST = { rate: 10, seconds: 300 };
 
-interface ReceiverOptions {
-  /** Seconds without a byte after which a transfer is given up. */
-  timeout: number;
-  slowest: { rate: number; seconds: number } | undefined;
-  /** Ends everything. */
-  signal: AbortSignal;
-  /** Is told of every try that failed. */
-  note: (text: string) => void;
-}
-
 class Receiver {
   /** Bytes of all bodies so far, as they came. */
   received = 0;
@@ -6865,9 +6782,9 @@ class Receiver {
 
   constructor(
     private readonly getData: (path: string, want: TransferRequest) => Promise<TransferResponse>,
-    private readonly options: ReceiverOptions,
+    private readonly options: OTAOptions,
   ) {
-    this.signal = options.signal;
+    this.signal = options.signal ?? NEVER;
   }
 
   /**
@@ -6915,7 +6832,7 @@ class Receiver {
     promise: Promise<T>,
     signal: AbortSignal,
   ): Promise<T> {
-    const { timeout } = this.options;
+    const { timeout = 30 } = this.options;
     try {
       const got = await within(timeout, promise, signal);
       if (got) return got;
@@ -6940,7 +6857,7 @@ class Receiver {
         if (error instanceof ContentError && (++wrong === 2 || tries === TRIES)) throw error;
         if (tries === TRIES) throw new OTAError(`${error.message}; gave up after ${TRIES} tries`);
         const pause = Math.max(error.pause, 0.25 * 2 ** tries * (0.75 + Math.random() / 2));
-        this.options.note(`${error.message}; trying again in ${pause.toFixed(1)} s`);
+        note(this.options, `${error.message}; trying again in ${pause.toFixed(1)} s`);
         await sleep(pause, signal);
       }
     }
@@ -7008,7 +6925,7 @@ class Attempt {
     const { size: offset, etag } = partial;
     this.want = {
       ...(offset > 0 && etag && { offset, etag }),
-      ...(codable && { accept: dictionary ? ["dcz", "zstd", "gzip"] : ["zstd", "gzip"] }),
+      ...(codable && { accept: codings(dictionary !== undefined) }),
       ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
     };
   }
@@ -7118,29 +7035,26 @@ class Fetcher {
   readonly #fetched = new Set<string>();
   #progress = (_: number) => {};
 
-  /** @param report is told of progress */
   constructor(
-    private readonly files: Files,
-    private readonly staging: Staging,
+    private readonly journal: Journal,
     private readonly receiver: Receiver,
-    private readonly report: (event: OTAEvent) => void,
+    private readonly options: OTAOptions,
   ) {}
 
   /**
    * Stages all content of a plan.
    *
-   * @param jobs downloads at once
    * @throws {TransferError} when content is not to be had as the manifest has it
    */
-  async fetchAll({ downloads }: Plan, jobs: number): Promise<Traffic> {
+  async fetchAll({ downloads }: Plan): Promise<Traffic> {
     const total = downloads.reduce((sum, { size }) => sum + (size ?? NaN), 0);
     let received = 0;
     this.#progress = (bytes) => {
       received += bytes;
-      this.report({ kind: "progress", received, total });
+      this.options.report?.({ kind: "progress", received, total });
     };
     Object.assign(this.#traffic, { content: 0, reused: 0 });
-    await pool(downloads, jobs, (item, failed) => {
+    await new Pool(this.options.jobs ?? 4).each(downloads, (item, failed) => {
       return this.#fetch(item, AbortSignal.any([failed, this.receiver.signal]));
     });
     return { ...this.#traffic, received: this.receiver.received };
@@ -7148,6 +7062,7 @@ class Fetcher {
 
   async #fetch(item: Download, signal: AbortSignal): Promise<void> {
     const { key, path, size } = item;
+    const { files, staging } = this.journal;
     this.#traffic.content += size ?? 0;
     if (await this.#isHere(item)) {
       if (!this.#fetched.has(key)) this.#traffic.reused++;
@@ -7161,24 +7076,26 @@ class Fetcher {
       await get(false);
     } catch (error) {
       if (!(error instanceof CodingError)) throw error;
-      this.report({ kind: "note", text: `${error.message}; fetching it plain` });
+      note(this.options, `${error.message}; fetching it plain`);
       await get(true);
     }
-    const staged = size ?? this.files.stat(this.staging.path(key))!.size;
+    const staged = size ?? files.stat(staging.path(key))!.size;
     if (size === undefined) this.#traffic.content += staged;
-    this.report({ kind: "fetched", path, size: staged });
+    this.options.report?.({ kind: "fetched", path, size: staged });
   }
 
   /** Whether content is staged already, or can be from another file of the device. */
   async #isHere({ key, localCopies }: Download): Promise<boolean> {
-    if (this.staging.has(key)) return true;
-    for (const path of localCopies) if (await this.staging.addCopy(key, path)) return true;
+    const { staging } = this.journal;
+    if (staging.has(key)) return true;
+    for (const path of localCopies) if (await staging.addCopy(key, path)) return true;
     return false;
   }
 
   async #fetchOnce(item: Download, isPlain: boolean, signal: AbortSignal): Promise<void> {
-    const partial = this.staging.partial(item.key);
-    const attempt = new Attempt(this.files, item, partial, isPlain, this.#progress);
+    const { files, staging } = this.journal;
+    const partial = staging.partial(item.key);
+    const attempt = new Attempt(files, item, partial, isPlain, this.#progress);
     try {
       if (!attempt.takeAll()) {
         const want = { ...attempt.want, signal };
@@ -7372,7 +7289,7 @@ class ManifestClient {
     const pieces: Uint8Array[] = [];
     let size = 0;
     const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
-    const want = { accept: ["zstd", "gzip"] as const, signal: this.receiver.signal };
+    const want = { accept: codings(false), signal: this.receiver.signal };
     const { headers, encoding } = await this.receiver.receive(path, want, () => (piece) => {
       size += piece.byteLength;
       if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
@@ -7407,14 +7324,17 @@ class Survey {
     const recorded = this.journal.state.installed?.version ?? versionFromFile(this.#files);
     if (recorded !== undefined) {
       if (ver !== undefined && ver !== recorded) {
-        this.#note(`the device is on ${recorded} by its own record; --ver ${ver} is not used`);
+        note(
+          this.options,
+          `the device is on ${recorded} by its own record; --ver ${ver} is not used`,
+        );
       }
       return recorded;
     }
     const isEmpty = () => this.#files.disk.list("").every((name) => name === OTA_DIR);
     if (ver !== undefined && isEmpty()) {
       const { root } = this.#files;
-      this.#note(`${root} is empty: everything is fetched, whatever --ver ${ver} says`);
+      note(this.options, `${root} is empty: everything is fetched, whatever --ver ${ver} says`);
       return "";
     }
     return ver ?? "";
@@ -7448,7 +7368,7 @@ class Survey {
     // A server that knows no `list` answers with its newest release.
     const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
     if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
-      this.#note(`the server does not have ${version}: what it consists of is not known`);
+      note(this.options, `the server does not have ${version}: what it consists of is not known`);
       return null;
     }
     return list;
@@ -7474,7 +7394,7 @@ class Survey {
     const some = other.slice(0, 3).map(({ path }) => path);
     const paths = `${some.join(", ")}${other.length > some.length ? ", …" : ""}`;
     const count = `${other.length} of the ${list.new.length} files of ${list.version}`;
-    this.#note(`${count} are missing here or have other content: ${paths}`);
+    note(this.options, `${count} are missing here or have other content: ${paths}`);
   }
 
   async query(has: Inventory): Promise<ManifestQuery> {
@@ -7509,10 +7429,6 @@ class Survey {
     await disk.sync(OTA_DIR);
     return made;
   }
-
-  #note(text: string): void {
-    this.options.report?.({ kind: "note", text });
-  }
 }
 
 // ──── Device ─────────────────────────────────────────────────────────────────────────────────────
@@ -7536,7 +7452,7 @@ function isEmpty({ delete: gone, new: added, update, firmware, full }: Manifest)
 
 /** @throws {OTAError} unless a manifest ends in the release that was signed, from what is here */
 function checkTarget({ files, version }: Target, { release }: Step): void {
-  const found = releaseDigest([...files].map(([path, { key }]) => [path, key] as const));
+  const found = releaseDigest(Object.entries(files));
   if (found === release) return;
   refuse(`from what is here it does not lead to ${version} as it was signed; client --repair does`);
 }
@@ -7611,12 +7527,10 @@ export abstract class OTA {
 
   /** Asks for a manifest, and stages all content that it needs. */
   async #stage(journal: Journal, survey: Survey): Promise<Staged | Outcome> {
-    const { jobs = 4, timeout = 30, slowest, repair = false, retry, verify } = this.options;
-    const { signal = NEVER, report = () => {} } = this.options;
-    const note = (text: string) => report({ kind: "note", text });
+    const { repair = false, retry, verify } = this.options;
     const get = (path: string, want: TransferRequest) => this.getData(path, want);
-    const receiver = new Receiver(get, { timeout, slowest, signal, note });
-    const fetcher = new Fetcher(this.#files, journal.staging, receiver, report);
+    const receiver = new Receiver(get, this.options);
+    const fetcher = new Fetcher(journal, receiver, this.options);
     const trust = verify && { keys: verify, threshold: this.options.threshold };
     const manifests = new ManifestClient(receiver, trust);
     const from = survey.current || "0";
@@ -7625,7 +7539,7 @@ export abstract class OTA {
       const query = await survey.query(has);
       const { manifest, step } = await manifests.ask(query, survey.current || undefined);
       const { installed } = journal.state;
-      if (step) checkTimes(step, installed?.issued, note);
+      if (step) checkTimes(step, installed?.issued, (text) => note(this.options, text));
       if (!manifest || (step && isEmpty(manifest))) {
         if (step && installed && step.issued !== installed.issued) {
           await journal.remember({ ...installed, issued: step.issued });
@@ -7646,14 +7560,14 @@ export abstract class OTA {
       }
       const plan = await makePlan(journal, manifest, target, has, full);
       try {
-        const traffic = await fetcher.fetchAll(plan, jobs);
+        const traffic = await fetcher.fetchAll(plan);
         return { plan, has, failure, traffic, issued: step?.issued };
       } catch (error) {
         // On a full disk, what was staged must not block the next try.
         if (["ENOSPC", "EDQUOT"].includes(errorCode(error) ?? "")) journal.staging.clear();
         // The release may have changed since the manifest was made.
         if (!isFirst || !(error instanceof TransferError)) throw error;
-        note(`${error.message}; asking for a new manifest`);
+        note(this.options, `${error.message}; asking for a new manifest`);
       }
     }
   }
@@ -7666,14 +7580,13 @@ export abstract class OTA {
     current: string,
   ): Promise<Outcome> {
     const { check, restart } = this.options;
-    const { put, remove, displace, firmware } = plan;
-    const { version } = plan.after;
+    const { put, remove, firmware, target } = plan;
+    const { version } = target;
     const before = has.installed;
     const isSame = version === current;
     const installed: Installed = {
-      ...recordOf(plan, journal.staging),
+      ...target,
       previous_version: (isSame && before?.previous_version) || current || null,
-      image: before?.image,
     };
     const latest = issued ?? before?.issued;
     if (latest !== undefined) installed.issued = latest;
@@ -7690,10 +7603,7 @@ export abstract class OTA {
     else if (isSame && firmware) failure.firmware = firmware.version;
     const from =
       before ?? (current ? { version: current, previous_version: null, files: {} } : undefined);
-    await journal.commit({
-      ...{ from, installed, failure, put, remove, displace, firmware },
-      ...{ check, restart, repair },
-    });
+    await journal.commit({ ...plan, from, installed, failure, check, restart, repair });
     const good = await trial.start(check);
     return good ? outcome : { ...outcome, result: "rolled back" };
   }
@@ -7887,7 +7797,7 @@ function strongTag(etag: string | null): string | undefined {
 
 function encodingOf(header: string | null): Encoding {
   const name = header?.toLowerCase() ?? "identity";
-  if (["identity", "gzip", "zstd", "dcz"].includes(name)) return name as Encoding;
+  if (name === "identity" || isCoding(name)) return name;
   throw new TransferError(`content came coded as ${name}, which nobody asked for`, true);
 }
 

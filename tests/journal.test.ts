@@ -25,7 +25,6 @@ import {
   OTAError,
   peekState,
   preflight,
-  readFirmware,
 } from "../ota.ts";
 import { Crash, MemoryDisk, type Fault, type PowerCut } from "./helpers/memory-disk.ts";
 import { ALL, Random, seeded } from "./helpers/random.ts";
@@ -305,7 +304,7 @@ function lookAtTree(disk: MemoryDisk): Pick<World, "files" | "directories" | "fi
       files.map(([path, { mode, data }]) => [path, `${mode.toString(8)} ${decode(data)}`]),
     ),
     directories: new Set(directories.map(([path]) => path)),
-    firmware: readFirmware(disk),
+    firmware: new DeviceFiles(ROOT, disk).firmware,
     slots: [slot(0), slot(1)],
   };
 }

@@ -42,3 +42,37 @@ test("every part and every section opens with a comment", () => {
   const banners = source.match(/^\/\/ [═─]{4} .*$/gm) ?? [];
   expect(built().flatMap(({ name, sections }) => [name, ...sections])).toHaveLength(banners.length);
 });
+
+test("a section has at most 250 lines", () => {
+  const sections = source.split(/^\/\/ [═─]{4} /m).slice(1);
+  const long = sections
+    .map((text) => ({ name: text.slice(0, text.indexOf(" ─")), lines: text.split("\n").length }))
+    .filter(({ lines }) => lines > 250);
+  expect(long).toEqual([]);
+});
+
+test("a function fits a screen: at most 60 lines", () => {
+  const lines = source.split("\n");
+  const declared =
+    /^( *)(?:export |abstract |static |override |protected |private |async |get )*(?:function\*? \w+|\*?[#\w]+)(?:<.*>)?\(/;
+  const long: string[] = [];
+  let functions = 0;
+  for (const [i, line] of lines.entries()) {
+    const [, indent] = declared.exec(line) ?? [];
+    if (
+      indent === undefined ||
+      indent.length > 2 ||
+      /^ *(if|for|while|switch|return)\b/.test(line)
+    ) {
+      continue;
+    }
+    const isEnd = (text: string) => text.startsWith(`${indent}}`) || text === `${indent});`;
+    const end = lines.findIndex((text, at) => at >= i && isEnd(text));
+    const isOneLiner = / \{.*\}$|;$/.test(line);
+    if (isOneLiner || end < 0) continue;
+    functions++;
+    if (end - i + 1 > 60) long.push(`${line.trim()} has ${end - i + 1} lines`);
+  }
+  expect(long).toEqual([]);
+  expect(functions).toBeGreaterThan(300);
+});
