@@ -2371,9 +2371,9 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
   const newest = highest(versions, ceiling);
   const order = newest?.version.compare(device) ?? 0;
   // A step leads only from a release that was there when it was signed.
-  const hasStep = (has: Release | undefined) =>
-    query.signed === undefined || (newest && index.step(has?.name ?? "", newest, has));
-  const isForeign = current !== "" && query.signed !== undefined && (!known || !hasStep(known));
+  const asksForStep = query.signed !== undefined && newest && index.signed.has(newest);
+  const hasStep = current === "" || (known && newest && index.step(known.name, newest, known));
+  const isForeign = asksForStep === true && !hasStep;
   const full = (base !== undefined && base !== known?.digest) || (isForeign && order > 0);
   // A device on the newest version may have other files than that version has now.
   const target = order > 0 || (full && newest && newest === known) ? newest : undefined;
@@ -2384,10 +2384,10 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
   if (target) {
     const has = full ? undefined : known;
     const from = full ? ANY : (known?.name ?? "");
-    const signed = query.signed === undefined ? undefined : index.step(from, target, has);
+    const signed = asksForStep ? index.step(from, target, has) : undefined;
     return { target, has, full, image, version: target.name, signed, ...asked };
   }
-  if (query.signed !== undefined && newest && newest === known) {
+  if (asksForStep && newest === known) {
     // Proof that nothing newer was signed; with it, firmware.
     const signed = index.step(newest.name, newest, newest);
     if (signed || image) {
@@ -7121,28 +7121,27 @@ export interface Trust {
   threshold?: number | undefined;
 }
 
-/** Nothing that the device trusts has signed the manifest, or the absence of one. */
+/** Nobody has signed a manifest, or the absence of one. */
 class UnsignedError extends OTAError {
   override name = "UnsignedError";
 }
 
-/** An answer to a request for a manifest. */
-interface ManifestAnswer {
-  manifest: Manifest | null;
-  headers: Headers;
-  body: Uint8Array;
+/** @param signature what there is of one */
+function notSigned(signature: unknown): OTAError {
+  return signature
+    ? new OTAError("refused the manifest: none of the keys given signed it")
+    : new UnsignedError("refused the manifest: it is not signed, and --verify was given");
 }
 
 /**
- * Verifies a manifest.
+ * The step of a manifest, if enough of the trusted keys signed it.
  *
  * @param query as it was sent
- * @returns the step, where that is what was signed
- * @throws {OTAError} when it is not signed, or is not what was asked for
+ * @throws {OTAError} when it is not for this device, or not what the manifest says
  */
-function verifyManifest(
+function stepBy(
   { keys, threshold = 1 }: Trust,
-  { manifest, headers, body }: ManifestAnswer,
+  manifest: Manifest | null,
   query: ManifestQuery,
 ): Step | undefined {
   const signers = manifest?.signed ? signersOf(manifest.signed, keys).size : 0;
@@ -7156,16 +7155,8 @@ function verifyManifest(
       throw error;
     }
   }
-  const signature = headers.get(SIGNATURE_HEADER);
-  if (threshold > 1)
-    refuse(`${signers} of the keys given signed it, and --threshold is ${threshold}`);
-  if (!signature && !manifest?.signed) {
-    throw new UnsignedError("refused the manifest: it is not signed, and --verify was given");
-  }
-  const isSigned = signature && isSignedBy(keys, signature, body, query.reqid!);
-  if (!isSigned) refuse("none of the keys given signed it");
-  if (manifest) checkAnswer(manifest, query);
-  return undefined;
+  if (threshold === 1) return undefined;
+  return refuse(`${signers} of the keys given signed it, and --threshold is ${threshold}`);
 }
 
 /** @throws {OTAError} when a step is not for this device, or not what the manifest says */
@@ -7279,9 +7270,21 @@ class ManifestClient {
     });
     const path = `/manifest.json?${search.join("&")}`;
     const { body, headers } = await this.receiver.withRetries(() => this.#read(path));
-    const manifest = parseManifest(body, atLeast);
-    const step = trust && verifyManifest(trust, { manifest, headers, body }, query);
-    return { manifest, step };
+    if (!trust) return { manifest: parseManifest(body, atLeast) };
+    const signature = headers.get(SIGNATURE_HEADER);
+    const isSigned = signature !== null && isSignedBy(trust.keys, signature, body, query.reqid!);
+    let manifest: Manifest | null;
+    try {
+      manifest = parseManifest(body, atLeast);
+    } catch (error) {
+      // What strangers sent is not worth a closer look.
+      throw isSigned ? error : notSigned(signature);
+    }
+    const step = stepBy(trust, manifest, query);
+    if (step) return { manifest, step };
+    if (!isSigned) throw notSigned(signature ?? manifest?.signed);
+    if (manifest) checkAnswer(manifest, query);
+    return { manifest };
   }
 
   /** Reads a whole manifest, as far as one may be long. */

@@ -479,15 +479,9 @@ describe("a device that trusts a key", () => {
       });
       expect(await home.refuses(middle)).toContain("none of the keys given signed it");
     }
-    for (const signed of [
-      1,
-      "x",
-      {},
-      { payload: 1 },
-      { payload: "", payloadType: "", signatures: 1 },
-    ]) {
+    for (const signed of [1, "x", {}, { payload: 1 }]) {
       await using middle = changing(home, (manifest) => ({ ...manifest, signed }));
-      expect(await home.refuses(middle)).toContain("refused the manifest: signed");
+      expect(await home.refuses(middle)).toContain("it is not signed, and --verify was given");
     }
   });
 
