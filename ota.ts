@@ -5414,8 +5414,8 @@ export function adopt(
 }
 
 // ──── Preparation ────────────────────────────────────────────────────────────────────────────────
-// Works out the steps of a change and those of its rollback. What they need, old content as well as
-// new, is at hand and durable before the first of them is run.
+// Works out the steps of a change and of its rollback. All content that they need, old and new, is in
+// place and durable before the first of them is run.
 
 /** What an update changes. Contents are named by the keys under which they were staged. */
 export interface Change {
@@ -5447,7 +5447,7 @@ function backupPath(id: string): string {
   return `${OTA_DIR}/backup-${id}`;
 }
 
-/** A change that is being prepared: most of a `Transaction`. */
+/** Builds most of a `Transaction`: its public fields. */
 class Preparation {
   readonly id = crypto.randomUUID();
   readonly to: Installed;
@@ -5460,6 +5460,8 @@ class Preparation {
   readonly #staging: Staging;
   readonly #before: Installed | null;
   readonly #unsynced: string[] = [];
+  readonly #runs: ReadonlySet<string>;
+  readonly #ran: ReadonlySet<string>;
 
   /** @param before what is recorded of the tree */
   constructor(files: Files, staging: Staging, before: Installed | null, to: Installed) {
@@ -5467,6 +5469,7 @@ class Preparation {
     this.#staging = staging;
     this.#before = before;
     this.to = { ...to, files: { ...to.files }, stamps: { ...to.stamps } };
+    [this.#runs, this.#ran] = [new Set(to.executable), new Set(before?.executable)];
   }
 
   async run(change: Change): Promise<void> {
@@ -5543,8 +5546,8 @@ class Preparation {
     else this.back.unlink.push(path);
     let mode = file?.mode ?? 0o644;
     // Execute permission for everyone who may read it; a bit that the owner set stays.
-    if (this.to.executable?.includes(path)) mode |= (mode & 0o444) >> 2;
-    else if (this.#before?.executable?.includes(path)) mode &= ~0o111;
+    if (this.#runs.has(path)) mode |= (mode & 0o444) >> 2;
+    else if (this.#ran.has(path)) mode &= ~0o111;
     disk.chmod(source, mode, file?.owner);
     const digest = this.#staging.sha256(key);
     const { stamp } = this.#files.stat(source)!;

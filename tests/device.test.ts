@@ -15,7 +15,7 @@ import {
   type TransferRequest,
   type TransferResponse,
 } from "../ota.ts";
-import { sha256 } from "./helpers/content.ts";
+import { sha1, sha256 } from "./helpers/content.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import { MemoryDisk } from "./helpers/memory-disk.ts";
 import { freePort } from "./helpers/raw.ts";
@@ -537,8 +537,7 @@ describe.concurrent("a server like Pycom's own", () => {
         return void connection.end(content);
       }
       const { url } = double();
-      const hash = (path: string) =>
-        new Bun.CryptoHasher("sha1").update(files[path]!).digest("hex");
+      const hash = (path: string) => sha1(files[path]!);
       const entry = (path: string, slash: string) => ({
         URL: `${url}${path}`,
         dst_path: `${slash}${path.slice("/1.0.1/".length)}`,

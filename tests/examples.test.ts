@@ -29,6 +29,7 @@ import {
   readKey,
   TransferError,
 } from "../ota.ts";
+import { noise } from "./helpers/content.ts";
 import { Random, seeded } from "./helpers/random.ts";
 import { filesBelow, Temp } from "./helpers/temp.ts";
 import { eventually, Tool } from "./helpers/tool.ts";
@@ -56,10 +57,6 @@ function deviceOn(release: string, version: string): Map<string, Uint8Array> {
 function filesOf(root: string): Map<string, Uint8Array> {
   const files = [...filesBelow(root)].filter(([path]) => !path.startsWith(".ota/"));
   return new Map(files.sort(([a], [b]) => (a < b ? -1 : 1)));
-}
-
-function bytes(random: Random, size: number): Uint8Array {
-  return Uint8Array.from({ length: size }, () => random.below(256));
 }
 
 // ──── The story ─────────────────────────────────────────────────────────────────────────────────
@@ -222,7 +219,7 @@ async function read(data: TransferResponse): Promise<Uint8Array> {
 
 /** A root with one release of one file that does not get smaller. */
 function bigRelease(size: number, seed: number): Temp {
-  return new Temp({ "1.0.0/big.bin": bytes(new Random(seed), size) });
+  return new Temp({ "1.0.0/big.bin": noise(size, seed) });
 }
 
 describe("lora-transport.ts", () => {
@@ -243,7 +240,7 @@ describe("lora-transport.ts", () => {
   });
 
   test("a small change in a large file is one message", async () => {
-    const old = bytes(new Random(1), 100_000);
+    const old = noise(100_000, 1);
     const changed = old.with(50_000, old[50_000]! ^ 1);
     using releases = new Temp({
       "1.0.0/flash/data.bin": old,
@@ -258,25 +255,28 @@ describe("lora-transport.ts", () => {
     expect(rig.channel.down.messages).toBeLessThanOrEqual(4);
   });
 
-  test.each(SEEDS)("loss, duplication and reordering, seed %i", async (seed) => {
+  test.concurrent.each(SEEDS)("loss, duplication and reordering, seed %i", async (seed) => {
     using scratch = await oldMeter();
     await using rig = await Rig.start(RELEASES, scratch.at("device"), { ...BAD_WEATHER, seed });
     expect(await rig.update()).toMatchObject({ result: "updated", to: "1.0.1" });
     expect(filesOf(rig.root)).toEqual(deviceOn(join(RELEASES, "1.0.1"), "1.0.1"));
   });
 
-  test.each(SEEDS.slice(0, 2))("content of several hundred messages, seed %i", async (seed) => {
-    using releases = bigRelease(60_000, seed);
-    using device = new Temp();
-    await using rig = await Rig.start(releases.path, device.path, { ...BAD_WEATHER, seed });
-    // Long enough for a busy machine: who asks too soon asks more often.
-    await rig.update({ wait: 0.5 });
-    expect(filesOf(rig.root)).toEqual(filesBelow(releases.at("1.0.0")));
-    const { up, down } = rig.channel;
-    // 311 fragments, of which 3 in 10 are lost, each time; MORE says at once what is missing.
-    expect(down.messages).toBeLessThan(311 * 2);
-    expect(up.messages).toBeLessThan(311 / 4);
-  });
+  test.concurrent.each(SEEDS.slice(0, 2))(
+    "content of several hundred messages, seed %i",
+    async (seed) => {
+      using releases = bigRelease(60_000, seed);
+      using device = new Temp();
+      await using rig = await Rig.start(releases.path, device.path, { ...BAD_WEATHER, seed });
+      // Long enough for a busy machine: who asks too soon asks more often.
+      await rig.update({ wait: 0.5 });
+      expect(filesOf(rig.root)).toEqual(filesBelow(releases.at("1.0.0")));
+      const { up, down } = rig.channel;
+      // 311 fragments, of which 3 in 10 are lost, each time; MORE says at once what is missing.
+      expect(down.messages).toBeLessThan(311 * 2);
+      expect(up.messages).toBeLessThan(311 / 4);
+    },
+  );
 
   test.each([
     ["nothing is lost", {}],
@@ -304,12 +304,12 @@ describe("lora-transport.ts", () => {
     const data = await ota.getData("/1.0.0/big.bin", { signal });
     expect(data).toMatchObject({ encoding: "identity", offset: 0, total: 170 });
     expect(data.etag).toBeUndefined();
-    expect(await read(data)).toEqual(bytes(new Random(1), 170));
+    expect(await read(data)).toEqual(noise(170, 1));
     expect([rig.channel.up.messages, rig.channel.down.messages]).toEqual([1, 1]);
   });
 
   test("a request longer than one datagram arrives in fragments", async () => {
-    const id = Buffer.from(bytes(new Random(2), 500)).toString("hex");
+    const id = Buffer.from(noise(500, 2)).toString("hex");
     using device = new Temp();
     using releases = new Temp({ "1.0.0/main.py": "print(1)\n" });
     await using rig = await Rig.start(releases.path, device.path, { ...BAD_WEATHER, seed: 5 });
@@ -435,14 +435,14 @@ describe("lora-transport.ts, when the channel is bad", () => {
     using device = new Temp();
     await using rig = await Rig.start(releases.path, device.path);
     const random = new Random(9);
-    const noise = await Bun.udpSocket({ hostname: "127.0.0.1" });
+    const stranger = await Bun.udpSocket({ hostname: "127.0.0.1" });
     for (let i = 0; i < 300; i++) {
-      const datagram = bytes(random, random.below(250));
+      const datagram = noise(random.below(250), random.below(2 ** 32));
       if (datagram.length > 0) datagram[0] = random.below(5);
-      noise.send(datagram, rig.gateway.port, "127.0.0.1");
+      stranger.send(datagram, rig.gateway.port, "127.0.0.1");
       if (i % 50 === 0) await Bun.sleep(1);
     }
-    noise.close();
+    stranger.close();
     await rig.update();
     expect(filesOf(rig.root)).toEqual(filesBelow(releases.at("1.0.0")));
   });

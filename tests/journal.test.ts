@@ -842,9 +842,11 @@ async function tryFaults(scenario: Scenario, links: boolean, effort: number): Pr
   const stage = await prepare(scenario, links);
   const whole = stage.start.clone();
   await play(whole, scenario.steps, stage.worlds);
+  // Where things seldom go wrong they are tried far more often, but not all in one run either.
+  const chance = scenario.closely ? (THOROUGH ? 1 : 0.4) : effort;
   for (let at = 1; at <= whole.operations; at++) {
     for (const fault of FAULTS) {
-      if (!scenario.closely && !random.chance(effort)) continue;
+      if (!random.chance(chance)) continue;
       const disk = stage.start.clone();
       disk.fault = { ...fault, at };
       const outcome = await play(disk, scenario.steps, stage.worlds);

@@ -14,6 +14,7 @@ import {
   type State,
   status,
 } from "../ota.ts";
+import { sha256 } from "./helpers/content.ts";
 import { filesBelow, Temp, type Tree } from "./helpers/temp.ts";
 import { run } from "./helpers/tool.ts";
 
@@ -74,11 +75,9 @@ class Field extends Temp {
   /** The device is on a release, whole and without anything else, and knows it. */
   async expectOn(version: string, tree: Tree): Promise<void> {
     expect(this.tree).toEqual(sorted(tree));
-    const hash = (text: string | Uint8Array) =>
-      new Bun.CryptoHasher("sha256").update(text).digest("hex");
     const { installed } = this.state;
     expect(installed?.version).toBe(version);
-    const files = Object.entries(tree).map(([path, text]) => [path, hash(text)]);
+    const files = Object.entries(tree).map(([path, text]) => [path, sha256(text)]);
     expect(sorted(installed!.files)).toEqual(sorted(Object.fromEntries(files)));
   }
 

@@ -26,6 +26,7 @@ import {
   releaseDigest,
   rootWarnings,
 } from "../ota.ts";
+import { sha1, sha256 } from "./helpers/content.ts";
 import { Random, seeded } from "./helpers/random.ts";
 import { bytesOf, filesBelow, Temp, type Tree } from "./helpers/temp.ts";
 import { ota, run } from "./helpers/tool.ts";
@@ -35,10 +36,6 @@ setDefaultTimeout(600_000);
 const SEED = seeded("releases");
 
 const HOST = "http://10.0.0.1:8000";
-const digest = (kind: "sha1" | "sha256", data: string | Uint8Array): string =>
-  new Bun.CryptoHasher(kind).update(data).digest("hex");
-const sha1 = (data: string | Uint8Array): string => digest("sha1", data);
-const sha256 = (data: string | Uint8Array): string => digest("sha256", data);
 
 const versionNames = (releases: Releases) => releases.versions.map(({ name }) => name);
 const firmwareFiles = (releases: Releases) => releases.firmware.map(({ path }) => path);

@@ -6,9 +6,8 @@
 import { afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdirSync, renameSync, rmSync, symlinkSync, utimesSync, writeFileSync } from "node:fs";
 import { connect, type Socket } from "node:net";
-import { randomBytes } from "node:crypto";
 import { serve } from "../ota.ts";
-import { sha256 } from "./helpers/content.ts";
+import { noise, sha256 } from "./helpers/content.ts";
 import { certify } from "./helpers/pki.ts";
 import { memoryOf, openFiles } from "./helpers/process.ts";
 import {
@@ -169,7 +168,7 @@ describe("from disk and from memory, the same is sent", () => {
     test(`parts of files of all sizes, ${secure ? "HTTPS" : "HTTP"}`, async () => {
       using temp = new Temp();
       const sizes = [1, 1000, 65_536, 65_537, 300_000, MAX_KEPT, MAX_KEPT + 1];
-      const content = new Map(sizes.map((size) => [`f${size}`, randomBytes(size)]));
+      const content = new Map(sizes.map((size) => [`f${size}`, noise(size, size)]));
       layTree(temp.at("root/1.0.0"), Object.fromEntries(content));
       const { ca, ...tls } = certify(temp.path, "IP:127.0.0.1");
       await using server = await Served.start(temp.at("root"), secure ? { tls } : {});

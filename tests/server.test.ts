@@ -11,6 +11,7 @@ import { fileURLToPath } from "node:url";
 import type { OTAServer, ServeOptions } from "../ota.ts";
 import { makeKeys, OTAError, parseManifest, parseRange, serve } from "../ota.ts";
 import { boardGet, boardUpdate } from "./helpers/board.ts";
+import { sha1 } from "./helpers/content.ts";
 import { Random, seeded } from "./helpers/random.ts";
 import {
   addressOf,
@@ -32,8 +33,6 @@ const EXAMPLE = fileURLToPath(new URL("../examples/smart-meter", import.meta.url
 const SECRET = "this lies outside of the root";
 
 const text = (data: Uint8Array): string => new TextDecoder().decode(data);
-const sha1 = (data: string | Uint8Array): string =>
-  new Bun.CryptoHasher("sha1").update(data).digest("hex");
 
 /** Bytes that are no text, among them blank lines, as boards stumble over them. */
 const binary = (size: number): Uint8Array =>
