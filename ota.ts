@@ -8261,9 +8261,9 @@ async function runKeygen(given: Given): Promise<number> {
   }
   fs.writeFileSync(`${out}.key`, key, { mode: 0o600, flag: "wx" });
   fs.writeFileSync(`${out}.pub`, pub, { flag: "wx" });
+  const raw = rawPublicKey(createPublicKey(pub));
   await say(
-    `wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify)\n` +
-      `for boards: ${rawPublicKey(createPublicKey(pub))}`,
+    `wrote ${out}.key (keep it secret) and ${out}.pub (for client --verify; for boards: ${raw})`,
   );
   return 0;
 }

@@ -333,17 +333,25 @@ describe("commands", () => {
     expect([code, shown]).toEqual([0, [expect.stringContaining("fleet.key")]]);
     expect(statSync(clone.at("fleet.key")).mode & 0o777).toBe(0o600);
     layTree(clone.at("releases"), { "1.0.0/flash/main.py": "1\n" });
-    const [serve = [], client = []] = use.map((line) =>
+    const words = (line: string) =>
       line
         .replaceAll(/^bun ota\.ts|#.*$/g, "")
         .trim()
-        .split(/ +/),
-    );
+        .split(/ +/);
+    const [sign = "", client = ""] = use;
     const { path: cwd } = clone;
-    await using server = new Tool([...serve, "--port", "0", "--root", "releases"], { cwd });
-    const [, url = ""] = await server.until(/ at (http:\S+)\n/);
-    const ended = await ota([...client, "--server", url], { cwd });
-    expect([ended.code, ended.last]).toEqual([0, "updated 0 -> 1.0.0"]);
+    const device = async (args: readonly string[], root: string) => {
+      await using server = new Tool([...args, "--port", "0", "--root", "releases"], { cwd });
+      const [, url = ""] = await server.until(/ at (http:\S+)\n/);
+      const ended = await ota([...words(client), "--server", url, "--root", root], { cwd });
+      return [ended.code, ended.last];
+    };
+    // Answers that a server signs, then releases that were signed at home.
+    const answering = words(blockWith("serve --sign").text);
+    expect(await device(["serve"], "first")).toEqual([1, ""]);
+    expect(await device(answering, "first")).toEqual([0, "updated 0 -> 1.0.0"]);
+    expect(clone.run(sign)).toEqual({ code: 0, shown: ["signed 1.0.0: 3 steps, 1 signature"] });
+    expect(await device(["serve"], "second")).toEqual([0, "updated 0 -> 1.0.0"]);
   });
 
   test("publishing by a rename", async () => {
