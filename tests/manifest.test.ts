@@ -492,6 +492,9 @@ function randomManifest(random: Random): Fields {
     delete: Array.from({ length: random.below(3) }, () => path().join("/")),
     ...(random.chance(0.5) && { firmware }),
     ...(random.chance(0.3) && { full: true }),
+    ...(random.chance(0.3) && {
+      signed: { payload: "e30=", payloadType: "x", signatures: [{ keyid: "k", sig: "AA==" }] },
+    }),
     new: list(),
     update: list(),
     version: random.pick(["1.0.1", "2", "v3"]),

@@ -9,6 +9,7 @@ import { createPrivateKey, createPublicKey, sign, type KeyObject } from "node:cr
 import { cpSync, existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { makeKeys, Releases, STEP_TYPE, type Envelope, type Manifest, type Step } from "../ota.ts";
 import { sha256 } from "./helpers/content.ts";
+import { Random, seeded } from "./helpers/random.ts";
 import { openssl } from "./helpers/pki.ts";
 import { asTree, type Tree } from "./helpers/temp.ts";
 import { run, until, type Ran } from "./helpers/tool.ts";
@@ -690,4 +691,58 @@ test("keygen and sign --check print the public key as boards are given it", asyn
   expect(stdout).toContain(`for boards: ${raw}`);
   const check = await run(["sign", "--root", home.releases, "--check", home.at("fleet.pub")]);
   expect(check.stdout).toContain(raw);
+});
+
+describe("whatever is in a signed file, or in a step", () => {
+  const SEED = seeded("signed-steps");
+  const NASTY = [null, "", "*", -1, 1e99, true, [], {}, "\u0000", "1.0.1", "2026-13-01T00:00:00Z"];
+
+  /** Bytes with a few of them changed, dropped or doubled. */
+  function scratched(text: string, random: Random): Buffer {
+    const bytes = [...Buffer.from(text)];
+    for (let times = 1 + random.below(3); times > 0; times--) {
+      const added = random.chance(0.5) ? [random.below(256)] : [];
+      bytes.splice(random.below(bytes.length), random.below(3), ...added);
+    }
+    return Buffer.from(bytes);
+  }
+
+  test("the root can be read; the version is offered as it was signed, or not at all", async () => {
+    const random = new Random(SEED);
+    await using home = new Home();
+    await home.sign();
+    const good = readFileSync(home.file(), "utf8");
+    for (let run = 0; run < 150; run++) {
+      const text = scratched(good, random);
+      writeFileSync(home.file(), text);
+      const releases = await Releases.open(home.releases, { quiet: 0 });
+      const isOffered = releases.find("1.0.1") !== undefined;
+      if (isOffered === releases.held.some(({ path }) => path === "1.0.1")) {
+        throw new Error(`run ${run}: ${text.toString("latin1")}`);
+      }
+      const manifest = releases.manifestFor({ current_ver: "1.0.0", signed: "1" }, "http://a");
+      if (manifest?.signed) JSON.parse(JSON.stringify(manifest));
+    }
+  });
+
+  test("a step with any field in any form is refused, although its key is trusted", async () => {
+    const random = new Random(SEED);
+    await using home = await Home.signed();
+    const step = stepOf(home.envelopes().get("1.0.0")!) as unknown as Record<string, unknown>;
+    for (let run = 0; run < 60; run++) {
+      const field = random.pick(Object.keys(step));
+      const value = random.pick(NASTY);
+      // These mean what they say: never, no model, this very version.
+      if (["expires", "model"].includes(field) && value === null) continue;
+      if (field === "model" && typeof value === "string") continue;
+      if (step[field] === value) continue;
+      const { [field]: _, ...without } = step;
+      const changed = random.chance(0.2) ? without : { ...step, [field]: value };
+      await using middle = changing(home, (manifest) => {
+        return { ...manifest, signed: seal(changed, home.private()) };
+      });
+      const stderr = await home.refuses(middle);
+      if (!stderr.includes("refused the manifest")) throw new Error(`run ${run}: ${stderr}`);
+    }
+  });
 });
