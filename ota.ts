@@ -20,23 +20,25 @@
 // Contents
 //
 // I    Common: the words that both ends speak.
-//      Basics · JSON · Versions · Paths · Manifest · Queries · Trust · Signed steps · Codings
+//      Errors and helpers · JSON · Versions · Paths · Manifest · Queries · Trust · Signed steps
+//      Codings
 // II   Release root: from a directory to what a device needs.
-//      Snapshot · Hashing · Settling · Index · Signed releases · Scan · Other files · Cache · Decide · Compose
-//      Releases · Signing · Watch · Lint
+//      Snapshot · Hashing · Settling copies · Index · Signed releases · Scan
+//      Files beside releases · Cache · Decide · Compose · Releases · Signing · Watch · Lint
 // III  Server: from that to bytes on a socket.
-//      Encoding · Answers · Contacts · Sending · Content · Certificates and proxies · Requests
-//      Manifest answers · Service · Server
+//      Encoding · Responses and headers · Log and metrics · Bodies in flight · File answers
+//      Certificates and proxies · Request checks · Manifest answers · Request handling · Listening
 // IV   Device disk: files changed as one transaction.
-//      Disk · Files · Preflight · Staging · State · Records · Inventory · Preparation · Tree · Repairs
-//      Transactions · Journal
+//      Disk · Files · Preflight · Staging · State format · State files · Inventory
+//      Change preparation · Apply and sync · Repairs · Transactions · Journal
 // V    Update: the workflow of a device.
-//      Device options · Waiting · Health check · Status · Target · Plan · Transfer · Fetch · Verification · Manifest client
-//      Survey · Device
+//      Update options · Time-outs · Health check · Status · Target release · Plan and space
+//      Receiving and retries · Fetching content · Verification · Manifest client · Device survey
+//      Device
 // VI   Transports: bytes from somewhere, and nothing else.
-//      Transports
+//      HTTP · Directory
 // VII  Command line: the way in.
-//      Options · Report · Server commands · Device commands · Command line
+//      Options · Output · Server commands · Device commands · Commands and main
 
 import { Database } from "bun:sqlite";
 import {
@@ -62,7 +64,7 @@ export const TOOL_VERSION = "0.1.0";
 // What server and device share: versions and their order, the manifest, and signatures. What a
 // manifest says is checked here, before anything uses it.
 
-// ──── Basics ────────────────────────────────────────────────────────────────────────────────────
+// ──── Errors and helpers ──────────────────────────────────────────────────────────────────────────
 // Errors and small helpers. Anything thrown that is neither an `OTAError` nor a system error is a
 // bug in this file.
 
@@ -363,6 +365,16 @@ function asDigest(value: unknown, name: string, digits: 40 | 64): string {
   const hex = asText(value, name).toLowerCase();
   const isHex = hex.length === digits && /^[0-9a-f]+$/.test(hex);
   return isHex ? hex : malformed(`${name}: not ${digits} hex digits`);
+}
+
+/** What a check makes of JSON; `undefined` when that is malformed. */
+function wellFormed<T>(as: (json: unknown) => T, json: unknown): T | undefined {
+  try {
+    return as(json);
+  } catch (error) {
+    if (error instanceof FormatError) return undefined;
+    throw error;
+  }
 }
 
 // ──── Versions ──────────────────────────────────────────────────────────────────────────────────
@@ -1188,7 +1200,7 @@ export function availableDictionary(header: string | null): string | undefined {
 
 // ════ II Release root ════════════════════════════════════════════════════════════════════════════
 // From a directory of releases to "what does this device need". A scan takes a snapshot of each
-// version and image (Snapshot), waits until a copy in progress has settled (Settling), hashes what
+// version and image (Snapshot), waits until a copy in progress has settled (Settling copies), hashes what
 // is new (Hashing), and replaces the index (Index, Scan). A request is decided by the index alone
 // (Decide, Compose): that reads no directory and hashes no file.
 
@@ -1529,7 +1541,7 @@ class Hasher {
   }
 }
 
-// ──── Settling ──────────────────────────────────────────────────────────────────────────────────
+// ──── Settling copies ─────────────────────────────────────────────────────────────────────────────
 // Nothing tells when a copy of many files into the root has ended. So a version or an image counts
 // once nothing in it has changed for a second; until then its last settled state is offered. Only a
 // rename publishes atomically.
@@ -2103,7 +2115,7 @@ class Scanner {
   }
 }
 
-// ──── Other files ───────────────────────────────────────────────────────────────────────────────
+// ──── Files beside releases ───────────────────────────────────────────────────────────────────────
 // Files beside versions and images are served, as in Pycom's OTA tutorial, except private keys and
 // dot entries. Files of a version are served only as such, whatever path or link leads to them.
 
@@ -3308,7 +3320,7 @@ async function encodeWell(encoding: Coding, content: Uint8Array): Promise<Uint8A
   return encode(content);
 }
 
-// ──── Answers ────────────────────────────────────────────────────────────────────────────────────
+// ──── Responses and headers ───────────────────────────────────────────────────────────────────────
 // HTTP responses. Two promises to deployed boards shape them. A board reads 100 bytes at a time and
 // finds the end of the header only inside one such piece: so the header of every 200 to a GET is
 // padded to a multiple of 100 bytes. And it reads until the connection closes, as Bun does after a
@@ -3460,7 +3472,7 @@ function padding(headers: Record<string, string>, size: number): string {
   return "-".repeat(HEADER_PIECE - (length % HEADER_PIECE));
 }
 
-// ──── Contacts ──────────────────────────────────────────────────────────────────────────────────
+// ──── Log and metrics ─────────────────────────────────────────────────────────────────────────────
 // Each request becomes one event once it has ended. The log and the metrics are made from these
 // events.
 
@@ -3601,7 +3613,7 @@ class Metrics {
   }
 }
 
-// ──── Sending ───────────────────────────────────────────────────────────────────────────────────
+// ──── Bodies in flight ────────────────────────────────────────────────────────────────────────────
 // Large bodies in flight to clients that may be slow. Bun sends a body but does not report when it
 // has been sent; until then its content takes memory, or its file must stay open. Files are opened
 // only if they are unchanged, and never pipes: opening one would block.
@@ -3759,7 +3771,7 @@ async function readFile(file: string, size: number): Promise<Uint8Array> {
   }
 }
 
-// ──── Content ───────────────────────────────────────────────────────────────────────────────────
+// ──── File answers ────────────────────────────────────────────────────────────────────────────────
 // Answers with the content of a file, in the smallest form that the client accepts: encoded, plain
 // from memory, or plain from disk.
 
@@ -3974,7 +3986,7 @@ function forwardedScheme(headers: Headers): "http" | "https" | undefined {
   return scheme === "http" || scheme === "https" ? scheme : undefined;
 }
 
-// ──── Requests ──────────────────────────────────────────────────────────────────────────────────
+// ──── Request checks ──────────────────────────────────────────────────────────────────────────────
 // The options of a server, and the checks that apply to every request.
 
 /** What `serve` needs; every field has the default of the command line. */
@@ -4192,7 +4204,7 @@ class Manifests {
   }
 }
 
-// ──── Service ───────────────────────────────────────────────────────────────────────────────────
+// ──── Request handling ────────────────────────────────────────────────────────────────────────────
 // From a request to a response, and to a contact once it has ended.
 
 /** Handles requests for one path. */
@@ -4313,7 +4325,7 @@ class Service {
   }
 }
 
-// ──── Server ────────────────────────────────────────────────────────────────────────────────────
+// ──── Listening ───────────────────────────────────────────────────────────────────────────────────
 // A release root, a service and a port, from start to stop.
 
 /** A server that is listening. */
@@ -4908,7 +4920,7 @@ export class Staging {
   }
 }
 
-// ──── State ──────────────────────────────────────────────────────────────────────────────────────
+// ──── State format ────────────────────────────────────────────────────────────────────────────────
 // What a device remembers, as JSON in `.ota`: what is installed, what failed, and the transactions
 // that changed the tree, each with its rollback plan.
 
@@ -5037,35 +5049,40 @@ const EMPTY: State = {
   restart: null,
 };
 
-function isInstalled(value: unknown): boolean {
-  return isObject(value) && typeof value.version === "string" && isObject(value.files);
+function asInstalled(value: unknown, name: string): Installed {
+  const { version, files } = asObject(value, name);
+  asText(version, `${name}.version`);
+  asObject(files, `${name}.files`);
+  return value as Installed;
 }
 
-function isState(value: unknown): value is State {
-  return (
-    isObject(value) &&
-    value.format === FORMAT &&
-    (value.installed === null || isInstalled(value.installed)) &&
-    Array.isArray(value.failed) &&
-    value.failed.every((one) => isObject(one) && typeof one.version === "string") &&
-    (value.trial === null || isObject(value.trial))
-  );
+function asState(value: unknown, name = "the state"): State {
+  const { format, installed, failed, trial } = asObject(value, name);
+  if (format !== FORMAT) malformed(`${name}: not of format ${FORMAT}`);
+  if (installed !== null) asInstalled(installed, "installed");
+  asList(failed, "failed", (one, at) => asText(asObject(one, at).version, `${at}.version`));
+  if (trial !== null) asObject(trial, "trial");
+  return value as State;
 }
 
-function isTransaction(value: unknown): value is Transaction {
-  const isSteps = (steps: unknown) =>
-    isObject(steps) &&
-    ["unlink", "rmdir", "mkdir", "place"].every((name) => Array.isArray(steps[name]));
-  return (
-    isObject(value) &&
-    value.format === FORMAT &&
-    typeof value.id === "string" &&
-    isState(value.before) &&
-    isInstalled(value.to) &&
-    isObject(value.placed) &&
-    isSteps(value.forward) &&
-    isSteps(value.back)
-  );
+function asSteps(value: unknown, name: string): Steps {
+  const steps = asObject(value, name);
+  for (const kind of ["unlink", "rmdir", "mkdir", "place"]) {
+    asList(steps[kind], `${name}.${kind}`, (one) => one);
+  }
+  return value as Steps;
+}
+
+function asTransaction(value: unknown): Transaction {
+  const { format, id, before, to, placed, forward, back } = asObject(value, "the transaction");
+  if (format !== FORMAT) malformed(`the transaction: not of format ${FORMAT}`);
+  asText(id, "id");
+  asState(before, "before");
+  asInstalled(to, "to");
+  asObject(placed, "placed");
+  asSteps(forward, "forward");
+  asSteps(back, "back");
+  return upgrade(value as Transaction);
 }
 
 /** A transaction as ota.ts 0.1.0 wrote it lacks what came later. */
@@ -5075,7 +5092,7 @@ function upgrade(transaction: Transaction): Transaction {
   return { ...{ failed, displaced: [] }, ...transaction };
 }
 
-// ──── Records ────────────────────────────────────────────────────────────────────────────────────
+// ──── State files ─────────────────────────────────────────────────────────────────────────────────
 // The files in which state and transactions are kept. What was under way when a process died is seen
 // by their names:
 //
@@ -5122,12 +5139,12 @@ class Records {
   load(): void {
     const names = this.#disk.list(OTA_DIR).filter((name) => name.endsWith(".corrupt"));
     this.damaged = names.map((name) => `${OTA_DIR}/${name}`);
-    const state = this.#read("state", isState);
+    const state = this.#read("state", asState);
     if (state) this.state = state;
-    const undo = this.#readTransaction("undo");
-    const rollback = this.#readTransaction("rollback");
-    this.commit = undo ?? this.#readTransaction("commit");
-    this.done = this.#readTransaction("journal");
+    const undo = this.#read("undo", asTransaction);
+    const rollback = this.#read("rollback", asTransaction);
+    this.commit = undo ?? this.#read("commit", asTransaction);
+    this.done = this.#read("journal", asTransaction);
     if (rollback?.id === this.state.journal) {
       if (this.state.trial) this.commit = rollback;
       else this.done = rollback;
@@ -5156,12 +5173,7 @@ class Records {
     return reversal ?? (isCut ? "commit" : undefined);
   }
 
-  #readTransaction(name: RecordName): Transaction | undefined {
-    const found = this.#read(name, isTransaction);
-    return found && upgrade(found);
-  }
-
-  #read<T>(name: RecordName | "state", isRecord: (json: unknown) => json is T): T | undefined {
+  #read<T>(name: RecordName | "state", as: (json: unknown) => T): T | undefined {
     const path = recordPath(name);
     const text = readText(this.#disk, path);
     if (text === undefined) return undefined;
@@ -5173,9 +5185,9 @@ class Records {
           `up to ${FORMAT}: use the newer ota.ts that wrote it`,
       );
     }
-    if (isRecord(json)) return json;
-    this.#setAside(name);
-    return undefined;
+    const record = wellFormed(as, json);
+    if (!record) this.#setAside(name);
+    return record;
   }
 
   /** Keeps a record that cannot be used. */
@@ -5285,9 +5297,9 @@ function isCommitOf010({ id, restored }: Transaction, { journal }: State): boole
 export function peekState({ root, disk }: Files): State {
   const path = recordPath("state");
   const text = readText(disk, path);
-  const state = parseJSON(text ?? "");
-  if (isState(state)) return state;
   if (text === undefined) return EMPTY;
+  const state = wellFormed(asState, parseJSON(text));
+  if (state) return state;
   throw new OTAError(`${root}/${path} is damaged, or of a newer ota.ts than ${TOOL_VERSION}`);
 }
 
@@ -5295,8 +5307,8 @@ export function peekState({ root, disk }: Files): State {
 function isSettled(files: Files): boolean {
   const read = (name: RecordName) => parseJSON(readText(files.disk, recordPath(name)) ?? "");
   if (read("undo") || read("rollback")) return false;
-  const latest = read("commit") ?? read("journal");
-  return !isTransaction(latest) || latest.id === peekState(files).journal;
+  const latest = wellFormed(asTransaction, read("commit") ?? read("journal"));
+  return !latest || latest.id === peekState(files).journal;
 }
 
 // ──── Inventory ──────────────────────────────────────────────────────────────────────────────────
@@ -5413,7 +5425,7 @@ export function adopt(
   return { ...adopted, executable: [...runs] };
 }
 
-// ──── Preparation ────────────────────────────────────────────────────────────────────────────────
+// ──── Change preparation ──────────────────────────────────────────────────────────────────────────
 // Works out the steps of a change and of its rollback. All content that they need, old and new, is in
 // place and durable before the first of them is run.
 
@@ -5585,7 +5597,7 @@ class Preparation {
   }
 }
 
-// ──── Tree ───────────────────────────────────────────────────────────────────────────────────────
+// ──── Apply and sync ──────────────────────────────────────────────────────────────────────────────
 // Changes the files of a device by steps that can each be repeated.
 
 class Tree {
@@ -5736,7 +5748,7 @@ function beforeRepair(repair: Transaction, plan: RollbackPlan | undefined): Roll
 // Runs a transaction to one of its two ends, also after an interruption. Before the tree is touched,
 // the new content is staged, the old content has a second name in `.ota/backup-ID`, and the
 // transaction itself is durable; then come steps of which each can be repeated. So whenever the
-// process or the power dies, the next process finds out what was under way (see Records) and finishes
+// process or the power dies, the next process finds out what was under way (see State files) and finishes
 // it. All this needs of the file system is that a rename is atomic.
 
 class Transactions {
@@ -6084,7 +6096,7 @@ export class Journal implements Disposable {
 // commit nothing but `.ota` is touched, and a failure at any point leaves the device as it was. `OTA`
 // (Device) is these steps in order.
 
-// ──── Device options ─────────────────────────────────────────────────────────────────────────────
+// ──── Update options ──────────────────────────────────────────────────────────────────────────────
 // What a device is told to do, and what it tells.
 
 /** Progress events of an update. */
@@ -6197,7 +6209,7 @@ function existingFiles(root: string, options: DeviceOptions): Files {
   throw new OTAError(noRoot(files.root, "nothing is there; see --root"));
 }
 
-// ──── Waiting ────────────────────────────────────────────────────────────────────────────────────
+// ──── Time-outs ───────────────────────────────────────────────────────────────────────────────────
 // Whatever a device waits for, a command or another side, may never end.
 
 /** The longest timer in milliseconds (2^31 - 1, 24 days): one with more fires at once. */
@@ -6483,7 +6495,7 @@ function versionFromFile({ disk }: Files): string | undefined {
   return version !== undefined && isReleaseName(version) ? version : undefined;
 }
 
-// ──── Target ─────────────────────────────────────────────────────────────────────────────────────
+// ──── Target release ──────────────────────────────────────────────────────────────────────────────
 // The release that a manifest leads to, from what a device has.
 
 /**
@@ -6552,7 +6564,7 @@ function failureOf(
   return { ...failure, image: firmware.sha256 ?? firmware.hash };
 }
 
-// ──── Plan ───────────────────────────────────────────────────────────────────────────────────────
+// ──── Plan and space ──────────────────────────────────────────────────────────────────────────────
 // What an update will do, worked out and checked before anything is fetched: a change that cannot
 // be made whole is not begun.
 
@@ -6718,7 +6730,7 @@ function checkSpace({ files, staging }: Journal, plan: Plan): void {
   }
 }
 
-// ──── Transfer ──────────────────────────────────────────────────────────────────────────────────
+// ──── Receiving and retries ───────────────────────────────────────────────────────────────────────
 // Getting bytes from another side that may be slow, silent, cut off or lying: everything is bounded
 // in time and in size, and tried again where that can help.
 
@@ -6885,7 +6897,7 @@ export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => b
   };
 }
 
-// ──── Fetch ──────────────────────────────────────────────────────────────────────────────────────
+// ──── Fetching content ────────────────────────────────────────────────────────────────────────────
 // Staging all content of a plan, at the least cost in bytes: from what the device has, else as a
 // delta against it, else coded, else plain; and never twice what is here already.
 
@@ -7309,7 +7321,7 @@ class ManifestClient {
   }
 }
 
-// ──── Survey ─────────────────────────────────────────────────────────────────────────────────────
+// ──── Device survey ───────────────────────────────────────────────────────────────────────────────
 // What a device has, found out before it asks for a release, and told to the server when it does.
 
 class Survey {
@@ -7619,8 +7631,8 @@ export abstract class OTA {
 // The ways that bytes take to a device: HTTP, and a directory. Another one is a class in a file of
 // its own: see `examples/lora-transport.ts`.
 
-// ──── Transports ────────────────────────────────────────────────────────────────────────────────
-// How a device gets its bytes. A transport moves them and knows nothing else.
+// ──── HTTP ────────────────────────────────────────────────────────────────────────────────────────
+// Over HTTP: tokens, redirects, ranges. `OTA` does the rest.
 
 const MAX_REDIRECTS = 5;
 
@@ -7735,6 +7747,20 @@ export class HttpOTA extends OTA {
   }
 }
 
+/** A tag with which a transfer can be resumed: present, and not weak. */
+function strongTag(etag: string | null): string | undefined {
+  return etag?.startsWith('"') ? etag : undefined;
+}
+
+function encodingOf(header: string | null): Encoding {
+  const name = header?.toLowerCase() ?? "identity";
+  if (name === "identity" || isCoding(name)) return name;
+  throw new TransferError(`content came coded as ${name}, which nobody asked for`, true);
+}
+
+// ──── Directory ───────────────────────────────────────────────────────────────────────────────────
+// From a directory of releases, read as a server would.
+
 /** A device that updates from a directory of releases: a USB stick, an SD card. */
 export class DirectoryOTA extends OTA {
   #releases: Releases | undefined;
@@ -7794,17 +7820,6 @@ function isReal({ file, size }: ServedFile): boolean {
   } catch {
     return false;
   }
-}
-
-/** A tag with which a transfer can be resumed: present, and not weak. */
-function strongTag(etag: string | null): string | undefined {
-  return etag?.startsWith('"') ? etag : undefined;
-}
-
-function encodingOf(header: string | null): Encoding {
-  const name = header?.toLowerCase() ?? "identity";
-  if (name === "identity" || isCoding(name)) return name;
-  throw new TransferError(`content came coded as ${name}, which nobody asked for`, true);
 }
 
 // ════ VII Command line ═══════════════════════════════════════════════════════════════════════════
@@ -8003,7 +8018,7 @@ function interruption(reason: string): AbortSignal {
   return interrupted.signal;
 }
 
-// ──── Report ─────────────────────────────────────────────────────────────────────────────────────
+// ──── Output ──────────────────────────────────────────────────────────────────────────────────────
 // Results go to stdout, everything else to stderr. Output that cannot be written never stops the
 // work: for a result there is a message, and exit code 1 if the result was all that was asked for.
 // (To Bun, a stream that is closed from the start is /dev/null.)
@@ -8440,7 +8455,7 @@ async function runStatus(given: Given): Promise<number> {
   return (await say(lines.join("\n"))) || (differing ? 1 : 0);
 }
 
-// ──── Command line ───────────────────────────────────────────────────────────────────────────────
+// ──── Commands and main ───────────────────────────────────────────────────────────────────────────
 // The table of commands, their help, and `main`.
 
 interface Command {
