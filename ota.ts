@@ -312,8 +312,8 @@ class Pool {
 }
 
 // ──── JSON ────────────────────────────────────────────────────────────────────────────────────────
-// Checks of JSON that others wrote: a server, an operator, an earlier version of this tool. Each names
-// what is wrong.
+// Checks of JSON that others wrote: a server, an operator, an earlier version of this tool. Each
+// names what is wrong.
 
 /** Parses JSON; `undefined` when the text is not valid JSON. */
 function parseJSON(text: string): unknown {
@@ -1200,9 +1200,9 @@ export function availableDictionary(header: string | null): string | undefined {
 
 // ════ II Release root ════════════════════════════════════════════════════════════════════════════
 // From a directory of releases to "what does this device need". A scan takes a snapshot of each
-// version and image (Snapshot), waits until a copy in progress has settled (Settling copies), hashes what
-// is new (Hashing), and replaces the index (Index, Scan). A request is decided by the index alone
-// (Decide, Compose): that reads no directory and hashes no file.
+// version and image (Snapshot), waits until a copy in progress has settled (Settling copies),
+// hashes what is new (Hashing), and replaces the index (Index, Scan). A request is decided by the
+// index alone (Decide, Compose): that reads no directory and hashes no file.
 
 // ──── Snapshot ──────────────────────────────────────────────────────────────────────────────────
 // The names and `stat` data of a version, without its content: what counts, what is ignored and
@@ -4422,8 +4422,8 @@ function listen(
 
 // ════ IV Device disk ═════════════════════════════════════════════════════════════════════════════
 // The files of a device, and what it remembers of them below `.ota`. `Journal` changes them as one
-// transaction: after a crash at any point they are the old release or the new one. Nothing here knows
-// of a network or a manifest.
+// transaction: after a crash at any point they are the old release or the new one. Nothing here
+// knows of a network or a manifest.
 
 // ──── Disk ──────────────────────────────────────────────────────────────────────────────────────
 // What a device asks of its file system: few operations, each with one effect. Nothing is durable
@@ -4486,7 +4486,9 @@ export interface Disk {
    * out of them.
    */
   mounts(): Set<string>;
-  /** Resolves when what was done to this file's content, or this directory's entries, is durable. */
+  /**
+   * Resolves when what was done to this file's content, or this directory's entries, is durable.
+   */
   sync(path: string): Promise<void>;
 }
 
@@ -5093,8 +5095,8 @@ function upgrade(transaction: Transaction): Transaction {
 }
 
 // ──── State files ─────────────────────────────────────────────────────────────────────────────────
-// The files in which state and transactions are kept. What was under way when a process died is seen
-// by their names:
+// The files in which state and transactions are kept. What was under way when a process died is
+// seen by their names:
 //
 //   commit.json, and state.json does not name it   a commit was under way: go forward
 //   commit.json, and state.json names it           it is done, and maybe on trial
@@ -5103,9 +5105,9 @@ function upgrade(transaction: Transaction): Transaction {
 //   rollback.json (either, renamed)                the release is bad: go back
 //
 // So a commit that fails, and a release that fails its check, leave the older rollback plan as it
-// was. Undo and rollback are two names, not one: only a rollback remembers the release as failed, the
-// state can be the same before both, and a full disk has room for a rename and nothing more. A record
-// that makes no sense is set aside and never overwritten.
+// was. Undo and rollback are two names, not one: only a rollback remembers the release as failed,
+// the state can be the same before both, and a full disk has room for a rename and nothing more. A
+// record that makes no sense is set aside and never overwritten.
 
 /** A file of a transaction, without `.json`. */
 type RecordName = "commit" | "undo" | "journal" | "rollback";
@@ -5426,8 +5428,8 @@ export function adopt(
 }
 
 // ──── Change preparation ──────────────────────────────────────────────────────────────────────────
-// Works out the steps of a change and of its rollback. All content that they need, old and new, is in
-// place and durable before the first of them is run.
+// Works out the steps of a change and of its rollback. All content that they need, old and new, is
+// in place and durable before the first of them is run.
 
 /** What an update changes. Contents are named by the keys under which they were staged. */
 export interface Change {
@@ -5695,8 +5697,8 @@ class Tree {
 }
 
 // ──── Repairs ────────────────────────────────────────────────────────────────────────────────────
-// A repair puts the release right that stands, and is none itself: its rollback leads to the release
-// before.
+// A repair puts the release right that stands, and is none itself: its rollback leads to the
+// release before.
 
 /**
  * Joins the rollback plans of a repair and of the release that it repairs.
@@ -5723,7 +5725,8 @@ function beforeRepair(repair: Transaction, plan: RollbackPlan | undefined): Roll
   const place = repair.back.place.filter(([, path]) => {
     return isOurs(path) && (!(path in old) || repair.restored?.[path] === old[path]);
   });
-  // Of the directories that the repair removed, what is placed needs some, and others are in its way.
+  // Of the directories that the repair removed, what is placed needs some, and others are in its
+  // way.
   const needed = new Set(place.flatMap(([, path]) => ancestors(path)));
   const made = repair.back.mkdir.filter((path) => needed.has(path));
   const mkdir = [...new Set([...back.mkdir, ...made])].sort();
@@ -5745,11 +5748,11 @@ function beforeRepair(repair: Transaction, plan: RollbackPlan | undefined): Roll
 }
 
 // ──── Transactions ───────────────────────────────────────────────────────────────────────────────
-// Runs a transaction to one of its two ends, also after an interruption. Before the tree is touched,
-// the new content is staged, the old content has a second name in `.ota/backup-ID`, and the
-// transaction itself is durable; then come steps of which each can be repeated. So whenever the
-// process or the power dies, the next process finds out what was under way (see State files) and finishes
-// it. All this needs of the file system is that a rename is atomic.
+// Runs a transaction to one of its two ends, also after an interruption. Before the tree is
+// touched, the new content is staged, the old content has a second name in `.ota/backup-ID`, and
+// the transaction itself is durable; then come steps of which each can be repeated. So whenever the
+// process or the power dies, the next process finds out what was under way (see State files) and
+// finishes it. All this needs of the file system is that a rename is atomic.
 
 class Transactions {
   readonly records: Records;
@@ -5880,8 +5883,8 @@ class Transactions {
 }
 
 // ──── Journal ────────────────────────────────────────────────────────────────────────────────────
-// An open device: its files, its state, and every change that can be made to them. Whatever fails or
-// is interrupted, the device is on the old release or on the new one.
+// An open device: its files, its state, and every change that can be made to them. Whatever fails
+// or is interrupted, the device is on the old release or on the new one.
 
 function noRoot(root: string, why: string): string {
   return `cannot use ${root} as a device's root: ${why}`;
@@ -6090,30 +6093,30 @@ export class Journal implements Disposable {
 }
 
 // ════ V Update ═══════════════════════════════════════════════════════════════════════════════════
-// How a device gets to another release: see what it has (Survey), ask for a manifest (Manifest client),
-// work out the change and check that it can be made (Plan), stage all content and verify it (Transfer,
-// Fetch), commit it (part IV), and let its check decide whether it stays (Health check). Up to the
-// commit nothing but `.ota` is touched, and a failure at any point leaves the device as it was. `OTA`
-// (Device) is these steps in order.
+// How a device gets to another release: it finds out what it has (Device survey), asks for a
+// manifest (Manifest client), plans the change (Target release, Plan and space), stages and
+// verifies all content (Receiving and retries, Fetching content), commits it (part IV), and lets
+// the health check decide. Until the commit nothing but `.ota` is touched; a failure at any point
+// leaves the device as it was. `OTA` (Device) is these steps in order.
 
 // ──── Update options ──────────────────────────────────────────────────────────────────────────────
-// What a device is told to do, and what it tells.
+// Options, events and outcomes of an update.
 
 /** Progress events of an update. */
 export type OTAEvent =
   | { kind: "note"; text: string }
   /** Bytes of the content of this update that are here, of how many; NaN when not known. */
   | { kind: "progress"; received: number; total: number }
-  /** One content is here, whole and verified. */
+  /** One content is complete and verified. */
   | { kind: "fetched"; path: string; size: number };
 
-/** What an update cost on the air. */
+/** The network traffic of an update. */
 export interface Traffic {
-  /** Bytes of all bodies, as they came. */
+  /** Bytes of all bodies as received. */
   received: number;
-  /** Bytes of the content that the release needed and the tree did not have in place. */
+  /** Bytes of the content that the tree lacked. */
   content: number;
-  /** Contents that were on the device under another name, or staged before. */
+  /** Contents that were found on the device under another path, or already staged. */
   reused: number;
 }
 
@@ -6122,7 +6125,7 @@ export interface Outcome {
   result: "updated" | "repaired" | "up to date" | "rolled back" | "not tried";
   /** The release that the device was on; `"0"` for none. */
   from: string;
-  /** The release that was offered, or stands. */
+  /** The release that was offered, or that is installed. */
   to: string;
   /** The same for firmware, when it changed. */
   firmware?: { from: string; to: string };
@@ -6143,7 +6146,7 @@ export interface CommandOptions {
   signal: AbortSignal;
 }
 
-/** What `rollBack`, `status` and `OTA` all need. */
+/** Options of `rollBack`, `status` and `OTA`. */
 export interface DeviceOptions {
   /** The device's files, when they are not a directory of this machine; `root` only names them. */
   disk?: Disk;
@@ -6163,11 +6166,11 @@ export interface DeviceOptions {
   signal?: AbortSignal;
 }
 
-/** What an update is told to do; every field but `root` has the default of the command line. */
+/** Options of a device; every field but `root` has the default of the command line. */
 export interface OTAOptions extends DeviceOptions {
   /** The directory that is the device's file system. */
   root: string;
-  /** The release it is on, for as long as it has no record of its own. */
+  /** The release it is on, until it has a record of its own. */
   ver?: string;
   /** A name for this device, instead of the one kept in `.ota`. */
   id?: string;
@@ -6175,9 +6178,11 @@ export interface OTAOptions extends DeviceOptions {
   jobs?: number;
   /** Seconds without a byte after which a transfer is given up and tried again; 30. */
   timeout?: number;
-  /** Fewer bytes a second than this, over so many seconds, count as silence; 10 over 300. */
+  /**
+   * A transfer below this rate in bytes a second, over so many seconds, is stalled; 10 over 300.
+   */
   slowest?: { rate: number; seconds: number };
-  /** Hashes every file of the release, also those that look unchanged. */
+  /** Hashes every file of the release, even those that look unchanged. */
   checkFiles?: boolean;
   /** Asks for the full list, hashes everything, fetches what differs, and makes a new record. */
   repair?: boolean;
@@ -6210,15 +6215,15 @@ function existingFiles(root: string, options: DeviceOptions): Files {
 }
 
 // ──── Time-outs ───────────────────────────────────────────────────────────────────────────────────
-// Whatever a device waits for, a command or another side, may never end.
+// A command or a peer may never answer: every wait has a limit.
 
 /** The longest timer in milliseconds (2^31 - 1, 24 days): one with more fires at once. */
 const MAX_TIMER = 2 ** 31 - 1;
-/** The signal of those who cannot be interrupted. */
+/** A signal that never aborts. */
 const NEVER = new AbortController().signal;
 
 /**
- * Waits for a promise, but not for ever.
+ * Waits for a promise, up to a time limit.
  *
  * @returns what it resolves to; `undefined` when it has not after so many seconds
  * @throws what it rejects with; the reason of the signal, when that aborts first
@@ -6266,9 +6271,9 @@ async function runShell(command: string, options: CommandOptions): Promise<numbe
 }
 
 // ──── Health check ───────────────────────────────────────────────────────────────────────────────
-// What decides whether a release stays. A release with a check is on trial until its check ends
-// well; a check that fails, hangs, or was started three times without an end (a release that kills
-// the device is such a one) takes the device back.
+// Decides whether a release stays. A release with a check is on trial until the check succeeds. If
+// the check fails, hangs, or was started three times without ending (as when the release kills the
+// device), the device is rolled back.
 
 const MAX_STARTS = 3;
 /** Seconds after which a restart command is no longer waited for. */
@@ -6304,7 +6309,7 @@ class HealthCheck {
   }
 
   /**
-   * Tries the release that was just committed; takes it back when it is bad.
+   * Tries the release that was just committed, and rolls it back when it is bad.
    *
    * @returns whether it stays
    */
@@ -6328,10 +6333,10 @@ class HealthCheck {
   }
 
   /**
-   * Takes the device back to the release before, by hand.
+   * Rolls back to the previous release by hand.
    *
-   * @param force even where the application has changed files since
-   * @throws {OTAError} when there is nothing to go back to, or it has
+   * @param force even if the application has changed files since
+   * @throws {OTAError} when there is nothing to go back to, or files were changed
    */
   async rollBack(force: boolean): Promise<Outcome> {
     const { installed } = this.journal.state;
@@ -6346,7 +6351,7 @@ class HealthCheck {
     return this.#rolledBack(installed!.version);
   }
 
-  /** The outcome, once the device was taken back from a version. */
+  /** The outcome of a rollback. @param to the release that was rolled back */
   #rolledBack(to: string): Outcome {
     const { files, state } = this.journal;
     const outcome: Outcome = { result: "rolled back", from: state.installed?.version ?? "0", to };
@@ -6411,10 +6416,10 @@ class HealthCheck {
 }
 
 /**
- * Takes a device back to the release before, once, and remembers the one it left as failed.
+ * Rolls a device back to the previous release, once, and remembers the other as failed.
  *
  * @param root the device's root
- * @param force even where the application has changed files that this overwrites
+ * @param force even if the application has changed files that this overwrites
  * @throws {OTAError} when there is nothing to go back to, or files were changed
  */
 export async function rollBack(
@@ -6427,10 +6432,10 @@ export async function rollBack(
 }
 
 // ──── Status ─────────────────────────────────────────────────────────────────────────────────────
-// What a device is on, told without a server. Run at boot, before the application, it finishes what a
-// reset has interrupted.
+// Reports what a device is on, without a server. At boot, before the application starts, it
+// finishes what a reset has interrupted.
 
-/** What `status` tells of a device. */
+/** The result of `status`. */
 export interface Status {
   version: string | null;
   previous_version: string | null;
@@ -6440,23 +6445,23 @@ export interface Status {
   pending: boolean;
   /** Releases that failed and are not tried again. */
   failed: string[];
-  /** How the files differ from their record; only where that was asked for. */
+  /** How the files differ from their record; only with `examine`. */
   differs?: Difference[];
-  /** Only there while another process works on the device. */
+  /** Present while another process works on the device. */
   busy?: true;
 }
 
-/** What `status` is to do. */
+/** Options of `status`. */
 export interface StatusOptions extends DeviceOptions {
-  /** Hashes every file, and tells which differ from their record. */
+  /** Hashes every file and reports which differ from their record. */
   examine?: boolean;
 }
 
 /**
- * Tells what a device is on. An interrupted commit or rollback is finished first, unless another
- * process is at work: then this is what is recorded.
+ * Reports what a device is on. An interrupted commit or rollback is finished first, unless another
+ * process has the device open: then the record is reported.
  *
- * @param root the device's root; nothing is made there
+ * @param root the device's root; it is not created
  * @throws {OTAError} when there is no such directory, or the record is damaged, or of a newer
  *   version of this tool
  */
@@ -6496,11 +6501,11 @@ function versionFromFile({ disk }: Files): string | undefined {
 }
 
 // ──── Target release ──────────────────────────────────────────────────────────────────────────────
-// The release that a manifest leads to, from what a device has.
+// The release that a device will have after a manifest, given what it has now.
 
 /**
- * The record of the release that a device will have. Its files may be known by their SHA-1 until
- * they are in place, and what is not there yet has no stamp.
+ * The record of the release that a device will have. Until files are in place, some may be known by
+ * their SHA-1 only, and have no stamp.
  */
 type Target = Omit<Installed, "previous_version">;
 
@@ -6516,10 +6521,10 @@ function listedFiles({ new: added, update }: Manifest): Listed[] {
 }
 
 /**
- * What a device will have once a manifest is done.
+ * Works out what a device will have after a manifest.
  *
  * @param recorded what it has
- * @param full whether the manifest lists all of it
+ * @param full whether the manifest lists the whole release
  */
 export function targetOf(
   manifest: Manifest,
@@ -6546,8 +6551,8 @@ export function targetOf(
 }
 
 /**
- * The digest by which a release that failed is known again: the same from whatever the device has,
- * and whether or not the list is full.
+ * The digest by which a failed release is recognized. It does not depend on what the device had,
+ * nor on whether the list was full.
  */
 export function targetDigest({ version, files, executable = [] }: Target): string {
   return sha256(JSON.stringify([version, Object.entries(files).sort(), executable.toSorted()]));
@@ -6559,25 +6564,24 @@ function failureOf(
   active: ActiveFirmware | null,
 ): FailedRelease {
   const failure: FailedRelease = { version: target.version, digest: targetDigest(target) };
-  // The image that runs is put right, and is not new.
+  // The same version repairs the active image and is not new.
   if (!firmware || firmware.version === active?.version) return failure;
   return { ...failure, image: firmware.sha256 ?? firmware.hash };
 }
 
 // ──── Plan and space ──────────────────────────────────────────────────────────────────────────────
-// What an update will do, worked out and checked before anything is fetched: a change that cannot
-// be made whole is not begun.
+// Plans an update, and checks before anything is fetched that it can be completed.
 
 interface Download {
   /** SHA-256, or SHA-1 where the server does not send that. */
   key: string;
   url: string;
-  /** Where it goes, for messages. */
+  /** Its destination, for messages. */
   path: string;
   size: number | undefined;
   /** Files on the device that may have the same content. */
   localCopies: readonly string[];
-  /** A file on the device that it is to replace: the dictionary for a delta. */
+  /** The file that it replaces: the dictionary for a delta. */
   old?: string;
 }
 
@@ -6589,9 +6593,9 @@ interface Plan extends Pick<Change, "put" | "remove" | "displace" | "firmware"> 
 /**
  * Compares what a manifest lists with what is there.
  *
- * @param target `targetOf` it; what is in its place is noted there
- * @param has what is really there of what the updater has installed
- * @param full whether of that, what the manifest lacks is to go
+ * @param target `targetOf` it; stamps of files that are already in place are added
+ * @param has what is really there of the installed release
+ * @param full whether installed files that the manifest lacks are deleted
  * @throws {OTAError} naming the first path that cannot be changed, and why
  */
 async function makePlan(
@@ -6638,14 +6642,14 @@ async function makePlan(
   return plan;
 }
 
-/** Whether a path has the content that is listed for it. */
+/** Whether a path already has its listed content. */
 function hasContent(files: Files, { path, key, size }: Listed, has: Inventory): boolean {
   const known = has.files.get(path);
   if (known !== undefined && algorithmOf(key) === "sha256") return known === key;
   return files.hasContent(path, key, size);
 }
 
-/** Finds what has to be fetched, and what on the device may spare that. */
+/** Finds what must be fetched, and files on the device that may have the same content. */
 function planDownloads(
   files: Files,
   plan: Plan,
@@ -6667,7 +6671,7 @@ function planDownloads(
     if (!plan.put.has(path)) note(path, key);
   }
   if (wanted.size > 0) {
-    // A device without a record has to hash what is there.
+    // Without a record, hash what is there.
     const changing = [...plan.remove, ...plan.put.keys()].filter((path) => !(path in old));
     for (const path of changing.filter((path) => files.isFile(path))) {
       note(path, files.digest(path));
@@ -6689,8 +6693,8 @@ function planFirmware(files: Files, plan: Plan, { firmware }: Manifest): void {
 }
 
 /**
- * Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`; where a release makes a file
- * of that directory, it goes.
+ * Adds `flash/OTA_VERSION.py` to a plan, on devices that have `flash`; removes it when a release
+ * has a file of that name.
  */
 async function planVersionFile({ files, staging }: Journal, plan: Plan): Promise<void> {
   if (Object.hasOwn(plan.target.files, "flash")) {
@@ -6705,7 +6709,7 @@ async function planVersionFile({ files, staging }: Journal, plan: Plan): Promise
   plan.put.set(VERSION_FILE, await staging.add(bytes));
 }
 
-/** @throws {OTAError} with both numbers, when a plan needs more space than there is */
+/** @throws {OTAError} with both numbers, when a plan needs more space than is free */
 function checkSpace({ files, staging }: Journal, plan: Plan): void {
   const { put, remove, target, downloads } = plan;
   const sizes = new Map(downloads.map(({ key, size }) => [key, size ?? 0]));
@@ -6731,12 +6735,12 @@ function checkSpace({ files, staging }: Journal, plan: Plan): void {
 }
 
 // ──── Receiving and retries ───────────────────────────────────────────────────────────────────────
-// Getting bytes from another side that may be slow, silent, cut off or lying: everything is bounded
-// in time and in size, and tried again where that can help.
+// Receives bytes from a peer that may be slow, silent, cut off or lying. Everything is bounded in
+// time and size, and tried again where that can help.
 
-/** What to get, beside the path. */
+/** What `getData` is asked for, beside the path. */
 export interface TransferRequest {
-  /** Begin at this byte, if the content still has the tag `etag`; else at 0. */
+  /** Where to begin, if the content still has the tag `etag`; else at 0. */
   offset?: number;
   etag?: string;
   /** Codings that can be decoded; absent: none. */
@@ -6746,12 +6750,12 @@ export interface TransferRequest {
   signal: AbortSignal;
 }
 
-/** What a transport got. */
+/** What `getData` returns. */
 export interface TransferResponse {
   body: ReadableStream<Uint8Array>;
-  /** Where in the content, as it is coded, the body begins: what was wanted, or 0. */
+  /** Where in the encoded content the body begins: the requested offset, or 0. */
   offset: number;
-  /** Bytes of the whole content as it is coded, offset included; absent when unknown. */
+  /** Size of the whole encoded content, offset included; absent when unknown. */
   total?: number;
   /** A strong tag of the content, for resuming; absent when there is none. */
   etag?: string;
@@ -6763,7 +6767,7 @@ export interface TransferResponse {
  * A transfer that failed.
  *
  * @param retry whether another try may succeed
- * @param pause seconds that the other side asks us to wait before it
+ * @param pause seconds that the server asks to wait before it
  */
 export class TransferError extends OTAError {
   override name = "TransferError";
@@ -6776,12 +6780,12 @@ export class TransferError extends OTAError {
   }
 }
 
-/** Content came whole and is not what the manifest says: another manifest may say otherwise. */
+/** Content is complete but not what the manifest says: a newer manifest may say otherwise. */
 class ContentError extends TransferError {
   override name = "ContentError";
 }
 
-/** Content came coded and does not decode to what it should be: plain, it may. */
+/** Content does not decode to what it should be: the plain content may be right. */
 class CodingError extends TransferError {
   override name = "CodingError";
 }
@@ -6805,7 +6809,7 @@ class Receiver {
   /**
    * Receives one body.
    *
-   * @param begin is called once the head is here, and returns what takes the pieces of the body
+   * @param begin is called with the head, and returns the consumer of the body
    */
   async receive(
     path: string,
@@ -6841,7 +6845,7 @@ class Receiver {
     }
   }
 
-  /** Waits for something from the other side, which may never come, or come as an error. */
+  /** Waits for the peer, within the time limit; turns its errors into `TransferError`. */
   async #wait<T extends object>(
     name: string,
     promise: Promise<T>,
@@ -6882,7 +6886,7 @@ class Receiver {
 /**
  * Watches the rate at which a body comes.
  *
- * @returns a function that is told of received bytes, and says whether they come too slowly
+ * @returns a function to be called with received bytes; returns whether they come too slowly
  */
 export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => boolean {
   let since = performance.now();
@@ -6898,30 +6902,30 @@ export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => b
 }
 
 // ──── Fetching content ────────────────────────────────────────────────────────────────────────────
-// Staging all content of a plan, at the least cost in bytes: from what the device has, else as a
-// delta against it, else coded, else plain; and never twice what is here already.
+// Stages all content of a plan at the least cost in bytes: from the device itself, else as a delta,
+// else encoded, else plain. What was received before is never received again.
 
-/** Content shorter than this is fetched from its first byte again when it breaks. */
+/** Content shorter than this is not resumed. */
 const MIN_RESUMED = 16 * 1024;
-/** Content without a known size is not received beyond this. */
+/** Limit for content without a known size, in bytes. */
 const MAX_UNSIZED_BYTES = 64 * 1024 * 1024;
 
-/** One try to get one content: whether what comes is what was wanted. */
+/** One attempt to fetch one content; checks that it is what was requested. */
 class Attempt {
-  /** Bytes of it, those of earlier tries included. */
+  /** Bytes received, those of earlier attempts included. */
   received = 0;
   readonly want: Omit<TransferRequest, "signal">;
   readonly #hasher: Bun.CryptoHasher;
-  /** The size at most. */
+  /** The maximum size. */
   readonly #limit: number;
   readonly #dictionary: Uint8Array | undefined;
-  /** Bytes to expect, where that is known. */
+  /** Bytes to expect, if known. */
   #total: number | undefined;
 
   /**
-   * @param partial what is here of it
-   * @param isPlain whether it must not be coded
-   * @param progress is told of bytes as they come
+   * @param partial what earlier attempts received
+   * @param isPlain whether it must not be encoded
+   * @param progress is called with bytes as they are received
    */
   constructor(
     private readonly files: Files,
@@ -6945,7 +6949,7 @@ class Attempt {
     };
   }
 
-  /** Takes what an earlier try has received, if that is all of it. */
+  /** Uses what earlier attempts received, if that is complete. */
   takeAll(): boolean {
     const { size } = this.item;
     if (size === 0) this.partial.start();
@@ -6960,10 +6964,10 @@ class Attempt {
   }
 
   /**
-   * Looks at how an answer begins.
+   * Checks the head of a response.
    *
-   * @returns what takes its bytes
-   * @throws {TransferError} when it is not what was wanted
+   * @returns the consumer of its body
+   * @throws {TransferError} when it is not what was requested
    */
   begin({ encoding, offset, total, etag }: TransferResponse): (piece: Uint8Array) => void {
     const { path, size } = this.item;
@@ -6973,7 +6977,7 @@ class Attempt {
     const isRest = offset > 0 && offset === this.want.offset && encoding === this.partial.encoding;
     if (isRest) this.#resume();
     else if (offset === 0) {
-      // For small content, a sidecar file for resuming costs more than starting again.
+      // For small content, the sidecar file costs more than starting again.
       this.partial.start(this.#limit < MIN_RESUMED ? undefined : etag, encoding);
     } else {
       this.partial.drop();
@@ -6985,7 +6989,7 @@ class Attempt {
 
   #take(piece: Uint8Array): void {
     this.#count(piece.byteLength);
-    // Coded, little content may grow a little.
+    // Encoding may enlarge small content a little.
     if (this.received > this.#limit + (this.partial.encoding === "identity" ? 0 : 1024)) {
       this.#refuse(`${this.item.path} is longer than the ${this.#limit} bytes expected`);
     }
@@ -7004,9 +7008,9 @@ class Attempt {
   }
 
   /**
-   * Puts the content in its place among what is staged.
+   * Verifies the content and stages it.
    *
-   * @throws {TransferError} when it is not whole, or not what it should be
+   * @throws {TransferError} when it is incomplete or wrong
    */
   async finish(): Promise<void> {
     const { key, path } = this.item;
@@ -7024,7 +7028,7 @@ class Attempt {
     await this.partial.finish();
   }
 
-  /** Replaces coded content by what it decodes to. */
+  /** Replaces encoded content by the decoded content. */
   #decode(): void {
     const { key, path } = this.item;
     const { encoding } = this.partial;
@@ -7046,7 +7050,7 @@ class Attempt {
 
 class Fetcher {
   readonly #traffic = { content: 0, reused: 0 };
-  /** What was not here when it was first asked for. */
+  /** Keys of content that was not on the device at first. */
   readonly #fetched = new Set<string>();
   #progress = (_: number) => {};
 
@@ -7059,7 +7063,7 @@ class Fetcher {
   /**
    * Stages all content of a plan.
    *
-   * @throws {TransferError} when content is not to be had as the manifest has it
+   * @throws {TransferError} when content cannot be had as the manifest describes it
    */
   async fetchAll({ downloads }: Plan): Promise<Traffic> {
     const total = downloads.reduce((sum, { size }) => sum + (size ?? NaN), 0);
@@ -7099,7 +7103,7 @@ class Fetcher {
     this.options.report?.({ kind: "fetched", path, size: staged });
   }
 
-  /** Whether content is staged already, or can be from another file of the device. */
+  /** Whether content is staged, or can be staged from another file of the device. */
   async #isHere({ key, localCopies }: Download): Promise<boolean> {
     const { staging } = this.journal;
     if (staging.has(key)) return true;
@@ -7233,7 +7237,8 @@ function checkAnswer(manifest: Manifest, query: ManifestQuery): void {
   if (previous_version !== from) {
     refuse(`it is for a device on ${previous_version}, and this one is on ${from}`);
   }
-  // Otherwise the diff may start from other files than ours, and give a mix that was never released.
+  // Otherwise the diff may start from other files than ours, and give a mix that was never
+  // released.
   const hasLists = manifest.delete.length + manifest.new.length + manifest.update.length > 0;
   if (hasLists && query.base && !manifest.full && manifest.base !== query.base) {
     refuse(
@@ -7302,7 +7307,7 @@ class ManifestClient {
     return { manifest };
   }
 
-  /** Reads a whole manifest, as far as one may be long. */
+  /** Receives a whole manifest, within the size limit. */
   async #read(path: string): Promise<{ body: Uint8Array; headers: Headers }> {
     const pieces: Uint8Array[] = [];
     let size = 0;
@@ -7322,7 +7327,7 @@ class ManifestClient {
 }
 
 // ──── Device survey ───────────────────────────────────────────────────────────────────────────────
-// What a device has, found out before it asks for a release, and told to the server when it does.
+// Finds out what a device has, and makes the query for the server from it.
 
 class Survey {
   /** The release the device is on; `""` when it has nothing. */
@@ -7358,12 +7363,13 @@ class Survey {
     return ver ?? "";
   }
 
-  /** What the device really has. A record that is not whole is made so, with the server's help. */
+  /** Finds out what the device really has; completes its record with the server's help. */
   async take(manifests: ManifestClient): Promise<Inventory> {
     const { repair, checkFiles = repair } = this.options;
     const { installed } = this.journal.state;
     let has = takeInventory(this.#files, installed, checkFiles);
-    // An old `.ota` may have been put back: files of the release that was installed count, too.
+    // An old `.ota` may have been restored: files of the release that was installed since count,
+    // too.
     const named = versionFromFile(this.#files);
     const isOther =
       named !== undefined && named !== installed?.version && named !== installed?.alsoNamed;
@@ -7379,7 +7385,7 @@ class Survey {
     return has;
   }
 
-  /** All files of a release, if the server has it and says what they are by SHA-256. */
+  /** The list of a release's files, if the server has it and sends SHA-256. */
   async #askForList(manifests: ManifestClient, version: string): Promise<Manifest | null> {
     const query = { list: version, hash: "sha256", devid: await this.#id() };
     const list = await this.#askUnlessUnsigned(manifests, query);
@@ -7434,7 +7440,7 @@ class Survey {
     return query;
   }
 
-  /** The name of the device, made at random once where none was given. */
+  /** The name of the device; by default a random one, which is kept. */
   async #id(): Promise<string> {
     if (this.options.id !== undefined) return this.options.id;
     const { disk } = this.#files;
@@ -7450,8 +7456,8 @@ class Survey {
 }
 
 // ──── Device ─────────────────────────────────────────────────────────────────────────────────────
-// The workflow of an update. It knows no transport: whoever has another way to carry bytes extends
-// `OTA` with `connect` and `getData`, and gets everything else from here.
+// The workflow of an update. It knows no transport: another one extends `OTA` with `connect` and
+// `getData`, and inherits everything else.
 
 /** What a commit needs, once all content is staged. */
 interface Staged {
@@ -7507,21 +7513,21 @@ export abstract class OTA {
    */
   abstract connect(): Promise<void>;
 
-  /** Ends what `connect` began; the content is here, or is not to be had. */
+  /** Undoes `connect`, once everything is fetched or has failed. */
   async disconnect(): Promise<void> {}
 
   /**
-   * Gets what stands at a path: the manifest, with its query, or an entry's URL as the manifest has
-   * it. Moves bytes and nothing else: `OTA` decodes, verifies, retries and resumes.
+   * Gets the content at a path: that of the manifest, with its query, or a URL from the manifest.
+   * Only moves bytes: `OTA` decodes, verifies, retries and resumes.
    *
-   * @throws {TransferError} when there is no content; the body of what is returned may fail, too
+   * @throws {TransferError} when it fails; the returned body may fail, too
    */
   abstract getData(path: string, want: TransferRequest): Promise<TransferResponse>;
 
   /**
    * Brings the device to the newest release.
    *
-   * @throws {OTAError} when that failed, for whatever reason; the device is as it was
+   * @throws {OTAError} when it failed for any reason; the device is as it was
    */
   async update(): Promise<Outcome> {
     using journal = await Journal.open(this.#files);
@@ -7628,11 +7634,11 @@ export abstract class OTA {
 }
 
 // ════ VI Transports ══════════════════════════════════════════════════════════════════════════════
-// The ways that bytes take to a device: HTTP, and a directory. Another one is a class in a file of
-// its own: see `examples/lora-transport.ts`.
+// How bytes reach a device: over HTTP, or from a directory. Another transport is a class in a file
+// of its own; see `examples/lora-transport.ts`.
 
 // ──── HTTP ────────────────────────────────────────────────────────────────────────────────────────
-// Over HTTP: tokens, redirects, ranges. `OTA` does the rest.
+// Requests over HTTP: tokens, redirects, ranges.
 
 const MAX_REDIRECTS = 5;
 
@@ -7674,7 +7680,7 @@ export class HttpOTA extends OTA {
     const response = await this.#get(new URL(path.startsWith("/") ? base + path : path), want);
     const { status, headers } = response;
     if (status === 416 && want.offset) {
-      // The content has become shorter than what is here of it.
+      // The content is now shorter than what was received of it.
       await response.body?.cancel();
       const { offset: _, etag: __, ...whole } = want;
       return this.getData(path, whole);
@@ -7706,7 +7712,7 @@ export class HttpOTA extends OTA {
   /** Follows a few redirects, all to the same origin. */
   async #get(url: URL, want: TransferRequest): Promise<Response> {
     const headers: Record<string, string> = {
-      // Otherwise Bun offers every coding that it knows.
+      // Else Bun offers every coding that it knows.
       "Accept-Encoding": want.accept?.join(", ") ?? "identity",
       "User-Agent": `ota.ts/${TOOL_VERSION}`,
     };
@@ -7759,7 +7765,7 @@ function encodingOf(header: string | null): Encoding {
 }
 
 // ──── Directory ───────────────────────────────────────────────────────────────────────────────────
-// From a directory of releases, read as a server would.
+// Reads a directory of releases as a server would.
 
 /** A device that updates from a directory of releases: a USB stick, an SD card. */
 export class DirectoryOTA extends OTA {
@@ -7775,7 +7781,7 @@ export class DirectoryOTA extends OTA {
     super(options);
   }
 
-  /** @throws {TransferError} when the directory cannot be read; the stick may not be in yet */
+  /** @throws {TransferError} when the directory cannot be read: the stick may not be plugged in */
   override async connect(): Promise<void> {
     if (!fs.statSync(this.from, { throwIfNoEntry: false })?.isDirectory()) {
       throw new TransferError(`${this.from} (--from) is not a directory, or not there`, false);
@@ -7813,7 +7819,7 @@ export class DirectoryOTA extends OTA {
   }
 }
 
-/** Whether a file is where it was found, and as large; not behind a link that came since. */
+/** Whether a file is still where it was found, with the same size and not behind a new link. */
 function isReal({ file, size }: ServedFile): boolean {
   try {
     return fs.realpathSync(file) === file && fs.statSync(file).size === size;
