@@ -1922,19 +1922,92 @@ function readSigned(file: string, version: string): SignedRelease {
   return { stamp, files, steps };
 }
 
-/** What is other than it was signed; `undefined` when all is the same. */
-function changedSinceSigned(
+/** The content of a file `signed_V.json`, or what is wrong with it. */
+function tryToRead(file: string, version: string): SignedRelease | string {
+  try {
+    // Not a pipe, which would block.
+    if (!fs.statSync(file).isFile()) malformed("not a file");
+    return readSigned(file, version);
+  } catch (error) {
+    return `is signed in ${basename(file)}, which cannot be used: ${errorText(error)}`;
+  }
+}
+
+/** What has changed since it was signed; `undefined` when nothing has. */
+async function changedSinceSigned(
   { files, steps }: SignedRelease,
   release: Release,
   images: readonly FirmwareImage[],
-): string | undefined {
-  const changed = [...files].find(([path, digest]) => release.files.get(path)?.sha256 !== digest);
-  const added = [...release.files.keys()].find((path) => !files.has(path));
-  const path = changed?.[0] ?? added;
-  if (path !== undefined) return `was changed since it was signed: ${path}`;
+  slicer: TimeSlicer,
+): Promise<string | undefined> {
+  let changed: string | undefined;
+  await slicer.each(files, ([path, digest]) => {
+    if (release.files.get(path)?.sha256 !== digest) changed ??= path;
+  });
+  await slicer.each(release.files.keys(), (path) => {
+    if (!files.has(path)) changed ??= path;
+  });
+  if (changed !== undefined) return `was changed since it was signed: ${changed}`;
   const { firmware } = steps.get(ANY)!.step;
   if (!firmware || images.some((image) => image.sha256 === firmware.sha256)) return undefined;
   return `was signed with firmware ${firmware.version}, which is not here as it was`;
+}
+
+/** The files `signed_V.json` of one root. */
+class SignedReleases {
+  /** By name; read again when they change. */
+  #files = new Map<string, { stamp: string; content: SignedRelease | string }>();
+  /** What `changedSinceSigned` found, by what it depends on. */
+  #checked = new Map<string, string | undefined>();
+
+  constructor(private readonly slicer: TimeSlicer) {}
+
+  /** Adds what is signed to an index, and holds back what is above the newest version of these. */
+  async apply(names: readonly string[], index: Index): Promise<void> {
+    this.#read(names, index.place.root);
+    if (this.#files.size === 0) return;
+    const images = index.firmware.map(({ sha256 }) => sha256).join();
+    const checked = new Map<string, string | undefined>();
+    const problems = new Map<Release, string>();
+    for (const release of index.versions) {
+      const { content = "is not signed" } = this.#files.get(`signed_${release.name}.json`) ?? {};
+      if (typeof content === "string") {
+        problems.set(release, content);
+        continue;
+      }
+      const key = `${release.id} ${content.stamp} ${images}`;
+      const change = this.#checked.has(key)
+        ? this.#checked.get(key)
+        : await changedSinceSigned(content, release, index.firmware, this.slicer);
+      checked.set(key, change);
+      if (change) problems.set(release, change);
+      else index.signed.set(release, content);
+    }
+    this.#checked = checked;
+    for (let release; (release = index.versions.at(-1)) && !index.signed.has(release);) {
+      index.hold("versions", problems.get(release)!);
+    }
+    const newest = index.versions.at(-1);
+    const firmware = newest && index.signed.get(newest)!.steps.get(ANY)!.step.firmware;
+    for (let image; (image = index.firmware.at(-1)) && image.sha256 !== firmware?.sha256;) {
+      index.hold("firmware", "is not signed with the newest version");
+    }
+  }
+
+  #read(names: readonly string[], root: string): void {
+    const before = this.#files;
+    this.#files = new Map();
+    for (const name of names) {
+      const version = signedVersion(name);
+      if (version === undefined) continue;
+      const stat = fs.statSync(`${root}/${name}`, { throwIfNoEntry: false });
+      const stamp = stat ? stampOf(stat) : "";
+      const known = before.get(name);
+      const isSame = known?.stamp === stamp;
+      const content = isSame ? known.content : tryToRead(`${root}/${name}`, version);
+      this.#files.set(name, { stamp, content });
+    }
+  }
 }
 
 // ──── Scan ──────────────────────────────────────────────────────────────────────────────────────
@@ -1945,23 +2018,13 @@ type Make = (files: SortedMap<IndexedFile>) => Release | FirmwareImage | Promise
 
 let releasesMade = 0;
 
-/** The content of a signed file, or what is wrong with it. */
-function tryToRead(file: string, version: string): SignedRelease | string {
-  try {
-    return readSigned(file, version);
-  } catch (error) {
-    return `is signed in ${basename(file)}, which cannot be used: ${errorText(error)}`;
-  }
-}
-
 /** Scans one root repeatedly; files that did not change are not read again. */
 class Scanner {
   readonly #slicer = new TimeSlicer();
   readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
   readonly #settler: Settler<Release | FirmwareImage>;
-  /** Name of a file `signed_V.json` → what it holds, or what is wrong with it. */
-  #signed = new Map<string, { stamp: string; content: SignedRelease | string }>();
+  readonly #signed = new SignedReleases(this.#slicer);
 
   constructor(
     private readonly path: string,
@@ -2013,7 +2076,7 @@ class Scanner {
       }
       this.#settler.end(new Set(names));
       index.sort();
-      if (!this.options.ignoreSigned) this.#holdUnsigned(names, index);
+      if (!this.options.ignoreSigned) await this.#signed.apply(names, index);
       await this.#slicer.pause();
       return { index, milliseconds: this.#slicer.busy - busy };
     } finally {
@@ -2049,41 +2112,6 @@ class Scanner {
     const snapshot = () => reader.snapshotImage(name, entry.real);
     const version = new LooseVersion(text);
     await settle(snapshot, (files) => ({ ...files.get(name)!, name: text, version, path: name }));
-  }
-
-  /** In a root with signed releases, holds back what is above the newest one that was signed as it is. */
-  #holdUnsigned(names: readonly string[], index: Index): void {
-    const signed = new Map(this.#signed);
-    this.#signed.clear();
-    for (const name of names) {
-      const version = signedVersion(name);
-      if (version === undefined) continue;
-      const file = `${index.place.root}/${name}`;
-      const stat = fs.statSync(file, { throwIfNoEntry: false });
-      const stamp = stat?.isFile() ? stampOf(stat) : "";
-      const known = signed.get(name);
-      this.#signed.set(
-        name,
-        known?.stamp === stamp ? known : { stamp, content: tryToRead(file, version) },
-      );
-    }
-    if (this.#signed.size === 0) return;
-    for (const release of index.versions) {
-      const { content } = this.#signed.get(`signed_${release.name}.json`) ?? {};
-      if (content === undefined || typeof content === "string") continue;
-      if (!changedSinceSigned(content, release, index.firmware)) index.signed.set(release, content);
-    }
-    for (let release; (release = index.versions.at(-1)) && !index.signed.has(release);) {
-      const { content = "is not signed" } = this.#signed.get(`signed_${release.name}.json`) ?? {};
-      const isText = typeof content === "string";
-      const why = isText ? content : changedSinceSigned(content, release, index.firmware)!;
-      index.hold("versions", why);
-    }
-    const newest = index.versions.at(-1);
-    const firmware = newest && index.signed.get(newest)!.steps.get(ANY)!.step.firmware;
-    for (let image; (image = index.firmware.at(-1)) && image.sha256 !== firmware?.sha256;) {
-      index.hold("firmware", "is not signed with the newest version");
-    }
   }
 
   async #makeRelease(name: string, files: SortedMap<IndexedFile>): Promise<Release> {
@@ -2910,7 +2938,7 @@ export async function verifyRelease(
   if (!fs.existsSync(file)) return { ...found, wrong: [`there is no ${basename(file)}`] };
   const signed = tryToRead(file, to.name);
   if (typeof signed === "string") return { ...found, wrong: [signed] };
-  const change = changedSinceSigned(signed, to, releases.firmware);
+  const change = await changedSinceSigned(signed, to, releases.firmware, new TimeSlicer());
   if (change) return { ...found, wrong: [`it ${change}`] };
   const wrong: string[] = [];
   for (const { from, steps: digest } of steps) {
