@@ -410,13 +410,12 @@ export class LooseVersion {
    */
   compare(other: LooseVersion | string): number {
     const theirs = typeof other === "string" ? new LooseVersion(other).parts : other.parts;
-    for (const [i, mine] of this.parts.entries()) {
-      const their = theirs[i];
-      if (their === undefined) return 1;
-      const order = compareParts(mine, their);
+    const mine = this.parts;
+    for (let i = 0; i < mine.length && i < theirs.length; i++) {
+      const order = compareParts(mine[i]!, theirs[i]!);
       if (order !== 0) return order;
     }
-    return this.parts.length - theirs.length;
+    return mine.length - theirs.length;
   }
 
   /** The same text for equal versions, and for no others. */

@@ -108,7 +108,7 @@ describe("an update of a board", () => {
   });
 
   /** Updates from a server that has one release, with parts of its manifest replaced. */
-  async function update(changes: Record<string, unknown> | null, header = 100) {
+  async function update(changes: Record<string, unknown> | null, header = 100, had = before) {
     const manifest = changes && {
       delete: ["flash/lib/gone.py"],
       firmware: { URL: "http://elsewhere.example/image", hash: "not compared" },
@@ -125,7 +125,7 @@ describe("an update of a board", () => {
       const length = path === "/manifest.json" ? header : 100;
       connection.end(response(length, content ?? "no", content ? "200 OK" : "404 Not Found"));
     });
-    return await boardUpdate(server.url, "1.0.0", before);
+    return await boardUpdate(server.url, "1.0.0", had);
   }
 
   test("replaces, adds, deletes, flashes, records the version; null is none", async () => {
@@ -136,6 +136,12 @@ describe("an update of a board", () => {
       Object.fromEntries(Object.entries(files).map(([path, content]) => [path, bytesOf(content)])),
     );
     expect(await update(null)).toEqual({ version: "1.0.0", files: before });
+  });
+
+  test("finds the directory flash on an empty board, too", async () => {
+    const changes = { delete: [], update: [], new: [entry("/flash/main.py")] };
+    const { files, firmware } = await update({ ...changes, firmware: undefined }, 100, new Map());
+    expect([[...files.keys()], firmware]).toEqual([["flash/main.py"], undefined]);
   });
 
   test("flashes whatever comes: an error's text", async () => {

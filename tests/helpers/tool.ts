@@ -188,10 +188,13 @@ for (const name of ["stdout", "stderr"] as const) {
     return true;
   };
   Object.assign(stream, { write: caught });
-  Object.defineProperty(stream, "isTTY", { get: () => isTTY && !outputs.getStore() });
+  const get = () => isTTY && !outputs.getStore();
+  Object.defineProperty(stream, "isTTY", { get, configurable: true });
 }
-// Each client waits for signals.
+// Each client listens for signals, as if the process were its own.
 process.setMaxListeners(0);
+let running = 0;
+const SIGNALS = ["SIGINT", "SIGTERM"] as const;
 
 /**
  * Runs a command line in this process: the same code in a tenth of the time, for all that needs no
@@ -203,9 +206,15 @@ export async function run(args: readonly string[]): Promise<Ran> {
   const { promise, reject } = Promise.withResolvers<never>();
   const serves = () => reject(new Error(`${args.join(" ")} was expected to end, and serves`));
   const output = { stdout: "", stderr: "", serves };
-  const code = await Promise.race([promise, outputs.run(output, () => main(args))]);
-  const { stdout, stderr } = output;
-  return { code, stdout, stderr, last: lastLine(stdout) };
+  running++;
+  try {
+    const code = await Promise.race([promise, outputs.run(output, () => main(args))]);
+    const { stdout, stderr } = output;
+    return { code, stdout, stderr, last: lastLine(stdout) };
+  } finally {
+    // A person can end the tests again.
+    if (--running === 0) for (const name of SIGNALS) process.removeAllListeners(name);
+  }
 }
 
 /** What a test needs that is no part of this repository; a machine without it fails the test. */
