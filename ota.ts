@@ -7220,9 +7220,16 @@ function checkStep(manifest: Manifest, step: Step, query: ManifestQuery): void {
     refuse(`its step is for ${step.model ?? "no model"}, and this device is a ${query.model}`);
   }
   if (stepsDigest(manifest) !== step.steps) refuse("its files are not those of its step");
-  if (!firmware) return;
-  const { sha256, size } = firmware;
   const signed = step.firmware;
+  if (!firmware) {
+    // Whoever carries a step must not leave its firmware out.
+    const isMissing = signed !== null && query.list === undefined;
+    const isNewer =
+      isMissing && new LooseVersion(signed.version).compare(query.firmware_ver ?? "") > 0;
+    if (isNewer) refuse(`the firmware ${signed.version} of its step is missing`);
+    return;
+  }
+  const { sha256, size } = firmware;
   if (signed?.sha256 !== sha256 || signed?.size !== size || signed?.version !== firmware.version) {
     refuse(`its firmware ${firmware.version} is not that of its step`);
   }
@@ -7249,7 +7256,7 @@ function checkTimes(
   }
   if (expires === null) return;
   const now = Date.now();
-  if (now < Math.max(time(TOOL_DATE), time(latest ?? TOOL_DATE))) {
+  if (now < Math.max(time(TOOL_DATE), time(issued))) {
     note(
       `the clock is wrong (${new Date(now).toISOString()}): whether ${to} expired is not checked`,
     );
