@@ -20,8 +20,8 @@
 // Contents
 //
 // I    Common: the words that both ends speak.
-//      Errors and helpers · JSON · Versions · Paths · Manifest · Queries · Trust · Signed steps
-//      Codings
+//      Errors and helpers · Event loop · JSON · Versions · Paths · Manifest · Queries · Trust
+//      Signed steps · Codings
 // II   Release root: from a directory to what a device needs.
 //      Snapshot · Hashing · Settling copies · Index · Signed releases · Scan
 //      Files beside releases · Cache · Decide · Compose · Releases · Signing · Watch · Lint
@@ -115,6 +115,15 @@ function errorText(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
 
+/** Does what may fail: a cleanup that the next run does again, a refinement. */
+function ignoreErrors(task: () => void): void {
+  try {
+    task();
+  } catch {
+    // As the name says.
+  }
+}
+
 /** Text in UTF-8. */
 const utf8 = (text: string) => new TextEncoder().encode(text);
 
@@ -140,6 +149,31 @@ function parseHttpURL(text: string): URL | undefined {
 function hasControls(text: string): boolean {
   return /[\u0000-\u001f\u007f-\u009f]/.test(text);
 }
+
+/**
+ * Compares two strings by Unicode code point, which is also the order of their UTF-8 bytes. (`<`
+ * compares UTF-16 units, and so puts U+1F600 before U+FFFD.)
+ *
+ * @returns negative, zero or positive, as for `Array.prototype.sort`
+ */
+export function compareCodePoints(a: string, b: string): number {
+  const length = Math.min(a.length, b.length);
+  for (let i = 0; i < length; i++) {
+    const x = a.charCodeAt(i);
+    const y = b.charCodeAt(i);
+    // Surrogates stand for code points above U+FFFF: lift them over U+E000 to U+FFFF.
+    if (x !== y) return liftSurrogate(x) - liftSurrogate(y);
+  }
+  return a.length - b.length;
+}
+
+function liftSurrogate(unit: number): number {
+  return unit < 0xd800 ? unit : unit < 0xe000 ? unit + 0x2000 : unit - 0x800;
+}
+
+// ──── Event loop ──────────────────────────────────────────────────────────────────────────────────
+// Long work must not keep the event loop from answering requests: it is done in slices, a few tasks at
+// a time, and without data structures that block when they grow.
 
 /** CPU time of this thread so far, in milliseconds. */
 function cpuTime(): number {
@@ -196,27 +230,6 @@ class TimeSlicer {
     }
     return merged;
   }
-}
-
-/**
- * Compares two strings by Unicode code point, which is also the order of their UTF-8 bytes. (`<`
- * compares UTF-16 units, and so puts U+1F600 before U+FFFD.)
- *
- * @returns negative, zero or positive, as for `Array.prototype.sort`
- */
-export function compareCodePoints(a: string, b: string): number {
-  const length = Math.min(a.length, b.length);
-  for (let i = 0; i < length; i++) {
-    const x = a.charCodeAt(i);
-    const y = b.charCodeAt(i);
-    // Surrogates stand for code points above U+FFFF: lift them over U+E000 to U+FFFF.
-    if (x !== y) return liftSurrogate(x) - liftSurrogate(y);
-  }
-  return a.length - b.length;
-}
-
-function liftSurrogate(unit: number): number {
-  return unit < 0xd800 ? unit : unit < 0xe000 ? unit + 0x2000 : unit - 0x800;
 }
 
 /** Entries in one of the maps that make up a `SortedMap`. */
@@ -605,10 +618,7 @@ export function parseManifest(body: string | Uint8Array, current?: string): Mani
     if (error instanceof FormatError) refuse(error.message);
     throw error;
   }
-  const { version } = manifest;
-  if (current !== undefined && new LooseVersion(version).compare(current) < 0) {
-    refuse(`version ${version}, older than the device's ${current}`);
-  }
+  if (current !== undefined) refuseOlder(manifest, current);
   checkPathsAgree(manifest);
   const ours = (path: string) => path !== VERSION_FILE;
   manifest.delete = manifest.delete.filter(ours);
@@ -617,8 +627,19 @@ export function parseManifest(body: string | Uint8Array, current?: string): Mani
   return manifest;
 }
 
+/** @throws {RefusedError} when a manifest leads to an older version than a device has */
+function refuseOlder({ version }: Manifest, current: string): void {
+  if (new LooseVersion(version).compare(current) >= 0) return;
+  refuse(`version ${version}, older than the device's ${current}`);
+}
+
+/** A manifest that must not be used. */
+class RefusedError extends OTAError {
+  override name = "RefusedError";
+}
+
 function refuse(found: string): never {
-  throw new OTAError(`refused the manifest: ${found}`);
+  throw new RefusedError(`refused the manifest: ${found}`);
 }
 
 function asManifest(json: unknown): Manifest {
@@ -1009,6 +1030,8 @@ function signersOf(envelope: Envelope, keys: readonly KeyObject[]): Set<number> 
   const raw = keys.map(rawPublicKey);
   const signers = new Set<number>();
   for (const { sig } of envelope.signatures) {
+    // 64 bytes in base64.
+    if (sig.length !== 88) continue;
     const signature = Buffer.from(sig, "base64");
     for (const [i, key] of keys.entries()) {
       if (verify(null, bytes, key, signature)) signers.add(raw.indexOf(raw[i]!));
@@ -1017,9 +1040,12 @@ function signersOf(envelope: Envelope, keys: readonly KeyObject[]): Set<number> 
   return signers;
 }
 
+/** Limits of an envelope: verifying must not become work. */
+const ENVELOPE = { payload: 4096, signatures: 16 };
+
 function asEnvelope(value: unknown, name: string): Envelope {
   const { payload, payloadType, signatures } = asObject(value, name);
-  return {
+  const envelope = {
     payload: asText(payload, `${name}.payload`),
     payloadType: asText(payloadType, `${name}.payloadType`),
     signatures: asList(signatures, `${name}.signatures`, (one, at) => {
@@ -1027,6 +1053,11 @@ function asEnvelope(value: unknown, name: string): Envelope {
       return { keyid: asText(keyid, `${at}.keyid`), sig: asText(sig, `${at}.sig`) };
     }),
   };
+  const isLong = envelope.payload.length > ENVELOPE.payload;
+  if (isLong) malformed(`${name}.payload: more than ${ENVELOPE.payload} characters`);
+  const count = envelope.signatures.length;
+  if (count > ENVELOPE.signatures) malformed(`${name}.signatures: ${count}, too many`);
+  return envelope;
 }
 
 /** A time in ISO 8601 and UTC. */
@@ -1791,6 +1822,8 @@ class Index {
   readonly ignored: Ignored[] = [];
   /** What would be offered if it were signed, and why it is not. */
   readonly held: Ignored[] = [];
+  /** What is not offered anyway, and is not signed as it is. */
+  readonly unsigned: Ignored[] = [];
   /** Real path → name, of every entry that is named like a version or an image. */
   readonly places = new Map<string, string>();
   readonly #byName = new Map<string, Release>();
@@ -1872,6 +1905,8 @@ class Index {
 interface SignedRelease {
   /** Differs when the file does. */
   stamp: string;
+  /** Globs of files that it was signed without; whoever serves it leaves them out, too. */
+  ignore: readonly string[];
   /** Path → SHA-256 when it was signed; the steps prove it. */
   files: ReadonlyMap<string, string>;
   /** By `from`. */
@@ -1897,13 +1932,18 @@ function signedVersion(name: string): string | undefined {
  * @throws {OTAError} when it cannot be read, or is malformed
  */
 function readSigned(file: string, version: string): SignedRelease {
-  const stamp = stampOf(fs.statSync(file));
+  const stat = fs.statSync(file);
+  const stamp = stampOf(stat);
+  // Not a pipe, which would block.
+  if (!stat.isFile()) malformed("not a file");
+  if (stat.size > MAX_MANIFEST_BYTES) malformed(`more than ${MAX_MANIFEST_BYTES} bytes`);
   const fields = asObject(parseJSON(fs.readFileSync(file, "utf8")), "the file");
   const files = new Map(
     Object.entries(asObject(fields.files, "files")).map(([path, digest]) => {
       return [path, asDigest(digest, path, 64)] as const;
     }),
   );
+  const ignore = asList(fields.ignore ?? [], "ignore", asText);
   const envelopes = asList(fields.steps, "steps", asEnvelope);
   const steps = new Map(
     envelopes.map((envelope, i) => {
@@ -1918,14 +1958,12 @@ function readSigned(file: string, version: string): SignedRelease {
   for (const [from, digest] of Object.entries(proof)) {
     if (steps.get(from)?.step.steps !== digest) malformed(`no step from "${from}" to these files`);
   }
-  return { stamp, files, steps };
+  return { stamp, ignore, files, steps };
 }
 
 /** The content of a file `signed_V.json`, or what is wrong with it. */
 function tryToRead(file: string, version: string): SignedRelease | string {
   try {
-    // Not a pipe, which would block.
-    if (!fs.statSync(file).isFile()) malformed("not a file");
     return readSigned(file, version);
   } catch (error) {
     return `is signed in ${basename(file)}, which cannot be used: ${errorText(error)}`;
@@ -1961,15 +1999,23 @@ class SignedReleases {
 
   constructor(private readonly slicer: TimeSlicer) {}
 
+  /** Globs of the files that releases were signed without. */
+  get ignore(): string[] {
+    return [...this.#files.values()].flatMap(({ content }) =>
+      typeof content === "string" ? [] : content.ignore,
+    );
+  }
+
   /** Adds what is signed to an index, and holds back what is above the newest version of these. */
-  async apply(names: readonly string[], index: Index): Promise<void> {
-    this.#read(names, index.place.root);
-    if (this.#files.size === 0) return;
+  async apply(index: Index): Promise<void> {
+    const [example] = this.#files.keys();
+    if (example === undefined) return;
     const images = index.firmware.map(({ sha256 }) => sha256).join();
     const checked = new Map<string, string | undefined>();
     const problems = new Map<Release, string>();
     for (const release of index.versions) {
-      const { content = "is not signed" } = this.#files.get(`signed_${release.name}.json`) ?? {};
+      const unsigned = `is not signed, as others are (${example})`;
+      const { content = unsigned } = this.#files.get(`signed_${release.name}.json`) ?? {};
       if (typeof content === "string") {
         problems.set(release, content);
         continue;
@@ -1985,6 +2031,15 @@ class SignedReleases {
     this.#checked = checked;
     for (let release; (release = index.versions.at(-1)) && !index.signed.has(release);) {
       index.hold("versions", problems.get(release)!);
+      problems.delete(release);
+    }
+    for (const [{ name }, reason] of problems) index.unsigned.push({ path: name, reason });
+    for (const name of this.#files.keys()) {
+      const version = signedVersion(name)!;
+      const isThere = [...index.versions, ...index.held].some((one) => {
+        return ("name" in one ? one.name : one.path) === version;
+      });
+      if (!isThere) index.unsigned.push({ path: name, reason: "is of a version that is not here" });
     }
     const newest = index.versions.at(-1);
     const firmware = newest && index.signed.get(newest)!.steps.get(ANY)!.step.firmware;
@@ -1993,14 +2048,15 @@ class SignedReleases {
     }
   }
 
-  #read(names: readonly string[], root: string): void {
+  /** Reads those of the files in a root that have changed. */
+  read(names: readonly string[], root: string): void {
     const before = this.#files;
     this.#files = new Map();
     for (const name of names) {
       const version = signedVersion(name);
       if (version === undefined) continue;
-      const stat = fs.statSync(`${root}/${name}`, { throwIfNoEntry: false });
-      const stamp = stat ? stampOf(stat) : "";
+      let stamp = "";
+      ignoreErrors(() => (stamp = stampOf(fs.statSync(`${root}/${name}`))));
       const known = before.get(name);
       const isSame = known?.stamp === stamp;
       const content = isSame ? known.content : tryToRead(`${root}/${name}`, version);
@@ -2020,7 +2076,6 @@ let releasesMade = 0;
 /** Scans one root repeatedly; files that did not change are not read again. */
 class Scanner {
   readonly #slicer = new TimeSlicer();
-  readonly #ignore: readonly Bun.Glob[];
   readonly #latest: LooseVersion | undefined;
   readonly #settler: Settler<Release | FirmwareImage>;
   readonly #signed = new SignedReleases(this.#slicer);
@@ -2029,9 +2084,13 @@ class Scanner {
     private readonly path: string,
     private readonly options: ReleasesOptions,
   ) {
-    this.#ignore = (options.ignore ?? []).map((pattern) => new Bun.Glob(pattern));
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
     this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#slicer);
+  }
+
+  /** Globs of the files that releases were signed without. */
+  get signedIgnore(): string[] {
+    return this.#signed.ignore;
   }
 
   /** See `Settler.unsettled`. */
@@ -2047,13 +2106,10 @@ class Scanner {
   /** An index of nothing, before the first scan. */
   empty(): Index {
     const place = placeOf(this.path);
-    const reader = new RootReader(
-      place.root,
-      this.#ignore,
-      this.options.secrets ?? [],
-      this.#slicer,
-    );
-    return new Index(place, reader);
+    const globs = [...(this.options.ignore ?? []), ...this.#signed.ignore];
+    const ignore = globs.map((pattern) => new Bun.Glob(pattern));
+    const { secrets = [] } = this.options;
+    return new Index(place, new RootReader(place.root, ignore, secrets, this.#slicer));
   }
 
   /**
@@ -2067,15 +2123,18 @@ class Scanner {
       await this.#slicer.pause();
       const busy = this.#slicer.busy;
       this.#settler.begin();
+      const { root } = placeOf(this.path);
+      const names = await this.#slicer.pause(fs.promises.readdir(root));
+      names.sort(compareCodePoints);
+      this.#signed.read(names, root);
       const index = this.empty();
-      const names = await this.#slicer.pause(fs.promises.readdir(index.place.root));
-      for (const name of names.sort(compareCodePoints)) {
+      for (const name of names) {
         if (this.#slicer.isDue) await this.#slicer.pause();
         await this.#consider(name, index);
       }
       this.#settler.end(new Set(names));
       index.sort();
-      if (!this.options.ignoreSigned) await this.#signed.apply(names, index);
+      if (!this.options.ignoreSigned) await this.#signed.apply(index);
       await this.#slicer.pause();
       return { index, milliseconds: this.#slicer.busy - busy };
     } finally {
@@ -2663,6 +2722,11 @@ export class Releases {
     return this.#index.held;
   }
 
+  /** Older versions that are not signed as they are, and signatures of versions that are gone. */
+  get unsigned(): readonly Ignored[] {
+    return this.#index.unsigned;
+  }
+
   /** See `Settler.unsettled`. */
   get unsettled(): string[] {
     return this.#scanner.unsettled;
@@ -2692,7 +2756,7 @@ export class Releases {
     // Unchanged items stay the same objects.
     const before = [...this.versions, ...this.firmware];
     const after = [...index.versions, ...index.firmware];
-    const heldNow = (one: Index) => JSON.stringify(one.held);
+    const heldNow = (one: Index) => JSON.stringify([one.held, one.unsigned]);
     const different =
       after.length !== before.length ||
       after.some((item, i) => item !== before[i]) ||
@@ -2765,6 +2829,11 @@ export class Releases {
     return decide(this.#index, query, ceiling);
   }
 
+  /** Globs of the files that releases were signed without. */
+  get signedIgnore(): readonly string[] {
+    return this.#scanner.signedIgnore;
+  }
+
   /** See `Composer`. */
   compose(decision: Decision | null, form: ManifestForm): ComposedManifest {
     return this.#composer.compose(decision, form);
@@ -2826,134 +2895,211 @@ function makeSteps(
   return digests.map(([from, steps]) => ({ ...about, firmware, from, release, steps, to: name }));
 }
 
-/** What `signRelease` and `verifyRelease` are about. */
+/** How to sign a version. What is not given stays as it was signed before. */
 export interface SignOptions {
-  /** The version; the newest. */
-  ver?: string | undefined;
-  /** The firmware that belongs to it; the newest, and with an older version the one of its name. */
+  /** The firmware that belongs to it; first the newest, and for an older version the one of its name. */
   firmware?: string | undefined;
-  /** The boards that it is for. */
+  /** The boards that it is for; first all. */
   model?: string | undefined;
-  /** Seconds until it expires. */
+  /** Seconds until it expires; first never. */
   expires?: number | undefined;
 }
 
-/** The names of the versions that can be signed. */
-export async function versionsToSign(root: string): Promise<string[]> {
-  const { versions } = await Releases.open(root, { quiet: 0, ignoreSigned: true });
-  return versions.map(({ name }) => name);
+/** What came of signing a version. */
+export interface Signed {
+  /** How many steps lead to it. */
+  steps: number;
+  /** How many keys have signed them. */
+  signatures: number;
+  /** What is other than it was signed before: then older signatures are gone. */
+  changed: string[];
 }
 
-/** The version to sign, its steps, and the file for them. */
-async function prepareSigning(root: string, { ver, firmware, model, expires }: SignOptions) {
-  const releases = await Releases.open(root, { quiet: 0, ignoreSigned: true });
-  const to = ver === undefined ? releases.versions.at(-1) : releases.find(ver);
-  if (!to) throw new OTAError(`${releases.root} has no version ${ver ?? "at all"} to sign`, 2);
-  const { firmware: images } = releases;
-  const isNewest = to === releases.versions.at(-1);
-  const named = (name: string) => images.find(({ version }) => version.compare(name) === 0);
-  const image = firmware === undefined && isNewest ? images.at(-1) : named(firmware ?? to.name);
-  if (firmware !== undefined && !image) {
-    throw new OTAError(`${releases.root} has no firmware ${firmware}`, 2);
+/** ISO 8601 in whole seconds, as people write it. */
+const isoTime = (milliseconds: number) => new Date(milliseconds).toISOString().replace(/\.\d+/, "");
+
+/** A release root at home, where its versions are signed. */
+export class SigningRoot {
+  private constructor(
+    private readonly releases: Releases,
+    private readonly ignore: readonly string[],
+  ) {}
+
+  /**
+   * @param ignore globs of files to leave out, beside those that were left out before
+   * @throws {OTAError} exit code 2 when the root cannot be read
+   */
+  static async open(root: string, ignore: readonly string[] = []): Promise<SigningRoot> {
+    const options = { quiet: 0, ignoreSigned: true, ignore };
+    return new SigningRoot(await Releases.open(root, options), ignore);
   }
-  // Whole seconds, as people write them.
-  const timeIn = (seconds: number) =>
-    new Date(Date.now() + seconds * 1000).toISOString().replace(/\.\d+/, "");
-  const steps = makeSteps(releases, to, image, {
-    expires: expires === undefined ? null : timeIn(expires),
-    issued: timeIn(0),
-    model: model ?? null,
-  });
-  return { releases, to, steps, file: `${releases.root}/signed_${to.name}.json` };
-}
 
-/** Whether what was signed is what would be signed now. */
-function isSameSteps(
-  old: ReadonlyMap<string, SignedStep>,
-  now: readonly Step[],
-  { model, expires }: SignOptions,
-): boolean {
-  const key = ({ firmware, from, steps }: Step) => JSON.stringify([from, steps, firmware]);
-  const keys = new Set([...old.values()].map(({ step }) => key(step)));
-  const [any] = [...old.values()].map(({ step }) => step);
-  const isOther = expires !== undefined || (model !== undefined && model !== any?.model);
-  return !isOther && keys.size === now.length && now.every((step) => keys.has(key(step)));
-}
-
-/**
- * Signs a version: writes `signed_V.json` into the root, or adds a signature to what is signed there.
- *
- * @param key private
- * @returns the version, the number of its steps, and whether the file was written anew although one
- *   was there
- * @throws {OTAError} exit code 2 when there is no such version or firmware
- */
-export async function signRelease(
-  root: string,
-  key: KeyObject,
-  options: SignOptions = {},
-): Promise<{ version: string; steps: number; isAnew: boolean; signatures: number }> {
-  const { to, steps, file } = await prepareSigning(root, options);
-  const there = fs.existsSync(file) ? tryToRead(file, to.name) : undefined;
-  const old = typeof there === "object" ? there.steps : new Map<string, SignedStep>();
-  const isSame = isSameSteps(old, steps, options);
-  const envelopes = isSame
-    ? [...old.values()].map(({ envelope }) => envelope)
-    : steps.map(sealStep);
-  for (const envelope of envelopes) signEnvelope(envelope, key);
-  const files = Object.fromEntries([...to.files].map(([path, { sha256 }]) => [path, sha256]));
-  const json = JSON.stringify({ files, steps: envelopes });
-  const draft = `${dirname(file)}/.${basename(file)}.new`;
-  const fd = fs.openSync(draft, "w");
-  try {
-    fs.writeSync(fd, `${json}\n`);
-    fs.fsyncSync(fd);
-  } finally {
-    fs.closeSync(fd);
+  get versions(): string[] {
+    return this.releases.versions.map(({ name }) => name);
   }
-  fs.renameSync(draft, file);
-  const signatures = envelopes[0]!.signatures.length;
-  return {
-    version: to.name,
-    steps: steps.length,
-    isAnew: !isSame && there !== undefined,
-    signatures,
-  };
-}
 
-/**
- * Checks what is signed of a version.
- *
- * @param keys public; each must have signed every step
- * @returns what is missing or wrong, one line each; empty when all is well
- */
-export async function verifyRelease(
-  root: string,
-  keys: readonly KeyObject[],
-  options: Pick<SignOptions, "ver"> = {},
-): Promise<{ version: string; steps: number; wrong: string[] }> {
-  const { releases, to, steps, file } = await prepareSigning(root, options);
-  const found = { version: to.name, steps: steps.length };
-  if (!fs.existsSync(file)) return { ...found, wrong: [`there is no ${basename(file)}`] };
-  const signed = tryToRead(file, to.name);
-  if (typeof signed === "string") return { ...found, wrong: [signed] };
-  const change = await changedSinceSigned(signed, to, releases.firmware, new TimeSlicer());
-  if (change) return { ...found, wrong: [`it ${change}`] };
-  const wrong: string[] = [];
-  for (const { from, steps: digest } of steps) {
-    const name = { "": "nothing", [ANY]: "any version" }[from] ?? from;
-    const one = signed.steps.get(from);
-    if (!one) wrong.push(`no step from ${name}`);
-    else if (one.step.steps !== digest) wrong.push(`the step from ${name} is not what it does now`);
-    else {
-      const signers = signersOf(one.envelope, keys);
-      const absent = keys.filter((_, i) => !signers.has(i)).map(rawPublicKey);
-      for (const key of absent) wrong.push(`the step from ${name} is not signed by ${key}`);
-      const { expires } = one.step;
-      if (expires && Date.parse(expires) < Date.now()) wrong.push(`the step from ${name} expired`);
+  #find(name: string): Release {
+    const { versions, root } = this.releases;
+    const found = this.releases.find(name);
+    if (found) return found;
+    const names = versions.map((one) => one.name).join(", ") || "none";
+    throw new OTAError(`${root} has no version ${name}; there are: ${names}`, 2);
+  }
+
+  #file({ name }: Release): string {
+    return `${this.releases.root}/signed_${name}.json`;
+  }
+
+  /** What is signed of a version; a text says why it cannot be used. */
+  #read(release: Release): SignedRelease | string | undefined {
+    const file = this.#file(release);
+    return fs.existsSync(file) ? tryToRead(file, release.name) : undefined;
+  }
+
+  #issuedOf(release: Release): string | undefined {
+    const signed = this.#read(release);
+    return typeof signed === "object" ? signed.steps.get(ANY)!.step.issued : undefined;
+  }
+
+  /** Now, but not before older versions, nor after newer ones: devices refuse to go back in time. */
+  #issueTime(to: Release): string {
+    let time = Date.now();
+    const { versions } = this.releases;
+    for (const one of versions) {
+      const issued = one === to ? undefined : this.#issuedOf(one);
+      if (issued === undefined) continue;
+      const isOlder = one.version.compare(to.version) < 0;
+      time = isOlder ? Math.max(time, Date.parse(issued)) : Math.min(time, Date.parse(issued));
     }
+    return isoTime(time);
   }
-  return { ...found, wrong };
+
+  /** The image that belongs to a version. @param before the step as it was signed before, if any */
+  #imageFor(to: Release, { firmware }: SignOptions, before?: Step): FirmwareImage | undefined {
+    const { firmware: images, versions, root } = this.releases;
+    const named = (name: string) => images.find(({ version }) => version.compare(name) === 0);
+    if (firmware !== undefined) {
+      const image = named(firmware);
+      if (image) return image;
+      throw new OTAError(`${root} has no firmware ${firmware}`, 2);
+    }
+    if (before) return before.firmware ? named(before.firmware.version) : undefined;
+    return to === versions.at(-1) ? images.at(-1) : named(to.name);
+  }
+
+  /**
+   * Signs a version: writes `signed_V.json` into the root, or adds a signature to what is signed there.
+   *
+   * @param key private
+   * @throws {OTAError} exit code 2 when there is no such version or firmware
+   */
+  sign(name: string, key: KeyObject, options: SignOptions = {}): Signed {
+    const to = this.#find(name);
+    const old = this.#read(to);
+    const signed = typeof old === "object" ? old : undefined;
+    const before = signed?.steps.get(ANY)!.step;
+    const lasts = before?.expires ? Date.parse(before.expires) - Date.parse(before.issued) : null;
+    const { model = before?.model ?? null, expires } = options;
+    const lifetime = expires === undefined ? lasts : expires * 1000;
+    const issued = this.#issueTime(to);
+    const steps = makeSteps(this.releases, to, this.#imageFor(to, options, before), {
+      expires: lifetime === null ? null : isoTime(Date.parse(issued) + lifetime),
+      issued,
+      model,
+    });
+    const changed = signed ? this.#changes(signed, steps) : typeof old === "string" ? [old] : [];
+    if (signed && lifetime !== lasts) changed.push("its expiry");
+    const isSame = signed !== undefined && changed.length === 0;
+    const envelopes = isSame
+      ? [...signed.steps.values()].map(({ envelope }) => envelope)
+      : steps.map(sealStep);
+    for (const envelope of envelopes) signEnvelope(envelope, key);
+    const files = Object.fromEntries([...to.files].map(([path, { sha256 }]) => [path, sha256]));
+    const ignore = [...new Set([...this.ignore, ...this.releases.signedIgnore])];
+    const json = { files, ...(ignore.length > 0 && { ignore }), steps: envelopes };
+    replaceFile(this.#file(to), `${JSON.stringify(json)}\n`);
+    return { steps: steps.length, signatures: envelopes[0]!.signatures.length, changed };
+  }
+
+  /** What differs between the steps that were signed and those that would be. */
+  #changes({ steps: old }: SignedRelease, now: readonly Step[]): string[] {
+    const [before, after] = [old.get(ANY)!.step, now.find(({ from }) => from === ANY)!];
+    const changes: string[] = [];
+    const key = ({ from, steps, release }: Step) => `${from} ${steps} ${release}`;
+    const keys = new Set([...old.values()].map(({ step }) => key(step)));
+    if (keys.size !== now.length || !now.every((step) => keys.has(key(step)))) {
+      changes.push(before.release === after.release ? "the versions beside it" : "its files");
+    }
+    if (before.firmware?.sha256 !== after.firmware?.sha256) changes.push("its firmware");
+    if (before.model !== after.model) changes.push("its model");
+    return changes;
+  }
+
+  /**
+   * Checks what is signed of a version.
+   *
+   * @param keys public; each must have signed every step
+   * @returns the number of steps, and what is missing or wrong, one line each
+   */
+  async check(
+    name: string,
+    keys: readonly KeyObject[],
+  ): Promise<{ steps: number; wrong: string[] }> {
+    const to = this.#find(name);
+    const signed = this.#read(to);
+    if (!signed) return { steps: 0, wrong: [`there is no ${basename(this.#file(to))}`] };
+    if (typeof signed === "string") return { steps: 0, wrong: [`it ${signed}`] };
+    const { firmware } = this.releases;
+    const change = await changedSinceSigned(signed, to, firmware, new TimeSlicer());
+    if (change) return { steps: 0, wrong: [`it ${change}`] };
+    const { issued } = signed.steps.get(ANY)!.step;
+    const steps = makeSteps(this.releases, to, undefined, { expires: null, issued, model: null });
+    const wrong = steps.flatMap((step) => checkStepFile(signed, step, keys));
+    if (Date.parse(issued) > Date.now()) wrong.push(`it was issued in the future, at ${issued}`);
+    const later = this.releases.versions.find((one) => {
+      const other = one.version.compare(to.version) < 0 ? this.#issuedOf(one) : undefined;
+      return other !== undefined && Date.parse(other) > Date.parse(issued);
+    });
+    if (later) wrong.push(`it was issued before ${later.name}: devices on that refuse it`);
+    return { steps: steps.length, wrong };
+  }
+}
+
+/** What is wrong with one signed step. @param now as it would be signed */
+function checkStepFile(signed: SignedRelease, now: Step, keys: readonly KeyObject[]): string[] {
+  const { from, steps, release } = now;
+  const name = `the step from ${{ "": "nothing", [ANY]: "any version" }[from] ?? from}`;
+  const one = signed.steps.get(from);
+  if (!one) return [`${name} is missing`];
+  if (one.step.steps !== steps || one.step.release !== release) return [`${name} has changed`];
+  const signers = signersOf(one.envelope, keys);
+  const absent = keys.filter((_, i) => !signers.has(i)).map(rawPublicKey);
+  const wrong = absent.map((key) => `${name} is not signed by ${key}`);
+  const { expires } = one.step;
+  if (expires && Date.parse(expires) < Date.now()) wrong.push(`${name} expired at ${expires}`);
+  return wrong;
+}
+
+/** Replaces a file as a whole, durably. */
+function replaceFile(file: string, text: string): void {
+  const draft = `${dirname(file)}/.${basename(file)}.${process.pid}.new`;
+  const sync = (path: string, flags: string, write: (fd: number) => void) => {
+    const fd = fs.openSync(path, flags);
+    try {
+      write(fd);
+      fs.fsyncSync(fd);
+    } finally {
+      fs.closeSync(fd);
+    }
+  };
+  try {
+    sync(draft, "w", (fd) => fs.writeFileSync(fd, text));
+    fs.renameSync(draft, file);
+    sync(dirname(file), "r", () => {});
+  } catch (error) {
+    ignoreErrors(() => fs.unlinkSync(draft));
+    throw error;
+  }
 }
 
 // ──── Watch ─────────────────────────────────────────────────────────────────────────────────────
@@ -3085,6 +3231,7 @@ export class RootWatch implements Disposable {
 export function rootWarnings(releases: Releases): string[] {
   const found: string[] = [];
   for (const { path, reason } of releases.held) found.push(`${path} is not offered: it ${reason}`);
+  for (const { path, reason } of releases.unsigned) found.push(`${path} ${reason}`);
   if (releases.versions.length + releases.firmware.length + releases.held.length === 0) {
     found.push(
       `no release in ${releases.root}: put each version of the devices' files in a directory named ` +
@@ -4651,15 +4798,6 @@ function ifThere(remove: () => void): void {
   }
 }
 
-/** Does what may fail: a cleanup that the next run does again, a refinement. */
-function ignoreErrors(task: () => void): void {
-  try {
-    task();
-  } catch {
-    // As the name says.
-  }
-}
-
 // ──── Files ──────────────────────────────────────────────────────────────────────────────────────
 // Reading a device's files. Symbolic links are never followed.
 
@@ -5079,9 +5217,10 @@ const EMPTY: State = {
 };
 
 function asInstalled(value: unknown, name: string): Installed {
-  const { version, files } = asObject(value, name);
+  const { version, files, issued } = asObject(value, name);
   asText(version, `${name}.version`);
   asObject(files, `${name}.files`);
+  if (issued !== undefined) asTime(issued, `${name}.issued`);
   return value as Installed;
 }
 
@@ -5995,6 +6134,12 @@ export class Journal implements Disposable {
 
   get state(): State {
     return this.#records.state;
+  }
+
+  /** What was installed last, as far as any record says: also while the state is damaged. */
+  get lastInstalled(): Installed | null {
+    const { state, commit, done } = this.#records;
+    return state.installed ?? commit?.to ?? done?.to ?? null;
   }
 
   /** Damaged records, as they were set aside; only a repair makes a new one. */
@@ -7167,16 +7312,11 @@ export interface Trust {
   threshold?: number | undefined;
 }
 
-/** Nobody has signed a manifest, or the absence of one. */
-class UnsignedError extends OTAError {
-  override name = "UnsignedError";
-}
-
 /** @param signature what there is of one */
-function notSigned(signature: unknown): OTAError {
-  return signature
-    ? new OTAError("refused the manifest: none of the keys given signed it")
-    : new UnsignedError("refused the manifest: it is not signed, and --verify was given");
+function refuseUnsigned(manifest: Manifest | null | undefined, signature: unknown): never {
+  if (signature) refuse("none of the keys given signed it");
+  const what = manifest === null ? "nothing newer, it says, but that" : "it";
+  return refuse(`${what} is not signed, and --verify was given`);
 }
 
 /**
@@ -7215,7 +7355,10 @@ function checkStep(manifest: Manifest, step: Step, query: ManifestQuery): void {
       `its step is from ${step.from || "nothing"}, and this device is on ${asked || "nothing"}`,
     );
   }
-  if (!isSame(step.to, version)) refuse(`its step is to ${step.to}, and not to ${version}`);
+  // As it was signed; a device that stays where it is may name its version in its own way.
+  if (version !== step.to && !(isSame(step.to, asked) && version === asked)) {
+    refuse(`its step is to ${step.to}, and not to ${version}`);
+  }
   if (query.model !== undefined && step.model !== query.model) {
     refuse(`its step is for ${step.model ?? "no model"}, and this device is a ${query.model}`);
   }
@@ -7329,16 +7472,17 @@ class ManifestClient {
     const isSigned = signature !== null && isSignedBy(trust.keys, signature, body, query.reqid!);
     let manifest: Manifest | null;
     try {
-      manifest = parseManifest(body, atLeast);
+      manifest = parseManifest(body);
     } catch (error) {
       // What strangers sent is not worth a closer look.
-      throw isSigned ? error : notSigned(signature);
+      if (isSigned) throw error;
+      refuseUnsigned(undefined, signature);
     }
     const step = stepBy(trust, manifest, query);
-    if (step) return { manifest, step };
-    if (!isSigned) throw notSigned(signature ?? manifest?.signed);
-    if (manifest) checkAnswer(manifest, query);
-    return { manifest };
+    if (!step && !isSigned) refuseUnsigned(manifest, signature ?? manifest?.signed);
+    if (manifest && atLeast !== undefined) refuseOlder(manifest, atLeast);
+    if (manifest && !step) checkAnswer(manifest, query);
+    return { manifest, step };
   }
 
   /** Receives a whole manifest, within the size limit. */
@@ -7422,7 +7566,15 @@ class Survey {
   /** The list of a release's files, if the server has it and sends SHA-256. */
   async #askForList(manifests: ManifestClient, version: string): Promise<Manifest | null> {
     const query = { list: version, hash: "sha256", devid: await this.#id() };
-    const list = await this.#askUnlessUnsigned(manifests, query);
+    let list: Manifest | null;
+    try {
+      list = (await manifests.ask(query)).manifest;
+    } catch (error) {
+      // Without a list that can be trusted, the full list of the update will do.
+      if (!this.options.verify || !(error instanceof RefusedError)) throw error;
+      note(this.options, `what ${version} consists of is not known: ${error.message}`);
+      return null;
+    }
     // A server that knows no `list` answers with its newest release.
     const isKnown = list?.new.every(({ sha256 }) => sha256 !== undefined);
     if (!list || !isKnown || new LooseVersion(list.version).compare(version) !== 0) {
@@ -7430,19 +7582,6 @@ class Survey {
       return null;
     }
     return list;
-  }
-
-  /** What an unsigned list says is not believed; without one, the full list of the update will do. */
-  async #askUnlessUnsigned(
-    manifests: ManifestClient,
-    query: ManifestQuery,
-  ): Promise<Manifest | null> {
-    try {
-      return (await manifests.ask(query)).manifest;
-    } catch (error) {
-      if (error instanceof UnsignedError) return null;
-      throw error;
-    }
   }
 
   /** Reports how the device differs from the release that it claims. */
@@ -7503,16 +7642,25 @@ interface Staged {
   issued: string | undefined;
 }
 
-/** Whether a manifest changes nothing: a step from a release to itself. */
-function isEmpty({ delete: gone, new: added, update, firmware, full }: Manifest): boolean {
-  return gone.length + added.length + update.length === 0 && !firmware && !full;
+/** Whether a manifest changes nothing on a device: a step from its release to itself. */
+function isEmpty(manifest: Manifest, current: string): boolean {
+  const { delete: gone, new: added, update, firmware, full, version } = manifest;
+  const isSame = new LooseVersion(version).compare(current) === 0;
+  return isSame && gone.length + added.length + update.length === 0 && !firmware && !full;
 }
 
-/** @throws {OTAError} unless a manifest ends in the release that was signed, from what is here */
-function checkTarget({ files, version }: Target, { release }: Step): void {
-  const found = releaseDigest(Object.entries(files));
-  if (found === release) return;
-  refuse(`from what is here it does not lead to ${version} as it was signed; client --repair does`);
+/**
+ * Checks that a manifest ends in the release that was signed.
+ *
+ * @param has what is really there: files that the manifest does not list stay as they are
+ */
+function checkTarget(target: Target, manifest: Manifest, has: Inventory, step: Step): void {
+  const listed = new Set(listedFiles(manifest).map(({ path }) => path));
+  const files = Object.entries(target.files).map(([path, key]) => {
+    return [path, listed.has(path) ? key : (has.files.get(path) ?? "")] as const;
+  });
+  if (releaseDigest(files) === step.release) return;
+  refuse(`from what is here it does not lead to ${step.to} as it was signed`);
 }
 
 /**
@@ -7595,10 +7743,11 @@ export abstract class OTA {
     const has = await survey.take(manifests);
     for (let isFirst = true; ; isFirst = false) {
       const query = await survey.query(has);
-      const { manifest, step } = await manifests.ask(query, survey.current || undefined);
+      const last = verify && journal.lastInstalled?.version;
+      const { manifest, step } = await manifests.ask(query, survey.current || last || undefined);
       const { installed } = journal.state;
-      if (step) checkTimes(step, installed?.issued, (text) => note(this.options, text));
-      if (!manifest || (step && isEmpty(manifest))) {
+      if (step) checkTimes(step, journal.lastInstalled?.issued, (text) => note(this.options, text));
+      if (!manifest || (step && isEmpty(manifest, survey.current))) {
         if (step && installed && step.issued !== installed.issued) {
           await journal.remember({ ...installed, issued: step.issued });
         }
@@ -7607,9 +7756,11 @@ export abstract class OTA {
       }
       const full = manifest.full ?? repair;
       const target = targetOf(manifest, has.installed, full);
-      if (step) checkTarget(target, step);
+      if (step) checkTarget(target, manifest, has, step);
       const active = this.#files.firmware;
       const failure = failureOf(target, manifest, active);
+      // Spellings of the version and modes are not signed, and must not make it another release.
+      if (step) failure.digest = sha256(JSON.stringify({ ...step, from: "", steps: "" }));
       const failed = journal.state.failed.find((one) => isSameFailure(one, failure));
       if (failed && !retry) {
         const to = failed.firmware;
@@ -8324,51 +8475,55 @@ async function runKeygen(given: Given): Promise<number> {
 }
 
 async function runSign(given: Given): Promise<number> {
-  const { root = ".", key, model } = given;
+  const { root: path = ".", key, model, expires, ignore } = given;
   const ver = releaseOption(given, "ver");
-  const checked = given["sign --check"];
-  if (checked) return runCheckSigned(root, ver, checked);
-  if (key === undefined) throw new OTAError("sign needs --key FILE, or --check PUB", 2);
-  const secret = readKey(key, "private");
-  if (fs.existsSync(root) && isInside(fs.realpathSync(key), fs.realpathSync(root))) {
-    throw new OTAError(`the key ${key} lies in the root, which is served: move it away`, 2);
-  }
   const firmware = releaseOption(given, "firmware");
-  const expires = given.expires === undefined ? undefined : parseDuration("expires", given.expires);
+  const checked = given["sign --check"];
+  if (checked && [key, model, expires, firmware].some((value) => value !== undefined)) {
+    throw new OTAError("sign --check goes with --root, --ver and --ignore alone", 2);
+  }
   if (firmware !== undefined && ver === undefined) {
     throw new OTAError("--firmware belongs to one version: it needs --ver V", 2);
   }
+  const keys = checked?.map((file) => readKey(file, "public"));
+  if (!keys && key === undefined) throw new OTAError("sign needs --key FILE, or --check PUB", 2);
+  const secret = keys ? undefined : readKey(key!, "private");
+  const root = await SigningRoot.open(path, ignore);
+  if (secret && isInside(fs.realpathSync(key!), fs.realpathSync(path))) {
+    throw new OTAError(`the key ${key} lies in the root, which is served: move it away`, 2);
+  }
   // A device at first contact asks what the release that it is on consists of: all are signed.
-  for (const one of ver === undefined ? await versionsToSign(root) : [ver]) {
-    await signOne(root, secret, { ver: one, firmware, model, expires });
+  const versions = ver === undefined ? root.versions : [ver];
+  if (keys) return checkSigned(root, versions, keys, checked!);
+  const lifetime = expires === undefined ? undefined : parseDuration("expires", expires);
+  for (const version of versions) {
+    const done = root.sign(version, secret!, { firmware, model, expires: lifetime });
+    if (done.changed.length > 0) {
+      const what = done.changed.join(", ");
+      tell(`${version} is not what was signed before (${what}): signed anew, by this key alone`);
+    }
+    const count = `${done.signatures} ${done.signatures === 1 ? "signature" : "signatures"}`;
+    await say(`signed ${version}: ${done.steps} steps, ${count}`);
   }
   return 0;
 }
 
-async function signOne(root: string, key: KeyObject, options: SignOptions): Promise<number> {
-  const { version, steps, isAnew, signatures } = await signRelease(root, key, options);
-  if (isAnew) tell(`${version} is not what was signed before: signed anew, by this key alone`);
-  return say(
-    `signed ${version}: ${steps} steps, ${signatures} ${signatures === 1 ? "signature" : "signatures"}`,
-  );
-}
-
-async function runCheckSigned(
-  root: string,
-  ver: string | undefined,
+async function checkSigned(
+  root: SigningRoot,
+  versions: readonly string[],
+  keys: readonly KeyObject[],
   files: readonly string[],
 ): Promise<number> {
-  const keys = files.map((file) => readKey(file, "public"));
   for (const [i, key] of keys.entries()) await say(`${files[i]}, for boards: ${rawPublicKey(key)}`);
   let code = 0;
-  for (const one of ver === undefined ? await versionsToSign(root) : [ver]) {
-    const { version, steps, wrong } = await verifyRelease(root, keys, { ver: one });
+  for (const version of versions) {
+    const { steps, wrong } = await root.check(version, keys);
     for (const line of wrong) tell(`${version}: ${line}`);
     if (wrong.length > 0) code = 1;
-    else
-      await say(
-        `${version} is signed by ${keys.length === 1 ? "this key" : "these keys"}: ${steps} steps`,
-      );
+    else {
+      const by = keys.length === 1 ? "this key" : "these keys";
+      await say(`${version} is signed by ${by}: ${steps} steps`);
+    }
   }
   return code;
 }
@@ -8554,7 +8709,7 @@ const COMMANDS: Record<string, Command> = {
   },
   sign: {
     summary: "sign a release at home: the steps to it, for any server to carry",
-    options: ["key", "root", "ver", "firmware", "model", "expires", "sign --check"],
+    options: ["key", "root", "ver", "firmware", "model", "expires", "ignore", "sign --check"],
     notes:
       "The root is the current directory by default. Writes signed_V.json there; a second key adds\n" +
       "its signatures. Exit codes: 0; 1 failed, or --check found something missing; 2 usage.",

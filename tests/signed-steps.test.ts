@@ -6,13 +6,24 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { createPrivateKey, createPublicKey, sign, type KeyObject } from "node:crypto";
-import { cpSync, existsSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { spawnSync } from "node:child_process";
+import {
+  cpSync,
+  existsSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statfsSync,
+  symlinkSync,
+  truncateSync,
+  writeFileSync,
+} from "node:fs";
 import { makeKeys, Releases, STEP_TYPE, type Envelope, type Manifest, type Step } from "../ota.ts";
 import { sha256 } from "./helpers/content.ts";
 import { Random, seeded } from "./helpers/random.ts";
 import { openssl } from "./helpers/pki.ts";
 import { asTree, type Tree } from "./helpers/temp.ts";
-import { run, until, type Ran } from "./helpers/tool.ts";
+import { need, run, until, type Ran } from "./helpers/tool.ts";
 import { World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
@@ -40,6 +51,11 @@ class Home extends World {
     await home.sign();
     await home.serve();
     return home;
+  }
+
+  /** One whose releases are on a disk of 128 KiB. */
+  static async onSmallDisk(): Promise<SmallHome> {
+    return new SmallHome();
   }
 
   private(name = "home"): KeyObject {
@@ -85,6 +101,28 @@ class Home extends World {
 
   get issued(): string | undefined {
     return JSON.parse(readFileSync(this.at("device/.ota/state.json"), "utf8")).installed?.issued;
+  }
+}
+
+class SmallHome extends Home {
+  constructor() {
+    super({});
+    const options = ["-t", "tmpfs", "-o", "size=128k", "tmpfs", this.releases];
+    const { status, stderr } = spawnSync(need("mount"), options, { encoding: "utf8" });
+    if (status !== 0) throw new Error(`mount: ${stderr}`);
+    for (const [version, files] of Object.entries({ "1.0.0": V1, "1.0.1": V2 })) {
+      this.release(version, files);
+    }
+  }
+
+  get free(): number {
+    const { bavail, bsize } = statfsSync(this.releases);
+    return bavail * bsize;
+  }
+
+  override async [Symbol.asyncDispose](): Promise<void> {
+    spawnSync("umount", [this.releases]);
+    await super[Symbol.asyncDispose]();
   }
 }
 
@@ -217,7 +255,9 @@ describe("sign", () => {
     await home.sign();
     home.release("1.0.1", { "flash/main.py": "print('2')\n" });
     const { stderr } = await home.sign([], "second");
-    expect(stderr).toBe("1.0.1 is not what was signed before: signed anew, by this key alone\n");
+    expect(stderr).toBe(
+      "1.0.1 is not what was signed before (its files): signed anew, by this key alone\n",
+    );
     expect((await home.check(["second"], ["--ver", "1.0.1"])).code).toBe(0);
     const { code, stderr: missing } = await home.check(["home"], ["--ver", "1.0.1"]);
     expect({ code, missing }).toEqual({
@@ -235,9 +275,73 @@ describe("sign", () => {
     expect(await check()).toBe("1.0.1: it was changed since it was signed: flash/new.py\n");
     rmSync(home.at("releases/1.0.1/flash/new.py"));
     home.release("0.9.5", V0);
-    expect(await check()).toBe("1.0.1: no step from 0.9.5\n");
+    expect(await check()).toBe("1.0.1: the step from 0.9.5 is missing\n");
     home.write({ "releases/firmware_1.0.1.bin": "other" });
     expect(await check()).toContain("firmware 1.0.1, which is not here as it was");
+  });
+
+  test("two people who sign by the same command sign the same; what is not given stays", async () => {
+    await using home = new Home();
+    const args = ["--ver", "1.0.1", "--expires", "365d", "--model", "lopy4"];
+    await home.sign(args);
+    expect((await home.sign(args, "second")).stdout).toContain("2 signatures");
+    expect(await home.sign(["--ver", "1.0.1"], "stranger")).toMatchObject({
+      stderr: "",
+      stdout: "signed 1.0.1: 5 steps, 3 signatures\n",
+    });
+    const { model, expires } = stepOf(home.envelopes().get("1.0.0")!);
+    expect({ model, expires }).toEqual({ model: "lopy4", expires: expect.any(String) as string });
+    // A newer image beside it is not what belongs to it.
+    home.write({ "releases/firmware_1.0.2.bin": "newer" });
+    expect((await home.sign(["--ver", "1.0.1"])).stderr).toBe("");
+    const other = await home.sign(["--ver", "1.0.1", "--firmware", "1.0.2", "--expires", "1d"]);
+    expect(other.stderr).toContain("(its firmware, its expiry): signed anew, by this key alone");
+  });
+
+  test("a version that is signed late is not issued after a newer one", async () => {
+    await using home = new Home();
+    await home.sign(["--ver", "1.0.1"]);
+    const issued = (version: string) => stepOf(home.envelopes(version).get("*")!).issued;
+    const file = JSON.parse(readFileSync(home.file(), "utf8")) as { steps: Envelope[] };
+    const past = (envelope: Envelope) =>
+      seal({ ...stepOf(envelope), issued: "2026-11-01T00:00:00Z" }, home.private());
+    writeFileSync(home.file(), JSON.stringify({ ...file, steps: file.steps.map(past) }));
+    await home.sign(["--ver", "1.0.0"]);
+    expect(issued("1.0.0")).toBe(issued("1.0.1"));
+    expect((await home.check(["home"], ["--ver", "1.0.1"])).code).toBe(0);
+    const future = (envelope: Envelope) =>
+      seal({ ...stepOf(envelope), issued: "2099-01-01T00:00:00Z" }, home.private());
+    const old = JSON.parse(readFileSync(home.file("1.0.0"), "utf8")) as { steps: Envelope[] };
+    writeFileSync(home.file("1.0.0"), JSON.stringify({ ...old, steps: old.steps.map(future) }));
+    expect((await home.check()).stderr).toContain("1.0.0: it was issued in the future, at 2099");
+    expect((await home.check()).stderr).toContain("1.0.1: it was issued before 1.0.0: devices on");
+  });
+
+  test("--ignore: what was left out is left out by whoever serves it", async () => {
+    await using home = new Home();
+    home.release("1.0.1", { "NOTES.md": "internal" });
+    await home.sign(["--ignore", "*.md"]);
+    const releases = await Releases.open(home.releases, { quiet: 0 });
+    expect(releases.held).toEqual([]);
+    expect([...releases.find("1.0.1")!.files.keys()]).toEqual(Object.keys(V2).sort());
+    expect((await home.check()).code).toBe(0);
+    // Nor does it have to be said again.
+    expect((await home.sign()).stderr).toBe("");
+    expect((await run(["manifest", "--root", home.releases, "--ignore", "*.md"])).stderr).toBe("");
+  });
+
+  test("a disk that is full leaves what was signed before", async () => {
+    await using home = await Home.onSmallDisk();
+    await home.sign();
+    const before = readFileSync(home.file(), "utf8");
+    home.write({ "releases/filler": Buffer.alloc(home.free - 2048) });
+    const { code, stderr } = await home.sign([], "second");
+    expect({ code, stderr }).toEqual({
+      code: 1,
+      stderr: expect.stringContaining("ENOSPC") as string,
+    });
+    expect(readFileSync(home.file(), "utf8")).toBe(before);
+    expect(readdirSync(home.releases).filter((name) => name.startsWith("."))).toEqual([]);
   });
 
   test("refuses a key inside the root, a version that is not there, and a public key", async () => {
@@ -258,6 +362,8 @@ describe("sign", () => {
     expect((await home.sign(["--ver", "1.0.1", "--firmware", "7"])).stderr).toContain(
       "has no firmware 7",
     );
+    const both = ["--check", home.at("home.pub"), "--key", home.at("home.key")];
+    expect((await run(["sign", "--root", home.releases, ...both])).code).toBe(2);
     const pub = await run(["sign", "--root", home.releases, "--key", home.at("home.pub")]);
     expect(pub).toMatchObject({
       code: 2,
@@ -302,7 +408,35 @@ describe("a root with signed releases", () => {
       });
     }
     rmSync(home.file());
-    expect((await offered(home)).held).toEqual(["1.0.1 is not signed", image]);
+    expect((await offered(home)).held).toEqual([
+      "1.0.1 is not signed, as others are (signed_0.9.0.json)",
+      image,
+    ]);
+  });
+
+  test("what cannot be read holds its version back, and nothing else", async () => {
+    await using home = new Home();
+    await home.sign();
+    rmSync(home.file());
+    symlinkSync("signed_1.0.1.json", home.file());
+    expect((await offered(home)).held[0]).toContain("ELOOP");
+    rmSync(home.file());
+    spawnSync("mkfifo", [home.file()]);
+    expect((await offered(home)).held[0]).toContain("not a file");
+    rmSync(home.file());
+    writeFileSync(home.file(), "");
+    truncateSync(home.file(), 65 * 1024 * 1024);
+    expect((await offered(home)).held[0]).toContain("more than 67108864 bytes");
+  });
+
+  test("older versions that are not signed, and signatures of versions that are gone, are told", async () => {
+    await using home = new Home();
+    await home.sign();
+    rmSync(home.file("0.9.0"));
+    cpSync(home.file(), home.file("0.8.0"));
+    const { stderr } = await run(["manifest", "--root", home.releases]);
+    expect(stderr).toContain("warning: 0.9.0 is not signed, as others are (signed_0.8.0.json)\n");
+    expect(stderr).toContain("warning: signed_0.8.0.json is of a version that is not here\n");
   });
 
   test("manifest and serve say why", async () => {
@@ -433,7 +567,7 @@ describe("a device that trusts a key", () => {
       ({ signed: _, ...manifest }: Manifest) => ({ ...manifest, delete: [], new: [], update: [] }),
     ]) {
       await using middle = between(home, edit);
-      expect(await home.refuses(middle)).toContain("it is not signed, and --verify was given");
+      expect(await home.refuses(middle)).toContain("is not signed, and --verify was given");
     }
   });
 
@@ -550,6 +684,103 @@ describe("a device that trusts a key", () => {
     expect(await home.refuses(middle)).toContain("it does not lead to 1.0.1 as it was signed");
     expect((await home.device()).code).toBe(0);
     expect(home.tree()["flash/keep.py"]).toBe(asTree({ a: "same\n" })["a"]!);
+  });
+
+  test("nor of what was edited since, and is in no list", async () => {
+    await using home = new Home();
+    for (const version of ["1.0.0", "1.0.1"]) home.release(version, { "flash/keep.py": "same\n" });
+    await home.sign();
+    await home.serve();
+    await home.device();
+    home.release("1.0.2", { ...V2, "flash/keep.py": "same\n", "flash/new.py": "" });
+    await home.sign(["--ver", "1.0.2"]);
+    await home.serve();
+    home.write({ "device/flash/keep.py": "edited\n" });
+    await using middle = between(home, (manifest) => manifest, ["base"]);
+    expect(await home.refuses(middle)).toContain("it does not lead to 1.0.2 as it was signed");
+    expect((await home.device()).last).toBe("updated 1.0.1 -> 1.0.2");
+    expect(home.tree()["flash/keep.py"]).toBe(asTree({ a: "same\n" })["a"]!);
+  });
+
+  test("many signatures, or a long payload, are no work for it", async () => {
+    await using home = await Home.signed();
+    const { signatures } = home.envelopes().get("1.0.0")!;
+    for (const change of [
+      { signatures: Array.from({ length: 100_000 }, () => signatures[0]!) },
+      { payload: "A".repeat(1_000_000) },
+    ]) {
+      await using middle = changing(home, (manifest) => {
+        return { ...manifest, signed: { ...manifest.signed!, ...change } };
+      });
+      expect(await home.refuses(middle)).toContain("it is not signed, and --verify was given");
+    }
+  });
+
+  test("a release that failed is known again, however its version is spelled on the way", async () => {
+    await using home = await Home.signed();
+    expect((await home.device(home, ["home"], ["--check", "false"])).code).toBe(3);
+    for (const version of ["1.00.1", "1.0.1.", "1..0.1"]) {
+      await using middle = changing(home, (manifest) => ({ ...manifest, version }));
+      expect(await home.refuses(middle)).toContain(`its step is to 1.0.1, and not to ${version}`);
+    }
+    await using modes = changing(home, (manifest) => ({
+      ...manifest,
+      new: manifest.new.map((entry) => ({ ...entry, executable: true })),
+    }));
+    expect((await home.device(modes, ["home"], ["--check", "false"])).last).toContain("not tried");
+    // Signed anew, it is another try.
+    await home.sign(["--ver", "1.0.1", "--model", "lopy4"]);
+    await home.serve();
+    expect((await home.device()).last).toBe("updated 1.0.0 -> 1.0.1 (firmware 0 -> 1.0.1)");
+  });
+
+  test("--repair of a damaged record does not lead to an older release", async () => {
+    await using home = await Home.signed();
+    await home.device();
+    rmSync(home.at("device/flash/OTA_VERSION.py"));
+    home.write({ "device/.ota/state.json": "{" });
+    await using old = new Home({ "1.0.0": V1 });
+    for (const name of ["home.key", "home.pub"]) cpSync(home.at(name), old.at(name));
+    rmSync(old.at("releases/firmware_1.0.1.bin"));
+    await old.sign();
+    await old.serve();
+    const keys = ["--verify", home.at("home.pub"), "--repair"];
+    const refused = await home.client(keys, old);
+    expect(refused).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining("older than the device's 1.0.1") as string,
+    });
+    expect((await home.client(keys)).code).toBe(0);
+    expect(home.tree()).toEqual(TREE_2);
+  });
+
+  test("a release with the same content is a release, too", async () => {
+    await using home = await Home.signed();
+    await home.device();
+    home.release("1.0.2", V2);
+    await home.sign();
+    await home.serve();
+    expect((await home.device()).last).toBe("updated 1.0.1 -> 1.0.2");
+    expect((await home.device()).last).toBe("up to date 1.0.2");
+  });
+
+  test("first contact on a release that others have signed, or nobody", async () => {
+    for (const [names, args] of [
+      [["second"], []],
+      [
+        ["home", "second"],
+        ["--threshold", "2"],
+      ],
+    ] as const) {
+      await using home = new Home();
+      await home.sign(["--ver", "1.0.0"]);
+      await home.sign(["--ver", "1.0.1"], "second");
+      if (names.length > 1) await home.sign(["--ver", "1.0.1"]);
+      await home.serve();
+      const { last, stderr } = await home.device(home, names, args);
+      expect(last).toBe("updated 1.0.0 -> 1.0.1 (firmware 0 -> 1.0.1)");
+      expect(stderr).toContain("what 1.0.0 consists of is not known: refused the manifest");
+    }
   });
 
   test("a step that was issued before the one that is installed is refused, whatever it is to", async () => {
