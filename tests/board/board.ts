@@ -86,6 +86,8 @@ export class Board {
   slow = false;
   /** How long it takes to join the WiFi network, in milliseconds. */
   joins = 0;
+  /** What its clock says, ISO 8601; not set, it is 2000 as on a board that was just switched on. */
+  now = "2000-01-01T00:00:00Z";
   #clock = 0;
   #dog = Infinity;
   #fed = 0;
@@ -132,6 +134,7 @@ export class Board {
     other.capacity = this.capacity;
     other.slow = this.slow;
     other.joins = this.joins;
+    other.now = this.now;
     return other;
   }
 
@@ -249,6 +252,7 @@ export class Board {
       // A stand-in does not come before a module that MicroPython has built in.
       `sys.modules["uos"] = files`,
       `sys.modules["uhashlib"] = hashes`,
+      ...(all ? [`import garbage`, `sys.modules["gc"] = garbage`, `del garbage`] : []),
       `del sys, os, files, hashes`,
     ].join("\n");
   }
@@ -283,7 +287,8 @@ export class Board {
       const [of, own] = name.split("/");
       if (own === undefined || of === this.kind) FS.writeFile(`/stand/${own ?? name}`, code);
     }
-    FS.writeFile("/stand/setting.py", `JOIN_MS = ${this.joins}\n`);
+    const now = this.now.match(/\d+/g)!.map(Number).join(", ");
+    FS.writeFile("/stand/setting.py", `JOIN_MS = ${this.joins}\nNOW = (${now})\n`);
   }
 
   #save(FS: FileSystem): void {

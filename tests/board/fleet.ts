@@ -25,6 +25,12 @@ from OTA import WiFiOTA
 WiFiOTA("meter-service", "secret", "127.0.0.1", 8000).rollback()
 `;
 
+/** The library, but for what recovers. */
+const LIBRARY = [
+  ...["OTA", "ota_check", "ota_ed25519", "ota_http", "ota_manifest"],
+  ...["ota_part", "ota_slot", "ota_trust", "ota_update"],
+].map((name) => `lib/${name}.py`);
+
 /** A release root of the test's own, made of files in text. */
 export class Root {
   readonly path = mkdtempSync(join(tmpdir(), "ota-board-"));
@@ -45,8 +51,7 @@ export class Root {
       mkdirSync(dirname(to), { recursive: true });
       cpSync(join(example, "1.0.0/flash", name), to);
     }
-    for (const name of ["OTA", "ota_check", "ota_http", "ota_manifest", "ota_slot", "ota_update"]) {
-      const file = `lib/${name}.py`;
+    for (const file of LIBRARY) {
       cpSync(join(example, "1.0.0/flash", file), join(this.path, version, "flash", file));
     }
     return this.add(version, files);

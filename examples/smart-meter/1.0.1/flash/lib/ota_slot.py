@@ -35,10 +35,12 @@ class Slot:
         self.block = bytearray(BLOCK)
         self.view = memoryview(self.block)
 
-    def start(self, sort):
-        # A slot that can be read is hashed when it is written.
+    def start(self, sort, at=0):
+        # A slot that can be read is hashed when it is written, and can be written
+        # from any whole block on.
         self.hash = None if self.part else getattr(hashlib, sort)()
-        self.fill = self.count = 0
+        self.fill = 0
+        self.count = at // BLOCK
         if not self.part:
             self.pycom.ota_start()
 
@@ -67,9 +69,12 @@ class Slot:
         self.count += 1
         self.fill = 0
 
+    def written(self):
+        return self.count * BLOCK
+
     def finish(self, sort):
         # The digest of what was written.
-        size = self.count * BLOCK + self.fill
+        size = self.written() + self.fill
         if self.fill:
             self.flush()
         return self.digest(sort, size) if self.part else self.stop()
