@@ -28,7 +28,7 @@ WiFiOTA("meter-service", "secret", "127.0.0.1", 8000).rollback()
 /** The library, but for what recovers. */
 const LIBRARY = [
   ...["OTA", "ota_check", "ota_ed25519", "ota_http", "ota_manifest"],
-  ...["ota_part", "ota_slot", "ota_trust", "ota_update"],
+  ...["ota_part", "ota_sha512", "ota_slot", "ota_trust", "ota_update"],
 ].map((name) => `lib/${name}.py`);
 
 /** A release root of the test's own, made of files in text. */

@@ -51,6 +51,10 @@ class OTA:
         # Calls take(piece) for every piece of what the server has at path.
         raise NotImplementedError
 
+    def bearer(self):
+        # The token, where a header can carry it: in ASCII. Else it is in the query.
+        return self.token if self.http and len(self.token.encode()) == len(self.token) else ""
+
     # For an application to replace.
 
     def alive(self):
@@ -169,4 +173,4 @@ class WiFiOTA(OTA):
         import ota_http
 
         ca = setting("CA")
-        ota_http.get(self.ip, self.port, path, take, self.alive, self.token, ca, part)
+        ota_http.get(self.ip, self.port, path, take, self.alive, self.bearer(), ca, part)

@@ -3,6 +3,8 @@
 # does nothing before it is done. What is signed is a DSSE envelope in the manifest;
 # it holds a digest of the manifest's lists, so whoever carries them can change none.
 
+import gc
+import sys
 import time
 
 try:
@@ -80,13 +82,28 @@ def opened(envelope, keys):
     if kind != TYPE:
         refused("what is signed is no step")
     message = ("DSSEv1 %d %s %d " % (len(TYPE), TYPE, len(payload))).encode() + payload
-    import ota_ed25519
+    if not signed_by_one(keys, signatures, message):
+        refused("no signature of a key in config.VERIFY")
+    return payload
 
-    for signature in signatures:
-        for key in keys:
-            if ota_ed25519.verify(key, signature, message):
-                return payload
-    refused("no signature of a key in config.VERIFY")
+
+def signed_by_one(keys, signatures, message):
+    tries = hashed(keys, signatures, message)
+    # One module after the other: there is hardly room for both.
+    sys.modules.pop("ota_sha512")
+    gc.collect()
+    from ota_ed25519 import verify
+
+    for key, signature, digest in tries:
+        if verify(key, signature, digest):
+            return True
+    return False
+
+
+def hashed(keys, signatures, message):
+    from ota_sha512 import sha512
+
+    return [(key, s, sha512(s[:32] + key + message)) for s in signatures for key in keys]
 
 
 def moment(text):
@@ -115,7 +132,8 @@ def in_time(step):
     if step.get("expires") is None:
         return issued
     expires = moment(step["expires"])
-    now = "%04d-%02d-%02dT%02d:%02d:%02d" % tuple(getattr(time, "gmtime", time.localtime)()[:6])
+    clock = time.gmtime() if hasattr(time, "gmtime") else time.localtime()
+    now = "%04d-%02d-%02dT%02d:%02d:%02d" % tuple(clock[:6])
     if now < "2026" or now < issued:
         print("OTA: the clock is not set: whether this has expired is not known")
     elif now > expires:

@@ -117,14 +117,17 @@ def check(current):
 
 
 def trust(keys, current, running):
-    # The same: what verifies signatures is large, and used once.
+    # The same: what verifies signatures is large, and used once. For as long, what
+    # gets files makes room.
+    sys.modules.pop("ota_http", None)
+    gc.collect()
     import ota_trust
 
     try:
         return ota_trust.check(keys, setting("MODEL"), current, running)
     finally:
-        sys.modules.pop("ota_trust", None)
-        sys.modules.pop("ota_ed25519", None)
+        for name in ("ota_trust", "ota_sha512", "ota_ed25519"):
+            sys.modules.pop(name, None)
         gc.collect()
 
 
@@ -145,8 +148,7 @@ def ask(ota, state, current, other, keys):
         ("firmware_ver", state.get("firmware", "") if other else None),
         ("failed", state.get("failed")),
         ("model", setting("MODEL") or None),
-        # WiFiOTA sends it in a header.
-        ("token", None if ota.http else ota.token or None),
+        ("token", None if ota.bearer() else ota.token or None),
     ):
         if value is not None:
             query += "&%s=%s" % (key, quoted(value))
