@@ -510,6 +510,15 @@ export class Board {
         return length;
       },
     });
+    device("/dev/tls", {
+      write: (_stream, buffer, offset, length) => {
+        const bytes = Buffer.from(buffer.slice(offset, offset + length));
+        const end = bytes.indexOf("\n");
+        const ok = this.link.secure(bytes.subarray(0, end).toString(), bytes.subarray(end + 1));
+        if (!ok) throw new FS.ErrnoError(ERRNO.EIO);
+        return length;
+      },
+    });
     device("/dev/radio", {
       write: (_stream, buffer, offset, length) => {
         this.uplinks.push(new Uint8Array(buffer.slice(offset, offset + length)));

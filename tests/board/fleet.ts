@@ -96,7 +96,7 @@ export class Van implements AsyncDisposable {
     for (;;) {
       const { value, done } = await reader.read();
       said += decoder.decode(value, { stream: true });
-      const url = /http:\/\/[\w.[\]:]+?:(\d+)/.exec(said);
+      const url = /https?:\/\/[\w.[\]:]+?:(\d+)/.exec(said);
       if (url) {
         // What it prints from here on must not fill the pipe.
         void (async () => {

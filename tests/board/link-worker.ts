@@ -1,9 +1,12 @@
 // The network side of link.ts: real TCP connections in a thread of their own, one at a time.
-import { connect, type Socket } from "node:net";
+import { connect, isIP, type Socket } from "node:net";
+import { connect as connectTLS } from "node:tls";
 
 declare const self: Worker;
 
 let socket: Socket | undefined;
+/** What carries it, where it is TLS. */
+let plain: Socket | undefined;
 let inbox: Uint8Array[] = [];
 let ended = false;
 let waiting: (() => void) | undefined;
@@ -33,9 +36,38 @@ function wake(): void {
   then?.();
 }
 
+/** Answers when the connection stands, or cannot. */
+function use(mine: Socket, ready: "connect" | "secureConnect"): void {
+  inbox = [];
+  ended = false;
+  let open = false;
+  socket = mine;
+  mine.on(ready, () => {
+    open = true;
+    reply(0);
+  });
+  mine.on("data", (bytes: Uint8Array) => {
+    if (socket !== mine) return;
+    inbox.push(bytes);
+    wake();
+  });
+  const fail = () => {
+    if (!open && socket === mine) reply(-1);
+    open = true;
+  };
+  mine.on("error", fail);
+  mine.on("close", () => {
+    fail();
+    if (socket !== mine) return;
+    ended = true;
+    wake();
+  });
+}
+
 export type Command =
   | { do: "start"; memory: SharedArrayBuffer }
   | { do: "open"; port: number }
+  | { do: "secure"; host: string; ca: string }
   | { do: "send"; bytes: Uint8Array }
   | { do: "receive" }
   | { do: "close" };
@@ -47,29 +79,15 @@ self.onmessage = ({ data: command }: MessageEvent<Command>) => {
       data = new Uint8Array(command.memory, 8);
       return reply(0);
     case "open": {
-      inbox = [];
-      ended = false;
-      let open = false;
-      const mine = connect(command.port, "127.0.0.1");
-      socket = mine;
-      mine.on("connect", () => {
-        open = true;
-        reply(0);
-      });
-      mine.on("data", (bytes: Uint8Array) => {
-        if (socket !== mine) return;
-        inbox.push(bytes);
-        wake();
-      });
-      mine.on("error", () => {
-        if (!open) reply(-1);
-      });
-      mine.on("close", () => {
-        if (socket !== mine) return;
-        ended = true;
-        wake();
-      });
-      return;
+      plain = connect(command.port, "127.0.0.1");
+      return use(plain, "connect");
+    }
+    case "secure": {
+      // What arrives from here on is for TLS.
+      for (const event of ["data", "close"]) plain!.removeAllListeners(event);
+      const { host, ca } = command;
+      const name = isIP(host) ? {} : { servername: host };
+      return use(connectTLS({ socket: plain!, ca, host, ...name }), "secureConnect");
     }
     case "send":
       socket?.write(command.bytes);
