@@ -331,6 +331,57 @@ describe("what was kept", () => {
   });
 });
 
+test("however the head of a part is spoilt: an OSError, or the place that was asked for", async () => {
+  const next = random(SEED);
+  const good =
+    'HTTP/1.0 206 Partial Content\r\nETag: "abc"\r\nContent-Range: bytes 40-43/44\r\nContent-Length: 4\r\n\r\nbody';
+  const all = Array.from({ length: 600 }, (_, i) => {
+    const bytes = Buffer.from(good);
+    for (let n = i === 0 ? 0 : 1 + next(4); n > 0; n--)
+      bytes[next(bytes.length)] =
+        next(2) === 0 ? next(256) : Buffer.from('"\r\n:-/0149 ')[next(12)]!;
+    return bytes;
+  });
+  const board = await van.board("rp2", "1.0.0");
+  board.write("/heads", all.map((bytes) => bytes.toString("hex")).join("\n"));
+  const { output, error } = await board.start(`
+import binascii, ota_http
+class Told:
+    def __init__(self, data):
+        self.data = data
+    def send(self, data):
+        return len(data)
+    def recv(self, most):
+        piece = self.data[:7]
+        self.data = self.data[7:]
+        return piece
+    def close(self):
+        pass
+class Part:
+    at = 40
+    tag = '"abc"'
+    def begin(self, at, tag):
+        self.began = (at, tag)
+with open("/heads") as f:
+    for line in f:
+        data = binascii.unhexlify(line.strip())
+        ota_http.connected = lambda address: Told(data)
+        part = Part()
+        try:
+            ota_http.get("127.0.0.1", 1, "/", lambda piece: None, part=part)
+            print("body", part.began)
+        except OSError:
+            print("OSError")
+        except Exception as e:
+            print("raised", repr(e))
+`);
+  expect(error).toBe("");
+  expect(output[0]).toBe(`body (40, '"abc"')`);
+  for (const [i, line] of output.entries())
+    expect(line, `seed ${SEED}: ${all[i]}`).toMatch(/^(OSError$|body \((40, '"abc"'|0, ))/);
+  expect(output.filter((line) => line === "OSError").length).toBeGreaterThan(30);
+});
+
 test("a range of a manifest, which nobody asked for, is no manifest", async () => {
   const board = await van.board("rp2", "1.0.0");
   van.link.weather = {

@@ -220,6 +220,13 @@ describe("the envelope", () => {
     }
   });
 
+  test("with the signatures of twelve people is taken; with those of thirty it is too long", async () => {
+    const people = (count: number): Desk["answer"] => (manifest, from) =>
+      desk.signed(manifest, from, [...Array.from({ length: count - 1 }, () => other), home]); // prettier-ignore
+    await installs(board.copy(), people(12));
+    await refuses(board, people(30), /an entry is too long/);
+  });
+
   test("made by openssl is taken", async () => {
     const directory = mkdtempSync(join(tmpdir(), "ota-openssl-"));
     const at = (name: string) => join(directory, name);
@@ -468,6 +475,18 @@ describe("time", () => {
     expect(board.read("/OTA_VERSION.py")).toContain("1.0.1");
     expect(issued(board)).toBe("2026-11-24T08:00:00");
     await refuses(board, at("2026-11-24T07:59:59Z"), /before what is installed/);
+  });
+
+  test("a record of it that the flash has spoilt refuses nothing for ever", async () => {
+    for (const spoilt of ["", "\u{10ffff}", "zzzz-zz-zz", "20"]) {
+      const board = await desk.board("rp2", OLD, trusting([home]));
+      board.write("/.ota/issued", spoilt);
+      await installs(board);
+      expect(issued(board)).toBe(ISSUED.slice(0, 19));
+    }
+    const board = await desk.board("rp2", OLD, trusting([home]));
+    board.write("/.ota/issued", new Uint8Array([0xff, 0xfe]));
+    await installs(board);
   });
 
   const EXPIRES = { expires: "2027-11-24T00:00:00Z" };

@@ -118,9 +118,11 @@ def moment(text):
 def last_issued():
     try:
         with open(ISSUED) as f:
-            return f.read(19)
-    except OSError:
+            text = f.read(19)
+    except (OSError, ValueError):
         return ""
+    # What the flash has spoilt must not refuse all updates for ever.
+    return text if text[:2] == "20" else ""
 
 
 def in_time(step):
