@@ -107,6 +107,17 @@ const challenge = ({ key, signature, message }: Signed): bigint => {
   return number(new Uint8Array(hash.digest())) % L;
 };
 
+/** A key, and the number that it is. */
+function newKey(): { privateKey: KeyObject; scalar: bigint } {
+  const seed = bytes(32);
+  const der = join2(unhex("302e020100300506032b657004220420"), seed);
+  const privateKey = createPrivateKey({ key: Buffer.from(der), format: "der", type: "pkcs8" });
+  const scalar = new Uint8Array(createHash("sha512").update(seed).digest()).slice(0, 32);
+  scalar[0]! &= 248;
+  scalar[31] = (scalar[31]! & 127) | 64;
+  return { privateKey, scalar: number(scalar) };
+}
+
 /** Each point whose order is 1, 2, 4 or 8, in every way to write it. */
 const SMALL: Uint8Array[] = (() => {
   const eighth = number(unhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"));
@@ -196,8 +207,9 @@ describe("a signature", () => {
 
   test("by a key of small order is bad, also where the equation holds", async () => {
     const bad = SMALL.map((key): Signed => {
-      // R is 0, S is 0: good if the challenge is a multiple of 8.
-      const signature = join2(IDENTITY, little(0n));
+      // R is S times the base point: good if the challenge is a multiple of 8.
+      const { privateKey, scalar } = newKey();
+      const signature = join2(rawKey(privateKey), little(scalar % L));
       for (let n = 0; ; n++) {
         const one = { key, signature, message: unhex(n.toString(16).padStart(8, "0")) };
         if (challenge(one) % 8n === 0n) return one;
@@ -208,15 +220,10 @@ describe("a signature", () => {
   });
 
   test("with an R of small order is bad, also by who has the key", async () => {
-    const seed = bytes(32);
-    const der = join2(unhex("302e020100300506032b657004220420"), seed);
-    const privateKey = createPrivateKey({ key: Buffer.from(der), format: "der", type: "pkcs8" });
-    const scalar = new Uint8Array(createHash("sha512").update(seed).digest()).slice(0, 32);
-    scalar[0]! &= 248;
-    scalar[31] = (scalar[31]! & 127) | 64;
+    const { privateKey, scalar } = newKey();
     const bad = SMALL.map((r): Signed => {
       const one = { key: rawKey(privateKey), signature: r, message: unhex("00") };
-      const s = (challenge(one) * number(scalar)) % L;
+      const s = (challenge(one) * scalar) % L;
       return { ...one, signature: join2(r, little(s)) };
     });
     // OpenSSL takes the one whose R is 0.

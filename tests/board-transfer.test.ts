@@ -235,6 +235,7 @@ describe("what was kept", () => {
       listen();
       const start = await board.start(UPDATE);
       expect(from(/big\.bin/)).toEqual([0]);
+      expect(start.output.join("\n")).not.toContain("trying again");
       await done(board, start);
     }
   });
