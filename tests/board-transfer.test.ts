@@ -469,8 +469,9 @@ describe("HTTPS", () => {
   const code = UPDATE.replace("127.0.0.1", "van.test").replace("8000)", `8000, "s3cret")`);
   const board = async (kind: Kind, ca: Uint8Array): Promise<Board> => {
     const mine = await secure.board(kind, "1.0.0");
-    mine.write("/ca.der", ca);
-    mine.write(`${mine.home}/config.py`, `CA = "/ca.der"\n`);
+    const pem = `-----BEGIN CERTIFICATE-----\n${Buffer.from(ca).toString("base64")}\n-----END CERTIFICATE-----\n`;
+    mine.write(`${mine.home}/ca`, kind === "pycom" ? pem : ca);
+    mine.write(`${mine.home}/config.py`, `CA = "${mine.home}/ca"\n`);
     return mine;
   };
 
@@ -527,7 +528,7 @@ ${code}`);
     const mine = await board("rp2", await der(tls.ca));
     const without = "import machine, network, socket, time, sys\nsys.path.remove('/stand')\n";
     expect((await mine.start(without + code)).error).toContain("this firmware has no TLS");
-    mine.files.delete("/ca.der");
+    mine.files.delete("/ca");
     expect((await mine.start(code)).error).toContain("OSError: 44");
   });
 });

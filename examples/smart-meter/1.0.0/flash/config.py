@@ -35,7 +35,8 @@ WIFI_PASSWORD = "change this password"
 SERVER_IP = "192.168.4.2"
 SERVER_PORT = 8000
 TOKEN = ""  # what the server was started with: serve --token
-CA = ""  # a file with the certificate (DER) of the server's authority: HTTPS
+# A file with the certificate of the server's authority: HTTPS. DER; on Pycom, PEM.
+CA = ""
 
 # The public keys that releases are signed with, 64 hex digits each, and what board
 # this is, where that is signed as well. With a key, nothing else is installed.

@@ -102,7 +102,7 @@ def connected(address):
 
 def secured(s, host, ca):
     # TLS with a server that has a certificate for its name, of the authority in the
-    # file ca: DER, which every board reads.
+    # file ca: DER, but PEM on a Pycom board.
     try:
         import ssl
     except ImportError:

@@ -1,8 +1,13 @@
-# Stands in for ssl as MicroPython has it: what comes of wrap_socket() has no recv(), and read()
+# TLS for the stand-ins of ssl, as MicroPython has it: what comes of wrap_socket() has no recv(), and read()
 # waits for all that it is asked for unless nothing waits.
 
 CERT_REQUIRED = 2
 PROTOCOL_TLS_CLIENT = 0
+
+
+def start(name, ca):
+    with open("/dev/tls", "wb") as f:
+        f.write(name.encode() + b"\n" + ca)
 
 
 class SSLContext:
@@ -18,8 +23,7 @@ class SSLContext:
 
     def wrap_socket(self, sock, server_hostname=None):
         assert self.verify_mode == CERT_REQUIRED and self.ca and server_hostname
-        with open("/dev/tls", "wb") as f:
-            f.write(server_hostname.encode() + b"\n" + self.ca)
+        start(server_hostname, self.ca)
         return _Tls(sock)
 
 
