@@ -86,6 +86,8 @@ export class Board {
   slow = false;
   /** How long it takes to join the WiFi network, in milliseconds. */
   joins = 0;
+  /** What its clock says, ISO 8601; not set, it is 2000 as on a board that was just switched on. */
+  now = "2000-01-01T00:00:00Z";
   #clock = 0;
   #dog = Infinity;
   #fed = 0;
@@ -132,6 +134,7 @@ export class Board {
     other.capacity = this.capacity;
     other.slow = this.slow;
     other.joins = this.joins;
+    other.now = this.now;
     return other;
   }
 
@@ -250,6 +253,7 @@ export class Board {
       // A stand-in does not come before a module that MicroPython has built in.
       `sys.modules["uos"] = files`,
       `sys.modules["uhashlib"] = hashes`,
+      ...(all ? [`import garbage`, `sys.modules["gc"] = garbage`, `del garbage`] : []),
       `del sys, os, files, hashes`,
     ].join("\n");
   }
@@ -284,7 +288,8 @@ export class Board {
       const [of, own] = name.split("/");
       if (own === undefined || of === this.kind) FS.writeFile(`/stand/${own ?? name}`, code);
     }
-    FS.writeFile("/stand/setting.py", `JOIN_MS = ${this.joins}\n`);
+    const now = this.now.match(/\d+/g)!.map(Number).join(", ");
+    FS.writeFile("/stand/setting.py", `JOIN_MS = ${this.joins}\nNOW = (${now})\n`);
   }
 
   /** @param kept the content of files that have not changed since it was read */
@@ -515,6 +520,15 @@ export class Board {
     device("/dev/late", {
       write: (_stream, buffer, offset, length) => {
         this.link.waited(Number(words(buffer, offset, length)));
+        return length;
+      },
+    });
+    device("/dev/tls", {
+      write: (_stream, buffer, offset, length) => {
+        const bytes = Buffer.from(buffer.slice(offset, offset + length));
+        const end = bytes.indexOf("\n");
+        const ok = this.link.secure(bytes.subarray(0, end).toString(), bytes.subarray(end + 1));
+        if (!ok) throw new FS.ErrnoError(ERRNO.EIO);
         return length;
       },
     });

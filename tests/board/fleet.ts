@@ -26,6 +26,12 @@ from OTA import WiFiOTA
 WiFiOTA("meter-service", "secret", "127.0.0.1", 8000).rollback()
 `;
 
+/** The library, but for what recovers. */
+const LIBRARY = [
+  ...["OTA", "ota_check", "ota_ed25519", "ota_http", "ota_manifest"],
+  ...["ota_part", "ota_sha512", "ota_slot", "ota_trust", "ota_update"],
+].map((name) => `lib/${name}.py`);
+
 /** A release root of the test's own, made of files in text. */
 export class Root extends Temp {
   static #all: Root[] = [];
@@ -46,8 +52,7 @@ export class Root extends Temp {
       mkdirSync(dirname(to), { recursive: true });
       cpSync(join(example, "1.0.0/flash", name), to);
     }
-    for (const name of ["OTA", "ota_check", "ota_http", "ota_manifest", "ota_slot", "ota_update"]) {
-      const file = `lib/${name}.py`;
+    for (const file of LIBRARY) {
       cpSync(join(example, "1.0.0/flash", file), join(this.path, version, "flash", file));
     }
     return this.add(version, files);

@@ -60,8 +60,8 @@ async function findDepth(): Promise<number> {
 }
 
 const MEMO = `
-def _memo():
-    import gc
+import gc
+def _memo(gc=gc):
     f = open("/dev/memo", "wb")
     f.write(b"%d" % gc.mem_alloc())
     f.close()

@@ -1,4 +1,6 @@
 // The network side of link.ts: real TCP connections in a thread of their own, one at a time.
+import { isIP } from "node:net";
+
 declare const self: Worker;
 
 let socket: Bun.Socket | undefined;
@@ -37,9 +39,26 @@ function over(mine: Bun.Socket): void {
   wake();
 }
 
+/** What hears of a connection. (At a close, the `connect` of node:net may lose the last bytes.) */
+function listener(): Bun.SocketHandler {
+  inbox = [];
+  ended = false;
+  return {
+    data: (mine, bytes) => {
+      if (socket !== mine) return;
+      inbox.push(Uint8Array.from(bytes));
+      wake();
+    },
+    end: over,
+    close: over,
+    connectError: () => reply(-1),
+  };
+}
+
 export type Command =
   | { do: "start"; memory: SharedArrayBuffer }
   | { do: "open"; port: number }
+  | { do: "secure"; host: string; ca: string }
   | { do: "send"; bytes: Uint8Array }
   | { do: "receive" }
   | { do: "close" };
@@ -50,29 +69,40 @@ self.onmessage = ({ data: command }: MessageEvent<Command>) => {
       state = new Int32Array(command.memory, 0, 2);
       data = new Uint8Array(command.memory, 8);
       return reply(0);
-    case "open":
-      inbox = [];
-      ended = false;
-      // (At a close, the `connect` of node:net may lose the last of what came.)
-      void Bun.connect({
-        hostname: "127.0.0.1",
-        port: command.port,
-        socket: {
-          open: (mine) => {
-            socket = mine;
-            reply(0);
-          },
-          data: (mine, bytes) => {
-            if (socket !== mine) return;
-            inbox.push(Uint8Array.from(bytes));
-            wake();
-          },
-          end: over,
-          close: over,
-          connectError: () => reply(-1),
-        },
-      }).catch(() => {});
+    case "open": {
+      const open = (mine: Bun.Socket) => {
+        socket = mine;
+        reply(0);
+      };
+      const { port } = command;
+      const socketOf = { ...listener(), open };
+      void Bun.connect({ hostname: "127.0.0.1", port, socket: socketOf }).catch(() => {});
       return;
+    }
+    case "secure": {
+      const { host, ca } = command;
+      let isOpen = false;
+      const handshake: Bun.SocketHandler["handshake"] = (mine, success, error) => {
+        if (isOpen) return;
+        isOpen = true;
+        socket = mine as Bun.Socket;
+        reply(success && !error ? 0 : -1);
+      };
+      const close = (mine: Bun.Socket) => {
+        if (!isOpen) reply(-1);
+        isOpen = true;
+        over(mine);
+      };
+      const plain = socket!;
+      socket = undefined;
+      const tls = { ca, ...(isIP(host) ? {} : { serverName: host, servername: host }) };
+      plain.upgradeTLS<undefined>({
+        data: undefined,
+        tls,
+        socket: { ...listener(), handshake, close },
+      });
+      return;
+    }
     case "send":
       socket?.write(command.bytes);
       return reply(0);

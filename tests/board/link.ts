@@ -86,6 +86,12 @@ export class Link {
     return this.#ask({ do: "open", port: this.port }) === 0;
   }
 
+  /** TLS from here on; false unless the server has a certificate of this authority for the name. */
+  secure(host: string, ca: Uint8Array): boolean {
+    const pem = `-----BEGIN CERTIFICATE-----\n${Buffer.from(ca).toString("base64")}\n-----END CERTIFICATE-----\n`;
+    return this.#ask({ do: "secure", host, ca: pem }) === 0;
+  }
+
   send(bytes: Uint8Array): void {
     this.#head += new TextDecoder().decode(bytes);
     if (!this.#head.endsWith("\r\n\r\n")) return;

@@ -35,6 +35,13 @@ WIFI_PASSWORD = "change this password"
 SERVER_IP = "192.168.4.2"
 SERVER_PORT = 8000
 TOKEN = ""  # what the server was started with: serve --token
+# A file with the certificate of the server's authority: HTTPS. DER; on Pycom, PEM.
+CA = ""
+
+# The public keys that releases are signed with, 64 hex digits each, and what board
+# this is, where that is signed as well. With a key, nothing else is installed.
+VERIFY = ()
+MODEL = ""
 
 # Boards without LoRa send their readings here, over the same network.
 COLLECTOR_IP = "192.168.4.2"

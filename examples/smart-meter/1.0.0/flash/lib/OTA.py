@@ -25,8 +25,18 @@ import ota_boot
 WAIT = 20  # seconds for the WiFi network
 
 
+def setting(name):
+    # What config.py of the application says, "" without that.
+    try:
+        import config
+    except ImportError:
+        return ""
+    return getattr(config, name, "")
+
+
 class OTA:
     token = ""  # what `serve --token` wants
+    http = False  # does get() send the token, and take what get() of WiFiOTA does?
 
     # For a transport to write. What goes wrong is an OSError, and tried again.
     # Whoever waits calls alive() meanwhile, at least every 5 seconds.
@@ -40,6 +50,10 @@ class OTA:
     def get(self, path, take):
         # Calls take(piece) for every piece of what the server has at path.
         raise NotImplementedError
+
+    def bearer(self):
+        # The token, where a header can carry it: in ASCII. Else it is in the query.
+        return self.token if self.http and len(self.token.encode()) == len(self.token) else ""
 
     # For an application to replace.
 
@@ -108,6 +122,8 @@ class OTA:
 
 
 class WiFiOTA(OTA):
+    http = True
+
     def __init__(self, ssid, password, ip, port, token=""):
         self.ssid = ssid
         self.password = password
@@ -151,7 +167,10 @@ class WiFiOTA(OTA):
         else:
             network.WLAN().deinit()
 
-    def get(self, path, take):
+    def get(self, path, take, part=None):
+        # part says what is there already: part.tag of the first part.at bytes. With
+        # it, part.begin(at, tag) is called when it is clear where the pieces begin.
         import ota_http
 
-        ota_http.get(self.ip, self.port, path, take, self.alive)
+        ca = setting("CA")
+        ota_http.get(self.ip, self.port, path, take, self.alive, self.bearer(), ca, part)

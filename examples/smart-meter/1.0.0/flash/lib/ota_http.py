@@ -1,5 +1,7 @@
-# Gets a file over HTTP, in small pieces. WiFiOTA uses this; so can any transport
-# that has sockets.
+# Gets a file over HTTP, or over HTTPS, in small pieces. WiFiOTA uses this; so can
+# any transport that has sockets.
+
+import time
 
 try:
     import usocket as socket
@@ -18,6 +20,8 @@ class Head:
         self.line = bytearray()
         self.size = 0
         self.status = self.length = None
+        self.start = b""
+        self.tag = ""
 
     def feed(self, piece):
         # Returns where in piece the body begins, or -1 if that is still to come.
@@ -36,8 +40,9 @@ class Head:
                     raise OSError("no HTTP server")
                 if words[1] == b"401":
                     raise OSError("the server says 401: it wants a token, or another one")
-                if words[1] != b"200":
+                if words[1] not in (b"200", b"206", b"416"):
                     raise OSError("the server says " + words[1].decode())
+                self.status = words[1]
             elif not line:
                 return at + 1
             else:
@@ -50,10 +55,22 @@ class Head:
                     self.length = int(digits)
                 elif name == b"transfer-encoding":
                     raise OSError("the server answers in chunks")
+                elif name == b"etag":
+                    self.tag = strong(line[colon + 1 :].strip())
+                elif name == b"content-range":
+                    self.start = line[colon + 1 :].strip()
         self.size += len(piece)
         if self.size > 8192:
             raise OSError("the head of the response does not end")
         return -1
+
+
+def strong(tag):
+    # A tag that stands for each byte, as text; "" for another sort, or none at all.
+    for c in tag:
+        if not 32 < c < 127:
+            return ""
+    return tag.decode() if tag[:1] == b'"' and tag[-1:] == b'"' else ""
 
 
 def silent(e):
@@ -83,26 +100,85 @@ def connected(address):
         raise
 
 
-def get(ip, port, path, take, alive=lambda: None):
+def secured(s, host, ca):
+    # TLS with a server that has a certificate for its name, of the authority in the
+    # file ca: DER, but PEM on a Pycom board.
+    try:
+        import ssl
+    except ImportError:
+        raise OSError("this firmware has no TLS")
+    if not hasattr(ssl, "SSLContext"):  # Pycom
+        return ssl.wrap_socket(s, cert_reqs=ssl.CERT_REQUIRED, ca_certs=ca, server_hostname=host)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_mode = ssl.CERT_REQUIRED
+    with open(ca, "rb") as f:
+        context.load_verify_locations(cadata=f.read())
+    return context.wrap_socket(s, server_hostname=host)
+
+
+def received(s, alive):
+    # The next piece, b"" at the end.
+    if hasattr(s, "recv"):
+        return patient(alive, lambda: s.recv(PIECE))
+    # MicroPython's TLS has only read(), which waits for all that it is asked for,
+    # unless nothing waits; a time-out in the middle would lose what it has.
+    s.setblocking(False)
+    for _ in range(TIMEOUT * 20):
+        piece = s.read(PIECE)
+        if piece is not None:
+            return piece
+        alive()
+        time.sleep(0.05)
+    raise OSError(110)  # ETIMEDOUT
+
+
+def ask(s, host, port, path, token, part):
+    request = "GET %s HTTP/1.0\r\nHost: %s:%d\r\n" % (path, host, port)
+    if token:
+        request += "Authorization: Bearer %s\r\n" % token
+    if part and part.at:
+        request += "Range: bytes=%d-\r\nIf-Range: %s\r\n" % (part.at, part.tag)
+    request = (request + "\r\n").encode()
+    send = getattr(s, "send", None) or s.write
+    while request:
+        request = request[send(request) :]
+
+
+def begin(part, head):
+    # Where the body begins: at what was asked for, or at the beginning.
+    if head.status == b"200":
+        return part.begin(0, head.tag)
+    same = part.at and head.status == b"206" and head.tag in ("", part.tag)
+    if not same or head.start[: head.start.find(b"-")] != ("bytes %d" % part.at).encode():
+        part.begin(0, "")
+        raise OSError("the server has another file now")
+    part.begin(part.at, part.tag)
+
+
+def get(host, port, path, take, alive=lambda: None, token="", ca="", part=None):
     # Calls take(piece) for every piece of the body, and alive() at least every
     # STEP seconds. Raises an OSError for all that the server or the network does.
-    address = socket.getaddrinfo(ip, port)[0][-1]
-    s = patient(alive, lambda: connected(address))
+    # With ca, the name of a file, it is HTTPS. part is a Part of ota_part.py.
+    address = socket.getaddrinfo(host, port)[0][-1]
+    plain = s = patient(alive, lambda: connected(address))
     try:
-        request = "GET %s HTTP/1.0\r\nHost: %s:%d\r\n\r\n" % (path, ip, port)
-        request = request.encode()
-        while request:
-            request = request[s.send(request) :]
+        if ca:
+            s = secured(s, host, ca)
+        ask(s, host, port, path, token, part)
         head = Head()
         left = None
         while left is None or left > 0:
-            piece = patient(alive, lambda: s.recv(PIECE))
+            piece = received(s, alive)
             if not piece:
                 break
             if left is None:
                 at = head.feed(piece)
                 if at < 0:
                     continue
+                if part:
+                    begin(part, head)
+                elif head.status != b"200":
+                    raise OSError("the server sends a part")
                 piece = piece[at:]
                 left = 0x3FFFFFFF if head.length is None else head.length
             take(piece[:left])
@@ -111,3 +187,4 @@ def get(ip, port, path, take, alive=lambda: None):
             raise OSError("the connection was cut")
     finally:
         s.close()
+        plain.close()

@@ -31,14 +31,21 @@ class Slot:
             if hasattr(pycom, "bootmgr"):
                 first = pycom.bootmgr()[0].lower() == "factory"
                 self.name = "ota_0" if first else "Factory"
-        self.hash = None
-        self.block = bytearray(BLOCK)
-        self.view = memoryview(self.block)
+        self.hash = self.block = None
 
-    def start(self, sort):
-        # A slot that can be read is hashed when it is written.
+    def buffer(self):
+        # Not before it is needed: there is little room while a manifest is checked.
+        if not self.block:
+            self.block = bytearray(BLOCK)
+            self.view = memoryview(self.block)
+
+    def start(self, sort, at=0):
+        # A slot that can be read is hashed when it is written, and can be written
+        # from any whole block on.
+        self.buffer()
         self.hash = None if self.part else getattr(hashlib, sort)()
-        self.fill = self.count = 0
+        self.fill = 0
+        self.count = at // BLOCK
         if not self.part:
             self.pycom.ota_start()
 
@@ -67,9 +74,12 @@ class Slot:
         self.count += 1
         self.fill = 0
 
+    def written(self):
+        return self.count * BLOCK
+
     def finish(self, sort):
         # The digest of what was written.
-        size = self.count * BLOCK + self.fill
+        size = self.written() + self.fill
         if self.fill:
             self.flush()
         return self.digest(sort, size) if self.part else self.stop()
@@ -84,6 +94,7 @@ class Slot:
         # The digest of what is in the slot; "" where that cannot be read.
         if not self.part or size > self.room:
             return ""
+        self.buffer()
         h = getattr(hashlib, sort)()
         try:
             for n in range((size + BLOCK - 1) // BLOCK):

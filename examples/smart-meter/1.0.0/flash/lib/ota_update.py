@@ -13,6 +13,7 @@ except ImportError:
     import os
 
 import ota_boot
+from OTA import setting
 from ota_boot import CARD, HOME, VERSION_FILE, kind
 from ota_manifest import (
     MANIFEST,
@@ -64,8 +65,10 @@ def prepare(ota, state):
     if not release_name(current):
         current = ""
     other = find_slot()
-    ask(ota, state, current, other)
-    offer = check(current)
+    keys = setting("VERIFY")
+    ask(ota, state, current, other, keys)
+    issued = trust(keys, current, state.get("firmware", "") if other else None) if keys else ""
+    offer = None if issued is None else check(current)
     gc.collect()
     if not offer:
         print("OTA: nothing newer than", current)
@@ -86,10 +89,12 @@ def prepare(ota, state):
     ota_boot.sweep(
         # What is staged stays, for an update that was cut short is tried again.
         lambda part, name: (
-            part == state.get("set") or name[-2:] == ".n" and int(name[:7], 16) in wanted
+            part == state.get("set")
+            or name[-2:] in (".n", ".p", ".t")
+            and int(name[:7], 16) in wanted
         )
     )
-    changes = write_plan(ota, new)
+    changes = write_plan(ota, new, issued, firmware and other)
     if firmware and other:
         get_firmware(ota, state, new, firmware, other)
         return new, other.switch
@@ -111,6 +116,21 @@ def check(current):
         sys.modules.pop("ota_check", None)
 
 
+def trust(keys, current, running):
+    # The same: what verifies signatures is large, and used once. For as long, what
+    # gets files makes room.
+    sys.modules.pop("ota_http", None)
+    gc.collect()
+    import ota_trust
+
+    try:
+        return ota_trust.check(keys, setting("MODEL"), current, running)
+    finally:
+        for name in ("ota_trust", "ota_sha512", "ota_ed25519"):
+            sys.modules.pop(name, None)
+        gc.collect()
+
+
 def find_slot():
     # None on a board whose firmware does not change over the air.
     try:
@@ -121,13 +141,14 @@ def find_slot():
         return None
 
 
-def ask(ota, state, current, other):
-    query = "/manifest.json?hash=sha256"
+def ask(ota, state, current, other, keys):
+    query = "/manifest.json?hash=sha256" + ("&signed=1" if keys else "")
     for key, value in (
         ("current_ver", current or None),
         ("firmware_ver", state.get("firmware", "") if other else None),
         ("failed", state.get("failed")),
-        ("token", ota.token or None),
+        ("model", setting("MODEL") or None),
+        ("token", None if ota.bearer() else ota.token or None),
     ):
         if value is not None:
             query += "&%s=%s" % (key, quoted(value))
@@ -138,7 +159,12 @@ def ask(ota, state, current, other):
     except (ImportError, AttributeError):
         pass
     ota_boot.makedirs(MANIFEST)
-    fetch(ota, query, MANIFEST, LONGEST_MANIFEST)
+    tries(query, lambda: get_manifest(ota, query))
+
+
+def get_manifest(ota, query):
+    with open(MANIFEST, "wb") as f:
+        ota.get(query, limited(ota, f.write, LONGEST_MANIFEST))
 
 
 def quoted(text):
@@ -150,7 +176,7 @@ def quoted(text):
     return quoted
 
 
-def write_plan(ota, new):
+def write_plan(ota, new, issued, flashes):
     # Writes the plan and stages what it needs; returns the number of steps.
     plan = ota_boot.plan(new)
     ota_boot.makedirs(plan)
@@ -173,13 +199,20 @@ def write_plan(ota, new):
                     f.write("%s\t%s\t%s\n" % ("R" if kind(path) == 1 else "A", path, base))
                     count += 1
         if new["version"] not in (ota.version(), "0"):
-            base = base_of(VERSION_FILE, "", new["set"])
-            with open(base + ".n", "w") as v:
-                v.write("VERSION = '%s'\n" % new["version"])
-            f.write("%s\t%s\t%s\n" % ("R" if kind(VERSION_FILE) else "A", VERSION_FILE, base))
+            record(f, new, VERSION_FILE, "VERSION = '%s'\n" % new["version"])
             count += 1
+        if issued and (count or flashes):
+            record(f, new, HOME + "/.ota/issued", issued)
         f.write("end\n")
     return count
+
+
+def record(plan, new, path, text):
+    # A file of the updater's own, which comes and goes with the release.
+    base = base_of(path, "", new["set"])
+    with open(base + ".n", "w") as f:
+        f.write(text)
+    plan.write("%s\t%s\t%s\n" % ("R" if kind(path) else "A", path, base))
 
 
 def get_file(ota, item, path, base):
@@ -190,22 +223,22 @@ def get_file(ota, item, path, base):
     if HOME and path.startswith(CARD) and not kind(CARD):
         raise OSError("no card at " + CARD)
     ota_boot.makedirs(base)
-    fetch(ota, request_path(item), base + ".p", size(item), want, sort)
+    url = request_path(item)
+    from ota_part import Part
+
+    part = Part(base, want, sort, size(item))
+    tries(url, lambda: part.receive(ota, url))
     ota_boot.move(base + ".p", base + ".n")
+    if kind(base + ".t"):
+        os.remove(base + ".t")
 
 
-def fetch(ota, path, to, most, want=None, sort=None):
+def tries(path, attempt):
     for n in range(TRIES):
         try:
             gc.collect()
-            with open(to, "wb") as f:
-                ota.get(path, limited(ota, f.write, most))
-            if want and digest(to, sort) != want:
-                raise OSError("its hash is wrong")
-            return
+            return attempt()
         except OSError as e:
-            if kind(to):
-                os.remove(to)
             again(n, path, e)
 
 
@@ -238,15 +271,7 @@ def get_firmware(ota, state, new, item, other):
             state.pop(key, None)
         ota_boot.save(state)
     print("OTA: getting firmware", new["firmware"])
-    for n in range(TRIES):
-        try:
-            gc.collect()
-            other.start(sort)
-            ota.get(path, limited(ota, other.write, size(item)))
-            if other.finish(sort) != want:
-                raise OSError("its hash is wrong")
-            return
-        except OSError as e:
-            again(n, path, e)
-        finally:
-            other.stop()
+    from ota_part import Image
+
+    image = Image(other, want, sort, size(item))
+    tries(path, lambda: image.receive(ota, path))

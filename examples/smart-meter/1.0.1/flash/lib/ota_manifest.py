@@ -18,6 +18,7 @@ from ota_boot import CARD, HOME, kind, store
 
 PIECE = 512  # bytes that are in memory at a time
 LONGEST_ENTRY = 1024
+LONGEST_SIGNED = 3072  # of a step with its signatures
 LONGEST_PATH = 160
 LONGEST_VERSION = 128
 LARGEST = 0x3FFFFFFF  # of files and images, in bytes
@@ -165,7 +166,7 @@ class Text:
         if not done:
             raise ValueError("manifest: no JSON")
 
-    def value(self):
+    def value(self, most=LONGEST_ENTRY):
         # Reads a value. No beginning of an object, a list or a text is one itself:
         # it ends at the first mark for an end that makes it whole.
         ends = {0x7B: b"}", 0x5B: b"]", 0x22: b'"'}.get(self.next())
@@ -175,7 +176,7 @@ class Text:
         while True:
             end = self.piece.find(ends, self.at + length)
             length = (len(self.piece) if end < 0 else end + 1) - self.at
-            if length > LONGEST_ENTRY:
+            if length > most:
                 raise ValueError("manifest: an entry is too long, or no JSON")
             if end < 0:
                 self.must(self.more())
@@ -216,7 +217,7 @@ def entries():
                 if listed != (key in LISTS) and (key in LISTS or key in ("firmware", "version")):
                     raise ValueError("manifest: %s is not what it should be" % key)
                 if not listed:
-                    yield key, text.value()
+                    yield key, text.value(LONGEST_SIGNED if key == "signed" else LONGEST_ENTRY)
                 while listed and not text.skip(0x5D):  # ]
                     item = text.value()
                     if key in LISTS:

@@ -1,0 +1,152 @@
+# Gets a file or firmware. What is there of one that was cut short is kept, so that
+# the next try, or the next start, goes on from there. ota_update.py uses this.
+#
+#   base.p   the beginning of a file
+#   base.t   the tag (ETag) of what that is the beginning of
+#   image    of firmware: how much is in its slot, the hash of it all, and the tag
+#
+# There is a tag only where the server gave one and enough was received to be worth
+# it. A reset may leave anything in base.p or the slot: the hash decides in the end.
+
+try:
+    import uos as os
+except ImportError:
+    import os
+
+import ota_boot
+from ota_boot import HOME, kind
+from ota_manifest import digest
+
+KEEP = 8192  # bytes of a file: so often, what was received is made safe
+KEEP_IMAGE = 32768  # the same of firmware
+IMAGE = HOME + "/.ota/image"
+
+
+def remove(path):
+    if kind(path):
+        os.remove(path)
+
+
+class Part:
+    def __init__(self, base, want, sort, most):
+        self.path = base + ".p"
+        self.tags = base + ".t"
+        self.want = want
+        self.sort = sort
+        self.most = most
+        self.file = None
+
+    def receive(self, ota, url):
+        try:
+            self.rest(ota, url)
+            self.close()
+        except OSError as e:
+            # The next try goes on; on a full disk there is none.
+            self.close()
+            if not kind(self.tags) or e.args and e.args[0] == 28:
+                self.drop()
+            raise
+        if digest(self.path, self.sort) != self.want:
+            self.drop()
+            raise OSError("its hash is wrong")
+
+    def rest(self, ota, url):
+        # Gets what is missing.
+        self.at = 0
+        self.tag = ""
+        try:
+            self.find()
+        except (OSError, ValueError):
+            pass
+        if not self.tag or self.at > self.most:
+            self.at = 0
+        if not ota.http:
+            self.begin(0, "")
+            ota.get(url, self.write)
+        elif self.at < self.most:
+            ota.get(url, self.write, self)
+        else:
+            self.begin(self.at, self.tag)
+
+    def begin(self, at, tag):
+        # What comes next belongs at `at`: where this part ends, or at the beginning.
+        if not at:
+            remove(self.tags)
+        self.safe = self.at = at
+        self.tag = tag
+        self.open()
+
+    def write(self, piece):
+        ota_boot.alive()
+        self.at += len(piece)
+        if self.at > self.most:
+            raise OSError("more than the promised %d bytes" % self.most)
+        self.put(piece)
+
+    # What is different for firmware:
+
+    def find(self):
+        with open(self.tags) as f:
+            self.tag = f.read()
+        self.at = os.stat(self.path)[6]
+
+    def open(self):
+        self.close()
+        self.file = open(self.path, "ab" if self.at else "wb")
+
+    def put(self, piece):
+        self.file.write(piece)
+        if self.tag and self.at - self.safe >= KEEP:
+            self.file.flush()
+            if not self.safe:
+                with open(self.tags, "w") as f:
+                    f.write(self.tag)
+            self.safe = self.at
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+    def drop(self):
+        remove(self.tags)
+        remove(self.path)
+
+
+class Image(Part):
+    # Firmware in its slot. Only on an ESP32 it can go on in the middle.
+
+    def __init__(self, slot, want, sort, most):
+        self.slot = slot
+        self.tags = IMAGE
+        self.want = want
+        self.sort = sort
+        self.most = most
+
+    def receive(self, ota, url):
+        try:
+            self.rest(ota, url)
+            found = self.slot.finish(self.sort)
+            remove(IMAGE)
+            if found != self.want:
+                raise OSError("its hash is wrong")
+        finally:
+            self.slot.stop()
+
+    def find(self):
+        with open(IMAGE) as f:
+            at, want, tag = f.read().split(" ", 2)
+        if self.slot.part and want == self.want:
+            self.at = int(at)
+            self.tag = tag
+
+    def open(self):
+        self.slot.stop()
+        self.slot.start(self.sort, self.at)
+
+    def put(self, piece):
+        self.slot.write(piece)
+        at = self.slot.written()
+        if self.tag and self.slot.part and at - self.safe >= KEEP_IMAGE:
+            with open(IMAGE, "w") as f:
+                f.write("%d %s %s" % (at, self.want, self.tag))
+            self.safe = at

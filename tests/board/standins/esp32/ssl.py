@@ -1,0 +1,3 @@
+# Stands in for ssl on a board of MicroPython's own.
+
+from secure import CERT_REQUIRED, PROTOCOL_TLS_CLIENT, SSLContext

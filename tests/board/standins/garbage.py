@@ -1,0 +1,8 @@
+# Stands in for gc with a heap of a fixed size: there, it is the test that collects.
+
+from gc import mem_alloc
+
+
+def collect():
+    with open("/dev/collect", "wb") as f:
+        f.write(b"x")
