@@ -588,6 +588,14 @@ test("a board without keys asks for no signature, and takes what it is given", a
   expect(issued(board)).toBeUndefined();
 });
 
+test("a config.py that cannot be loaded does not stand for none", async () => {
+  const board = await desk.board("rp2", OLD, `import nothing\n${trusting([home])}`);
+  const old = board.tree();
+  const { error } = await board.start(UPDATE);
+  expect(error).toContain("OSError: config.py cannot be loaded");
+  expect(board.tree()).toEqual(old);
+});
+
 test("however a signed manifest is spoilt: refused, and nothing else is raised", async () => {
   const random = new Random(SEED);
   const board = await desk.board("esp32", OLD, trusting([home]));

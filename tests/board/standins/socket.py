@@ -12,7 +12,7 @@ SOL_LORA = 1
 SO_DR = 2
 
 
-NAMES = {"van.test": "127.0.0.1", "other.test": "127.0.0.1"}
+NAMES = {name: "127.0.0.1" for name in ("h", "van.test", "other.test")}
 
 
 def getaddrinfo(host, port):

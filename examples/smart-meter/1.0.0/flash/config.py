@@ -32,7 +32,7 @@ LORA_APP_KEY = "00000000000000000000000000000000"
 # The network of the service van, and the update server in it.
 WIFI_SSID = "meter-service"
 WIFI_PASSWORD = "change this password"
-SERVER_IP = "192.168.4.2"
+SERVER_IP = "192.168.4.2"  # or a name
 SERVER_PORT = 8000
 TOKEN = ""  # what the server was started with: serve --token
 # A file with the certificate of the server's authority: HTTPS. DER; on Pycom, PEM.

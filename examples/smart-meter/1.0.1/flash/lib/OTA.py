@@ -26,10 +26,12 @@ WAIT = 20  # seconds for the WiFi network
 
 
 def setting(name):
-    # What config.py of the application says, "" without that.
+    # VERIFY, MODEL and CA, as config.py of the application says; "" without that.
     try:
         import config
     except ImportError:
+        if ota_boot.kind(ota_boot.HOME + "/config.py"):
+            raise OSError("config.py cannot be loaded, and may hold keys")
         return ""
     return getattr(config, name, "")
 
