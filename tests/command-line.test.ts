@@ -32,11 +32,13 @@ const COMMANDS: Record<string, string[]> = {
   ],
   client: [
     ...["ver", "root", "server", "from", "id", "every", "jobs", "timeout", "check"],
-    ...["check-timeout", "restart", "check-files", "repair", "retry", "verify", "token", "ca"],
+    ...["check-timeout", "restart", "check-files", "repair", "retry", "verify"],
+    ...["threshold", "model", "token", "ca"],
   ],
   rollback: ["root", "restart", "force"],
   status: ["root", "json", "check"],
   manifest: ["ver", "root", "url", "ignore", "latest", "cost"],
+  sign: ["key", "root", "ver", "firmware", "model", "expires", "ignore", "check"],
   keygen: ["out"],
 };
 
