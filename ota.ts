@@ -58,7 +58,7 @@ import { parseArgs, promisify } from "node:util";
 import * as zlib from "node:zlib";
 
 /** The version of this tool, as `--version` prints it. */
-export const TOOL_VERSION = "0.1.0";
+export const TOOL_VERSION = "0.2.0";
 
 // ════ I Common ═══════════════════════════════════════════════════════════════════════════════════
 // What server and device share: versions and their order, the manifest, and signatures. What a
@@ -569,6 +569,15 @@ export interface ManifestFirmware {
   version?: string;
 }
 
+/** A DSSE envelope. */
+export interface Envelope {
+  /** Base64. */
+  payload: string;
+  payloadType: string;
+  /** `sig` is base64; `keyid` only a hint. */
+  signatures: { keyid: string; sig: string }[];
+}
+
 /** What brings a device from one release to another. Keys are sorted, as on the wire. */
 export interface Manifest {
   /** The `base` of a request with `reqid`, when the lists are what changes that very release. */
@@ -662,6 +671,26 @@ function asManifest(json: unknown): Manifest {
   if (request_id !== undefined) manifest.request_id = asText(request_id, "request_id");
   if (fields.signed !== undefined) manifest.signed = asEnvelope(fields.signed, "signed");
   return manifest;
+}
+
+/** Limits of an envelope: verifying must not become work. */
+const ENVELOPE = { payload: 4096, signatures: 16 };
+
+function asEnvelope(value: unknown, name: string): Envelope {
+  const { payload, payloadType, signatures } = asObject(value, name);
+  const envelope = {
+    payload: asText(payload, `${name}.payload`),
+    payloadType: asText(payloadType, `${name}.payloadType`),
+    signatures: asList(signatures, `${name}.signatures`, (one, at) => {
+      const { keyid = "", sig } = asObject(one, at);
+      return { keyid: asText(keyid, `${at}.keyid`), sig: asText(sig, `${at}.sig`) };
+    }),
+  };
+  const isLong = envelope.payload.length > ENVELOPE.payload;
+  if (isLong) malformed(`${name}.payload: more than ${ENVELOPE.payload} characters`);
+  const count = envelope.signatures.length;
+  if (count > ENVELOPE.signatures) malformed(`${name}.signatures: ${count}, too many`);
+  return envelope;
 }
 
 function asPath(value: unknown, name: string): string {
@@ -825,7 +854,7 @@ export function signManifest(body: string | Uint8Array, reqid: string, key: KeyO
 }
 
 /** Whether a signature was made by one of the keys. */
-export function isSignedBy(
+function isSignedBy(
   keys: readonly KeyObject[],
   signature: string,
   body: string | Uint8Array,
@@ -929,7 +958,7 @@ function isSameSecret(a: string, b: string): boolean {
 
 /** What brings a device from one release to another. Keys are sorted, as in the payload. */
 export interface Step {
-  /** ISO 8601; after it the step counts no more. `null`: never. */
+  /** ISO 8601; after this the step is no longer accepted. `null`: never. */
   expires: string | null;
   /** The image that belongs to the release `to`, whatever runs on the device. */
   firmware: { sha256: string; size: number; version: string } | null;
@@ -937,22 +966,13 @@ export interface Step {
   from: string;
   /** When it was signed, ISO 8601. */
   issued: string;
-  /** The boards that it is for, where that was said. */
+  /** The kind of board that it is for; `null`: not said. */
   model: string | null;
   /** `releaseDigest` of `to`: what the device must end up with, whatever it had. */
   release: string;
   /** `stepsDigest` of the manifest. */
   steps: string;
   to: string;
-}
-
-/** A DSSE envelope. */
-export interface Envelope {
-  /** Base64. */
-  payload: string;
-  payloadType: string;
-  /** `sig` is base64; `keyid` only a hint. */
-  signatures: { keyid: string; sig: string }[];
 }
 
 /** The payload type of a step. */
@@ -974,7 +994,7 @@ function preAuthEncoding(type: string, payload: Uint8Array): Uint8Array {
  *
  * @throws {FormatError} when an entry has no SHA-256
  */
-export function stepsDigest(manifest: {
+function stepsDigest(manifest: {
   delete: readonly string[];
   full?: boolean;
   new: readonly Pick<ManifestEntry, "dst_path" | "sha256">[];
@@ -1018,8 +1038,9 @@ function sealStep({ firmware, ...rest }: Step): Envelope {
 
 /** Adds a signature to an envelope, unless this key has signed it. @param key private */
 function signEnvelope(envelope: Envelope, key: KeyObject): void {
-  const keyid = rawPublicKey(createPublicKey(key)).slice(0, 16);
-  if (signersOf(envelope, [createPublicKey(key)]).size > 0) return;
+  const pub = createPublicKey(key);
+  if (signersOf(envelope, [pub]).size > 0) return;
+  const keyid = rawPublicKey(pub).slice(0, 16);
   const bytes = preAuthEncoding(envelope.payloadType, Buffer.from(envelope.payload, "base64"));
   envelope.signatures.push({ keyid, sig: sign(null, bytes, key).toString("base64") });
 }
@@ -1038,26 +1059,6 @@ function signersOf(envelope: Envelope, keys: readonly KeyObject[]): Set<number> 
     }
   }
   return signers;
-}
-
-/** Limits of an envelope: verifying must not become work. */
-const ENVELOPE = { payload: 4096, signatures: 16 };
-
-function asEnvelope(value: unknown, name: string): Envelope {
-  const { payload, payloadType, signatures } = asObject(value, name);
-  const envelope = {
-    payload: asText(payload, `${name}.payload`),
-    payloadType: asText(payloadType, `${name}.payloadType`),
-    signatures: asList(signatures, `${name}.signatures`, (one, at) => {
-      const { keyid = "", sig } = asObject(one, at);
-      return { keyid: asText(keyid, `${at}.keyid`), sig: asText(sig, `${at}.sig`) };
-    }),
-  };
-  const isLong = envelope.payload.length > ENVELOPE.payload;
-  if (isLong) malformed(`${name}.payload: more than ${ENVELOPE.payload} characters`);
-  const count = envelope.signatures.length;
-  if (count > ENVELOPE.signatures) malformed(`${name}.signatures: ${count}, too many`);
-  return envelope;
 }
 
 /** A time in ISO 8601 and UTC. */
@@ -1206,7 +1207,7 @@ const NO_CODINGS: ReadonlySet<Coding> = new Set();
 /**
  * The codings of ours that an `Accept-Encoding` header accepts (RFC 9110, 12.5.3; `q=0` means no).
  */
-export function acceptedCodings(header: string | null): ReadonlySet<Coding> {
+function acceptedCodings(header: string | null): ReadonlySet<Coding> {
   if (header === null) return NO_CODINGS;
   const accepted = new Set<Coding>();
   for (const item of header.toLowerCase().split(",")) {
@@ -1223,7 +1224,7 @@ function bestWithoutDictionary(accepted: ReadonlySet<Coding>): Coding | undefine
 }
 
 /** The SHA-256, lowercase hex, in an `Available-Dictionary: :base64:`; `undefined` for none. */
-export function availableDictionary(header: string | null): string | undefined {
+function availableDictionary(header: string | null): string | undefined {
   const base64 = /^:([A-Za-z0-9+/]{43}=):$/.exec(header?.trim() ?? "")?.[1];
   return base64 === undefined ? undefined : Buffer.from(base64, "base64").toString("hex");
 }
@@ -1244,7 +1245,7 @@ export interface ReleasesOptions {
   ignore?: readonly string[];
   /** The highest version and firmware to offer; absent: all. */
   latest?: string;
-  /** Seconds without a change before a version counts; 1. 0: the root is known to be complete. */
+  /** Seconds without a change before a version counts (1). With 0, the root is taken to be complete. */
   quiet?: number;
   /** Serve offered releases only, and no other file below the root. */
   onlyReleases?: boolean;
@@ -1618,7 +1619,7 @@ class Settler<T> {
   }
 
   /** Milliseconds until the next unsettled name may have settled. */
-  get nextLook(): number {
+  get nextScan(): number {
     const since = [...this.#unsettled.values()].map((unsettled) => unsettled.since);
     return Math.max(20, Math.min(...since) + this.quiet - performance.now() + 5);
   }
@@ -1813,6 +1814,25 @@ function digestBetween(from: Release | undefined, to: Release, full = false): st
   return stepsDigest(full ? { ...lists, full } : lists);
 }
 
+/** The content of a file `signed_V.json`. */
+interface SignedRelease {
+  /** Differs when the file does. */
+  stamp: string;
+  /** Globs of files that it was signed without; whoever serves it leaves them out, too. */
+  ignore: readonly string[];
+  /** Path → SHA-256 when it was signed; the steps prove it. */
+  files: ReadonlyMap<string, string>;
+  /** By `from`. */
+  steps: ReadonlyMap<string, SignedStep>;
+}
+
+interface SignedStep {
+  step: Step;
+  envelope: Envelope;
+  /** Differs from that of every other step, and of this one signed anew. */
+  id: string;
+}
+
 /** What a scan found. */
 class Index {
   /** In the order of their versions, oldest first. */
@@ -1822,7 +1842,7 @@ class Index {
   readonly ignored: Ignored[] = [];
   /** What would be offered if it were signed, and why it is not. */
   readonly held: Ignored[] = [];
-  /** What is not offered anyway, and is not signed as it is. */
+  /** Older versions that are not signed as they are, and signatures of versions that are gone. */
   readonly unsigned: Ignored[] = [];
   /** Real path → name, of every entry that is named like a version or an image. */
   readonly places = new Map<string, string>();
@@ -1831,7 +1851,7 @@ class Index {
   readonly #images = new Map<string, FirmwareImage>();
   /** Ids of two releases → `stepsDigest` of the manifest between them. */
   readonly #digests = new Map<string, string>();
-  /** Version → the steps to it, of versions that were signed as they are. */
+  /** Release → the steps to it, if it is as it was signed. */
   readonly signed = new Map<Release, SignedRelease>();
 
   constructor(
@@ -1900,25 +1920,6 @@ class Index {
 // ──── Signed releases ─────────────────────────────────────────────────────────────────────────────
 // `signed_V.json` holds the steps to version V, as `sign` makes them at home. In a root that has any
 // such file, nothing is offered above the newest version that is as it was signed.
-
-/** A file `signed_V.json`. */
-interface SignedRelease {
-  /** Differs when the file does. */
-  stamp: string;
-  /** Globs of files that it was signed without; whoever serves it leaves them out, too. */
-  ignore: readonly string[];
-  /** Path → SHA-256 when it was signed; the steps prove it. */
-  files: ReadonlyMap<string, string>;
-  /** By `from`. */
-  steps: ReadonlyMap<string, SignedStep>;
-}
-
-interface SignedStep {
-  step: Step;
-  envelope: Envelope;
-  /** Differs from that of every other step, and of this one signed anew. */
-  id: string;
-}
 
 /** The version that `signed_V.json` is for. */
 function signedVersion(name: string): string | undefined {
@@ -2034,12 +2035,10 @@ class SignedReleases {
       problems.delete(release);
     }
     for (const [{ name }, reason] of problems) index.unsigned.push({ path: name, reason });
+    const there = new Set(index.places.values());
     for (const name of this.#files.keys()) {
-      const version = signedVersion(name)!;
-      const isThere = [...index.versions, ...index.held].some((one) => {
-        return ("name" in one ? one.name : one.path) === version;
-      });
-      if (!isThere) index.unsigned.push({ path: name, reason: "is of a version that is not here" });
+      if (there.has(signedVersion(name)!)) continue;
+      index.unsigned.push({ path: name, reason: "is of a version that is not here" });
     }
     const newest = index.versions.at(-1);
     const firmware = newest && index.signed.get(newest)!.steps.get(ANY)!.step.firmware;
@@ -2098,9 +2097,9 @@ class Scanner {
     return this.#settler.unsettled;
   }
 
-  /** See `Settler.nextLook`. */
-  get nextLook(): number {
-    return this.#settler.nextLook;
+  /** See `Settler.nextScan`. */
+  get nextScan(): number {
+    return this.#settler.nextScan;
   }
 
   /** An index of nothing, before the first scan. */
@@ -2425,9 +2424,9 @@ interface Decision {
   version: string;
   /** The version that it named, as it is echoed. */
   previous: string;
-  /** Its `base`, echoed to who sent a `reqid`, where it is right. */
+  /** Its `base`, echoed when a `reqid` was sent and the `base` is right. */
   base: string | undefined;
-  /** The step as it was signed at home, for who asked for it. */
+  /** The step as it was signed at home, if it was asked for. */
   signed: SignedStep | undefined;
 }
 
@@ -2459,7 +2458,7 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
     // All of a version, for a device that has to learn what it consists of.
     const target = index.find(query.list);
     if (!target) return null;
-    const signed = query.signed === undefined ? undefined : index.step("", target);
+    const signed = query.signed === "1" ? index.step("", target) : undefined;
     return { target, ...nothing, version: target.name, previous: target.name, signed };
   }
   const current = query.current_ver ?? "";
@@ -2469,7 +2468,7 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
   const newest = highest(versions, ceiling);
   const order = newest?.version.compare(device) ?? 0;
   // A step leads only from a release that was there when it was signed.
-  const asksForStep = query.signed !== undefined && newest && index.signed.has(newest);
+  const asksForStep = query.signed === "1" && newest && index.signed.has(newest);
   const hasStep = current === "" || (known && newest && index.step(known.name, newest, known));
   const isForeign = asksForStep === true && !hasStep;
   const full = (base !== undefined && base !== known?.digest) || (isForeign && order > 0);
@@ -2535,7 +2534,7 @@ interface ManifestForm {
 
 /** See `ManifestForm`. A signed step is about SHA-256. */
 function formOf({ hash, signed }: ManifestQuery, base: string, suffix: string): ManifestForm {
-  return { extras: hash === "sha256" || signed !== undefined, base, suffix };
+  return { extras: hash === "sha256" || signed === "1", base, suffix };
 }
 
 /** The fields of a manifest before and after those that echo the request. */
@@ -2673,11 +2672,12 @@ export class Releases {
       await releases.scan();
       const patience = performance.now() + 2000 * (options.quiet ?? 1);
       while (releases.unsettled.length > 0 && performance.now() < patience) {
-        await Bun.sleep(releases.nextLook);
+        await Bun.sleep(releases.nextScan);
         await releases.scan();
       }
       return releases;
     } catch (error) {
+      if (isBug(error)) throw error;
       const found = { ENOENT: "does not exist", ENOTDIR: "is not a directory" };
       const why = found[errorCode(error) as keyof typeof found] ?? errorText(error);
       throw new OTAError(`the root ${root} ${why}; --root names a directory of releases`, 2);
@@ -2732,9 +2732,9 @@ export class Releases {
     return this.#scanner.unsettled;
   }
 
-  /** See `Settler.nextLook`. */
-  get nextLook(): number {
-    return this.#scanner.nextLook;
+  /** See `Settler.nextScan`. */
+  get nextScan(): number {
+    return this.#scanner.nextScan;
   }
 
   /**
@@ -2873,7 +2873,7 @@ export class Releases {
 // Signing releases, at home: all steps to a version go into one file beside it.
 
 /**
- * Makes the steps to a version, from each version that is there, from nothing, and to the full list.
+ * Makes the steps to a version: from itself and each older one, from nothing, and to the full list.
  *
  * @param image the one that belongs to the version
  * @param about what the steps share
@@ -2897,11 +2897,11 @@ function makeSteps(
 
 /** How to sign a version. What is not given stays as it was signed before. */
 export interface SignOptions {
-  /** The firmware that belongs to it; first the newest, and for an older version the one of its name. */
+  /** The firmware that belongs to it; at first the newest (for an older version: of the same name). */
   firmware?: string | undefined;
-  /** The boards that it is for; first all. */
+  /** The kind of board that it is for; at first, all. */
   model?: string | undefined;
-  /** Seconds until it expires; first never. */
+  /** Seconds until it expires; at first, never. */
   expires?: number | undefined;
 }
 
@@ -3008,7 +3008,8 @@ export class SigningRoot {
       model,
     });
     const changed = signed ? this.#changes(signed, steps) : typeof old === "string" ? [old] : [];
-    if (signed && lifetime !== lasts) changed.push("its expiry");
+    const isOver = before?.expires != null && Date.parse(before.expires) <= Date.now();
+    if (signed && (lifetime !== lasts || isOver)) changed.push("its expiry");
     const isSame = signed !== undefined && changed.length === 0;
     const envelopes = isSame
       ? [...signed.steps.values()].map(({ envelope }) => envelope)
@@ -3114,13 +3115,13 @@ const GLANCE = 500;
 /** The least milliseconds between two scans without an event. */
 const IDLE = { watched: 60_000, unwatched: 1000 };
 /**
- * The pause after a look, as a multiple of its CPU time on this thread. Reading directories and
- * garbage collection on other threads included, looks then cost less than 2 % of a core.
+ * The pause after a scan, as a multiple of its CPU time on this thread. Scans then cost less than 2 %
+ * of a core, reading directories and garbage collection on other threads included.
  */
 const REST = 240;
 
 /** Callbacks of a watch. */
-export interface WatchEvents {
+interface WatchEvents {
   /** Called after a scan that found something different. */
   changed: () => void;
   /** Called with one line when changes may be noticed late. */
@@ -3128,7 +3129,7 @@ export interface WatchEvents {
 }
 
 /** Scans a root whenever files change, until disposed. */
-export class RootWatch implements Disposable {
+class RootWatch implements Disposable {
   #timer: Timer | undefined;
   #due = Infinity;
   #watcher: fs.FSWatcher | undefined;
@@ -3137,7 +3138,7 @@ export class RootWatch implements Disposable {
   /** Why not all of it is watched. */
   #blindness: unknown;
   #isTold = false;
-  #isLooking = false;
+  #isScanning = false;
   #isClosed = false;
   readonly #glancing: Timer;
 
@@ -3147,7 +3148,7 @@ export class RootWatch implements Disposable {
   ) {
     this.#listen();
     this.#glancing = setInterval(() => {
-      if (!this.#isLooking && releases.isElsewhere) this.#plan(0);
+      if (!this.#isScanning && releases.isElsewhere) this.#plan(0);
     }, GLANCE);
   }
 
@@ -3199,21 +3200,21 @@ export class RootWatch implements Disposable {
     if (this.#isClosed || at >= this.#due) return;
     clearTimeout(this.#timer);
     this.#due = at;
-    this.#timer = setTimeout(() => void this.#look(), milliseconds);
+    this.#timer = setTimeout(() => void this.#scan(), milliseconds);
   }
 
-  async #look(): Promise<void> {
+  async #scan(): Promise<void> {
     this.#due = Infinity;
-    if (this.#isLooking) return this.#plan(GATHER);
-    this.#isLooking = true;
+    if (this.#isScanning) return this.#plan(GATHER);
+    this.#isScanning = true;
     // A root that is missing now may come back.
     const different = await this.releases.scan().catch(() => false);
-    this.#isLooking = false;
+    this.#isScanning = false;
     if (this.#isClosed) return;
     if (different) this.events.changed();
     this.#tell();
     if (this.releases.place !== this.#watched) this.#listen();
-    this.#plan(this.releases.unsettled.length > 0 ? this.releases.nextLook : this.#idle);
+    this.#plan(this.releases.unsettled.length > 0 ? this.releases.nextScan : this.#idle);
   }
 
   [Symbol.dispose](): void {
@@ -3361,7 +3362,7 @@ const MAX_WAITING = 32 * 1024 * 1024;
 /** Budget for encoding: seconds of CPU time a minute, and how many minutes of it accumulate. */
 const CODING = { seconds: 15, saved: 4 };
 
-/** A token bucket of CPU time. */
+/** A token bucket of time spent encoding. */
 class TokenBucket {
   #left: number;
   #at = performance.now();
@@ -4311,15 +4312,17 @@ class Manifests {
     const withToken = token !== undefined && this.options.token !== undefined;
     const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
     const decision = this.releases.decide(query);
-    const to = decision ? (this.releases.versions.at(-1)?.name ?? "firmware") : "none";
+    const target = decision?.target !== decision?.has ? decision?.target : undefined;
+    const to = target?.name ?? (decision?.image ? "firmware" : "none");
     contact.offer = { from: metrics.label(current_ver), to };
     const form = formOf(query, base, suffix);
     const composed = this.releases.compose(decision, form);
     const coding = bestWithoutDictionary(acceptedCodings(headers.get("accept-encoding")));
     const size = composed.head.length + composed.tail.length;
     // Most devices have no version, or name it exactly as its directory is named.
-    const isCommon = !decision || decision.previous === (decision.has?.name ?? "0");
-    if (query.reqid === undefined && (isCommon || query.list !== undefined)) {
+    const usual = query.list === undefined ? (decision?.has?.name ?? "0") : decision?.version;
+    const isCommon = !decision || decision.previous === usual;
+    if (query.reqid === undefined && isCommon) {
       const level = size > LONG_MANIFEST ? FAST : undefined;
       let kept = this.#answers.get(composed);
       if (!kept) this.#answers.set(composed, (kept = {}));
@@ -4470,7 +4473,7 @@ class Service {
       const isFromDisk = fd !== undefined && !isHead;
       if (body && (size > SMALL_BODY || isFromDisk)) {
         const held = content ?? body;
-        this.#inFlight.add({ request, server, held, fd: isHead ? undefined : fd, ended });
+        this.#inFlight.add({ request, server, held, fd, ended });
       } else ended(true);
       return toResponse(method, answer);
     };
@@ -4597,7 +4600,7 @@ function listen(
 // ════ IV Device disk ═════════════════════════════════════════════════════════════════════════════
 // The files of a device, and what it remembers of them below `.ota`. `Journal` changes them as one
 // transaction: after a crash at any point they are the old release or the new one. Nothing here
-// knows of a network or a manifest.
+// talks to a network.
 
 // ──── Disk ──────────────────────────────────────────────────────────────────────────────────────
 // What a device asks of its file system: few operations, each with one effect. Nothing is durable
@@ -4970,7 +4973,7 @@ function firstOther(
 const STAGED = `${OTA_DIR}/staged`;
 
 /** Content that was received in part. It outlives the process and can be resumed. */
-export class PartialDownload {
+class PartialDownload {
   size: number;
   /** The tag it was sent with; without one it cannot be resumed. */
   etag: string | undefined;
@@ -5206,7 +5209,9 @@ export interface State {
   restart: string | null;
 }
 
-const FORMAT = 1;
+/** 0.1.0 wrote format 1, which is read as well. */
+const FORMAT = 2;
+const isFormat = (format: unknown) => format === FORMAT || format === 1;
 const EMPTY: State = {
   format: FORMAT,
   installed: null,
@@ -5226,7 +5231,7 @@ function asInstalled(value: unknown, name: string): Installed {
 
 function asState(value: unknown, name = "the state"): State {
   const { format, installed, failed, trial } = asObject(value, name);
-  if (format !== FORMAT) malformed(`${name}: not of format ${FORMAT}`);
+  if (!isFormat(format)) malformed(`${name}: not of format ${FORMAT}`);
   if (installed !== null) asInstalled(installed, "installed");
   asList(failed, "failed", (one, at) => asText(asObject(one, at).version, `${at}.version`));
   if (trial !== null) asObject(trial, "trial");
@@ -5243,7 +5248,7 @@ function asSteps(value: unknown, name: string): Steps {
 
 function asTransaction(value: unknown): Transaction {
   const { format, id, before, to, placed, forward, back } = asObject(value, "the transaction");
-  if (format !== FORMAT) malformed(`the transaction: not of format ${FORMAT}`);
+  if (!isFormat(format)) malformed(`the transaction: not of format ${FORMAT}`);
   asText(id, "id");
   asState(before, "before");
   asInstalled(to, "to");
@@ -5384,7 +5389,8 @@ class Records {
 
   /** Resolves when the state is durable, and with it all changes of names before. */
   async write(state: State): Promise<void> {
-    await replaceText(this.#disk, recordPath("state"), JSON.stringify(state));
+    const text = JSON.stringify({ ...state, format: FORMAT });
+    await replaceText(this.#disk, recordPath("state"), text);
     this.state = state; // Whether or not that can be made durable.
     await this.sync();
   }
@@ -5569,7 +5575,7 @@ function isExecutable({ mode }: Pick<DiskStat, "mode">): boolean {
  * @param list the manifest of all files of that release
  * @param recorded what is recorded already
  */
-export function adopt(
+function adopt(
   files: Files,
   version: string,
   list: Manifest,
@@ -6277,7 +6283,7 @@ export class Journal implements Disposable {
 /** Progress events of an update. */
 export type OTAEvent =
   | { kind: "note"; text: string }
-  /** Bytes of the content of this update that are here, of how many; NaN when not known. */
+  /** How many bytes of this update's content are here, and of how many; `NaN` if not known. */
   | { kind: "progress"; received: number; total: number }
   /** One content is complete and verified. */
   | { kind: "fetched"; path: string; size: number };
@@ -6600,6 +6606,7 @@ export async function rollBack(
   options: DeviceOptions = {},
 ): Promise<Outcome> {
   using journal = await Journal.open(existingFiles(root, options));
+  journal.refuseDamage();
   return new HealthCheck(journal, options).rollBack(force);
 }
 
@@ -7060,7 +7067,7 @@ class Receiver {
  *
  * @returns a function to be called with received bytes; returns whether they come too slowly
  */
-export function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => boolean {
+function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => boolean {
   let since = performance.now();
   let received = 0;
   return (bytes) => {
@@ -7411,7 +7418,12 @@ function checkAnswer(manifest: Manifest, query: ManifestQuery): void {
   const { request_id, previous_version, firmware } = manifest;
   if (request_id !== query.reqid) refuse("its request_id is not the one that was sent");
   const from = (query.list ?? query.current_ver) || "0";
-  if (previous_version !== from) {
+  // A list names the version as the server does.
+  const isFor =
+    query.list === undefined
+      ? previous_version === from
+      : new LooseVersion(previous_version ?? "").compare(from) === 0;
+  if (!isFor) {
     refuse(`it is for a device on ${previous_version}, and this one is on ${from}`);
   }
   // Otherwise the diff may start from other files than ours, and give a mix that was never
@@ -7882,6 +7894,11 @@ export class HttpOTA extends OTA {
         pause,
       );
     }
+    const encoding = headers.get("content-encoding")?.toLowerCase() ?? "identity";
+    if (encoding !== "identity" && !isCoding(encoding)) {
+      await response.body?.cancel();
+      throw new TransferError(`content came coded as ${encoding}, which nobody asked for`, true);
+    }
     const range = /^bytes (\d+)-\d+\/(\d+)$/.exec(headers.get("content-range") ?? "");
     const length = headers.get("content-length");
     return {
@@ -7889,7 +7906,7 @@ export class HttpOTA extends OTA {
       offset: status === 206 ? Number(range?.[1] ?? NaN) : 0,
       total: status === 206 ? Number(range?.[2]) : length === null ? undefined : Number(length),
       etag: strongTag(headers.get("etag")),
-      encoding: encodingOf(headers.get("content-encoding")),
+      encoding,
       headers,
     };
   }
@@ -7941,12 +7958,6 @@ export class HttpOTA extends OTA {
 /** A tag with which a transfer can be resumed: present, and not weak. */
 function strongTag(etag: string | null): string | undefined {
   return etag?.startsWith('"') ? etag : undefined;
-}
-
-function encodingOf(header: string | null): Encoding {
-  const name = header?.toLowerCase() ?? "identity";
-  if (name === "identity" || isCoding(name)) return name;
-  throw new TransferError(`content came coded as ${name}, which nobody asked for`, true);
 }
 
 // ──── Directory ───────────────────────────────────────────────────────────────────────────────────
@@ -8084,7 +8095,7 @@ const OPTIONS = {
   firmware: { type: "string", value: "V", help: "the firmware that belongs to it (the newest)" },
   model: { type: "string", value: "M", help: "the kind of board" },
   threshold: { type: "string", value: "N", help: "how many of the keys must have signed (1)" },
-  expires: { type: "string", value: "DURATION", help: "when it counts no more: 365d, 12h" },
+  expires: { type: "string", value: "DURATION", help: "when it is no longer accepted: 365d, 12h" },
   "sign --check": {
     type: "string",
     value: "PUB",
@@ -8299,7 +8310,7 @@ function progressBar(received: number, total: number, milliseconds: number): str
 }
 
 // ──── Server commands ─────────────────────────────────────────────────────────────────────────────
-// The commands `serve`, `manifest` and `keygen`.
+// The commands `serve`, `manifest`, `keygen` and `sign`.
 
 /** Characters of log lines that are buffered; the buffer is also written every 100 ms. */
 const LOG_BUFFER = 64 * 1024;
@@ -8445,7 +8456,7 @@ async function costLines(releases: Releases, manifest: Manifest | null): Promise
   if (firmware) {
     const image = releases.firmware.at(-1)!;
     const old = releases.firmware.find(({ version }) => version.compare(has?.version ?? "") === 0);
-    await add(basename(image.file), sourceOf(image), old);
+    await add(image.path, sourceOf(image), old);
   }
   const messages = Math.ceil(total / LORA_BYTES);
   lines.push(

@@ -573,7 +573,7 @@ describe.concurrent("records of the updater", () => {
     for (const name of ["state.json", "journal.json"]) {
       using device = new Device();
       const path = `${device.root}/.ota/${name}`;
-      const record = JSON.stringify({ ...JSON.parse(readFileSync(path, "utf8")), format: 2 });
+      const record = JSON.stringify({ ...JSON.parse(readFileSync(path, "utf8")), format: 3 });
       writeFileSync(path, record);
       for (const command of [
         device.args(),
@@ -583,7 +583,7 @@ describe.concurrent("records of the updater", () => {
       ]) {
         const { code, stdout, stderr } = await run(command);
         expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
-        expect(stderr).toContain(`${path} has format 2`);
+        expect(stderr).toContain(`${path} has format 3`);
         expect(stderr).toContain("use the newer ota.ts");
       }
       expect(readFileSync(path, "utf8")).toBe(record);

@@ -382,6 +382,18 @@ describe.concurrent("--restart", () => {
 });
 
 describe.concurrent("rollback by hand", () => {
+  test("refuses while the record is damaged, and leaves everything as it is", async () => {
+    await using device = await Device.on1();
+    await device.serve();
+    await device.client();
+    device.write({ "device/.ota/state.json": "{" });
+    const before = device.tree();
+    const { code, stderr } = await device.run("rollback");
+    expect({ code, tree: device.tree() }).toEqual({ code: 1, tree: before });
+    expect(stderr).toContain("run client with --repair");
+    expect((await device.client(["--repair"])).code).toBe(0);
+  });
+
   test("goes back byte for byte, once, also later, firmware too", async () => {
     await using device = await Device.on1();
     layTree(device.root, { "flash/data.txt": "the application's", "sd/log/1": "log" });

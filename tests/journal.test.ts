@@ -1480,9 +1480,9 @@ describe("opening", () => {
     const { disk, journal } = await opened(v1);
     journal[Symbol.dispose]();
     const path = ".ota/state.json";
-    disk.write(path, encode('{"format":2}'));
-    await expect(open(disk)).rejects.toThrow(/format 2.*newer ota\.ts/);
-    expect(decode(disk.read(path, 0, 100))).toBe('{"format":2}');
+    disk.write(path, encode('{"format":3}'));
+    await expect(open(disk)).rejects.toThrow(/format 3.*newer ota\.ts/);
+    expect(decode(disk.read(path, 0, 100))).toBe('{"format":3}');
     disk.unlink(path); // The lock was given back.
     (await open(disk))[Symbol.dispose]();
   });

@@ -130,11 +130,13 @@ describe("/-/metrics", () => {
     await get("");
     await get("current_ver=");
     await get("current_ver=0.7&failed=9.9");
+    await get("current_ver=1.0.1&firmware_ver=1.0.0");
     const metrics = await server.metrics();
     const manifests = (from: string, to: string) =>
       metrics.get(`ota_manifests_total{from="${from}",to="${to}"}`);
     expect(manifests("1.0.0", "1.0.1")).toBe(2);
     expect(manifests("1.0.1", "none")).toBe(1);
+    expect(manifests("1.0.1", "firmware")).toBe(1);
     expect(manifests("none", "1.0.1")).toBe(2);
     expect(manifests("other", "1.0.1")).toBe(1);
     expect(metrics.get('ota_failures_total{version="1.0.1"}')).toBe(1);
@@ -160,7 +162,7 @@ describe("/-/metrics", () => {
     const values = [...metrics.keys()].flatMap((key) =>
       [...key.matchAll(/(?:from|to|version)="([^"]*)"/g)].map(([, value]) => value!),
     );
-    const known = ["1.0.0", "1.0.1", "none", "other", TOOL_VERSION];
+    const known = ["1.0.0", "1.0.1", "firmware", "none", "other", TOOL_VERSION];
     expect(values.filter((value) => !known.includes(value))).toEqual([]);
   });
 });

@@ -127,9 +127,10 @@ describe("a device that is brought along with --ver", () => {
     const { stamps: _, executable: __, image: ___, ...installed } = state.installed!;
     delete installed.files["flash/same.py"];
     delete installed.files["sd/data.bin"];
-    field.write({ "device/.ota/state.json": JSON.stringify({ ...state, installed }) });
+    field.write({ "device/.ota/state.json": JSON.stringify({ ...state, format: 1, installed }) });
     expect(await field.update()).toBe("up to date 1.0.1");
     await field.expectOn("1.0.1", V2);
+    expect(field.state.format).toBe(2);
     field.release("1.0.2", { a: "a" });
     expect(await field.update()).toBe("updated 1.0.2");
     await field.expectOn("1.0.2", { a: "a" });

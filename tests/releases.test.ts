@@ -296,6 +296,23 @@ describe("what a device gets", () => {
     }
   });
 
+  test("a ceiling for one device holds back what is above it, firmware too", async () => {
+    using root = new Temp({
+      ...versions("1.0.0", "1.0.1", "1.0.2"),
+      "firmware_1.0.1.bin": "",
+      "firmware_1.0.2.bin": "x",
+    });
+    const releases = await open(root);
+    const decide = (current_ver: string, ceiling?: string) => {
+      const decision = releases.decide({ current_ver, firmware_ver: "" }, ceiling);
+      return [decision?.target?.name, decision?.image?.name];
+    };
+    expect(decide("1.0.0")).toEqual(["1.0.2", "1.0.2"]);
+    expect(decide("1.0.0", "1.0.1")).toEqual(["1.0.1", "1.0.1"]);
+    expect(decide("1.0.1", "1.0.1")).toEqual([undefined, "1.0.1"]);
+    expect(decide("1.0.2", "1.0.0")).toEqual([undefined, undefined]);
+  });
+
   test("1.00.0 is 1.0.0: it gets the difference, and its version back as it was sent", async () => {
     using root = new Temp({ ...versions("1.0.0", "1.0.1"), "1.0.0/old": "" });
     const manifest = await manifestFor(root, { current_ver: "1.00.0" });
@@ -1279,7 +1296,7 @@ describe("the clock on the wall", () => {
   /** Scans until nothing is unsettled, as who keeps up with a root does. */
   async function settle(releases: Releases): Promise<void> {
     while (releases.unsettled.length > 0) {
-      await Bun.sleep(releases.nextLook);
+      await Bun.sleep(releases.nextScan);
       await releases.scan();
     }
   }

@@ -298,6 +298,19 @@ describe("sign", () => {
     expect(other.stderr).toContain("(its firmware, its expiry): signed anew, by this key alone");
   });
 
+  test("what has expired is signed anew by the same command", async () => {
+    await using home = new Home();
+    await home.sign(["--ver", "1.0.1", "--expires", "1d"]);
+    const file = JSON.parse(readFileSync(home.file(), "utf8")) as { steps: Envelope[] };
+    const times = { issued: "2026-11-01T00:00:00Z", expires: "2026-11-02T00:00:00Z" };
+    const old = (envelope: Envelope) => seal({ ...stepOf(envelope), ...times }, home.private());
+    writeFileSync(home.file(), JSON.stringify({ ...file, steps: file.steps.map(old) }));
+    expect((await home.check(["home"], ["--ver", "1.0.1"])).stderr).toContain("expired at 2026");
+    const { stderr } = await home.sign(["--ver", "1.0.1", "--expires", "1d"]);
+    expect(stderr).toContain("(its expiry): signed anew");
+    expect((await home.check(["home"], ["--ver", "1.0.1"])).code).toBe(0);
+  });
+
   test("a version that is signed late is not issued after a newer one", async () => {
     await using home = new Home();
     await home.sign(["--ver", "1.0.1"]);
@@ -434,6 +447,8 @@ describe("a root with signed releases", () => {
     await home.sign();
     rmSync(home.file("0.9.0"));
     cpSync(home.file(), home.file("0.8.0"));
+    const held = await run(["manifest", "--root", home.releases, "--latest", "1.0.0"]);
+    expect(held.stderr).not.toContain("signed_1.0.1.json");
     const { stderr } = await run(["manifest", "--root", home.releases]);
     expect(stderr).toContain("warning: 0.9.0 is not signed, as others are (signed_0.8.0.json)\n");
     expect(stderr).toContain("warning: signed_0.8.0.json is of a version that is not here\n");
@@ -490,6 +505,7 @@ describe("a root with signed releases", () => {
     };
     expect(ask({ current_ver: "1.0.0" })).toEqual(["1.0.0", "1.0.1", undefined, "1.0.0"]);
     expect(ask({ current_ver: "1.0.1" })).toEqual(["1.0.1", "1.0.1", undefined, "1.0.1"]);
+    expect(releases.manifestFor({ current_ver: "1.0.1", signed: "0" }, "http://a")).toBeNull();
     expect(ask({})).toEqual(["", "1.0.1", undefined, "0"]);
     // Of these no step was signed: they get the full list.
     expect(ask({ current_ver: "0.5" })).toEqual(["*", "1.0.1", true, "0.5"]);
