@@ -981,10 +981,11 @@ export const STEP_TYPE = "application/vnd.ota-step+json";
 /** `from` of a step to the full list. */
 const ANY = "*";
 
-/** DSSE's pre-authentication encoding: the bytes that are signed. */
-function preAuthEncoding(type: string, payload: Uint8Array): Uint8Array {
-  const head = `DSSEv1 ${Buffer.byteLength(type)} ${type} ${payload.byteLength} `;
-  return Buffer.concat([Buffer.from(head), payload]);
+/** DSSE's pre-authentication encoding: the bytes of an envelope that are signed. */
+function preAuthEncoding({ payloadType, payload }: Envelope): Uint8Array {
+  const bytes = Buffer.from(payload, "base64");
+  const head = `DSSEv1 ${Buffer.byteLength(payloadType)} ${payloadType} ${bytes.byteLength} `;
+  return Buffer.concat([Buffer.from(head), bytes]);
 }
 
 /**
@@ -1014,48 +1015,36 @@ function stepsDigest(manifest: {
 
 /** The raw bytes of an Ed25519 public key in lowercase hex, as boards are given it. */
 export function rawPublicKey(key: KeyObject): string {
-  const { x } = createPublicKey(key.export({ type: "spki", format: "pem" })).export({
-    format: "jwk",
-  });
+  const { x } = key.export({ format: "jwk" });
   return Buffer.from(x!, "base64url").toString("hex");
 }
 
 /** Puts a step into an envelope without signatures. */
-function sealStep({ firmware, ...rest }: Step): Envelope {
-  const { expires, from, issued, model, release, steps, to } = rest;
-  const sorted = firmware && {
-    sha256: firmware.sha256,
-    size: firmware.size,
-    version: firmware.version,
-  };
-  const payload = { expires, firmware: sorted, from, issued, model, release, steps, to };
-  return {
-    payload: Buffer.from(JSON.stringify(payload)).toString("base64"),
-    payloadType: STEP_TYPE,
-    signatures: [],
-  };
+function sealStep(step: Step): Envelope {
+  const payload = Buffer.from(JSON.stringify(step)).toString("base64");
+  return { payload, payloadType: STEP_TYPE, signatures: [] };
 }
 
 /** Adds a signature to an envelope, unless this key has signed it. @param key private */
 function signEnvelope(envelope: Envelope, key: KeyObject): void {
   const pub = createPublicKey(key);
   if (signersOf(envelope, [pub]).size > 0) return;
-  const keyid = rawPublicKey(pub).slice(0, 16);
-  const bytes = preAuthEncoding(envelope.payloadType, Buffer.from(envelope.payload, "base64"));
-  envelope.signatures.push({ keyid, sig: sign(null, bytes, key).toString("base64") });
+  const sig = sign(null, preAuthEncoding(envelope), key).toString("base64");
+  envelope.signatures.push({ keyid: rawPublicKey(pub).slice(0, 16), sig });
 }
 
 /** Those of the keys, as indices, that signed an envelope; each counts once. */
 function signersOf(envelope: Envelope, keys: readonly KeyObject[]): Set<number> {
-  const bytes = preAuthEncoding(envelope.payloadType, Buffer.from(envelope.payload, "base64"));
-  const raw = keys.map(rawPublicKey);
+  const bytes = preAuthEncoding(envelope);
   const signers = new Set<number>();
   for (const { sig } of envelope.signatures) {
     // 64 bytes in base64.
     if (sig.length !== 88) continue;
     const signature = Buffer.from(sig, "base64");
-    for (const [i, key] of keys.entries()) {
-      if (verify(null, bytes, key, signature)) signers.add(raw.indexOf(raw[i]!));
+    for (const key of keys) {
+      // The first of those that are the same key.
+      const index = () => keys.findIndex((other) => other.equals(key));
+      if (verify(null, bytes, key, signature)) signers.add(index());
     }
   }
   return signers;
@@ -1444,6 +1433,12 @@ function isInside(path: string, directory: string): boolean {
   return path.startsWith(directory === "/" ? "/" : `${directory}/`);
 }
 
+/** @throws {OTAError} when the file of a key is below a root, links resolved */
+function refuseInside(root: string, key: string): void {
+  if (!isInside(fs.realpathSync(key), root)) return;
+  throw new OTAError(`the key ${key} lies in the root, which is served: move it away`, 2);
+}
+
 // ──── Hashing ───────────────────────────────────────────────────────────────────────────────────
 // Each file is read once for both hashes: SHA-1 for boards, SHA-256 for devices that ask for it.
 // Large amounts are hashed by workers on several cores, so that requests are answered meanwhile.
@@ -1805,13 +1800,23 @@ function changesBetween(
   };
 }
 
+/** The results of `digestBetween`, for as long as a release is there. */
+const digests = new WeakMap<Release, Map<string, string>>();
+
 /** `stepsDigest` of the manifest between two releases. @param from absent: nothing */
 function digestBetween(from: Release | undefined, to: Release, full = false): string {
-  const { removed, added, changed } = changesBetween(from, to, true);
-  const list = (entries: readonly Entry[]) =>
-    entries.map(([path, { sha256 }]) => ({ dst_path: `/${path}`, sha256 }));
-  const lists = { delete: removed, new: list(added), update: list(changed) };
-  return stepsDigest(full ? { ...lists, full } : lists);
+  let known = digests.get(to);
+  if (!known) digests.set(to, (known = new Map()));
+  const key = `${from?.id} ${full}`;
+  let digest = known.get(key);
+  if (digest === undefined) {
+    const { removed, added, changed } = changesBetween(from, to, true);
+    const list = (entries: readonly Entry[]) =>
+      entries.map(([path, { sha256 }]) => ({ dst_path: `/${path}`, sha256 }));
+    digest = stepsDigest({ delete: removed, full, new: list(added), update: list(changed) });
+    known.set(key, digest);
+  }
+  return digest;
 }
 
 /** The content of a file `signed_V.json`. */
@@ -1849,8 +1854,6 @@ class Index {
   readonly #byName = new Map<string, Release>();
   readonly #byVersion = new Map<string, Release>();
   readonly #images = new Map<string, FirmwareImage>();
-  /** Ids of two releases → `stepsDigest` of the manifest between them. */
-  readonly #digests = new Map<string, string>();
   /** Release → the steps to it, if it is as it was signed. */
   readonly signed = new Map<Release, SignedRelease>();
 
@@ -1885,22 +1888,17 @@ class Index {
   step(from: string, to: Release, has?: Release): SignedStep | undefined {
     const found = this.signed.get(to)?.steps.get(from);
     if (!found || !has) return found;
-    const key = `${has.id} ${to.id}`;
-    let digest = this.#digests.get(key);
-    if (digest === undefined) this.#digests.set(key, (digest = digestBetween(has, to)));
-    return digest === found.step.steps ? found : undefined;
+    return digestBetween(has, to) === found.step.steps ? found : undefined;
   }
 
   /** Takes the highest version, or image, back out. */
   hold(kind: "versions" | "firmware", reason: string): void {
     const item = this[kind].pop()!;
     if ("path" in item) this.#images.delete(item.path);
-    else
-      for (const [map, key] of [
-        [this.#byName, item.name],
-        [this.#byVersion, item.version.key],
-      ] as const)
-        map.delete(key);
+    else {
+      this.#byName.delete(item.name);
+      this.#byVersion.delete(item.version.key);
+    }
     this.held.push({ path: "path" in item ? item.path : item.name, reason });
   }
 
@@ -1920,6 +1918,11 @@ class Index {
 // ──── Signed releases ─────────────────────────────────────────────────────────────────────────────
 // `signed_V.json` holds the steps to version V, as `sign` makes them at home. In a root that has any
 // such file, nothing is offered above the newest version that is as it was signed.
+
+/** The step to the full list. All steps to a version share its firmware, model and times. */
+function fullStep({ steps }: SignedRelease): Step {
+  return steps.get(ANY)!.step;
+}
 
 /** The version that `signed_V.json` is for. */
 function signedVersion(name: string): string | undefined {
@@ -1973,11 +1976,12 @@ function tryToRead(file: string, version: string): SignedRelease | string {
 
 /** What has changed since it was signed; `undefined` when nothing has. */
 async function changedSinceSigned(
-  { files, steps }: SignedRelease,
+  signed: SignedRelease,
   release: Release,
   images: readonly FirmwareImage[],
   slicer: TimeSlicer,
 ): Promise<string | undefined> {
+  const { files } = signed;
   let changed: string | undefined;
   await slicer.each(files, ([path, digest]) => {
     if (release.files.get(path)?.sha256 !== digest) changed ??= path;
@@ -1986,7 +1990,7 @@ async function changedSinceSigned(
     if (!files.has(path)) changed ??= path;
   });
   if (changed !== undefined) return `was changed since it was signed: ${changed}`;
-  const { firmware } = steps.get(ANY)!.step;
+  const { firmware } = fullStep(signed);
   if (!firmware || images.some((image) => image.sha256 === firmware.sha256)) return undefined;
   return `was signed with firmware ${firmware.version}, which is not here as it was`;
 }
@@ -2041,7 +2045,7 @@ class SignedReleases {
       index.unsigned.push({ path: name, reason: "is of a version that is not here" });
     }
     const newest = index.versions.at(-1);
-    const firmware = newest && index.signed.get(newest)!.steps.get(ANY)!.step.firmware;
+    const firmware = newest && fullStep(index.signed.get(newest)!).firmware;
     for (let image; (image = index.firmware.at(-1)) && image.sha256 !== firmware?.sha256;) {
       index.hold("firmware", "is not signed with the newest version");
     }
@@ -2076,36 +2080,20 @@ let releasesMade = 0;
 class Scanner {
   readonly #slicer = new TimeSlicer();
   readonly #latest: LooseVersion | undefined;
-  readonly #settler: Settler<Release | FirmwareImage>;
-  readonly #signed = new SignedReleases(this.#slicer);
+  readonly settler: Settler<Release | FirmwareImage>;
+  readonly signed = new SignedReleases(this.#slicer);
 
   constructor(
     private readonly path: string,
     private readonly options: ReleasesOptions,
   ) {
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
-    this.#settler = new Settler((options.quiet ?? 1) * 1000, this.#slicer);
-  }
-
-  /** Globs of the files that releases were signed without. */
-  get signedIgnore(): string[] {
-    return this.#signed.ignore;
-  }
-
-  /** See `Settler.unsettled`. */
-  get unsettled(): string[] {
-    return this.#settler.unsettled;
-  }
-
-  /** See `Settler.nextScan`. */
-  get nextScan(): number {
-    return this.#settler.nextScan;
+    this.settler = new Settler((options.quiet ?? 1) * 1000, this.#slicer);
   }
 
   /** An index of nothing, before the first scan. */
-  empty(): Index {
-    const place = placeOf(this.path);
-    const globs = [...(this.options.ignore ?? []), ...this.#signed.ignore];
+  empty(place = placeOf(this.path)): Index {
+    const globs = [...(this.options.ignore ?? []), ...this.signed.ignore];
     const ignore = globs.map((pattern) => new Bun.Glob(pattern));
     const { secrets = [] } = this.options;
     return new Index(place, new RootReader(place.root, ignore, secrets, this.#slicer));
@@ -2121,23 +2109,23 @@ class Scanner {
     try {
       await this.#slicer.pause();
       const busy = this.#slicer.busy;
-      this.#settler.begin();
-      const { root } = placeOf(this.path);
-      const names = await this.#slicer.pause(fs.promises.readdir(root));
+      this.settler.begin();
+      const place = placeOf(this.path);
+      const names = await this.#slicer.pause(fs.promises.readdir(place.root));
       names.sort(compareCodePoints);
-      this.#signed.read(names, root);
-      const index = this.empty();
+      this.signed.read(names, place.root);
+      const index = this.empty(place);
       for (const name of names) {
         if (this.#slicer.isDue) await this.#slicer.pause();
         await this.#consider(name, index);
       }
-      this.#settler.end(new Set(names));
+      this.settler.end(new Set(names));
       index.sort();
-      if (!this.options.ignoreSigned) await this.#signed.apply(index);
+      if (!this.options.ignoreSigned) await this.signed.apply(index);
       await this.#slicer.pause();
       return { index, milliseconds: this.#slicer.busy - busy };
     } finally {
-      this.#settler.rest();
+      this.settler.rest();
     }
   }
 
@@ -2152,7 +2140,7 @@ class Scanner {
       places.set(entry.real, name);
     }
     const settle = async (snapshot: () => Promise<Snapshot>, make: Make): Promise<void> => {
-      const { item, ignored } = await this.#settler.settle(name, snapshot, make);
+      const { item, ignored } = await this.settler.settle(name, snapshot, make);
       index.ignored.push(...ignored);
       if (item) index.add(item);
     };
@@ -2469,8 +2457,10 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
   const order = newest?.version.compare(device) ?? 0;
   // A step leads only from a release that was there when it was signed.
   const asksForStep = query.signed === "1" && newest && index.signed.has(newest);
-  const hasStep = current === "" || (known && newest && index.step(known.name, newest, known));
-  const isForeign = asksForStep === true && !hasStep;
+  const isForeign =
+    asksForStep === true &&
+    current !== "" &&
+    (!known || index.step(known.name, newest, known) === undefined);
   const full = (base !== undefined && base !== known?.digest) || (isForeign && order > 0);
   // A device on the newest version may have other files than that version has now.
   const target = order > 0 || (full && newest && newest === known) ? newest : undefined;
@@ -2729,12 +2719,12 @@ export class Releases {
 
   /** See `Settler.unsettled`. */
   get unsettled(): string[] {
-    return this.#scanner.unsettled;
+    return this.#scanner.settler.unsettled;
   }
 
   /** See `Settler.nextScan`. */
   get nextScan(): number {
-    return this.#scanner.nextScan;
+    return this.#scanner.settler.nextScan;
   }
 
   /**
@@ -2831,7 +2821,7 @@ export class Releases {
 
   /** Globs of the files that releases were signed without. */
   get signedIgnore(): readonly string[] {
-    return this.#scanner.signedIgnore;
+    return this.#scanner.signed.ignore;
   }
 
   /** See `Composer`. */
@@ -2892,7 +2882,11 @@ function makeSteps(
     ...olds.map((old): [string, string] => [old.name, digestBetween(old, to)]),
   ];
   const { digest: release, name } = to;
-  return digests.map(([from, steps]) => ({ ...about, firmware, from, release, steps, to: name }));
+  const { expires, issued, model } = about;
+  // In the order of the payload.
+  return digests.map(([from, steps]) => {
+    return { expires, firmware, from, issued, model, release, steps, to: name };
+  });
 }
 
 /** How to sign a version. What is not given stays as it was signed before. */
@@ -2920,6 +2914,8 @@ const isoTime = (milliseconds: number) => new Date(milliseconds).toISOString().r
 
 /** A release root at home, where its versions are signed. */
 export class SigningRoot {
+  readonly #known = new Map<Release, SignedRelease | string | undefined>();
+
   private constructor(
     private readonly releases: Releases,
     private readonly ignore: readonly string[],
@@ -2950,15 +2946,18 @@ export class SigningRoot {
     return `${this.releases.root}/signed_${name}.json`;
   }
 
-  /** What is signed of a version; a text says why it cannot be used. */
+  /** What is signed of a version, read once; a text says why it cannot be used. */
   #read(release: Release): SignedRelease | string | undefined {
-    const file = this.#file(release);
-    return fs.existsSync(file) ? tryToRead(file, release.name) : undefined;
+    if (!this.#known.has(release)) {
+      const file = this.#file(release);
+      this.#known.set(release, fs.existsSync(file) ? tryToRead(file, release.name) : undefined);
+    }
+    return this.#known.get(release);
   }
 
   #issuedOf(release: Release): string | undefined {
     const signed = this.#read(release);
-    return typeof signed === "object" ? signed.steps.get(ANY)!.step.issued : undefined;
+    return typeof signed === "object" ? fullStep(signed).issued : undefined;
   }
 
   /** Now, but not before older versions, nor after newer ones: devices refuse to go back in time. */
@@ -2997,7 +2996,7 @@ export class SigningRoot {
     const to = this.#find(name);
     const old = this.#read(to);
     const signed = typeof old === "object" ? old : undefined;
-    const before = signed?.steps.get(ANY)!.step;
+    const before = signed && fullStep(signed);
     const lasts = before?.expires ? Date.parse(before.expires) - Date.parse(before.issued) : null;
     const { model = before?.model ?? null, expires } = options;
     const lifetime = expires === undefined ? lasts : expires * 1000;
@@ -3019,12 +3018,14 @@ export class SigningRoot {
     const ignore = [...new Set([...this.ignore, ...this.releases.signedIgnore])];
     const json = { files, ...(ignore.length > 0 && { ignore }), steps: envelopes };
     replaceFile(this.#file(to), `${JSON.stringify(json)}\n`);
+    this.#known.delete(to);
     return { steps: steps.length, signatures: envelopes[0]!.signatures.length, changed };
   }
 
   /** What differs between the steps that were signed and those that would be. */
-  #changes({ steps: old }: SignedRelease, now: readonly Step[]): string[] {
-    const [before, after] = [old.get(ANY)!.step, now.find(({ from }) => from === ANY)!];
+  #changes(signed: SignedRelease, now: readonly Step[]): string[] {
+    const old = signed.steps;
+    const [before, after] = [fullStep(signed), now.find(({ from }) => from === ANY)!];
     const changes: string[] = [];
     const key = ({ from, steps, release }: Step) => `${from} ${steps} ${release}`;
     const keys = new Set([...old.values()].map(({ step }) => key(step)));
@@ -3053,7 +3054,7 @@ export class SigningRoot {
     const { firmware } = this.releases;
     const change = await changedSinceSigned(signed, to, firmware, new TimeSlicer());
     if (change) return { steps: 0, wrong: [`it ${change}`] };
-    const { issued } = signed.steps.get(ANY)!.step;
+    const { issued } = fullStep(signed);
     const steps = makeSteps(this.releases, to, undefined, { expires: null, issued, model: null });
     const wrong = steps.flatMap((step) => checkStepFile(signed, step, keys));
     if (Date.parse(issued) > Date.now()) wrong.push(`it was issued in the future, at ${issued}`);
@@ -4525,10 +4526,7 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
   const releases = await Releases.open(root, { ...options, secrets });
   const service = new Service(releases, options);
   for (const secret of secrets) {
-    if (!fs.existsSync(secret)) continue;
-    if (isInside(fs.realpathSync(secret), releases.root)) {
-      throw new OTAError(`the key ${secret} lies in the root, which is served: move it away`, 2);
-    }
+    if (fs.existsSync(secret)) refuseInside(releases.root, secret);
   }
   let certificate = tls && readServerCertificate(tls);
   let server: Bun.Server<undefined>;
@@ -4840,6 +4838,11 @@ export interface ActiveFirmware {
 /** The image of a firmware slot. */
 function slotPath(slot: 0 | 1): string {
   return `${OTA_DIR}/ota_${slot}.bin`;
+}
+
+/** Whether a path is that of a firmware slot. */
+function isSlot(path: string): boolean {
+  return path === slotPath(0) || path === slotPath(1);
 }
 
 /** A device's files, to be read. */
@@ -5688,7 +5691,7 @@ class Preparation {
     if (!linkOrCopy(this.#files.disk, path, backup)) this.#unsynced.push(backup);
     this.back.place.push([backup, path]);
     // Not hashed: an inactive slot can be large, and nothing runs it.
-    if (/^\.ota\/ota_\d/.test(path)) return;
+    if (isSlot(path)) return;
     const before = this.#before;
     const isKnown = before?.stamps?.[path] === this.#files.stat(path)!.stamp;
     // A file that cannot be read can still be hard-linked.
@@ -5742,7 +5745,7 @@ class Preparation {
       this.to.files[path] = digest;
       this.to.stamps![path] = stamp;
     }
-    if (path.startsWith(`${OTA_DIR}/ota_`)) this.to.image = { sha256: digest, stamp };
+    if (isSlot(path)) this.to.image = { sha256: digest, stamp };
   }
 
   /** Directories that come, and those that go, emptied or replaced by a file. */
@@ -6741,8 +6744,13 @@ function failureOf(
   target: Target,
   { firmware }: Manifest,
   active: ActiveFirmware | null,
+  step: Step | undefined,
 ): FailedRelease {
-  const failure: FailedRelease = { version: target.version, digest: targetDigest(target) };
+  // What is not signed (modes, spellings of the version) must not make it another release.
+  const digest = step
+    ? sha256(JSON.stringify({ ...step, from: "", steps: "" }))
+    : targetDigest(target);
+  const failure: FailedRelease = { version: target.version, digest };
   // The same version repairs the active image and is not new.
   if (!firmware || firmware.version === active?.version) return failure;
   return { ...failure, image: firmware.sha256 ?? firmware.hash };
@@ -7338,18 +7346,18 @@ function stepBy(
   query: ManifestQuery,
 ): Step | undefined {
   const signers = manifest?.signed ? signersOf(manifest.signed, keys).size : 0;
-  if (signers >= threshold) {
-    try {
-      const step = stepIn(manifest!.signed!);
-      checkStep(manifest!, step, query);
-      return step;
-    } catch (error) {
-      if (error instanceof FormatError) refuse(`signed: ${error.message}`);
-      throw error;
-    }
+  if (signers < threshold) {
+    if (threshold === 1) return undefined;
+    refuse(`${signers} of the keys given signed it, and --threshold is ${threshold}`);
   }
-  if (threshold === 1) return undefined;
-  return refuse(`${signers} of the keys given signed it, and --threshold is ${threshold}`);
+  try {
+    const step = stepIn(manifest!.signed!);
+    checkStep(manifest!, step, query);
+    return step;
+  } catch (error) {
+    if (error instanceof FormatError) refuse(`signed: ${error.message}`);
+    throw error;
+  }
 }
 
 /** @throws {OTAError} when a step is not for this device, or not what the manifest says */
@@ -7373,10 +7381,9 @@ function checkStep(manifest: Manifest, step: Step, query: ManifestQuery): void {
   const signed = step.firmware;
   if (!firmware) {
     // Whoever carries a step must not leave its firmware out.
-    const isMissing = signed !== null && query.list === undefined;
-    const isNewer =
-      isMissing && new LooseVersion(signed.version).compare(query.firmware_ver ?? "") > 0;
-    if (isNewer) refuse(`the firmware ${signed.version} of its step is missing`);
+    if (!signed || query.list !== undefined) return;
+    const order = new LooseVersion(signed.version).compare(query.firmware_ver ?? "");
+    if (order > 0) refuse(`the firmware ${signed.version} of its step is missing`);
     return;
   }
   const { sha256, size } = firmware;
@@ -7398,7 +7405,7 @@ const TOOL_DATE = "2026-11-27T00:00:00Z";
 function checkTimes(
   { issued, expires, to }: Step,
   latest: string | undefined,
-  note: (text: string) => void,
+  options: DeviceOptions,
 ): void {
   const time = Date.parse;
   if (latest !== undefined && time(issued) < time(latest)) {
@@ -7407,9 +7414,8 @@ function checkTimes(
   if (expires === null) return;
   const now = Date.now();
   if (now < Math.max(time(TOOL_DATE), time(issued))) {
-    note(
-      `the clock is wrong (${new Date(now).toISOString()}): whether ${to} expired is not checked`,
-    );
+    const found = new Date(now).toISOString();
+    note(options, `the clock is wrong (${found}): whether ${to} expired is not checked`);
   } else if (time(expires) < now) refuse(`its step expired at ${expires}`);
 }
 
@@ -7758,7 +7764,7 @@ export abstract class OTA {
       const last = verify && journal.lastInstalled?.version;
       const { manifest, step } = await manifests.ask(query, survey.current || last || undefined);
       const { installed } = journal.state;
-      if (step) checkTimes(step, journal.lastInstalled?.issued, (text) => note(this.options, text));
+      if (step) checkTimes(step, journal.lastInstalled?.issued, this.options);
       if (!manifest || (step && isEmpty(manifest, survey.current))) {
         if (step && installed && step.issued !== installed.issued) {
           await journal.remember({ ...installed, issued: step.issued });
@@ -7770,9 +7776,7 @@ export abstract class OTA {
       const target = targetOf(manifest, has.installed, full);
       if (step) checkTarget(target, manifest, has, step);
       const active = this.#files.firmware;
-      const failure = failureOf(target, manifest, active);
-      // Spellings of the version and modes are not signed, and must not make it another release.
-      if (step) failure.digest = sha256(JSON.stringify({ ...step, from: "", steps: "" }));
+      const failure = failureOf(target, manifest, active, step);
       const failed = journal.state.failed.find((one) => isSameFailure(one, failure));
       if (failed && !retry) {
         const to = failed.firmware;
@@ -8500,9 +8504,7 @@ async function runSign(given: Given): Promise<number> {
   if (!keys && key === undefined) throw new OTAError("sign needs --key FILE, or --check PUB", 2);
   const secret = keys ? undefined : readKey(key!, "private");
   const root = await SigningRoot.open(path, ignore);
-  if (secret && isInside(fs.realpathSync(key!), fs.realpathSync(path))) {
-    throw new OTAError(`the key ${key} lies in the root, which is served: move it away`, 2);
-  }
+  if (secret) refuseInside(fs.realpathSync(path), key!);
   // A device at first contact asks what the release that it is on consists of: all are signed.
   const versions = ver === undefined ? root.versions : [ver];
   if (keys) return checkSigned(root, versions, keys, checked!);
