@@ -10,12 +10,12 @@ import { join } from "node:path";
 import { Board } from "./board/board.ts";
 import { example } from "./board/fleet.ts";
 import { Link } from "./board/link.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
 import vectors from "./fixtures/rfc8032.json";
 
 setDefaultTimeout(600_000);
 
-const SEED = Number(process.env.SEED ?? Date.now() % 1_000_000);
+const SEED = seeded("board-ed25519");
 const ALL = process.env.OTA_ALL !== undefined;
 const random = new Random(SEED);
 

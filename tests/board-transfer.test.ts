@@ -12,16 +12,16 @@ import {
   setDefaultTimeout,
   test,
 } from "bun:test";
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { type Board, type Kind, type Start } from "./board/board.ts";
 import { CONFIRM, random, Root, runs, UPDATE, Van } from "./board/fleet.ts";
+import { seeded } from "./helpers/random.ts";
 import { certify, type Certified } from "./helpers/pki.ts";
+import { Temp } from "./helpers/temp.ts";
 
 setDefaultTimeout(600_000);
 
-const SEED = Number(process.env.SEED ?? Date.now() % 1_000_000);
+const SEED = seeded("board-transfer");
 const ALL = process.env.OTA_ALL !== undefined;
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];
 const KEEP = 8192;
@@ -449,17 +449,17 @@ describe("a name", () => {
 });
 
 describe("HTTPS", () => {
-  const directory = mkdtempSync(join(tmpdir(), "ota-board-tls-"));
+  const temp = new Temp();
   let tls: Certified;
   let secure: Van;
   beforeAll(async () => {
-    tls = certify(directory, "DNS:van.test");
+    tls = certify(temp.path, "DNS:van.test");
     const options = ["--tls-cert", tls.cert, "--tls-key", tls.key, "--token", "s3cret"];
     secure = await Van.open(root.path, options);
   });
   afterAll(async () => {
     await secure[Symbol.asyncDispose]();
-    rmSync(directory, { recursive: true });
+    temp[Symbol.dispose]();
   });
 
   const der = async (file: string): Promise<Uint8Array> => {
@@ -490,8 +490,8 @@ describe("HTTPS", () => {
   }); // prettier-ignore
 
   test("a server of another authority, or of another name, gets no request", async () => {
-    const other = mkdtempSync(join(tmpdir(), "ota-board-tls-"));
-    const foreign = certify(other, "DNS:van.test");
+    using other = new Temp();
+    const foreign = certify(other.path, "DNS:van.test");
     for (const [ca, name] of [
       [await der(foreign.ca), "van.test"],
       [await der(tls.ca), "other.test"],
@@ -505,7 +505,6 @@ describe("HTTPS", () => {
       expect(heads).toEqual([]);
       expect(mine.tree()).toEqual(old);
     }
-    rmSync(other, { recursive: true });
   });
 
   test("a server without TLS, and one that goes silent, are errors of the network", async () => {

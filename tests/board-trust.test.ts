@@ -4,8 +4,7 @@
  */
 
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { cpSync, mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { cpSync } from "node:fs";
 import { join } from "node:path";
 import { LooseVersion, Releases } from "../ota.ts";
 import { type Board, type Kind, type Options, type Start } from "./board/board.ts";
@@ -23,12 +22,13 @@ import {
 import { type Loose } from "./board/desk.ts";
 import { CONFIRM, example, Root, ROLLBACK, runs, UPDATE, Van } from "./board/fleet.ts";
 import { openssl } from "./helpers/pki.ts";
-import { Random } from "./helpers/random.ts";
+import { Random, seeded } from "./helpers/random.ts";
+import { Temp } from "./helpers/temp.ts";
 import { run } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
 
-const SEED = Number(process.env.SEED ?? Date.now() % 1_000_000);
+const SEED = seeded("board-trust");
 const kinds: Kind[] = ["esp32", "pycom", "rp2"];
 const [home, other] = [new Signer(), new Signer()];
 const OLD = "1.0.0";
@@ -116,24 +116,21 @@ const signing =
 test.each(kinds)("what `sign` wrote, from the real server, on a board of kind %s", async (kind) => {
   const mine = new Root();
   cpSync(root.path, mine.path, { recursive: true });
-  const key = `${mine.path}.key`;
-  await Bun.write(key, home.key.export({ type: "pkcs8", format: "pem" }));
-  try {
-    expect((await run(["sign", "--root", mine.path, "--key", key])).stderr).toBe("");
-    await using van = await Van.open(mine.path);
-    const config = kind === "pycom" ? "/flash/config.py" : "/config.py";
-    const stranger = await van.board(kind, OLD, { [config]: trusting([other]) });
-    const before = stranger.tree();
-    const refused = await stranger.start(UPDATE);
-    expect([refused.end, stranger.tree()]).toEqual(["error", before]);
-    const board = await van.board(kind, OLD, { [config]: trusting([home]) });
-    const { end, error } = await board.start(UPDATE);
-    expect([end, error]).toEqual(["reset", ""]);
-    expect((await board.settle(CONFIRM)).join("\n")).toContain("is confirmed");
-    expect((await board.start(UPDATE)).output).toContain("OTA: nothing newer than 1.0.1");
-  } finally {
-    rmSync(key);
-  }
+  const pem = home.key.export({ type: "pkcs8", format: "pem" });
+  using keys = new Temp({ "home.key": pem });
+  const key = keys.at("home.key");
+  expect((await run(["sign", "--root", mine.path, "--key", key])).stderr).toBe("");
+  await using van = await Van.open(mine.path);
+  const config = kind === "pycom" ? "/flash/config.py" : "/config.py";
+  const stranger = await van.board(kind, OLD, { [config]: trusting([other]) });
+  const before = stranger.tree();
+  const refused = await stranger.start(UPDATE);
+  expect([refused.end, stranger.tree()]).toEqual(["error", before]);
+  const board = await van.board(kind, OLD, { [config]: trusting([home]) });
+  const { end, error } = await board.start(UPDATE);
+  expect([end, error]).toEqual(["reset", ""]);
+  expect((await board.settle(CONFIRM)).join("\n")).toContain("is confirmed");
+  expect((await board.start(UPDATE)).output).toContain("OTA: nothing newer than 1.0.1");
 });
 
 describe.each(kinds)("a signed release on a board of kind %s", (kind) => {
@@ -252,8 +249,8 @@ describe("the envelope", () => {
   });
 
   test("made by openssl is taken", async () => {
-    const directory = mkdtempSync(join(tmpdir(), "ota-openssl-"));
-    const at = (name: string) => join(directory, name);
+    using temp = new Temp();
+    const at = (name: string) => temp.at(name);
     const run = (...args: string[]) => expect(openssl(args).code, args.join(" ")).toBe(0);
     run("genpkey", "-algorithm", "ed25519", "-out", at("key"));
     run("pkey", "-in", at("key"), "-pubout", "-outform", "DER", "-out", at("pub"));
@@ -266,7 +263,6 @@ describe("the envelope", () => {
     run("pkeyutl", "-sign", "-rawin", "-inkey", at("key"), "-in", at("pae"), "-out", at("sig"));
     const sig = Buffer.from(await Bun.file(at("sig")).bytes()).toString("base64");
     envelope.signatures = [{ keyid: "", sig }];
-    rmSync(directory, { recursive: true });
     await installs(mine, (given, from) => ({ ...desk.signed(given, from, []), signed: envelope }));
   });
 

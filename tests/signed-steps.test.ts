@@ -19,6 +19,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { makeKeys, Releases, STEP_TYPE, type Envelope, type Manifest, type Step } from "../ota.ts";
+import { preAuth } from "./board/desk.ts";
 import { sha256 } from "./helpers/content.ts";
 import { Random, seeded } from "./helpers/random.ts";
 import { openssl } from "./helpers/pki.ts";
@@ -129,12 +130,7 @@ class SmallHome extends Home {
 const stepOf = ({ payload }: Envelope): Step =>
   JSON.parse(Buffer.from(payload, "base64").toString());
 
-function pae(payload: Buffer): Buffer {
-  return Buffer.concat([
-    Buffer.from(`DSSEv1 ${STEP_TYPE.length} ${STEP_TYPE} ${payload.length} `),
-    payload,
-  ]);
-}
+const pae = (payload: Buffer) => preAuth(STEP_TYPE, payload);
 
 /** An envelope with another payload, signed by these keys. */
 function seal(step: object, ...keys: KeyObject[]): Envelope {

@@ -11,6 +11,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { Releases } from "../../ota.ts";
 import { Board, type Kind } from "./board.ts";
+import { releaseOn } from "./fleet.ts";
 import { Link } from "./link.ts";
 
 /** What a manifest is in the hands of a test, which may make anything of it. */
@@ -154,14 +155,9 @@ export class Desk extends Link {
     return board;
   }
 
-  /** The files of a release as they are on a board of that kind, with OTA_VERSION.py. */
+  /** See `releaseOn`. */
   tree(kind: Kind, version: string): Map<string, Uint8Array> {
-    const home = kind === "pycom" ? "/flash" : "";
-    const files = new Map<string, Uint8Array>();
-    const at = join(this.root, version);
-    for (const name of new Bun.Glob("**").scanSync({ cwd: at, dot: true }))
-      files.set(`/${name}`.replace(/^\/flash/, home), new Uint8Array(readFileSync(join(at, name))));
-    return files.set(`${home}/OTA_VERSION.py`, Buffer.from(`VERSION = '${version}'\n`));
+    return releaseOn(kind, this.root, version);
   }
 }
 

@@ -3,7 +3,7 @@ import { cpSync, mkdirSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { Board, type Kind, type Options, type Start } from "./board.ts";
 import { Link } from "./link.ts";
-import { layTree, Temp, type Tree } from "../helpers/temp.ts";
+import { filesBelow, layTree, Temp, type Tree } from "../helpers/temp.ts";
 import { Serving } from "../helpers/tool.ts";
 
 export const example = join(import.meta.dir, "../../examples/smart-meter");
@@ -64,6 +64,16 @@ export class Root extends Temp {
   }
 }
 
+/** The files of a release as they are on a board of that kind, with OTA_VERSION.py. */
+export function releaseOn(kind: Kind, root: string, version: string): Map<string, Uint8Array> {
+  const home = kind === "pycom" ? "/flash" : "";
+  const files = new Map<string, Uint8Array>();
+  for (const [name, content] of filesBelow(join(root, version))) {
+    files.set(`/${name}`.replace(/^\/flash/, home), content);
+  }
+  return files.set(`${home}/OTA_VERSION.py`, Buffer.from(`VERSION = '${version}'\n`));
+}
+
 /** `bun ota.ts serve` on a release root, and the network to it. */
 export class Van implements AsyncDisposable {
   private constructor(
@@ -82,19 +92,6 @@ export class Van implements AsyncDisposable {
     await this.process[Symbol.asyncDispose]();
   }
 
-  /** The files of a release as they are on a board of that kind, with OTA_VERSION.py. */
-  async release(kind: Kind, version: string): Promise<Map<string, Uint8Array>> {
-    const home = kind === "pycom" ? "/flash" : "";
-    const files = new Map<string, Uint8Array>();
-    const at = join(this.root, version);
-    for (const name of new Bun.Glob("**").scanSync({ cwd: at, dot: true })) {
-      const path = `/${name}`.replace(/^\/flash/, home);
-      files.set(path, new Uint8Array(await Bun.file(join(at, name)).arrayBuffer()));
-    }
-    files.set(`${home}/OTA_VERSION.py`, new TextEncoder().encode(`VERSION = '${version}'\n`));
-    return files;
-  }
-
   /** The tree of a board that has this release, and files of the application. */
   async tree(
     kind: Kind,
@@ -102,7 +99,7 @@ export class Van implements AsyncDisposable {
     extra: Record<string, string> = {},
   ): Promise<Record<string, string>> {
     const board = new Board(kind, this.link);
-    for (const [path, content] of await this.release(kind, version)) board.write(path, content);
+    for (const [path, content] of releaseOn(kind, this.root, version)) board.write(path, content);
     for (const [path, content] of Object.entries(extra)) board.write(path, content);
     return board.tree();
   }
@@ -111,7 +108,7 @@ export class Van implements AsyncDisposable {
   async board(kind: Kind, version: string, extra: Record<string, string> = {}): Promise<Board> {
     const board = new Board(kind, this.link);
     board.directories.add("/sd");
-    for (const [path, content] of await this.release(kind, version)) board.write(path, content);
+    for (const [path, content] of releaseOn(kind, this.root, version)) board.write(path, content);
     for (const [path, content] of Object.entries(extra)) board.write(path, content);
     return board;
   }
