@@ -3,6 +3,7 @@
 import * as fs from "node:fs";
 import { filesBelow } from "../helpers/temp.ts";
 import type { Told } from "./board.ts";
+import { benchEncoding } from "./encoding.ts";
 import { missing, PAIRS, remove, scratch, table, whole, type Effort } from "./harness.ts";
 import { npmPairs, readPairs, type Pair } from "./pairs.ts";
 import { dczBytes, dczSize, findTools, patchBytes } from "./patches.ts";
@@ -27,12 +28,13 @@ interface Measured {
   board?: Cost & Told;
 }
 
-/** Measures updates of firmware and of files. */
-export async function benchAir(_: Effort): Promise<void> {
+/** Measures updates of firmware and of files, and what it takes to encode them. */
+export async function benchAir({ rounds }: Effort): Promise<void> {
   findTools();
   const pairs = [...(await npmPairs()), ...(PAIRS === undefined ? [] : readPairs(PAIRS))];
   await benchFirmware(pairs);
   await benchTrees();
+  await benchEncoding(pairs, rounds);
 }
 
 // ── Firmware ──
