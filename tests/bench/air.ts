@@ -40,6 +40,7 @@ export async function benchAir({ rounds }: Effort): Promise<void> {
 // ── Firmware ──
 
 async function benchFirmware(pairs: readonly Pair[]): Promise<void> {
+  if (pairs.length === 0) return;
   const rows: string[][] = [];
   const measured: Measured[] = [];
   for (const pair of pairs) {
