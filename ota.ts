@@ -3499,7 +3499,8 @@ async function encodeWell(encoding: Coding, content: Uint8Array): Promise<Uint8A
 // ──── Responses and headers ───────────────────────────────────────────────────────────────────────
 // HTTP responses. Two promises to deployed boards shape them. A board reads 100 bytes at a time and
 // finds the end of the header only inside one such piece: so the header of every 200 to a GET is
-// padded to a multiple of 100 bytes. And it reads until the connection closes, as Bun does after a
+// padded to a multiple of 100 bytes. (Such a board never sends `Accept-Encoding`: who does sends for
+// fewer bytes, and gets no padding.) And it reads until the connection closes, as Bun does after a
 // response to HTTP/1.0.
 
 /** A response before it becomes Bun's; it may be cached and sent many times. */
@@ -3516,8 +3517,9 @@ interface Answer {
   fd?: number;
   /** How the body is coded, and the bytes that this saves. */
   coding?: { encoding: Coding; saved: number };
-  /** Status and padded headers, made when first sent. */
-  init?: { status: number; headers: Headers };
+  /** Status and headers, padded and not, made when first sent. */
+  padded?: { status: number; headers: Headers };
+  bare?: { status: number; headers: Headers };
 }
 
 /** How long a cache may keep content before it revalidates, in seconds. */
@@ -3571,7 +3573,7 @@ function select(request: Request, whole: Answer): Answer {
     });
   }
   const { start, end } = range;
-  const { init: _, ...part } = whole;
+  const { padded: _, bare: __, ...part } = whole;
   const headers = { ...part.headers, "Content-Range": `bytes ${start}-${end - 1}/${whole.size}` };
   if (part.coding) part.coding = { ...part.coding, saved: 0 };
   return { ...part, status: 206, headers, body: part.body!.slice(start, end), size: end - start };
@@ -3619,18 +3621,22 @@ function content(type: string, body: Blob): Answer {
 /** What a header block must be a multiple of: the size of the pieces in which boards read. */
 const HEADER_PIECE = 100;
 
-function toResponse(method: string, answer: Answer): Response {
+function toResponse(request: Request, answer: Answer): Response {
   const { status, headers, size } = answer;
-  if (method === "HEAD") {
+  if (request.method === "HEAD") {
     // In a 304 it would have to be the length of the content.
     const length = status !== 304 && { "Content-Length": `${size}` };
     return new Response(null, { status, headers: { ...headers, ...length } });
   }
-  if (!answer.init) {
-    answer.init = { status, headers: new Headers(headers) };
-    if (status === 200) answer.init.headers.set("X-Pad", padding(headers, size));
+  if (status !== 200 || answer.coding || request.headers.has("accept-encoding")) {
+    answer.bare ??= { status, headers: new Headers(headers) };
+    return new Response(answer.body, answer.bare);
   }
-  return new Response(answer.body, answer.init);
+  if (!answer.padded) {
+    answer.padded = { status, headers: new Headers(headers) };
+    answer.padded.headers.set("X-Pad", padding(headers, size));
+  }
+  return new Response(answer.body, answer.padded);
 }
 
 /**
@@ -4476,7 +4482,7 @@ class Service {
         const held = content ?? body;
         this.#inFlight.add({ request, server, held, fd, ended });
       } else ended(true);
-      return toResponse(method, answer);
+      return toResponse(request, answer);
     };
     const refused = refuseRequest(request, target, this.options.token);
     const answer = refused ?? this.#answer(request, contact);

@@ -236,7 +236,10 @@ describe("who gets what", () => {
     test(`Accept-Encoding: ${accepted}, dictionary ${shown}: ${got}`, async () => {
       const headers = { ...(accepted !== undefined && { "Accept-Encoding": accepted }) };
       const response = await get(server, APP, { ...headers, ...dictionary });
-      expect([coding(response), misaligned(response)]).toEqual([got, []]);
+      expect([response.status, coding(response)]).toEqual([200, got]);
+      // Padding is for boards, which accept no codings.
+      if (accepted === undefined) expect(misaligned(response)).toEqual([]);
+      else expect(response.headers.has("x-pad")).toBe(false);
       expect(decoded(response, APP_1)).toEqual(APP_2);
     });
   }
@@ -439,24 +442,6 @@ describe("a deployed board", () => {
       expect(coding(coded)).not.toBe("identity");
       const response = await get(server, path, has(APP_1), { version: "1.0" });
       expect([coding(response), misaligned(response)]).toEqual(["identity", []]);
-    }
-  });
-
-  test("would find the end of the header of coded answers, too", async () => {
-    const paths = [
-      "/manifest.json",
-      "/manifest.json?current_ver=1.0.0&hash=sha256",
-      "/firmware_1.0.1.bin",
-      ...Object.keys(V2).map((path) => `/1.0.1/${path}`),
-    ];
-    for (const path of paths) {
-      for (const accepted of ["gzip", "zstd", ALL]) {
-        for (const version of ["1.0", "1.1"] as const) {
-          const headers = { "Accept-Encoding": accepted, ...has(APP_1) };
-          const response = await get(server, path, headers, { version });
-          expect([path, accepted, misaligned(response)]).toEqual([path, accepted, []]);
-        }
-      }
     }
   });
 });
