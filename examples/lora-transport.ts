@@ -122,8 +122,8 @@ type Request = Omit<TransferRequest, "signal"> & { path: string };
 
 /** What most requests are made of, as a dictionary for deflate: both ends must have the same. */
 const COMMON = Buffer.from(
-  "-/flash/lib/.py/sd/firmware_.bin dcz,zstd,gzip 0123456789abcdef" +
-    "/manifest.json?current_ver=1.0.0&firmware_ver=1.0.0&hash=sha256&devid=&base= zstd,gzip",
+  "-/flash/lib/.py/sd/firmware_.bin dcz,br,zstd,gzip 0123456789abcdef" +
+    "/manifest.json?current_ver=1.0.0&firmware_ver=1.0.0&hash=sha256&devid=&base= br,zstd,gzip",
 );
 
 /** `path codings dictionary offset etag`, `-` for none, and small enough for one datagram. */
@@ -172,7 +172,7 @@ function packFailure(error: unknown): Uint8Array {
 function unpackHead(line: string): Omit<TransferResponse, "body"> {
   const failure = /^! ([01]) ([0-9.]+) (.*)$/.exec(line);
   if (failure) throw new TransferError(failure[3]!, failure[1] === "1", Number(failure[2]));
-  const fields = /^(identity|gzip|zstd|dcz) (\d+) (\d+) (\S+) (\S+)$/.exec(line);
+  const fields = /^(identity|gzip|zstd|br|dcz) (\d+) (\d+) (\S+) (\S+)$/.exec(line);
   if (!fields) throw new TransferError(`the gateway's reply begins with ${line}`, true);
   const [, encoding, offset, total, etag, signature] = fields;
   return {
