@@ -20,18 +20,19 @@
 // Contents
 //
 // I    Common: the words that both ends speak.
-//      Errors and helpers · Event loop · Cache · JSON · Versions · Paths · Manifest · Queries
-//      Trust · Signed steps
+//      Errors and helpers · Event loop · Cache · JSON · Versions · Paths · Manifest
+//      Reading manifests · Queries · Trust · Signed steps
 // II   Codings: content made smaller for the air.
 //      Patch format · Address fields · Instructions · Patch decoding · Suffix array
 //      Address learning · Matched covers · Cheapest covers · Patch encoding · Patch threads
-//      Codings · Negotiation
+//      Codings · Negotiation · Inline content
 // III  Release root: from a directory to what a device needs.
 //      Snapshot · Hashing · Settling copies · Index · Signed releases · Scan
 //      Files beside releases · Decide · Compose · Releases · Signing · Watch · Lint
 // IV   Server: from that to bytes on a socket.
 //      Encoding · Responses and headers · Log and metrics · Bodies in flight · File answers
-//      Certificates and proxies · Request checks · Manifest answers · Request handling · Listening
+//      Certificates and proxies · Request checks · Contents in manifests · Manifest answers
+//      Request handling · Listening
 // V    Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -482,6 +483,14 @@ function asDigest(value: unknown, name: string, digits: 40 | 64): string {
   return isHex ? hex : malformed(`${name}: not ${digits} hex digits`);
 }
 
+/** A SHA-256 in hex, or in base64, as brief manifests have it; lowercase hex in the result. */
+function asSHA256(value: unknown, name: string): string {
+  const text = asText(value, name);
+  const bytes = Buffer.from(text, "base64");
+  const isBase64 = bytes.byteLength === 32 && bytes.toString("base64") === text;
+  return isBase64 ? bytes.toString("hex") : asDigest(text, name, 64);
+}
+
 /** What a check makes of JSON; `undefined` when that is malformed. */
 function wellFormed<T>(as: (json: unknown) => T, json: unknown): T | undefined {
   try {
@@ -564,6 +573,9 @@ export function isReleaseName(name: string): boolean {
 /** File endings of backups and temporary files. */
 const PUT_ASIDE = /\.(bak|old|orig|tmp|part|swp)$/i;
 
+/** The usual name of a firmware image. */
+const imageName = (version: string) => `firmware_${version}.bin`;
+
 /**
  * The VERSION in `firmware_VERSION.bin`, or `undefined` when `name` is not a firmware image's.
  * Pycom's OTA tutorial spells it `firmare_` once, so that counts too.
@@ -645,14 +657,27 @@ function encodePath(path: string): string {
 // The wire format, and the only place where foreign JSON becomes ours. What `parseManifest` lets
 // through cannot name a path outside the device's root, nor the updater's own files.
 
+/** Content that a manifest carries itself; only when asked for with `brief=1`. */
+export interface InlineContent {
+  /** The content, where it is text. */
+  text?: string;
+  /** Otherwise base64 of the content, coded as `coding` says. */
+  content?: string;
+  /** A content coding, see `toInline`; absent: none. */
+  coding?: string;
+}
+
 /** One file to fetch. Field names and their order are the wire's. */
-export interface ManifestEntry {
-  /** Where to fetch it: absolute http(s), path parts percent-encoded. */
+export interface ManifestEntry extends InlineContent {
+  /**
+   * Where to fetch it: absolute http(s), path parts percent-encoded. A path where `brief=1` left it
+   * out: it is then looked for below the server's address.
+   */
   URL: string;
   /** Where it goes on the device, with a leading slash: `/flash/main.py`. */
   dst_path: string;
-  /** SHA-1 of the content, lowercase hex. */
-  hash: string;
+  /** SHA-1 of the content, lowercase hex; with `brief=1`, SHA-256 alone. */
+  hash?: string;
   /** SHA-256 of the content, lowercase hex; only when asked for with `hash=sha256`. */
   sha256?: string;
   /** Bytes; only when asked for with `hash=sha256`. */
@@ -662,9 +687,9 @@ export interface ManifestEntry {
 }
 
 /** The firmware image to flash. */
-export interface ManifestFirmware {
+export interface ManifestFirmware extends InlineContent {
   URL: string;
-  hash: string;
+  hash?: string;
   sha256?: string;
   size?: number;
   /** The image's version; from the file name when the server does not send it. */
@@ -701,13 +726,123 @@ export interface Manifest {
   version: string;
 }
 
+function asManifest(json: unknown): Manifest {
+  const fields = asObject(json, "the manifest");
+  const version = asText(fields.version, "version");
+  if (!isReleaseName(version)) malformed(`version ${JSON.stringify(version)}: not a release name`);
+  const manifest: Manifest = {
+    delete: asList(fields.delete, "delete", asPath),
+    new: asList(fields.new, "new", (item, at) => asEntry(item, at, version)),
+    update: asList(fields.update, "update", (item, at) => asEntry(item, at, version)),
+    version,
+  };
+  const { firmware, full, base, previous_version, request_id } = fields;
+  if (firmware !== undefined) manifest.firmware = asFirmware(firmware);
+  if (full !== undefined && asFlag(full, "full")) manifest.full = true;
+  if (base !== undefined) manifest.base = asDigest(base, "base", 64);
+  if (previous_version !== undefined) {
+    manifest.previous_version = asText(previous_version, "previous_version");
+  }
+  if (request_id !== undefined) manifest.request_id = asText(request_id, "request_id");
+  if (fields.signed !== undefined) manifest.signed = asEnvelope(fields.signed, "signed");
+  return manifest;
+}
+
+/** Limits of an envelope: verifying must not become work. */
+const ENVELOPE = { payload: 4096, signatures: 16 };
+
+function asEnvelope(value: unknown, name: string): Envelope {
+  const { payload, payloadType, signatures } = asObject(value, name);
+  const envelope = {
+    payload: asText(payload, `${name}.payload`),
+    payloadType: asText(payloadType, `${name}.payloadType`),
+    signatures: asList(signatures, `${name}.signatures`, (one, at) => {
+      const { keyid = "", sig } = asObject(one, at);
+      return { keyid: asText(keyid, `${at}.keyid`), sig: asText(sig, `${at}.sig`) };
+    }),
+  };
+  const isLong = envelope.payload.length > ENVELOPE.payload;
+  if (isLong) malformed(`${name}.payload: more than ${ENVELOPE.payload} characters`);
+  const count = envelope.signatures.length;
+  if (count > ENVELOPE.signatures) malformed(`${name}.signatures: ${count}, too many`);
+  return envelope;
+}
+
+function asPath(value: unknown, name: string): string {
+  const path = asText(value, name);
+  const problem = pathProblem(path);
+  return problem ? malformed(`${name}: the path ${JSON.stringify(path)} ${problem}`) : path;
+}
+
+/**
+ * The fields that files and firmware share. What can be verified and had without them needs no URL
+ * and no SHA-1, and may come with its content.
+ */
+function asContent(fields: Record<string, unknown>, name: string) {
+  const { size, sha256, hash } = fields;
+  const isBrief = sha256 !== undefined && size !== undefined;
+  return {
+    URL: isBrief && fields.URL === undefined ? undefined : asURL(fields.URL, `${name}.URL`),
+    ...(!(isBrief && hash === undefined) && { hash: asDigest(hash, `${name}.hash`, 40) }),
+    ...(sha256 !== undefined && { sha256: asSHA256(sha256, `${name}.sha256`) }),
+    ...(size !== undefined && { size: asSize(size, `${name}.size`) }),
+    ...(isBrief && asInline(fields, name)),
+  };
+}
+
+function asURL(value: unknown, name: string): string {
+  return parseHttpURL(asText(value, name))?.href ?? malformed(`${name}: not an http(s) address`);
+}
+
+/** Whether what is in there can be decoded shows only when it is used: see `fromInline`. */
+function asInline({ text, content, coding }: Record<string, unknown>, name: string): InlineContent {
+  return {
+    ...(text !== undefined && { text: asText(text, `${name}.text`) }),
+    ...(content !== undefined && { content: asText(content, `${name}.content`) }),
+    ...(coding !== undefined && { coding: asText(coding, `${name}.coding`) }),
+  };
+}
+
+/** @param version that of the manifest */
+function asEntry(value: unknown, name: string, version: string): ManifestEntry {
+  const fields = asObject(value, name);
+  const path = asText(fields.dst_path, `${name}.dst_path`).replace(/^\//, "");
+  const { executable } = fields;
+  const known = asContent(fields, name);
+  return {
+    ...known,
+    URL: known.URL ?? `/${encodePath(`${version}/${path}`)}`,
+    dst_path: `/${asPath(path, `${name}.dst_path`)}`,
+    ...(executable !== undefined &&
+      asFlag(executable, `${name}.executable`) && { executable: true as const }),
+  };
+}
+
+function asFirmware(value: unknown): ManifestFirmware {
+  const fields = asObject(value, "firmware");
+  const known = asContent(fields, "firmware");
+  const file = known.URL === undefined ? "" : basename(percentDecode(new URL(known.URL).pathname));
+  const version =
+    fields.version === undefined
+      ? firmwareVersion(file)
+      : asText(fields.version, "firmware.version");
+  if (version === undefined || !isReleaseName(version)) {
+    malformed(`firmware: no version in ${JSON.stringify(version ?? file)}`);
+  }
+  return { ...known, URL: known.URL ?? `/${encodePath(imageName(version))}`, version };
+}
+
+// ──── Reading manifests ───────────────────────────────────────────────────────────────────────────
+// From the body of a response to a manifest that agrees with itself, or to a reason to refuse it.
+
 /** A manifest larger than this is refused. */
 export const MAX_MANIFEST_BYTES = 64 * 1024 * 1024;
 
 /**
  * Reads a manifest from a server, ours or the one of Pycom's OTA tutorial (which sends no sizes,
  * and `dst_path` with or without the slash). In the result every `dst_path` has a leading slash,
- * no `delete` has one, hashes are lowercase, firmware has a version, and nothing names
+ * no `delete` has one, hashes are lowercase hex, and there is one of each content; a URL that was
+ * left out is a path below the server's address; firmware has a version, and nothing names
  * `flash/OTA_VERSION.py`, which the device writes itself.
  *
  * @param body the response body: JSON text
@@ -751,93 +886,6 @@ class RefusedError extends OTAError {
 
 function refuse(found: string): never {
   throw new RefusedError(`refused the manifest: ${found}`);
-}
-
-function asManifest(json: unknown): Manifest {
-  const fields = asObject(json, "the manifest");
-  const version = asText(fields.version, "version");
-  if (!isReleaseName(version)) malformed(`version ${JSON.stringify(version)}: not a release name`);
-  const manifest: Manifest = {
-    delete: asList(fields.delete, "delete", asPath),
-    new: asList(fields.new, "new", asEntry),
-    update: asList(fields.update, "update", asEntry),
-    version,
-  };
-  const { firmware, full, base, previous_version, request_id } = fields;
-  if (firmware !== undefined) manifest.firmware = asFirmware(firmware);
-  if (full !== undefined && asFlag(full, "full")) manifest.full = true;
-  if (base !== undefined) manifest.base = asDigest(base, "base", 64);
-  if (previous_version !== undefined) {
-    manifest.previous_version = asText(previous_version, "previous_version");
-  }
-  if (request_id !== undefined) manifest.request_id = asText(request_id, "request_id");
-  if (fields.signed !== undefined) manifest.signed = asEnvelope(fields.signed, "signed");
-  return manifest;
-}
-
-/** Limits of an envelope: verifying must not become work. */
-const ENVELOPE = { payload: 4096, signatures: 16 };
-
-function asEnvelope(value: unknown, name: string): Envelope {
-  const { payload, payloadType, signatures } = asObject(value, name);
-  const envelope = {
-    payload: asText(payload, `${name}.payload`),
-    payloadType: asText(payloadType, `${name}.payloadType`),
-    signatures: asList(signatures, `${name}.signatures`, (one, at) => {
-      const { keyid = "", sig } = asObject(one, at);
-      return { keyid: asText(keyid, `${at}.keyid`), sig: asText(sig, `${at}.sig`) };
-    }),
-  };
-  const isLong = envelope.payload.length > ENVELOPE.payload;
-  if (isLong) malformed(`${name}.payload: more than ${ENVELOPE.payload} characters`);
-  const count = envelope.signatures.length;
-  if (count > ENVELOPE.signatures) malformed(`${name}.signatures: ${count}, too many`);
-  return envelope;
-}
-
-function asPath(value: unknown, name: string): string {
-  const path = asText(value, name);
-  const problem = pathProblem(path);
-  return problem ? malformed(`${name}: the path ${JSON.stringify(path)} ${problem}`) : path;
-}
-
-/** The fields that files and firmware share. */
-function asContent(fields: Record<string, unknown>, name: string) {
-  const url = parseHttpURL(asText(fields.URL, `${name}.URL`));
-  if (!url) malformed(`${name}.URL: not an http(s) address`);
-  const { size, sha256 } = fields;
-  return {
-    URL: url.href,
-    hash: asDigest(fields.hash, `${name}.hash`, 40),
-    ...(sha256 !== undefined && { sha256: asDigest(sha256, `${name}.sha256`, 64) }),
-    ...(size !== undefined && { size: asSize(size, `${name}.size`) }),
-  };
-}
-
-function asEntry(value: unknown, name: string): ManifestEntry {
-  const fields = asObject(value, name);
-  const path = asText(fields.dst_path, `${name}.dst_path`).replace(/^\//, "");
-  const { executable } = fields;
-  return {
-    ...asContent(fields, name),
-    dst_path: `/${asPath(path, `${name}.dst_path`)}`,
-    ...(executable !== undefined &&
-      asFlag(executable, `${name}.executable`) && { executable: true as const }),
-  };
-}
-
-function asFirmware(value: unknown): ManifestFirmware {
-  const fields = asObject(value, "firmware");
-  const known = asContent(fields, "firmware");
-  const file = basename(percentDecode(new URL(known.URL).pathname));
-  const version =
-    fields.version === undefined
-      ? firmwareVersion(file)
-      : asText(fields.version, "firmware.version");
-  if (version === undefined || !isReleaseName(version)) {
-    malformed(`firmware: no version in ${JSON.stringify(version ?? file)}`);
-  }
-  return { ...known, version };
 }
 
 /** One path, one content: no duplicates, no file below a file, nothing both deleted and written. */
@@ -885,6 +933,11 @@ export interface ManifestQuery {
   base?: string;
   /** SHA-256 of the firmware image that it really has. */
   firmware_sha256?: string;
+  /**
+   * `1` asks for a brief manifest: no SHA-1, no URL that follows from the path, and small contents
+   * inside it. `base` and `firmware_sha256` say which older contents these may be coded with.
+   */
+  brief?: string;
   /** Asks for all files of this version, whatever the device is on: nothing is an update then. */
   list?: string;
   /** `sha256` asks for the fields `sha256`, `size` and `firmware.version`. */
@@ -920,7 +973,7 @@ export function parseQuery(search: string): ManifestQuery {
 
 const PARAMETERS: ReadonlySet<keyof ManifestQuery> = new Set([
   ...(["current_ver", "firmware_ver", "base", "firmware_sha256", "list", "hash"] as const),
-  ...(["signed", "model"] as const),
+  ...(["brief", "signed", "model"] as const),
   ...(["reqid", "devid", "wmac", "failed", "token"] as const),
 ]);
 
@@ -2964,6 +3017,63 @@ function availableDictionary(header: string | null): string | undefined {
   return base64 === undefined ? undefined : Buffer.from(base64, "base64").toString("hex");
 }
 
+// ──── Inline content ──────────────────────────────────────────────────────────────────────────────
+// Content inside a manifest, for clients that ask with `brief=1`: a request and its headers are
+// more than what changes in a page of text. The manifest states its size and SHA-256, as of all
+// content, and against these it is checked.
+
+/**
+ * Puts content into a manifest.
+ *
+ * @param coded as `CODINGS[encoding]` made it
+ */
+function toInline(coded: Uint8Array, encoding: Encoding): InlineContent {
+  // What a dcz begins with follows from the dictionary: it is left out.
+  const bare = encoding === "dcz" ? coded.subarray(DCZ_MAGIC.length + 32) : coded;
+  const content = Buffer.from(bare).toString("base64");
+  return encoding === "identity" ? { content } : { content, coding: encoding };
+}
+
+/**
+ * Puts text into a manifest: as it is, since the manifest as a whole is coded.
+ *
+ * @returns `undefined` when the content is not UTF-8
+ */
+function textToInline(content: Uint8Array): InlineContent | undefined {
+  try {
+    // A byte order mark is content.
+    return { text: new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(content) };
+  } catch {
+    return undefined;
+  }
+}
+
+/**
+ * Takes content out of a manifest. It is still to be verified.
+ *
+ * @param size as the manifest states it: the most bytes that the result may have
+ * @param dictionary the content that the device has in its place
+ * @throws when it is malformed, of an unknown coding, or too long
+ */
+function fromInline(
+  { text, content = "", coding = "identity" }: InlineContent,
+  size: number,
+  dictionary: Dictionary | undefined,
+): Uint8Array {
+  // Encoding may enlarge small content a little, and base64 by a third.
+  if ((text ?? "").length > size || content.length > 2 * (size + 1024)) {
+    throw new Error(`it is longer than the ${size} bytes expected`);
+  }
+  if (text !== undefined) return utf8(text);
+  const encoding = encodingOf(coding);
+  if (!encoding) throw new Error("its coding is not known here");
+  const bytes = Buffer.from(content, "base64");
+  if (bytes.toString("base64") !== content) throw new Error("it is not base64");
+  const isBare = encoding === "dcz" && dictionary;
+  const whole = isBare ? Buffer.concat([dczHeader(dictionary.sha256), bytes]) : bytes;
+  return Buffer.concat([...decodeContent(encoding, whole, size, dictionary)]);
+}
+
 // ════ III Release root ═══════════════════════════════════════════════════════════════════════════
 // From a directory of releases to "what does this device need". A scan takes a snapshot of each
 // version and image (Snapshot), waits until a copy in progress has settled (Settling copies),
@@ -4169,33 +4279,102 @@ interface ManifestForm {
   base: string;
   /** What URLs end with: `?token=…`. */
   suffix: string;
+  /** What `brief=1` asked for. */
+  brief?: BriefForm;
 }
 
-/** See `ManifestForm`. A signed step is about SHA-256. */
-function formOf({ hash, signed }: ManifestQuery, base: string, suffix: string): ManifestForm {
-  return { extras: hash === "sha256" || signed === "1", base, suffix };
+/** Contents that a manifest carries itself. */
+interface InlineContents {
+  /** By path below the root: `1.0.1/flash/main.py`. */
+  contents: ReadonlyMap<string, InlineContent>;
+  /** The same for the same ones in manifests of the same decision. */
+  key: string;
+}
+
+/** The form of a brief manifest. */
+interface BriefForm extends InlineContents {
+  /**
+   * Whether URLs are included: where they do not follow from the path, with `--url`, or a token in
+   * them.
+   */
+  hasURLs: boolean;
+}
+
+/** An entry or firmware as it is sent: a brief one may have no URL. */
+type Sent<T extends { URL: string }> = Omit<T, "URL"> & { URL?: string };
+
+/** See `ManifestForm`. A signed step is about SHA-256, and a brief manifest has nothing else. */
+function formOf(
+  { hash, signed, brief }: ManifestQuery,
+  base: string,
+  suffix: string,
+): ManifestForm {
+  return { extras: hash === "sha256" || signed === "1" || brief === "1", base, suffix };
+}
+
+/**
+ * The brief form of another.
+ *
+ * @param hasURLs whether URLs are needed in any case
+ */
+function briefForm(
+  form: ManifestForm,
+  decision: Decision | null,
+  inline: InlineContents,
+  hasURLs = false,
+): ManifestForm {
+  const image = decision?.image;
+  const isUsual = image === undefined || image.path === imageName(image.name);
+  const brief = { ...inline, hasURLs: hasURLs || !isUsual };
+  // Without URLs it is the same for all, whatever the address by which they reach the server.
+  return { ...form, base: brief.hasURLs ? form.base : "", brief };
+}
+
+/** What a manifest says of the content at a path below the root, in two parts: see `Manifest`. */
+function contentFields(
+  path: string,
+  file: FileHashes,
+  { extras, base, suffix, brief }: ManifestForm,
+) {
+  const URL = `${base}/${encodePath(path)}${suffix}`;
+  const { sha1: hash, sha256, size } = file;
+  if (!brief) return { link: { URL }, hashes: { hash, ...(extras && { sha256, size }) } };
+  const { text, content, coding } = brief.contents.get(path) ?? {};
+  return {
+    link: {
+      ...(brief.hasURLs && { URL }),
+      ...(coding !== undefined && { coding }),
+      ...(content !== undefined && { content }),
+    },
+    // In base64 it takes fewer bytes among contents in base64, once the manifest is coded.
+    hashes: {
+      sha256: Buffer.from(sha256, "hex").toString("base64"),
+      size,
+      ...(text !== undefined && { text }),
+    },
+  };
 }
 
 /** The fields of a manifest before and after those that echo the request. */
 function composeManifest(
   { target, has, full, image, version, signed }: Decision,
-  { extras, base, suffix }: ManifestForm,
+  form: ManifestForm,
 ) {
-  const link = (path: string) => `${base}/${encodePath(path)}${suffix}`;
-  const hashes = (file: FileHashes) => ({
-    hash: file.sha1,
-    ...(extras && { sha256: file.sha256, size: file.size }),
-  });
-  const entry = ([path, file]: readonly [string, IndexedFile]): ManifestEntry => ({
-    URL: link(`${target!.name}/${path}`),
-    dst_path: `/${path}`,
-    ...(extras && file.executable && { executable: true as const }),
-    ...hashes(file),
-  });
+  const { extras } = form;
+  const entry = ([path, file]: readonly [string, IndexedFile]): Sent<ManifestEntry> => {
+    const { link, hashes } = contentFields(`${target!.name}/${path}`, file, form);
+    return {
+      ...link,
+      dst_path: `/${path}`,
+      ...(extras && file.executable && { executable: true as const }),
+      ...hashes,
+    };
+  };
   const { removed, added, changed } = changesBetween(has, target, extras);
-  const firmware = image && {
-    URL: link(image.path),
-    ...hashes(image),
+  const named = image && contentFields(image.path, image, form);
+  const firmware: Sent<ManifestFirmware> | undefined = named && {
+    ...named.link,
+    ...named.hashes,
     ...(extras && { version: image.name }),
   };
   return {
@@ -4233,10 +4412,10 @@ class Composer {
   compose(decision: Decision | null, form: ManifestForm): ComposedManifest {
     if (!decision) return NOTHING_NEWER;
     const { has, target, image, full, version, signed } = decision;
-    const { extras, base, suffix } = form;
+    const { extras, base, suffix, brief } = form;
     // A release or an image that changes has another id or hash.
     const what = `${has?.id}\n${target?.id}\n${image?.path} ${image?.sha256}\n${full}\n${version}\n${signed?.id}`;
-    const key = `${what}\n${extras}\n${base}\n${suffix}`;
+    const key = `${what}\n${extras}\n${base}\n${suffix}\n${brief?.hasURLs}\n${brief?.key}`;
     const known = this.#composed.get(key);
     if (known) return known;
     const { head, tail } = composeManifest(decision, form);
@@ -4491,13 +4670,14 @@ export class Releases {
     if (!decision) return null;
     const form = formOf(query, base, suffix);
     const { head, tail } = composeManifest(decision, form);
+    // Such a form is not brief: everything has its URL.
     return {
       ...(decision.base && { base: decision.base }),
       ...head,
       previous_version: decision.previous,
       ...(query.reqid !== undefined && { request_id: query.reqid }),
       ...tail,
-    };
+    } as Manifest;
   }
 
   /** `manifestFor` as compact JSON. */
@@ -5043,10 +5223,16 @@ class Encoder {
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
   readonly #running = new SingleFlight<Coded | undefined>();
   #waiting = 0;
+  /** How often content was not encoded for reasons that may be gone another time. */
+  omitted = 0;
   readonly #pool = new Pool(MAX_CODING);
 
   /** @param budget when it is spent, only cached results are used */
   constructor(private readonly budget?: TokenBucket) {}
+
+  get isSpent(): boolean {
+    return this.budget?.isSpent ?? false;
+  }
 
   /**
    * Encodes content.
@@ -5064,15 +5250,20 @@ class Encoder {
     if (this.#useless.get(name)) return undefined;
     const needs = content.size + (dictionary?.size ?? 0);
     const isTooMuch = this.#waiting + needs > MAX_WAITING || this.budget?.isSpent;
-    if (isTooMuch && !this.#running.has(name)) return undefined;
+    if (isTooMuch && !this.#running.has(name)) {
+      this.omitted++;
+      return undefined;
+    }
     return this.#running.run(name, async () => {
       this.#waiting += needs;
       try {
         const coded = await this.#pool.run(() => this.#make(encoding, content, dictionary));
         if (coded) this.#done.set(name, coded, coded.content.size);
         else if (coded === null) this.#useless.set(name, true, 0);
+        else this.omitted++;
         return coded ?? undefined;
       } catch {
+        this.omitted++;
         return undefined;
       } finally {
         this.#waiting -= needs;
@@ -5688,6 +5879,11 @@ class Contents {
     return answer;
   }
 
+  /** The content of a version's file, or of an image. */
+  source(file: IndexedFile): Source {
+    return this.#source(file, file.sha256);
+  }
+
   #source(file: ServedFile, key: string): Source {
     const kept = () => this.#kept.get(nameOf(key, file))?.content;
     return { key, size: file.size, read: async () => kept() ?? (await this.#read(file, key)) };
@@ -5937,9 +6133,171 @@ function isHost(host: string): boolean {
   return /^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(:[0-9]{1,5})?$/.test(host);
 }
 
+// ──── Contents in manifests ───────────────────────────────────────────────────────────────────────
+// Finds and codes the small contents that a manifest carries itself, for clients that ask with
+// `brief=1`. That happens beside the request, within the encoder's budget, and once for all devices
+// that have the same and accept the same.
+
+/** What a manifest carries itself, in bytes. */
+const INLINE = {
+  /** Each content, coded, is below this. */
+  coded: 1024,
+  /** Text up to this goes in as it is; without an older file, longer content is not even tried. */
+  text: 4096,
+  /** Content, and older content that it is coded with, up to this. */
+  plain: 64 * 1024,
+  /** All contents together, as they are in the JSON. */
+  total: 16 * 1024,
+  /** What is read and coded for that: nobody waits for it longer than a fraction of a second. */
+  work: 512 * 1024,
+};
+/** Size of the cache of such contents, in bytes. */
+const INLINE_BUDGET = 4 * 1024 * 1024;
+
+const NOT_INLINE: InlineContents = { contents: new Map(), key: "" };
+
+/** What a device has, where it has proved that. */
+interface Proven {
+  release: Release | undefined;
+  image: IndexedFile | undefined;
+}
+
+/** Finds the contents for manifests, and caches them. */
+class Inliner {
+  readonly #known = new Cache<InlineContents>(INLINE_BUDGET);
+  readonly #running = new SingleFlight<InlineContents>();
+
+  constructor(
+    private readonly releases: Releases,
+    private readonly encoder: Encoder,
+    private readonly source: (file: IndexedFile) => Source,
+  ) {}
+
+  /**
+   * Finds what the manifest of a decision is to carry.
+   *
+   * @param accepted the codings that the device accepts
+   */
+  contentsFor(
+    decision: Decision,
+    query: ManifestQuery,
+    accepted: ReadonlySet<Coding>,
+  ): InlineContents | Promise<InlineContents> {
+    const { target, has: from, image, full } = decision;
+    // `decide` has compared it with that of `from`.
+    const release = digestIn(query.base) === undefined ? undefined : from;
+    const hasNothing = (query.current_ver ?? "") === "";
+    // Others may have most of what is listed: that would be sent in vain.
+    if (full || query.list !== undefined || (!release && !hasNothing)) return NOT_INLINE;
+    const runs = digestIn(query.firmware_sha256) ?? "";
+    const old = image && this.releases.predecessor(`/${encodePath(image.path)}`, runs);
+    const has = { release, image: old };
+    const codings = [...accepted].sort().join();
+    const key = `${release?.id} ${target?.id} ${image?.sha256} ${old?.sha256} ${codings}`;
+    const known = this.#known.get(key);
+    if (known) return known;
+    if (this.encoder.isSpent) return NOT_INLINE;
+    return this.#running.run(key, async () => {
+      const { omitted } = this.encoder;
+      const { contents, size } = await this.#collect(decision, has, accepted);
+      // Another time there may be more.
+      if (this.encoder.omitted > omitted) return NOT_INLINE;
+      const found = { contents, key };
+      this.#known.set(key, found, size);
+      return found;
+    });
+  }
+
+  async #collect(
+    { target, image }: Decision,
+    has: Proven,
+    accepted: ReadonlySet<Coding>,
+  ): Promise<{ contents: Map<string, InlineContent>; size: number }> {
+    const old = has.release?.files;
+    // What a device has under another path, it copies.
+    const here = new Set([...(old?.values() ?? [])].map(({ sha256 }) => sha256));
+    const { added, changed } = changesBetween(has.release, target, true);
+    const wanted = [...added, ...changed].map(([path, file]) => {
+      return { path: `${target!.name}/${path}`, file, old: old?.get(path) };
+    });
+    if (image) wanted.push({ path: image.path, file: image, old: has.image });
+    const contents = new Map<string, InlineContent>();
+    let [room, work] = [INLINE.total, INLINE.work];
+    for (const { path, file, old } of wanted) {
+      // A device needs nobody for what is empty.
+      if (file.size === 0 || here.has(file.sha256)) continue;
+      here.add(file.sha256);
+      const isShort = (one: IndexedFile | undefined) =>
+        one !== undefined && one.size <= INLINE.plain;
+      const dictionary = isShort(old) ? old : undefined;
+      const cost = file.size + (dictionary?.size ?? 0);
+      if (cost > work || file.size > (dictionary ? INLINE.plain : INLINE.text)) continue;
+      work -= cost;
+      const inline = await this.#make(file, dictionary, accepted);
+      const length = inline ? JSON.stringify(inline).length : 0;
+      if (!inline || length > room) continue;
+      contents.set(path, inline);
+      room -= length;
+    }
+    return { contents, size: INLINE.total - room };
+  }
+
+  /** @returns `undefined` when it is too long */
+  async #make(
+    file: IndexedFile,
+    old: IndexedFile | undefined,
+    accepted: ReadonlySet<Coding>,
+  ): Promise<InlineContent | undefined> {
+    const plain = this.source(file);
+    const coded = await this.encoder.smallest(accepted, plain, old && this.source(old));
+    if ((coded?.content ?? plain).size >= INLINE.coded) return undefined;
+    const isDelta = coded && CODINGS[coded.encoding].needsDictionary;
+    if (coded && (isDelta || plain.size > INLINE.text)) {
+      return toInline(await coded.content.bytes(), coded.encoding);
+    }
+    const bytes = await (await plain.read())?.bytes();
+    if (!bytes) return undefined;
+    const text = textToInline(bytes);
+    if (text || !coded) return text ?? toInline(bytes, "identity");
+    return toInline(await coded.content.bytes(), coded.encoding);
+  }
+}
+
 // ──── Manifest answers ──────────────────────────────────────────────────────────────────────────
 // Answers with manifests. Devices that ask in the same words share one answer; what is echoed or
 // signed for a single device is made for it alone.
+
+/**
+ * How a manifest is coded. Only who asks for a brief one gets brotli: others choose by their `Host`
+ * how many different ones there are, and in long ones hashes are most of what is left.
+ *
+ * @param isShared whether it is kept, for all devices that ask the same
+ */
+function manifestCoding(
+  accepted: ReadonlySet<Coding>,
+  size: number,
+  isBrief: boolean,
+  isShared: boolean,
+) {
+  const isLong = size > (isBrief ? LONG_MANIFEST + INLINE.total : LONG_MANIFEST);
+  const coding = bestWithoutDictionary(accepted, isBrief && !isLong ? size : Infinity);
+  return { coding, level: isShared && !isLong ? undefined : FAST };
+}
+
+/** Encodes a manifest; `undefined` when it is better sent plain. */
+async function encodeManifest(
+  json: Uint8Array,
+  coding: PlainCoding | undefined,
+  level: number | undefined,
+): Promise<Uint8Array | undefined> {
+  if (!coding || json.byteLength < MIN_CODED) return undefined;
+  try {
+    const coded = await CODINGS[coding].encode(json, level);
+    return coded.byteLength < json.byteLength ? coded : undefined;
+  } catch {
+    return undefined;
+  }
+}
 
 /** Cached answers with one manifest. */
 type ManifestAnswers = { [encoding in Encoding]?: Answer | Promise<Answer> };
@@ -5958,6 +6316,7 @@ class Manifests {
     private readonly options: ServeOptions,
     private readonly proxies: Proxies,
     private readonly inFlight: InFlight,
+    private readonly inliner: Inliner,
   ) {
     this.#base = options.url === undefined ? undefined : baseURL(options.url);
     this.#scheme = options.tls ? "https" : "http";
@@ -5982,26 +6341,41 @@ class Manifests {
     const to = target?.name ?? (decision?.image ? "firmware" : "none");
     contact.offer = { from: metrics.label(current_ver), to };
     const form = formOf(query, base, suffix);
+    const accepted = acceptedCodings(headers.get("accept-encoding"));
+    if (query.brief !== "1" || !decision) return this.#compose(decision, query, form, accepted);
+    const answer = (inline: InlineContents) => {
+      const hasURLs = this.#base !== undefined || suffix !== "";
+      const short = briefForm(form, decision, inline, hasURLs);
+      return this.#compose(decision, query, short, accepted);
+    };
+    const inline = this.inliner.contentsFor(decision, query, accepted);
+    return inline instanceof Promise ? inline.then(answer) : answer(inline);
+  }
+
+  #compose(
+    decision: Decision | null,
+    query: ManifestQuery,
+    form: ManifestForm,
+    accepted: ReadonlySet<Coding>,
+  ): Answer | Promise<Answer> {
     const composed = this.releases.compose(decision, form);
     const size = composed.head.length + composed.tail.length;
-    // In long ones it is mostly hashes that are left: brotli gains nothing there, and takes longer.
-    const sizeForCoding = size > LONG_MANIFEST / 2 ? Infinity : size;
-    const accepted = acceptedCodings(headers.get("accept-encoding"));
-    const coding = bestWithoutDictionary(accepted, sizeForCoding);
     // Most devices have no version, or name it exactly as its directory is named.
     const usual = query.list === undefined ? (decision?.has?.name ?? "0") : decision?.version;
     const isCommon = !decision || decision.previous === usual;
+    const isBrief = form.brief !== undefined;
     if (query.reqid === undefined && isCommon) {
-      const level = size > LONG_MANIFEST ? FAST : undefined;
       let kept = this.#answers.get(composed);
       if (!kept) this.#answers.set(composed, (kept = {}));
+      const { coding, level } = manifestCoding(accepted, size, isBrief, true);
       const json = () => fillIn(composed, decision, undefined);
       return (kept[coding ?? "identity"] ??= this.#encode(json(), "", coding, level));
     }
     if (size > SMALL_BODY && !this.inFlight.hasRoom(size)) return busy();
     // The text and its blob are garbage once the response has been sent.
     discard(2 * size);
-    return this.#encode(fillIn(composed, decision, query.reqid), reqid, coding, FAST);
+    const { coding, level } = manifestCoding(accepted, size, isBrief, false);
+    return this.#encode(fillIn(composed, decision, query.reqid), query.reqid ?? "", coding, level);
   }
 
   /** What URLs begin with, given the Host that was asked for; an error is for the client. */
@@ -6036,17 +6410,14 @@ class Manifests {
     const plain = content("application/json", new Blob([bytes]));
     plain.headers["Cache-Control"] = "no-store";
     if (this.#key) plain.headers[SIGNATURE_HEADER] = signManifest(bytes, reqid, this.#key);
-    if (!coding || plain.size < MIN_CODED) return plain;
-    return CODINGS[coding]
-      .encode(bytes, level)
-      .then((coded) => {
-        const body = intoBlob(coded);
-        if (body.size >= plain.size) return plain;
-        const headers = { ...plain.headers, "Content-Encoding": coding };
-        const saved = plain.size - body.size;
-        return { ...content("", body), headers, coding: { encoding: coding, saved } };
-      })
-      .catch(() => plain);
+    if (!coding) return plain;
+    return encodeManifest(bytes, coding, level).then((coded) => {
+      if (!coded) return plain;
+      const body = intoBlob(coded);
+      const headers = { ...plain.headers, "Content-Encoding": coding };
+      const saved = plain.size - body.size;
+      return { ...content("", body), headers, coding: { encoding: coding, saved } };
+    });
   }
 }
 
@@ -6085,7 +6456,8 @@ class Service {
     this.#metrics = metrics;
     this.#listeners.push((contact) => metrics.count(contact));
     if (log) this.#listeners.push((contact) => log(logLine(contact)));
-    const manifests = new Manifests(releases, options, this.#proxies, this.#inFlight);
+    const inliner = new Inliner(releases, encoder, (file) => this.#contents.source(file));
+    const manifests = new Manifests(releases, options, this.#proxies, this.#inFlight, inliner);
     this.#routes = new Map<string, Route>([
       ["/manifest.json", (request, contact) => manifests.answer(request, contact, metrics)],
       ["/-/health", () => this.#health()],
@@ -8374,8 +8746,13 @@ interface Listed extends Omit<ManifestEntry, "dst_path"> {
 
 function listedFiles({ new: added, update }: Manifest): Listed[] {
   return [...added, ...update].map((entry) => {
-    return { ...entry, path: entry.dst_path.slice(1), key: entry.sha256 ?? entry.hash };
+    return { ...entry, path: entry.dst_path.slice(1), key: keyOf(entry) };
   });
+}
+
+/** The hash by which content is known: `parseManifest` lets nothing through that has none. */
+function keyOf({ sha256, hash = "" }: ManifestEntry | ManifestFirmware): string {
+  return sha256 ?? hash;
 }
 
 /**
@@ -8429,7 +8806,7 @@ function failureOf(
   const failure: FailedRelease = { version: target.version, digest };
   // The same version repairs the active image and is not new.
   if (!firmware || firmware.version === active?.version) return failure;
-  return { ...failure, image: firmware.sha256 ?? firmware.hash };
+  return { ...failure, image: keyOf(firmware) };
 }
 
 // ──── Plan and space ──────────────────────────────────────────────────────────────────────────────
@@ -8446,6 +8823,8 @@ interface Download {
   localCopies: readonly string[];
   /** The file that it replaces: the dictionary for a delta. */
   old?: string;
+  /** The content, where the manifest carries it. */
+  inline?: InlineContent;
 }
 
 interface Plan extends Pick<Change, "put" | "remove" | "displace" | "firmware"> {
@@ -8512,6 +8891,13 @@ function hasContent(files: Files, { path, key, size }: Listed, has: Inventory): 
   return files.hasContent(path, key, size);
 }
 
+/** The content that an entry or firmware carries. */
+function inlineIn({ text, content, coding }: InlineContent): Pick<Download, "inline"> {
+  if (text !== undefined) return { inline: { text } };
+  if (content === undefined) return {};
+  return { inline: coding === undefined ? { content } : { content, coding } };
+}
+
 /** Finds what must be fetched, and files on the device that may have the same content. */
 function planDownloads(
   files: Files,
@@ -8520,9 +8906,10 @@ function planDownloads(
   old: Readonly<Record<string, string>>,
 ): void {
   const wanted = new Map<string, Download>();
-  for (const { path, key, URL: url, size } of entries) {
+  for (const entry of entries) {
+    const { path, key, URL: url, size } = entry;
     if (!plan.put.has(path) || wanted.has(key)) continue;
-    const item: Download = { key, url, path, size, localCopies: [] };
+    const item: Download = { key, url, path, size, localCopies: [], ...inlineIn(entry) };
     wanted.set(key, files.isFile(path) ? { ...item, old: path } : item);
   }
   const paths = new Map<string, string[]>();
@@ -8546,11 +8933,12 @@ function planDownloads(
 
 function planFirmware(files: Files, plan: Plan, { firmware }: Manifest): void {
   if (!firmware) return;
-  const key = firmware.sha256 ?? firmware.hash;
+  const key = keyOf(firmware);
   const { URL: url, size } = firmware;
   const active = files.firmware && slotPath(files.firmware.slot);
   plan.firmware = { key, version: firmware.version! };
-  const image = { key, url, path: basename(url), size, localCopies: [] };
+  const inline = inlineIn(firmware);
+  const image = { key, url, path: basename(url), size, localCopies: [], ...inline };
   const others = plan.downloads.filter((item) => item.key !== key);
   plan.downloads = [...others, active ? { ...image, old: active } : image];
 }
@@ -8958,7 +9346,7 @@ class Fetcher {
       return this.receiver.withRetries(() => this.#fetchOnce(item, isPlain, signal), signal);
     };
     try {
-      await get(false);
+      if (!(await this.#takeInline(item))) await get(false);
     } catch (error) {
       if (!(error instanceof CodingError)) throw error;
       note(this.options, `${error.message}; fetching it plain`);
@@ -8975,6 +9363,26 @@ class Fetcher {
     if (staging.has(key)) return true;
     for (const path of localCopies) if (await staging.addCopy(key, path)) return true;
     return false;
+  }
+
+  /** Stages content that came in the manifest, and returns whether it was there and is right. */
+  async #takeInline({ inline, path, key, size = Infinity, old }: Download): Promise<boolean> {
+    if (!inline || size > MAX_CODED) return false;
+    const { files, staging } = this.journal;
+    let content: Uint8Array;
+    try {
+      const dictionary = old === undefined ? undefined : files.dictionary(old, MAX_CODED);
+      content = fromInline(inline, size, dictionary);
+      const found = sha256(content);
+      if (found !== key) throw new Error(`expected ${key}, found ${found}`);
+    } catch (error) {
+      const why = `${path} is not right in the manifest: ${errorText(error)}`;
+      note(this.options, `${why}; fetching it`);
+      return false;
+    }
+    await staging.add(content);
+    this.#progress(size);
+    return true;
   }
 
   async #fetchOnce(item: Download, isPlain: boolean, signal: AbortSignal): Promise<void> {
@@ -9140,10 +9548,14 @@ function checkNewer(
 // Getting a manifest: whole, and from whom the device trusts.
 
 class ManifestClient {
-  /** @param trust absent: anybody */
+  /**
+   * @param trust absent: anybody
+   * @param isBrief whether to ask for brief ones
+   */
   constructor(
     private readonly receiver: Receiver,
     private readonly trust: Trust | undefined,
+    private readonly isBrief: boolean,
   ) {}
 
   /**
@@ -9157,13 +9569,19 @@ class ManifestClient {
     asked: ManifestQuery,
     atLeast?: string,
   ): Promise<{ manifest: Manifest | null; step?: Step | undefined }> {
-    const { trust } = this;
-    const query = { ...asked, ...(trust && { reqid: crypto.randomUUID(), signed: "1" }) };
+    const { trust, isBrief } = this;
+    const query = {
+      ...asked,
+      ...(isBrief && { brief: "1" }),
+      ...(trust && { reqid: crypto.randomUUID(), signed: "1" }),
+    };
     const search = Object.entries(query).map(([name, value]) => {
       return `${name}=${encodeURIComponent(value!)}`;
     });
     const path = `/manifest.json?${search.join("&")}`;
-    const { body, headers } = await this.receiver.withRetries(() => this.#read(path));
+    // Contents in a manifest may be coded with what the device has; those in a list are not wanted.
+    const accept = codings(isBrief && asked.list === undefined);
+    const { body, headers } = await this.receiver.withRetries(() => this.#read(path, accept));
     if (!trust) return { manifest: parseManifest(body, atLeast) };
     const signature = headers.get(SIGNATURE_HEADER);
     const isSigned = signature !== null && isSignedBy(trust.keys, signature, body, query.reqid!);
@@ -9183,11 +9601,11 @@ class ManifestClient {
   }
 
   /** Receives a whole manifest, within the size limit. */
-  async #read(path: string): Promise<{ body: Uint8Array; headers: Headers }> {
+  async #read(path: string, accept: Coding[]): Promise<{ body: Uint8Array; headers: Headers }> {
     const pieces: Uint8Array[] = [];
     let size = 0;
     const tooLong = `the manifest is longer than ${MAX_MANIFEST_BYTES} bytes`;
-    const want = { accept: codings(false), signal: this.receiver.signal };
+    const want = { accept, signal: this.receiver.signal };
     const { headers, encoding } = await this.receiver.receive(path, want, () => (piece) => {
       size += piece.byteLength;
       if (size > MAX_MANIFEST_BYTES) throw new TransferError(tooLong, false);
@@ -9377,6 +9795,11 @@ function checkTarget(target: Target, manifest: Manifest, has: Inventory, step: S
  */
 export abstract class OTA {
   readonly root: string;
+  /**
+   * Whether to ask for brief manifests (`brief=1`). `getData` is then given paths below the server's
+   * address, such as `/1.0.1/flash/main.py`, where it would be given URLs.
+   */
+  protected readonly isBrief: boolean = false;
   protected readonly options: Readonly<OTAOptions>;
   readonly #files: Files;
 
@@ -9436,7 +9859,8 @@ export abstract class OTA {
     const receiver = new Receiver(get, this.options);
     const fetcher = new Fetcher(journal, receiver, this.options);
     const trust = verify && { keys: verify, threshold: this.options.threshold };
-    const manifests = new ManifestClient(receiver, trust);
+    // For a repair the whole release is listed, most of which is there.
+    const manifests = new ManifestClient(receiver, trust, this.isBrief && !repair);
     const from = survey.current || "0";
     const has = await survey.take(manifests);
     for (let isFirst = true; ; isFirst = false) {
@@ -9533,6 +9957,7 @@ export interface HttpOptions extends OTAOptions {
 
 /** A device that updates over HTTP: the `WiFiOTA` of Pycom's OTA tutorial, for anything with IP. */
 export class HttpOTA extends OTA {
+  protected override readonly isBrief: boolean = true;
   readonly #server: URL;
   readonly #token: string | undefined;
   readonly #tls: { ca: string } | undefined;
@@ -10099,55 +10524,64 @@ async function runManifest(given: Given): Promise<number> {
   const latest = releaseOption(given, "latest");
   const base = baseURL(given.url ?? "http://127.0.0.1:8000");
   const releases = await Releases.open(root, { ignore, latest, quiet: 0 });
-  // --cost is about a device of ours. --ver may be any text: boards may send any.
-  const query = { current_ver: given.ver, ...(given.cost && { hash: "sha256" }) };
-  const manifest = releases.manifestFor(query, base);
+  // --ver may be any text: boards may send any.
+  const manifest = releases.manifestFor({ current_ver: given.ver }, base);
   const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
   for (const line of surprises) tell(`warning: ${line}`);
-  if (given.cost) return say((await costLines(releases, manifest)).join("\n"));
+  if (given.cost) return say((await costLines(releases, given.ver)).join("\n"));
   return say(JSON.stringify(manifest, null, 2));
 }
 
-/** What a manifest and its content cost on the air, for a device that accepts every coding. */
-async function costLines(releases: Releases, manifest: Manifest | null): Promise<string[]> {
+/**
+ * What a manifest and its content cost on the air, for a device that accepts every coding and asks
+ * as `client` does.
+ *
+ * @param ver the release that the device is on, with the firmware of that name, if there is any
+ */
+async function costLines(releases: Releases, ver: string | undefined): Promise<string[]> {
   const encoder = new Encoder();
   const accepted = new Set(codings(true));
   const lines: string[] = [];
   let total = 0;
-  const add = async (name: string, content: Source, old?: IndexedFile) => {
-    const coded = await encoder.smallest(accepted, content, old && sourceOf(old));
-    const size = coded?.content.size ?? content.size;
+  const add = (name: string, size: number, how: string) => {
     total += size;
-    const how = coded ? `, ${coded.encoding} of ${content.size}` : "";
     lines.push(`${String(size).padStart(10)} ${name}${how}`);
   };
   const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
     return { key, size, read: async () => Bun.file(file) };
   };
-  const firmware = manifest?.firmware;
-  const has = manifest ? releases.find(manifest.previous_version ?? "") : undefined;
+  const has = releases.find(ver ?? "");
+  const oldImage = releases.firmware.find(({ version }) => version.compare(ver ?? "") === 0);
+  const query = { current_ver: ver, base: has?.digest, firmware_sha256: oldImage?.sha256 };
+  const decision = releases.decide(query);
+  const inliner = new Inliner(releases, encoder, sourceOf);
+  const inline = decision ? await inliner.contentsFor(decision, query, accepted) : NOT_INLINE;
+  const form = briefForm({ extras: true, base: "http://127.0.0.1", suffix: "" }, decision, inline);
+  const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
+  const { coding, level } = manifestCoding(accepted, json.byteLength, true, true);
+  const coded = await encodeManifest(json, coding, level);
+  const how = coded ? `, ${coding} of ${json.byteLength}` : "";
+  add("manifest.json", (coded ?? json).byteLength, how);
+
+  // Content that the device has under another path, or already fetches, costs nothing.
   const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
-  const json = new Blob([JSON.stringify(manifest)]);
-  await add("manifest.json", { key: "", size: json.size, read: async () => json });
-  for (const { dst_path } of [...(manifest?.new ?? []), ...(manifest?.update ?? [])]) {
-    const path = dst_path.slice(1);
-    const file = releases.find(manifest!.version)!.files.get(path)!;
-    const { sha256: key } = file;
-    // Content that the device has under another path, or already fetches, costs nothing.
-    if (here.has(key)) continue;
-    here.add(key);
-    await add(path, sourceOf(file), has?.files.get(path));
+  const addContent = async (at: string, name: string, file: IndexedFile, old?: IndexedFile) => {
+    if (here.has(file.sha256)) return;
+    here.add(file.sha256);
+    if (inline.contents.has(at)) return add(name, 0, ", in the manifest");
+    const smallest = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
+    const size = smallest?.content.size ?? file.size;
+    add(name, size, smallest ? `, ${smallest.encoding} of ${file.size}` : "");
+  };
+  const { target, image } = decision ?? {};
+  const { added, changed } = changesBetween(decision?.has, target, true);
+  for (const [path, file] of [...added, ...changed]) {
+    await addContent(`${target!.name}/${path}`, path, file, has?.files.get(path));
   }
-  if (firmware) {
-    const image = releases.firmware.at(-1)!;
-    const old = releases.firmware.find(({ version }) => version.compare(has?.version ?? "") === 0);
-    await add(image.path, sourceOf(image), old);
-  }
+  if (image) await addContent(image.path, image.path, image, oldImage);
   const messages = Math.ceil(total / LORA_BYTES);
-  lines.push(
-    `${String(total).padStart(10)} bytes in all: ${messages} LoRa messages of ${LORA_BYTES}`,
-  );
-  return lines;
+  const all = `bytes in all: ${messages} LoRa messages of ${LORA_BYTES}`;
+  return [...lines, `${String(total).padStart(10)} ${all}`];
 }
 
 /** Payload of one LoRa downlink at a medium data rate, in bytes. */

@@ -98,7 +98,7 @@ describe("lora-meter.ts", () => {
     const { code, stdout } = await run("lora-meter.ts", [van.url]);
     expect(code).toBe(0);
     expect(stdout).toContain(`joins the van at ${van.url}`);
-    expect(van.sent).toContain("/1.0.1/flash/main.py");
+    expect(van.requests.map(({ path }) => path)).toContain("/manifest.json");
     expect(van.requests.every(({ status }) => status === 200)).toBe(true);
   });
 

@@ -577,8 +577,9 @@ function problems(parsed: Manifest): string[] {
     if (written.some((other) => other.startsWith(`${path}/`))) found.push(`files below ${path}`);
   }
   for (const { URL, hash, sha256 } of [...entries, ...(parsed.firmware ? [parsed.firmware] : [])]) {
-    if (!/^https?:\/\/[^/]/.test(URL)) found.push(`address ${URL}`);
-    if (!/^[0-9a-f]{40}$/.test(hash)) found.push(`hash ${hash}`);
+    // A path below the server's address stands for a URL that was left out.
+    if (!/^(https?:\/)?\/[^/]/.test(URL)) found.push(`address ${URL}`);
+    if (hash !== undefined && !/^[0-9a-f]{40}$/.test(hash)) found.push(`hash ${hash}`);
     if (sha256 !== undefined && !/^[0-9a-f]{64}$/.test(sha256)) found.push(`sha256 ${sha256}`);
   }
   const versions = [parsed.version, ...(parsed.firmware ? [parsed.firmware.version ?? ""] : [])];

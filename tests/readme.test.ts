@@ -304,7 +304,7 @@ describe("commands", () => {
 
     // Its log has lines like those shown.
     const logged = /^\S+Z 127\.0\.0\.1( device=\S+)? GET \S+ \d+ \d+ [\d.]+ms( coding=\w+)?$/;
-    const line = await server.until(/^.* \/1\.0\.1\/flash\/lib\/leak\.py .*$/m);
+    const line = await server.until(/^.* \/firmware_1\.0\.1\.bin .*$/m);
     const lines = shown.slice(printed.length);
     expect(lines.length).toBeGreaterThan(0);
     for (const each of [line[0], ...lines]) expect(each).toMatch(logged);

@@ -336,7 +336,7 @@ describe("GET /manifest.json", () => {
     expect(all).toHaveLength(9);
     for (const { URL: url, hash } of all) {
       const response = await fetch(url);
-      expect([url, response.status, sha1(await response.bytes())]).toEqual([url, 200, hash]);
+      expect([url, response.status, sha1(await response.bytes())]).toEqual([url, 200, hash!]);
     }
   });
 

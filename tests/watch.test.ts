@@ -1019,6 +1019,8 @@ describe.concurrent("a device that gets other content than its manifest says", (
 
   /** A device in whose way a person edits the release, right after it has its manifest. */
   class Unlucky extends HttpOTA {
+    // What came in a manifest is what it says, whatever happens then.
+    protected override readonly isBrief = false;
     edit: (() => void) | undefined;
 
     override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
@@ -1067,6 +1069,7 @@ describe.concurrent("a device that gets other content than its manifest says", (
     const options = { root: world.root, ver: "1.0.0" };
     /** A way on which the end of the first answer with content never comes. */
     class Cut extends HttpOTA {
+      protected override readonly isBrief = false;
       readonly power = new AbortController();
 
       override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
