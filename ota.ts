@@ -38,12 +38,12 @@
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
 // VI   Update: the workflow of a device.
 //      Update options · Time-outs · Health check · Status · Target release · Plan and space
-//      Receiving and retries · Fetching content · Verification · Manifest client · Device survey
-//      Device
+//      Receiving and retries · Download attempts · Fetching content · Verification
+//      Manifest client · Device survey · Device
 // VII  Transports: bytes from somewhere, and nothing else.
 //      HTTP · Directory
 // VIII Command line: the way in.
-//      Options · Output · Server commands · Device commands · Commands and main
+//      Options · Output · Costs · Server commands · Device commands · Commands and main
 
 import { Database } from "bun:sqlite";
 import {
@@ -9152,9 +9152,9 @@ function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => boolean 
   };
 }
 
-// ──── Fetching content ────────────────────────────────────────────────────────────────────────────
-// Stages all content of a plan at the least cost in bytes: from the device itself, else as a delta,
-// else encoded, else plain. What was received before is never received again.
+// ──── Download attempts ──────────────────────────────────────────────────────────────────────────
+// One attempt to fetch one content: what is asked for, and whether what comes is right. What was
+// received before is not received again.
 
 /** Content shorter than this is not resumed. */
 const MIN_RESUMED = 16 * 1024;
@@ -9301,6 +9301,10 @@ class Attempt {
     }
   }
 }
+
+// ──── Fetching content ───────────────────────────────────────────────────────────────────────────
+// Stages all content of a plan at the least cost in bytes: from the device itself, else out of the
+// manifest, else as a delta, else encoded, else plain.
 
 class Fetcher {
   readonly #traffic = { content: 0, reused: 0 };
@@ -10419,6 +10423,109 @@ function progressBar(received: number, total: number, milliseconds: number): str
   return `[${"#".repeat(done).padEnd(width)}] ${speed}, ${left} s left`;
 }
 
+// ──── Costs ──────────────────────────────────────────────────────────────────────────────────────
+// What a release costs on the air, before it is published: `manifest --cost`.
+
+/** Payload of one LoRa downlink at a medium data rate, in bytes. */
+const LORA_BYTES = 200;
+
+/** The devices that costs are shown for: `client`, and a board with the library of the examples. */
+const AIR_DEVICES = [
+  { name: "client", accepted: new Set(codings(true)), isBrief: true },
+  {
+    name: "board",
+    accepted: new Set<Coding>(["ota-patch, deflate", "deflate"]),
+    isBrief: false,
+  },
+];
+
+/** What something costs on the air, in bytes, and how it is sent. */
+interface AirCost {
+  name: string;
+  /** Of the content itself; absent where that is not the same for all devices. */
+  plain?: number;
+  size: number;
+  how: string;
+}
+
+/**
+ * What a manifest and its content cost on the air, for each kind of device.
+ *
+ * @param ver the release that the device is on, with the firmware of that name, if there is any
+ */
+async function costLines(releases: Releases, ver: string | undefined): Promise<string[]> {
+  const encoder = new Encoder();
+  const costs: AirCost[][] = [];
+  for (const device of AIR_DEVICES) costs.push(await airCosts(releases, ver, encoder, device));
+  const row = (sizes: readonly (number | string)[], text: string) =>
+    `${sizes.map((size) => `${size}`.padStart(10)).join("")} ${text}`;
+  const lines = costs[0]!.map(({ name, plain }, index) => {
+    const each = costs.map((items) => items[index]!);
+    const how = [...new Set(each.map((item) => item.how))].join(" / ");
+    return row(
+      each.map(({ size }) => size),
+      `${name}${plain === undefined ? "" : ` of ${plain}`}: ${how}`,
+    );
+  });
+  const totals = costs.map((items) => items.reduce((sum, { size }) => sum + size, 0));
+  const messages = totals.map((total) => Math.ceil(total / LORA_BYTES)).join(" and ");
+  return [
+    row(
+      AIR_DEVICES.map(({ name }) => name),
+      "",
+    ).trimEnd(),
+    ...lines,
+    row(totals, `bytes in all: ${messages} LoRa messages of ${LORA_BYTES}`),
+  ];
+}
+
+/** What a manifest and its content cost on the air. */
+async function airCosts(
+  releases: Releases,
+  ver: string | undefined,
+  encoder: Encoder,
+  { accepted, isBrief }: (typeof AIR_DEVICES)[number],
+): Promise<AirCost[]> {
+  const costs: AirCost[] = [];
+  const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
+    return { key, size, read: async () => Bun.file(file) };
+  };
+  const has = releases.find(ver ?? "");
+  const oldImage = releases.firmware.find(({ version }) => version.compare(ver ?? "") === 0);
+  const query = { current_ver: ver, base: has?.digest, firmware_sha256: oldImage?.sha256 };
+  const decision = releases.decide(query);
+  const inliner = new Inliner(releases, encoder, sourceOf);
+  const mayInline = decision && isBrief;
+  const inline = mayInline ? await inliner.contentsFor(decision, query, accepted) : NOT_INLINE;
+  const plainForm = { extras: true, base: "http://127.0.0.1:8000", suffix: "" };
+  const form = isBrief ? briefForm(plainForm, decision, inline) : plainForm;
+  const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
+  const { coding, level } = manifestCoding(accepted, json.byteLength, isBrief, true);
+  const coded = await encodeManifest(json, coding, level);
+  const size = (coded ?? json).byteLength;
+  costs.push({ name: "manifest.json", size, how: coded ? coding! : "plain" });
+
+  // Content that the device has under another path, or already fetches, costs nothing.
+  const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
+  const add = async (at: string, name: string, file: IndexedFile, old?: IndexedFile) => {
+    if (here.has(file.sha256)) return;
+    here.add(file.sha256);
+    if (inline.contents.has(at)) {
+      return costs.push({ name, plain: file.size, size: 0, how: "in the manifest" });
+    }
+    const form = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
+    const size = form?.content.size ?? file.size;
+    return costs.push({ name, plain: file.size, size, how: form?.encoding ?? "plain" });
+  };
+  const { target, image } = decision ?? {};
+  const { added, changed } = changesBetween(decision?.has, target, true);
+  for (const [path, file] of [...added, ...changed]) {
+    await add(`${target!.name}/${path}`, path, file, has?.files.get(path));
+  }
+  if (image) await add(image.path, image.path, image, oldImage);
+  return costs;
+}
+
 // ──── Server commands ─────────────────────────────────────────────────────────────────────────────
 // The commands `serve`, `manifest`, `keygen` and `sign`.
 
@@ -10531,61 +10638,6 @@ async function runManifest(given: Given): Promise<number> {
   if (given.cost) return say((await costLines(releases, given.ver)).join("\n"));
   return say(JSON.stringify(manifest, null, 2));
 }
-
-/**
- * What a manifest and its content cost on the air, for a device that accepts every coding and asks
- * as `client` does.
- *
- * @param ver the release that the device is on, with the firmware of that name, if there is any
- */
-async function costLines(releases: Releases, ver: string | undefined): Promise<string[]> {
-  const encoder = new Encoder();
-  const accepted = new Set(codings(true));
-  const lines: string[] = [];
-  let total = 0;
-  const add = (name: string, size: number, how: string) => {
-    total += size;
-    lines.push(`${String(size).padStart(10)} ${name}${how}`);
-  };
-  const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
-    return { key, size, read: async () => Bun.file(file) };
-  };
-  const has = releases.find(ver ?? "");
-  const oldImage = releases.firmware.find(({ version }) => version.compare(ver ?? "") === 0);
-  const query = { current_ver: ver, base: has?.digest, firmware_sha256: oldImage?.sha256 };
-  const decision = releases.decide(query);
-  const inliner = new Inliner(releases, encoder, sourceOf);
-  const inline = decision ? await inliner.contentsFor(decision, query, accepted) : NOT_INLINE;
-  const form = briefForm({ extras: true, base: "http://127.0.0.1", suffix: "" }, decision, inline);
-  const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
-  const { coding, level } = manifestCoding(accepted, json.byteLength, true, true);
-  const coded = await encodeManifest(json, coding, level);
-  const how = coded ? `, ${coding} of ${json.byteLength}` : "";
-  add("manifest.json", (coded ?? json).byteLength, how);
-
-  // Content that the device has under another path, or already fetches, costs nothing.
-  const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
-  const addContent = async (at: string, name: string, file: IndexedFile, old?: IndexedFile) => {
-    if (here.has(file.sha256)) return;
-    here.add(file.sha256);
-    if (inline.contents.has(at)) return add(name, 0, ", in the manifest");
-    const smallest = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
-    const size = smallest?.content.size ?? file.size;
-    add(name, size, smallest ? `, ${smallest.encoding} of ${file.size}` : "");
-  };
-  const { target, image } = decision ?? {};
-  const { added, changed } = changesBetween(decision?.has, target, true);
-  for (const [path, file] of [...added, ...changed]) {
-    await addContent(`${target!.name}/${path}`, path, file, has?.files.get(path));
-  }
-  if (image) await addContent(image.path, image.path, image, oldImage);
-  const messages = Math.ceil(total / LORA_BYTES);
-  const all = `bytes in all: ${messages} LoRa messages of ${LORA_BYTES}`;
-  return [...lines, `${String(total).padStart(10)} ${all}`];
-}
-
-/** Payload of one LoRa downlink at a medium data rate, in bytes. */
-const LORA_BYTES = 200;
 
 async function runKeygen(given: Given): Promise<number> {
   const { out } = given;
