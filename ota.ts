@@ -27,8 +27,9 @@
 //      Address learning · Matched covers · Cheapest covers · Patch encoding · Patch threads
 //      Codings · Negotiation · Inline content
 // III  Release root: from a directory to what a device needs.
-//      Snapshot · Hashing · Settling copies · Index · Signed releases · Scan
-//      Files beside releases · Decide · Compose · Releases · Signing · Watch · Lint
+//      Snapshot · Hashing · Settling copies · Index · Signed releases · Models · Scan
+//      Files beside releases · Decide · Compose · One root · Roots of models · Releases
+//      Signing · Watch · Lint
 // IV   Server: from that to bytes on a socket.
 //      Encoding · Responses and headers · Log and metrics · Bodies in flight · File answers
 //      Certificates and proxies · Request checks · Contents in manifests · Manifest answers
@@ -119,6 +120,11 @@ function saysMissing(code: string | undefined): boolean {
 /** The text of anything thrown. */
 function errorText(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
+}
+
+/** Lets failures of the system and of people pass, for `catch`. @throws what is a bug */
+function refuseBugs(error: unknown): void {
+  if (isBug(error)) throw error;
 }
 
 /** Does what may fail: a cleanup that the next run does again, a refinement. */
@@ -944,8 +950,10 @@ export interface ManifestQuery {
   hash?: string;
   /** `1` asks for the step as it was signed at home, and for `hash=sha256`. */
   signed?: string;
-  /** The kind of board. */
+  /** The kind of board; where its root has versions of its own, the device gets these. */
   model?: string;
+  /** The same as older boards name it; `model` goes before it. */
+  sysname?: string;
   /** Echoed as `request_id`. */
   reqid?: string;
   /** The device's name. */
@@ -973,7 +981,7 @@ export function parseQuery(search: string): ManifestQuery {
 
 const PARAMETERS: ReadonlySet<keyof ManifestQuery> = new Set([
   ...(["current_ver", "firmware_ver", "base", "firmware_sha256", "list", "hash"] as const),
-  ...(["brief", "signed", "model"] as const),
+  ...(["brief", "signed", "model", "sysname"] as const),
   ...(["reqid", "devid", "wmac", "failed", "token"] as const),
 ]);
 
@@ -3694,6 +3702,13 @@ interface SignedStep {
   id: string;
 }
 
+/** The directory of a model. */
+interface ModelPlace {
+  name: string;
+  /** Absolute, links resolved. */
+  real: string;
+}
+
 /** What a scan found. */
 class Index {
   /** In the order of their versions, oldest first. */
@@ -3707,6 +3722,10 @@ class Index {
   readonly unsigned: Ignored[] = [];
   /** Real path → name, of every entry that is named like a version or an image. */
   readonly places = new Map<string, string>();
+  /** Name in lower case → the directory of a model. */
+  readonly models = new Map<string, ModelPlace>();
+  /** Real paths of directories that would be those of models, if their names were not taken. */
+  readonly twins = new Set<string>();
   readonly #byName = new Map<string, Release>();
   readonly #byVersion = new Map<string, Release>();
   readonly #images = new Map<string, FirmwareImage>();
@@ -3924,6 +3943,83 @@ class SignedReleases {
   }
 }
 
+// ──── Models ──────────────────────────────────────────────────────────────────────────────────────
+// Boards of several kinds may be served from one root. A directory directly below it that is no
+// version and holds versions or images is the root of a model, by its name. Models do not nest.
+
+/**
+ * Milliseconds after which the time stamps of a directory tell of every change: two changes may come
+ * within one tick of the clock that files are stamped with.
+ */
+const STAMP_TICK = 1000;
+
+/** Finds the directories of models, scan after scan. */
+class ModelFinder {
+  /** Real path → whether the directory holds releases, valid while its stamp stays the same. */
+  #known = new Map<string, { stamp: string; holds: boolean }>();
+  #before = this.#known;
+
+  constructor(private readonly slicer: TimeSlicer) {}
+
+  /** Begins a scan: forgets directories that the last one did not meet. */
+  begin(): void {
+    this.#before = this.#known;
+    this.#known = new Map();
+  }
+
+  /**
+   * Adds a directory to an index, if it is that of a model.
+   *
+   * @param entry the directory, links resolved
+   * @returns why it is none
+   */
+  async consider(
+    name: string,
+    { real, stat }: { real: string; stat: fs.Stats },
+    index: Index,
+  ): Promise<string | undefined> {
+    const noVersion = `no version: a name is ${RELEASE_NAME_RULE}`;
+    // `/-/` is the server's own, and a version that was put aside is no model.
+    if (name === "-" || isOfReleases(`${name}/`)) return noVersion;
+    try {
+      const holds = await this.#holdsReleases(real, stat);
+      if (!holds) return `${noVersion}; no model: it holds neither versions nor images`;
+    } catch (error) {
+      if (isBug(error)) throw error;
+      const known = this.#before.get(real);
+      // A model that cannot be read just now stays as it was: its devices must not get others' files.
+      if (!known?.holds || isMissing(error)) return `unreadable: ${errorText(error)}`;
+      this.#known.set(real, known);
+    }
+    if (isOfReleases(`${relative(index.place.root, real)}/`)) return "a link into a version";
+    const key = name.toLowerCase();
+    const first = index.models.get(key);
+    if (!first) index.models.set(key, { name, real });
+    else index.twins.add(real);
+    return first && `the same model as ${first.name}, which counts`;
+  }
+
+  async #holdsReleases(directory: string, stat: fs.Stats): Promise<boolean> {
+    const stamp = stampOf(stat);
+    const known = this.#before.get(directory);
+    let holds = known?.holds === true;
+    if (known?.stamp !== stamp) {
+      const reading = fs.promises.readdir(directory, { withFileTypes: true });
+      const items = await this.slicer.pause(reading);
+      holds = false;
+      // A link counts by its name: where it leads may change without a trace in this directory.
+      await this.slicer.each(items, (item) => {
+        holds ||= isReleaseName(item.name)
+          ? !item.isFile()
+          : firmwareVersion(item.name) !== undefined && !item.isDirectory();
+      });
+    }
+    const isSure = Date.now() - stat.mtimeMs > STAMP_TICK;
+    this.#known.set(directory, { stamp: isSure ? stamp : "", holds });
+    return holds;
+  }
+}
+
 // ──── Scan ──────────────────────────────────────────────────────────────────────────────────────
 // Makes the index. This takes time; requests that come meanwhile are answered from the one before.
 
@@ -3938,11 +4034,15 @@ class Scanner {
   readonly #latest: LooseVersion | undefined;
   readonly settler: Settler<Release | FirmwareImage>;
   readonly signed = new SignedReleases(this.#slicer);
+  readonly #models: ModelFinder | undefined;
 
+  /** @param hasModels whether directories in it may be the roots of models */
   constructor(
     private readonly path: string,
     private readonly options: ReleasesOptions,
+    hasModels: boolean,
   ) {
+    this.#models = hasModels ? new ModelFinder(this.#slicer) : undefined;
     this.#latest = options.latest === undefined ? undefined : new LooseVersion(options.latest);
     this.settler = new Settler((options.quiet ?? 1) * 1000, this.#slicer);
   }
@@ -3958,15 +4058,17 @@ class Scanner {
   /**
    * Reads the root.
    *
+   * @param path where it is now
    * @returns the index, and the CPU time of this thread, in milliseconds
    * @throws when the root cannot be read
    */
-  async scan(): Promise<{ index: Index; milliseconds: number }> {
+  async scan(path = this.path): Promise<{ index: Index; milliseconds: number }> {
     try {
       await this.#slicer.pause();
       const busy = this.#slicer.busy;
       this.settler.begin();
-      const place = placeOf(this.path);
+      this.#models?.begin();
+      const place = placeOf(path);
       const names = await this.#slicer.pause(fs.promises.readdir(place.root));
       names.sort(compareCodePoints);
       this.signed.read(names, place.root);
@@ -4001,7 +4103,12 @@ class Scanner {
       if (item) index.add(item);
     };
     if (isDirectory) {
-      if (!isReleaseName(name)) return skip(`no version: a name is ${RELEASE_NAME_RULE}`);
+      if (!isReleaseName(name)) {
+        const reason = this.#models
+          ? await this.#models.consider(name, entry, index)
+          : `no version: a name is ${RELEASE_NAME_RULE}`;
+        return reason === undefined ? undefined : skip(reason);
+      }
       if (!this.#counts(name, versions, skip)) return;
       const snapshot = () => reader.snapshotVersion(name, entry.real);
       return settle(snapshot, (files) => this.#makeRelease(name, files));
@@ -4129,6 +4236,8 @@ class OtherFiles {
     for (const item of items.sort((a, b) => compareCodePoints(a.name, b.name))) {
       const path = item.isDirectory() ? `${item.name}/` : item.name;
       if (path === "-/" || path.startsWith(".") || isOfReleases(path)) continue;
+      // The files of a model are listed as its own.
+      if (index.models.get(item.name.toLowerCase())?.name === item.name) continue;
       const files = item.isDirectory() ? await count(path, 0) : this.at(path, index) ? 1 : 0;
       if (files > 0) found.push({ path, files });
     }
@@ -4442,19 +4551,18 @@ function fillIn(
   return `${first}${head}"previous_version":${JSON.stringify(previous)},${id}${tail}`;
 }
 
-// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
-// The interface of this part: a release root with its current index.
+// ──── One root ────────────────────────────────────────────────────────────────────────────────────
+// A root with its current index: the whole release root, or that of a model in it. All rules of a
+// root hold in each on its own.
 
-/**
- * A release root.
- *
- * @example
- * const releases = await Releases.open("examples/smart-meter");
- * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
- */
-export class Releases {
-  /** The path of the root as it was given, absolute; where it leads may change. */
-  readonly path: string;
+/** What the roots of all models share, so that there is one bound to the memory they take. */
+interface SharedCaches {
+  composer: Composer;
+  others: OtherFiles;
+}
+
+/** The versions and images for one kind of device. */
+export class ReleaseRoot {
   /** Names whose content the last scan found to differ from when it was last offered. */
   altered: readonly string[] = [];
   /** Duration of the last scan, in seconds. */
@@ -4462,19 +4570,331 @@ export class Releases {
   /** CPU time of the last scan on this thread, in milliseconds. */
   scanTime = 0;
 
+  protected index: Index;
   readonly #scanner: Scanner;
-  readonly #others: OtherFiles;
-  readonly #composer = new Composer();
-  #index: Index;
   /** Kind and version → digest when last offered. */
   #offered = new Map<string, string>();
+
+  /**
+   * @param path absolute; where it leads may change
+   * @param model the name of the model that it is for; empty: it is the whole release root
+   */
+  constructor(
+    readonly path: string,
+    options: ReleasesOptions,
+    protected readonly shared: SharedCaches,
+    readonly model = "",
+  ) {
+    this.#scanner = new Scanner(path, options, model === "");
+    this.index = this.#scanner.empty();
+  }
+
+  /** What stands before the paths of its content in URLs: `/lopy4`, or nothing. */
+  get urlPath(): string {
+    return this.model === "" ? "" : `/${encodeURIComponent(this.model)}`;
+  }
+
+  /** The directory that was scanned last: absolute, links resolved. */
+  get root(): string {
+    return this.index.place.root;
+  }
+
+  /** Its identity. */
+  get place(): string {
+    return this.index.place.id;
+  }
+
+  /** In the order of their versions, oldest first. */
+  get versions(): readonly Release[] {
+    return this.index.versions;
+  }
+
+  /** In the order of their versions, oldest first. */
+  get firmware(): readonly FirmwareImage[] {
+    return this.index.firmware;
+  }
+
+  get ignored(): readonly Ignored[] {
+    return this.index.ignored;
+  }
+
+  /** What is not offered since it is not signed as it is. */
+  get held(): readonly Ignored[] {
+    return this.index.held;
+  }
+
+  /** Older versions that are not signed as they are, and signatures of versions that are gone. */
+  get unsigned(): readonly Ignored[] {
+    return this.index.unsigned;
+  }
+
+  /** See `Settler.unsettled`. */
+  get unsettled(): string[] {
+    return this.#scanner.settler.unsettled;
+  }
+
+  /** See `Settler.nextScan`. */
+  get nextScan(): number {
+    return this.#scanner.settler.nextScan;
+  }
+
+  /**
+   * Reads the root again; what did not change is not hashed again. Not for several callers at once.
+   *
+   * @param path where it is now
+   * @returns whether anything is different now
+   * @throws when the root cannot be read; then everything stays as it was
+   */
+  async read(path = this.path): Promise<boolean> {
+    const started = performance.now();
+    const { index, milliseconds } = await this.#scanner.scan(path);
+    // Unchanged items stay the same objects.
+    const before = [...this.versions, ...this.firmware];
+    const after = [...index.versions, ...index.firmware];
+    const heldNow = (one: Index) => JSON.stringify([one.held, one.unsigned]);
+    const different =
+      after.length !== before.length ||
+      after.some((item, i) => item !== before[i]) ||
+      heldNow(index) !== heldNow(this.index);
+    this.index = index;
+    this.altered = different ? this.#alter() : [];
+    this.scanSeconds = (performance.now() - started) / 1000;
+    this.scanTime = milliseconds;
+    return different;
+  }
+
+  /** Offers nothing any more. */
+  forget(): void {
+    this.#scanner.settler.end(new Set());
+    this.index = this.#scanner.empty(this.index.place);
+  }
+
+  /**
+   * Records the digests on offer; returns the names whose content differs from when last offered.
+   */
+  #alter(): string[] {
+    const altered: string[] = [];
+    const note = (key: string, content: string, name: string) => {
+      if ((this.#offered.get(key) ?? content) !== content) altered.push(name);
+      this.#offered.set(key, content);
+    };
+    for (const { version, digest, name } of this.versions) note(version.key, digest, name);
+    for (const image of this.firmware) note(`f${image.version.key}`, image.sha256, image.path);
+    return altered;
+  }
+
+  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
+  find(name: string): Release | undefined {
+    return this.index.find(name);
+  }
+
+  /** The content of a version or an image that is offered. @param path below the root */
+  offered(path: string): IndexedFile | undefined {
+    return this.index.at(path);
+  }
+
+  /** See `OtherFiles.at`. */
+  besideAt(path: string): ServedFile | undefined {
+    return this.shared.others.at(path, this.index);
+  }
+
+  /** See `OtherFiles.list`. */
+  beside(): Promise<{ path: string; files: number }[]> {
+    return this.shared.others.list(this.index);
+  }
+
+  /**
+   * Finds the older content that a device names as its dictionary: the same path in another
+   * version, or another image. Nothing else is used.
+   *
+   * @param path of the content, below the root
+   * @param sha256 of what the device has
+   */
+  predecessor(path: string, sha256: string): IndexedFile | undefined {
+    const below = path.indexOf("/") + 1;
+    const others =
+      below === 0 ? this.firmware : this.versions.map(({ files }) => files.get(path.slice(below)));
+    return others.find((file) => file?.sha256 === sha256);
+  }
+
+  /** See the function of that name. */
+  decide(query: ManifestQuery, ceiling?: string): Decision | null {
+    return decide(this.index, query, ceiling);
+  }
+
+  /** Globs of the files that releases were signed without. */
+  get signedIgnore(): readonly string[] {
+    return this.#scanner.signed.ignore;
+  }
+
+  /** See `Composer`. */
+  compose(decision: Decision | null, form: ManifestForm): ComposedManifest {
+    return this.shared.composer.compose(decision, form);
+  }
+
+  /**
+   * What a device needs to reach the newest release.
+   *
+   * @param query what the device said of itself; any text is allowed in any parameter
+   * @param base what URLs begin with: `http://HOST`, without a slash at the end
+   * @param suffix what URLs end with: `?token=…`
+   * @returns the manifest, or `null` when there is nothing newer
+   */
+  manifestFor(query: ManifestQuery, base: string, suffix = ""): Manifest | null {
+    const decision = this.decide(query);
+    if (!decision) return null;
+    const form = formOf(query, base + this.urlPath, suffix);
+    const { head, tail } = composeManifest(decision, form);
+    // Such a form is not brief: everything has its URL.
+    return {
+      ...(decision.base && { base: decision.base }),
+      ...head,
+      previous_version: decision.previous,
+      ...(query.reqid !== undefined && { request_id: query.reqid }),
+      ...tail,
+    } as Manifest;
+  }
+
+  /** `manifestFor` as compact JSON. */
+  manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
+    const decision = this.decide(query);
+    const form = formOf(query, base + this.urlPath, suffix);
+    return fillIn(this.compose(decision, form), decision, query.reqid);
+  }
+}
+
+// ──── Roots of models ─────────────────────────────────────────────────────────────────────────────
+// The roots of the models in a release root, as they come and go.
+
+/** What a scan made of the root of a model. */
+interface ScannedModel {
+  root: ReleaseRoot;
+  different: boolean;
+}
+
+/** The models in one release root. */
+class ModelRoots {
+  /** By name in lower case. */
+  #models: ReadonlyMap<string, ReleaseRoot> = new Map();
+  /** Those that scans do not find any more, and since when. */
+  #missing = new Map<string, number>();
+  /** How long they must be missing, in milliseconds. */
+  readonly #quiet: number;
+
+  /** @param path of the release root */
+  constructor(
+    private readonly path: string,
+    private readonly options: ReleasesOptions,
+    private readonly shared: SharedCaches,
+  ) {
+    this.#quiet = (options.quiet ?? 1) * 1000;
+  }
+
+  get size(): number {
+    return this.#models.size;
+  }
+
+  /** In the order of their names. */
+  get all(): readonly ReleaseRoot[] {
+    return [...this.#models.values()];
+  }
+
+  /** The root of a model, in whatever case its name is written. */
+  named(name: string): ReleaseRoot | undefined {
+    return this.#models.get(name.toLowerCase());
+  }
+
+  /** See `Settler.unsettled`. */
+  get unsettled(): string[] {
+    const names = this.all.flatMap(({ model, unsettled }) => {
+      return unsettled.map((name) => `${model}/${name}`);
+    });
+    return [...names, ...[...this.#missing.keys()].map((name) => this.named(name)!.model)];
+  }
+
+  /** See `Settler.nextScan`. */
+  get nextScan(): number {
+    const gone = Math.min(...this.#missing.values()) + this.#quiet - performance.now() + 5;
+    return Math.min(Math.max(20, gone), ...this.all.map(({ nextScan }) => nextScan));
+  }
+
+  /** Reads the models that a scan of the release root has found. */
+  async scan(found: ReadonlyMap<string, ModelPlace>): Promise<ScannedModel[]> {
+    const scanned: ScannedModel[] = [];
+    const models = new Map<string, ReleaseRoot>();
+    for (const [key, { name, real }] of found) {
+      const known = this.#models.get(key);
+      const isKnown = known?.model === name;
+      try {
+        const root = isKnown ? known : this.#make(name);
+        models.set(key, root);
+        // One that cannot be read stays as it was.
+        const different = await root.read(real).catch(refuseBugs);
+        scanned.push({ root, different: different === true || !isKnown });
+      } catch (error) {
+        refuseBugs(error);
+      }
+    }
+    scanned.push(...this.#miss(models));
+    this.#models = new Map([...models].sort(([a], [b]) => compareCodePoints(a, b)));
+    return scanned;
+  }
+
+  /**
+   * Keeps models that are missing for now: while one is exchanged for another by two renames, its
+   * devices must not get the files of others. So it counts, as it was, until nothing has been found in
+   * its place for the quiet time.
+   *
+   * @param models gets what still counts
+   * @returns what is gone
+   */
+  #miss(models: Map<string, ReleaseRoot>): ScannedModel[] {
+    const gone: ScannedModel[] = [];
+    const missing = new Map<string, number>();
+    const now = performance.now();
+    for (const [key, root] of this.#models) {
+      if (models.has(key)) continue;
+      const since = this.#missing.get(key) ?? now;
+      if (now - since < this.#quiet) {
+        missing.set(key, since);
+        models.set(key, root);
+      } else {
+        root.forget();
+        gone.push({ root, different: true });
+      }
+    }
+    this.#missing = missing;
+    return gone;
+  }
+
+  #make(name: string): ReleaseRoot {
+    return new ReleaseRoot(`${this.path}/${name}`, this.options, this.shared, name);
+  }
+}
+
+// ──── Releases ──────────────────────────────────────────────────────────────────────────────────
+// The interface of this part: a release root, with the models in it.
+
+/**
+ * A release root: the versions and images of its own, and the roots of models in it.
+ *
+ * @example
+ * const releases = await Releases.open("examples/smart-meter");
+ * releases.manifestFor({ current_ver: "1.0.0" }, "http://10.0.0.1:8000");
+ */
+export class Releases extends ReleaseRoot {
+  /** The roots that the last scan found to be different, among them those of models that went. */
+  changed: readonly ReleaseRoot[] = [];
+  readonly #models: ModelRoots;
+  /** Real path → the root whose directory it is; `undefined`: nothing in it is served. */
+  #places: ReadonlyMap<string, ReleaseRoot | undefined> = new Map();
   #scanning: Promise<boolean> = Promise.resolve(false);
 
   private constructor(path: string, options: ReleasesOptions) {
-    this.path = resolve(path);
-    this.#scanner = new Scanner(this.path, options);
-    this.#others = new OtherFiles(options.onlyReleases !== true);
-    this.#index = this.#scanner.empty();
+    const others = new OtherFiles(options.onlyReleases !== true);
+    const shared = { composer: new Composer(), others };
+    super(resolve(path), options, shared);
+    this.#models = new ModelRoots(this.path, options, shared);
   }
 
   /**
@@ -4502,16 +4922,6 @@ export class Releases {
     }
   }
 
-  /** The directory that was scanned last: absolute, links resolved. */
-  get root(): string {
-    return this.#index.place.root;
-  }
-
-  /** Its identity. */
-  get place(): string {
-    return this.#index.place.id;
-  }
-
   /** Whether the root's path no longer resolves to the directory that was scanned last. */
   get isElsewhere(): boolean {
     try {
@@ -4521,42 +4931,23 @@ export class Releases {
     }
   }
 
-  /** In the order of their versions, oldest first. */
-  get versions(): readonly Release[] {
-    return this.#index.versions;
+  /** The root itself and those of models, in the order of their names. */
+  get roots(): readonly ReleaseRoot[] {
+    return [this, ...this.#models.all];
   }
 
-  /** In the order of their versions, oldest first. */
-  get firmware(): readonly FirmwareImage[] {
-    return this.#index.firmware;
+  /** Names in all roots: see `Settler.unsettled`. */
+  override get unsettled(): string[] {
+    return [...super.unsettled, ...this.#models.unsettled];
   }
 
-  get ignored(): readonly Ignored[] {
-    return this.#index.ignored;
-  }
-
-  /** What is not offered since it is not signed as it is. */
-  get held(): readonly Ignored[] {
-    return this.#index.held;
-  }
-
-  /** Older versions that are not signed as they are, and signatures of versions that are gone. */
-  get unsigned(): readonly Ignored[] {
-    return this.#index.unsigned;
-  }
-
-  /** See `Settler.unsettled`. */
-  get unsettled(): string[] {
-    return this.#scanner.settler.unsettled;
-  }
-
-  /** See `Settler.nextScan`. */
-  get nextScan(): number {
-    return this.#scanner.settler.nextScan;
+  /** Of all roots: see `Settler.nextScan`. */
+  override get nextScan(): number {
+    return Math.min(super.nextScan, this.#models.nextScan);
   }
 
   /**
-   * Reads the root again; what did not change is not hashed again.
+   * Reads all roots again; what did not change is not hashed again.
    *
    * @returns whether anything is different now
    * @throws when the root cannot be read; then everything stays as it was
@@ -4570,39 +4961,69 @@ export class Releases {
 
   async #scan(): Promise<boolean> {
     const started = performance.now();
-    const { index, milliseconds } = await this.#scanner.scan();
-    // Unchanged items stay the same objects.
-    const before = [...this.versions, ...this.firmware];
-    const after = [...index.versions, ...index.firmware];
-    const heldNow = (one: Index) => JSON.stringify([one.held, one.unsigned]);
-    const different =
-      after.length !== before.length ||
-      after.some((item, i) => item !== before[i]) ||
-      heldNow(index) !== heldNow(this.#index);
-    this.#index = index;
-    this.altered = different ? this.#alter() : [];
+    const changed: ReleaseRoot[] = (await this.read()) ? [this] : [];
+    const altered = [...this.altered];
+    let { scanTime } = this;
+    for (const { root, different } of await this.#models.scan(this.index.models)) {
+      scanTime += root.scanTime;
+      if (!different) continue;
+      changed.push(root);
+      altered.push(...root.altered.map((name) => `${root.model}/${name}`));
+    }
+    this.#places = this.#findPlaces();
+    this.changed = changed;
+    this.altered = altered;
+    this.scanTime = scanTime;
     this.scanSeconds = (performance.now() - started) / 1000;
-    this.scanTime = milliseconds;
-    return different;
+    return changed.length > 0;
+  }
+
+  #findPlaces(): ReadonlyMap<string, ReleaseRoot | undefined> {
+    const { twins } = this.index;
+    const places = new Map<string, ReleaseRoot | undefined>();
+    if (this.#models.size + twins.size === 0) return places;
+    for (const root of this.roots) if (!places.has(root.root)) places.set(root.root, root);
+    for (const real of twins) if (!places.has(real)) places.set(real, undefined);
+    return places;
   }
 
   /**
-   * Records the digests on offer; returns the names whose content differs from when last offered.
+   * Finds the root for a device: that of the model below whose path it asks, else that of the model
+   * that it names. Whoever names no model that is here gets the versions of the root itself.
+   *
+   * @param pathname of its request, percent-encoded
    */
-  #alter(): string[] {
-    const altered: string[] = [];
-    const note = (key: string, content: string, name: string) => {
-      if ((this.#offered.get(key) ?? content) !== content) altered.push(name);
-      this.#offered.set(key, content);
-    };
-    for (const { version, digest, name } of this.versions) note(version.key, digest, name);
-    for (const image of this.firmware) note(`f${image.version.key}`, image.sha256, image.path);
-    return altered;
+  forDevice({ model = "", sysname = "" }: ManifestQuery, pathname = "/"): ReleaseRoot {
+    if (this.#models.size === 0) return this;
+    const { root = this } = this.rootAt(pathname) ?? {};
+    if (root !== this) return root;
+    return this.#models.named(model) ?? this.#models.named(sysname) ?? this;
   }
 
-  /** The version that is equal to `name` in the order of versions: `1.00.0` finds `1.0.0`. */
-  find(name: string): Release | undefined {
-    return this.#index.find(name);
+  /** Whether a path, percent-encoded, is that of the manifests of the root or of a model. */
+  isManifest(pathname: string): boolean {
+    if (pathname === "/manifest.json") return true;
+    const isLike = this.#models.size > 0 && pathname.endsWith("/manifest.json");
+    return isLike && this.rootAt(pathname)?.path === "manifest.json";
+  }
+
+  /**
+   * Finds the root for the path of a request, and the path below that.
+   *
+   * @param pathname percent-encoded, with its leading slash
+   * @returns `undefined` when it is malformed
+   */
+  rootAt(pathname: string): { root: ReleaseRoot; path: string } | undefined {
+    let path = pathname.slice(1);
+    try {
+      if (path.includes("%")) path = decodeURIComponent(path);
+    } catch {
+      return undefined;
+    }
+    const slash = this.#models.size === 0 ? -1 : path.indexOf("/");
+    const name = path.slice(0, Math.max(0, slash));
+    const root = this.#models.named(name);
+    return root?.model === name ? { root, path: path.slice(slash + 1) } : { root: this, path };
   }
 
   /**
@@ -4610,81 +5031,44 @@ export class Releases {
    *
    * @param pathname percent-encoded, with its leading slash
    * @returns `undefined` for what is not served: versions and images that are not offered,
-   *   directories, dot entries at the top level, links that leave the root, private keys
+   *   directories, dot entries at the top level of a root, links that leave it, private keys
    */
   locate(pathname: string): ServedFile | undefined {
-    let path = pathname.slice(1);
-    try {
-      if (path.includes("%")) path = decodeURIComponent(path);
-    } catch {
-      return undefined;
+    const at = this.rootAt(pathname);
+    if (!at) return undefined;
+    const { root, path } = at;
+    const offered = root.offered(path);
+    if (offered) return offered;
+    const found = root.besideAt(path);
+    if (!found || this.#places.size === 0) return found;
+    // A link may lead into another root, where not all is offered.
+    const place = ancestors(found.file).find((above) => this.#places.has(above));
+    const other = place === undefined ? root : this.#places.get(place);
+    if (other === root) return found;
+    const below = found.file.slice(place!.length + 1);
+    return other?.offered(below) ?? other?.besideAt(below);
+  }
+
+  /** Files of all roots: see `OtherFiles.list`. */
+  override async beside(): Promise<{ path: string; files: number }[]> {
+    const found = await super.beside();
+    for (const root of this.#models.all) {
+      const files = await root.beside();
+      found.push(...files.map((file) => ({ ...file, path: `${root.model}/${file.path}` })));
     }
-    return this.#index.at(path) ?? this.#others.at(path, this.#index);
+    return found;
   }
 
-  /** See `OtherFiles.list`. */
-  beside(): Promise<{ path: string; files: number }[]> {
-    return this.#others.list(this.#index);
+  override manifestFor(query: ManifestQuery, base: string, suffix = ""): Manifest | null {
+    const root = this.forDevice(query);
+    if (root !== this) return root.manifestFor(query, base, suffix);
+    return super.manifestFor(query, base, suffix);
   }
 
-  /**
-   * Finds the older content that a device names as its dictionary: the same path in another
-   * version, or another image. Nothing else is used.
-   *
-   * @param pathname of the content, as for `locate`
-   * @param sha256 of what the device has
-   */
-  predecessor(pathname: string, sha256: string): IndexedFile | undefined {
-    const path = percentDecode(pathname.slice(1));
-    const below = path.indexOf("/") + 1;
-    const others =
-      below === 0 ? this.firmware : this.versions.map(({ files }) => files.get(path.slice(below)));
-    return others.find((file) => file?.sha256 === sha256);
-  }
-
-  /** See the function of that name. */
-  decide(query: ManifestQuery, ceiling?: string): Decision | null {
-    return decide(this.#index, query, ceiling);
-  }
-
-  /** Globs of the files that releases were signed without. */
-  get signedIgnore(): readonly string[] {
-    return this.#scanner.signed.ignore;
-  }
-
-  /** See `Composer`. */
-  compose(decision: Decision | null, form: ManifestForm): ComposedManifest {
-    return this.#composer.compose(decision, form);
-  }
-
-  /**
-   * What a device needs to reach the newest release.
-   *
-   * @param query what the device said of itself; any text is allowed in any parameter
-   * @param base what URLs begin with: `http://HOST`, without a slash at the end
-   * @param suffix what URLs end with: `?token=…`
-   * @returns the manifest, or `null` when there is nothing newer
-   */
-  manifestFor(query: ManifestQuery, base: string, suffix = ""): Manifest | null {
-    const decision = this.decide(query);
-    if (!decision) return null;
-    const form = formOf(query, base, suffix);
-    const { head, tail } = composeManifest(decision, form);
-    // Such a form is not brief: everything has its URL.
-    return {
-      ...(decision.base && { base: decision.base }),
-      ...head,
-      previous_version: decision.previous,
-      ...(query.reqid !== undefined && { request_id: query.reqid }),
-      ...tail,
-    } as Manifest;
-  }
-
-  /** `manifestFor` as compact JSON. */
-  manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
-    const decision = this.decide(query);
-    const form = formOf(query, base, suffix);
-    return fillIn(this.compose(decision, form), decision, query.reqid);
+  override manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
+    const root = this.forDevice(query);
+    if (root !== this) return root.manifestJSON(query, base, suffix);
+    return super.manifestJSON(query, base, suffix);
   }
 }
 
@@ -4763,12 +5147,16 @@ export class SigningRoot {
     return this.releases.versions.map(({ name }) => name);
   }
 
+  /** The models in it, each of which is a root to sign of its own. */
+  get models(): string[] {
+    return this.releases.roots.slice(1).map(({ model }) => model);
+  }
+
   #find(name: string): Release {
-    const { versions, root } = this.releases;
     const found = this.releases.find(name);
     if (found) return found;
-    const names = versions.map((one) => one.name).join(", ") || "none";
-    throw new OTAError(`${root} has no version ${name}; there are: ${names}`, 2);
+    const names = this.versions.join(", ") || "none";
+    throw new OTAError(`${this.releases.root} has no version ${name}; there are: ${names}`, 2);
   }
 
   #file({ name }: Release): string {
@@ -5059,11 +5447,13 @@ class RootWatch implements Disposable {
 // Warnings for the owner of a release root, one line each.
 
 /** What may surprise in a root, whatever device asks. */
-export function rootWarnings(releases: Releases): string[] {
+export function rootWarnings(releases: ReleaseRoot): string[] {
   const found: string[] = [];
   for (const { path, reason } of releases.held) found.push(`${path} is not offered: it ${reason}`);
   for (const { path, reason } of releases.unsigned) found.push(`${path} ${reason}`);
-  if (releases.versions.length + releases.firmware.length + releases.held.length === 0) {
+  const hasModels = releases instanceof Releases && releases.roots.length > 1;
+  const { versions, firmware, held } = releases;
+  if (versions.length + firmware.length + held.length === 0 && !hasModels) {
     found.push(
       `no release in ${releases.root}: put each version of the devices' files in a directory named ` +
         `by its version (1.0.0/flash/main.py), firmware beside it as firmware_1.0.0.bin`,
@@ -5093,7 +5483,7 @@ export function rootWarnings(releases: Releases): string[] {
 }
 
 /** `boardWarnings` for devices on each version. */
-export async function allBoardWarnings(releases: Releases): Promise<string[]> {
+export async function allBoardWarnings(releases: ReleaseRoot): Promise<string[]> {
   const slicer = new TimeSlicer();
   const { versions, firmware } = releases;
   const newest = versions.at(-1);
@@ -5114,7 +5504,7 @@ export async function allBoardWarnings(releases: Releases): Promise<string[]> {
 }
 
 /** What boards with Pycom's original library cannot do with a manifest. */
-export function boardWarnings(releases: Releases, manifest: Manifest | null): string[] {
+export function boardWarnings(releases: ReleaseRoot, manifest: Manifest | null): string[] {
   const has = manifest?.previous_version && releases.find(manifest.previous_version);
   const target = manifest && releases.find(manifest.version);
   if (!has || !target) return [];
@@ -5523,8 +5913,11 @@ interface Contact {
   /** Until the body was sent. */
   milliseconds: number;
   coding?: Answer["coding"];
-  /** Of a request for a manifest: labels of the releases that the device is on and gets. */
-  offer?: { from: string; to: string };
+  /**
+   * Of a request for a manifest: labels of the releases that the device is on and gets, and the model
+   * whose root these are in.
+   */
+  offer?: { from: string; to: string; model: string };
 }
 
 /**
@@ -5541,18 +5934,19 @@ function printable(text: string): string {
 
 /**
  * The log line of a contact: time, address, device, method, path, status, bytes, milliseconds;
- * then, if any, the coding and the version that the device reports as failed.
+ * then, if any, the coding, the model and the version that the device reports as failed.
  */
 function logLine(contact: Contact): string {
-  const { method, path, query, address, status, sent, milliseconds, coding } = contact;
+  const { method, path, query, address, status, sent, milliseconds, coding, offer } = contact;
   const device = query.devid || query.wmac;
   const id = device ? ` device=${printable(device)}` : "";
   const coded = coding ? ` coding=${coding.encoding}` : "";
+  const model = offer?.model ? ` model=${printable(offer.model)}` : "";
   const failed = query.failed ? ` failed=${printable(query.failed)}` : "";
   const tenths = Math.round(milliseconds * 10);
   const taken = `${Math.trunc(tenths / 10)}.${tenths % 10}ms${sent === undefined ? " aborted" : ""}`;
   const what = `${printable(method)} ${printable(path)} ${status} ${sent ?? "-"}`;
-  return `${timeStamp()} ${address}${id} ${what} ${taken}${coded}${failed}`;
+  return `${timeStamp()} ${address}${id} ${what} ${taken}${coded}${model}${failed}`;
 }
 
 const clock = { at: 0, text: "" };
@@ -5573,6 +5967,11 @@ const COUNTERS = {
   ota_failures_total: "Manifests asked for by devices that report a version as failed",
   ota_changed_total: "Versions and images that changed after they were offered",
 };
+
+/** The label of what concerns a model, as in Prometheus' text format. */
+function modelLabel(model: string): string {
+  return `model="${model.replace(/["\\]/g, "\\$&").replaceAll("\n", "\\n")}"`;
+}
 
 /** What a server has done, as Prometheus reads it (text format 0.0.4). */
 class Metrics {
@@ -5597,41 +5996,47 @@ class Metrics {
   }
 
   /** Counts a contact. */
-  count({ status, sent, coding, offer, query }: Contact): void {
+  count({ status, sent, coding, offer, query, path }: Contact): void {
     this.add("ota_requests_total", status);
     if (sent === undefined) this.add("ota_aborted_total");
     else this.add("ota_sent_bytes_total", "", sent);
     if (coding && sent) this.add("ota_saved_bytes_total", "", coding.saved);
     if (!offer) return;
+    const model = offer.model && `,${modelLabel(offer.model)}`;
     // A list is no update.
     if (query.list === undefined) {
-      this.add("ota_manifests_total", `from="${offer.from}",to="${offer.to}"`);
+      this.add("ota_manifests_total", `from="${offer.from}",to="${offer.to}"${model}`);
     }
-    if (query.failed) this.add("ota_failures_total", `version="${this.label(query.failed)}"`);
+    if (!query.failed) return;
+    const failed = this.label(query.failed, this.releases.forDevice(query, path));
+    this.add("ota_failures_total", `version="${failed}"${model}`);
   }
 
   /**
-   * The label for a version that a device named: one of the root's, or `other`, so that clients
+   * The label for a version that a device named: one of its root's, or `other`, so that clients
    * cannot create labels without bound.
    */
-  label(version: string | undefined): string {
+  label(version: string | undefined, root: ReleaseRoot): string {
     if (version === undefined || version === "" || version === "0") return "none";
-    const { releases } = this;
-    const image = () => releases.firmware.find((known) => known.version.compare(version) === 0);
-    return releases.find(version)?.name ?? image()?.name ?? "other";
+    const image = () => root.firmware.find((known) => known.version.compare(version) === 0);
+    return root.find(version)?.name ?? image()?.name ?? "other";
   }
 
   /** All metrics; the gauges are read off the releases. */
   text(): string {
-    const { versions, firmware, scanSeconds } = this.releases;
-    const gauges: [name: string, help: string, value: string][] = [
-      ["ota_releases", "Versions offered", `ota_releases ${versions.length}`],
-      ["ota_firmware", "Firmware images offered", `ota_firmware ${firmware.length}`],
-      ["ota_scan_seconds", "Duration of the last scan", `ota_scan_seconds ${scanSeconds}`],
-      ["ota_build_info", "The version of ota.ts", `ota_build_info{version="${TOOL_VERSION}"} 1`],
+    const { roots, scanSeconds } = this.releases;
+    const ofRoots = (name: string, items: "versions" | "firmware") =>
+      roots.map(({ model, [items]: { length } }) => {
+        return `${name}${model && `{${modelLabel(model)}}`} ${length}`;
+      });
+    const gauges: [name: string, help: string, values: string[]][] = [
+      ["ota_releases", "Versions offered", ofRoots("ota_releases", "versions")],
+      ["ota_firmware", "Firmware images offered", ofRoots("ota_firmware", "firmware")],
+      ["ota_scan_seconds", "Duration of the last scan", [`ota_scan_seconds ${scanSeconds}`]],
+      ["ota_build_info", "The version of ota.ts", [`ota_build_info{version="${TOOL_VERSION}"} 1`]],
     ];
-    const lines = gauges.flatMap(([name, help, value]) => {
-      return [`# HELP ${name} ${help}`, `# TYPE ${name} gauge`, value];
+    const lines = gauges.flatMap(([name, help, values]) => {
+      return [`# HELP ${name} ${help}`, `# TYPE ${name} gauge`, ...values];
     });
     for (const [name, help] of Object.entries(COUNTERS)) {
       lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} counter`);
@@ -5837,7 +6242,8 @@ class Contents {
       withDictionary(accepted).length > 0
         ? availableDictionary(request.headers.get("available-dictionary"))
         : undefined;
-    const old = named === undefined ? undefined : this.releases.predecessor(path, named);
+    const at = named === undefined ? undefined : this.releases.rootAt(path);
+    const old = at?.root.predecessor(at.path, named!);
     const sources = [file, old].map((found) => found && this.#source(found, found.sha256!));
     return this.encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
       if (!coded || !this.inFlight.hasRoomFor(coded.content)) return this.#plain(request, file);
@@ -6168,7 +6574,6 @@ class Inliner {
   readonly #running = new SingleFlight<InlineContents>();
 
   constructor(
-    private readonly releases: Releases,
     private readonly encoder: Encoder,
     private readonly source: (file: IndexedFile) => Source,
   ) {}
@@ -6176,9 +6581,11 @@ class Inliner {
   /**
    * Finds what the manifest of a decision is to carry.
    *
+   * @param root that decided
    * @param accepted the codings that the device accepts
    */
   contentsFor(
+    root: ReleaseRoot,
     decision: Decision,
     query: ManifestQuery,
     accepted: ReadonlySet<Coding>,
@@ -6190,7 +6597,7 @@ class Inliner {
     // Others may have most of what is listed: that would be sent in vain.
     if (full || query.list !== undefined || (!release && !hasNothing)) return NOT_INLINE;
     const runs = digestIn(query.firmware_sha256) ?? "";
-    const old = image && this.releases.predecessor(`/${encodePath(image.path)}`, runs);
+    const old = image && root.predecessor(image.path, runs);
     const has = { release, image: old };
     const codings = [...accepted].sort().join();
     const key = `${release?.id} ${target?.id} ${image?.sha256} ${old?.sha256} ${codings}`;
@@ -6336,19 +6743,22 @@ class Manifests {
     // A board can send nothing with a download but its URL.
     const withToken = token !== undefined && this.options.token !== undefined;
     const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
-    const decision = this.releases.decide(query);
+    const root = this.releases.forDevice(query, contact.path);
+    const decision = root.decide(query);
     const target = decision?.target !== decision?.has ? decision?.target : undefined;
     const to = target?.name ?? (decision?.image ? "firmware" : "none");
-    contact.offer = { from: metrics.label(current_ver), to };
-    const form = formOf(query, base, suffix);
+    contact.offer = { from: metrics.label(current_ver, root), to, model: root.model };
+    const form = formOf(query, base + root.urlPath, suffix);
     const accepted = acceptedCodings(headers.get("accept-encoding"));
     if (query.brief !== "1" || !decision) return this.#compose(decision, query, form, accepted);
     const answer = (inline: InlineContents) => {
-      const hasURLs = this.#base !== undefined || suffix !== "";
+      // What follows from a path does so below the address that was asked.
+      const isElsewhere = root.model !== "" && contact.path === "/manifest.json";
+      const hasURLs = this.#base !== undefined || suffix !== "" || isElsewhere;
       const short = briefForm(form, decision, inline, hasURLs);
       return this.#compose(decision, query, short, accepted);
     };
-    const inline = this.inliner.contentsFor(decision, query, accepted);
+    const inline = this.inliner.contentsFor(root, decision, query, accepted);
     return inline instanceof Promise ? inline.then(answer) : answer(inline);
   }
 
@@ -6456,7 +6866,7 @@ class Service {
     this.#metrics = metrics;
     this.#listeners.push((contact) => metrics.count(contact));
     if (log) this.#listeners.push((contact) => log(logLine(contact)));
-    const inliner = new Inliner(releases, encoder, (file) => this.#contents.source(file));
+    const inliner = new Inliner(encoder, (file) => this.#contents.source(file));
     const manifests = new Manifests(releases, options, this.#proxies, this.#inFlight, inliner);
     this.#routes = new Map<string, Route>([
       ["/manifest.json", (request, contact) => manifests.answer(request, contact, metrics)],
@@ -6525,20 +6935,25 @@ class Service {
 
   #answer(request: Request, contact: Contact): Answer | Promise<Answer> {
     const { path } = contact;
-    const route = this.#routes.get(path);
+    const route = this.#routes.get(this.releases.isManifest(path) ? "/manifest.json" : path);
     if (route) return route(request, contact);
     const found = this.releases.locate(path);
     return found ? this.#contents.answer(request, path, found) : plain(404, "not found");
   }
 
   #health(): Answer {
-    try {
-      fs.readdirSync(this.releases.path);
-    } catch (error) {
-      return plain(503, `the root cannot be read: ${errorText(error)}`);
+    let isEmpty = true;
+    for (const { path, model, versions, firmware } of this.releases.roots) {
+      try {
+        fs.readdirSync(path);
+      } catch (error) {
+        // A model may go.
+        if (model !== "" && isMissing(error)) continue;
+        const which = model === "" ? "the root" : `the root of the model ${model}`;
+        return plain(503, `${which} cannot be read: ${errorText(error)}`);
+      }
+      isEmpty &&= versions.length + firmware.length === 0;
     }
-    const { versions, firmware } = this.releases;
-    const isEmpty = versions.length + firmware.length === 0;
     return isEmpty ? plain(503, "the root has no version") : plain(200, "ok");
   }
 }
@@ -8421,7 +8836,7 @@ export interface OTAOptions extends DeviceOptions {
   verify?: readonly KeyObject[];
   /** How many of these keys must have signed the step; 1. */
   threshold?: number;
-  /** The kind of board: steps for others are refused. */
+  /** The kind of board: it asks for the versions of that model; steps for others are refused. */
   model?: string;
 }
 
@@ -9685,7 +10100,10 @@ class Survey {
 
   /** The list of a release's files, if the server has it and sends SHA-256. */
   async #askForList(manifests: ManifestClient, version: string): Promise<Manifest | null> {
-    const query = { list: version, hash: "sha256", devid: await this.#id() };
+    const query: ManifestQuery = {
+      ...{ list: version, hash: "sha256", devid: await this.#id() },
+      ...(this.options.model !== undefined && { model: this.options.model }),
+    };
     let list: Manifest | null;
     try {
       list = (await manifests.ask(query)).manifest;
@@ -10453,7 +10871,7 @@ interface AirCost {
  *
  * @param ver the release that the device is on, with the firmware of that name, if there is any
  */
-async function costLines(releases: Releases, ver: string | undefined): Promise<string[]> {
+async function costLines(releases: ReleaseRoot, ver: string | undefined): Promise<string[]> {
   const encoder = new Encoder();
   const costs: AirCost[][] = [];
   for (const device of AIR_DEVICES) costs.push(await airCosts(releases, ver, encoder, device));
@@ -10481,7 +10899,7 @@ async function costLines(releases: Releases, ver: string | undefined): Promise<s
 
 /** What a manifest and its content cost on the air. */
 async function airCosts(
-  releases: Releases,
+  releases: ReleaseRoot,
   ver: string | undefined,
   encoder: Encoder,
   { accepted, isBrief }: (typeof AIR_DEVICES)[number],
@@ -10494,10 +10912,13 @@ async function airCosts(
   const oldImage = releases.firmware.find(({ version }) => version.compare(ver ?? "") === 0);
   const query = { current_ver: ver, base: has?.digest, firmware_sha256: oldImage?.sha256 };
   const decision = releases.decide(query);
-  const inliner = new Inliner(releases, encoder, sourceOf);
+  const inliner = new Inliner(encoder, sourceOf);
   const mayInline = decision && isBrief;
-  const inline = mayInline ? await inliner.contentsFor(decision, query, accepted) : NOT_INLINE;
-  const plainForm = { extras: true, base: "http://127.0.0.1:8000", suffix: "" };
+  const inline = mayInline
+    ? await inliner.contentsFor(releases, decision, query, accepted)
+    : NOT_INLINE;
+  const base = `http://127.0.0.1:8000${releases.urlPath}`;
+  const plainForm = { extras: true, base, suffix: "" };
   const form = isBrief ? briefForm(plainForm, decision, inline) : plainForm;
   const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
   const { coding, level } = manifestCoding(accepted, json.byteLength, isBrief, true);
@@ -10565,7 +10986,7 @@ async function runServe(given: Given): Promise<number> {
     ...(cert && key && { tls: { cert, key } }),
     trustProxy: given["trust-proxy"],
     changed: (releases) => {
-      log(`now      ${releases.versions.map(({ name }) => name).join(" ") || "no version"}`);
+      for (const root of releases.changed) log(changeLine(releases, root));
       void warn(releases);
     },
   });
@@ -10586,8 +11007,21 @@ async function runServe(given: Given): Promise<number> {
 }
 
 async function warn(releases: Releases): Promise<void> {
-  const lines = [...rootWarnings(releases), ...(await allBoardWarnings(releases))];
-  for (const line of lines) tell(`warning: ${line}`);
+  for (const root of releases.roots) {
+    const lines = [...rootWarnings(root), ...(await allBoardWarnings(root))];
+    for (const line of lines) tell(`warning: ${ofModel(root)}${line}`);
+  }
+}
+
+/** What stands before a line about a root: nothing, or the model that it is for. */
+function ofModel({ model }: ReleaseRoot): string {
+  return model === "" ? "" : `model ${printable(model)}: `;
+}
+
+/** What a root offers since it has changed, in one line. */
+function changeLine(releases: Releases, root: ReleaseRoot): string {
+  const names = root.versions.map(({ name }) => name).join(" ") || "no version";
+  return `now      ${ofModel(root)}${releases.roots.includes(root) ? names : "gone"}`;
 }
 
 /** The token. Other users can read a process's command line, but not its environment. */
@@ -10601,29 +11035,43 @@ async function* describeServer({ url, releases }: OTAServer, given: Given): Asyn
   const isAny = given.host === undefined || given.host === "0.0.0.0" || given.host === "::";
   const address = given.url ?? (isAny ? local : url.origin);
   yield `ota.ts ${TOOL_VERSION} serves ${releases.root} at ${isAny ? local : url.origin}`;
-  for (const { name, files } of releases.versions) {
-    const bytes = [...files.values()].reduce((sum, { size }) => sum + size, 0);
-    yield `version  ${name.padEnd(12)} ${files.size} files, ${formatBytes(bytes)}`;
+  for (const root of releases.roots) {
+    if (root.model !== "") yield `model    ${printable(root.model)}, at ${address}${root.urlPath}`;
+    yield* describeRoot(root);
   }
-  for (const { name, path, size } of releases.firmware) {
-    yield `firmware ${name.padEnd(12)} ${path}, ${formatBytes(size)}`;
-  }
-  const shown = 20;
-  for (const { path, reason } of releases.ignored.slice(0, shown)) {
-    yield `ignored  ${printable(path)}: ${reason}`;
-  }
-  const more = releases.ignored.length - shown;
-  if (more > 0) yield `ignored  and ${more} more`;
   const beside = (await releases.beside()).map(({ path, files }) => {
     if (!path.endsWith("/")) return printable(path);
     const count = files > MAX_COUNTED ? `more than ${MAX_COUNTED}` : files;
     return `${printable(path)} (${count} ${files === 1 ? "file" : "files"})`;
   });
-  const others = beside.length > shown ? `, and ${beside.length - shown} more` : "";
-  if (beside.length > 0) yield `also served: ${beside.slice(0, shown).join(", ")}${others}`;
-  for (const name of releases.unsettled) yield `changing ${name}: counts once quiet for a second`;
-  const oldest = releases.versions[0]?.name ?? releases.firmware[0]?.name ?? "1.0.0";
-  yield `try      curl '${address}/manifest.json?current_ver=${oldest}'`;
+  const others = beside.length > MAX_SHOWN ? `, and ${beside.length - MAX_SHOWN} more` : "";
+  if (beside.length > 0) yield `also served: ${beside.slice(0, MAX_SHOWN).join(", ")}${others}`;
+  for (const name of releases.unsettled) {
+    yield `changing ${printable(name)}: counts once quiet for a second`;
+  }
+  const some = releases.roots.find(({ versions, firmware }) => versions[0] ?? firmware[0]);
+  const { urlPath, versions, firmware } = some ?? releases;
+  const oldest = versions[0]?.name ?? firmware[0]?.name ?? "1.0.0";
+  yield `try      curl '${address}${urlPath}/manifest.json?current_ver=${oldest}'`;
+}
+
+/** The most lines about what is ignored in a root, and names of files beside releases. */
+const MAX_SHOWN = 20;
+
+/** What was found in a root, and what is ignored. */
+function* describeRoot({ versions, firmware, ignored }: ReleaseRoot): Generator<string> {
+  for (const { name, files } of versions) {
+    const bytes = [...files.values()].reduce((sum, { size }) => sum + size, 0);
+    yield `version  ${name.padEnd(12)} ${files.size} files, ${formatBytes(bytes)}`;
+  }
+  for (const { name, path, size } of firmware) {
+    yield `firmware ${name.padEnd(12)} ${path}, ${formatBytes(size)}`;
+  }
+  for (const { path, reason } of ignored.slice(0, MAX_SHOWN)) {
+    yield `ignored  ${printable(path)}: ${reason}`;
+  }
+  const more = ignored.length - MAX_SHOWN;
+  if (more > 0) yield `ignored  and ${more} more`;
 }
 
 async function runManifest(given: Given): Promise<number> {
@@ -10631,11 +11079,12 @@ async function runManifest(given: Given): Promise<number> {
   const latest = releaseOption(given, "latest");
   const base = baseURL(given.url ?? "http://127.0.0.1:8000");
   const releases = await Releases.open(root, { ignore, latest, quiet: 0 });
+  const asked = releases.forDevice({ model: given.model });
   // --ver may be any text: boards may send any.
-  const manifest = releases.manifestFor({ current_ver: given.ver }, base);
-  const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
-  for (const line of surprises) tell(`warning: ${line}`);
-  if (given.cost) return say((await costLines(releases, given.ver)).join("\n"));
+  const manifest = asked.manifestFor({ current_ver: given.ver }, base);
+  const surprises = [...rootWarnings(asked), ...boardWarnings(asked, manifest)];
+  for (const line of surprises) tell(`warning: ${ofModel(asked)}${line}`);
+  if (given.cost) return say((await costLines(asked, given.ver)).join("\n"));
   return say(JSON.stringify(manifest, null, 2));
 }
 
@@ -10672,6 +11121,10 @@ async function runSign(given: Given): Promise<number> {
   const secret = keys ? undefined : readKey(key!, "private");
   const root = await SigningRoot.open(path, ignore);
   if (secret) refuseInside(fs.realpathSync(path), key!);
+  if (root.models.length > 0) {
+    const models = root.models.map((name) => printable(name)).join(", ");
+    tell(`models are roots of their own, to be signed by themselves (--root): ${models}`);
+  }
   // A device at first contact asks what the release that it is on consists of: all are signed.
   const versions = ver === undefined ? root.versions : [ver];
   if (keys) return checkSigned(root, versions, keys, checked!);
@@ -10883,7 +11336,7 @@ const COMMANDS: Record<string, Command> = {
   },
   manifest: {
     summary: "show what the server would answer, with warnings",
-    options: ["ver", "root", "url", "ignore", "latest", "cost"],
+    options: ["ver", "model", "root", "url", "ignore", "latest", "cost"],
     notes: "The root is the current directory by default. Warnings go to stderr.",
     run: runManifest,
   },

@@ -1170,9 +1170,9 @@ describe("what is served", () => {
     using root = new Temp({
       "1.0.0/flash/main.py": "m",
       "1.0.0/secret.key": "",
-      "builds/7/flash/main.py": "7",
-      "builds/7/secret.key": "",
-      "builds/8/flash/main.py": "8",
+      "builds/b7/flash/main.py": "7",
+      "builds/b7/secret.key": "",
+      "builds/b8/flash/main.py": "8",
       "builds/image": "i",
       "builds/notes": "n",
       ".store/1/flash/main.py": "s",
@@ -1180,8 +1180,8 @@ describe("what is served", () => {
     root.link("current", "1.0.0");
     root.link("key", "1.0.0/secret.key");
     root.link("main.py", "1.0.0/flash/main.py");
-    root.link("1.0.1", "builds/7");
-    root.link("1.0.2", "builds/8");
+    root.link("1.0.1", "builds/b7");
+    root.link("1.0.2", "builds/b8");
     root.link("firmware_1.0.2.bin", "builds/image");
     root.link("0.9", ".store/1");
     const releases = await open(root, { ignore: ["*.key"], latest: "1.0.1" });
@@ -1189,13 +1189,13 @@ describe("what is served", () => {
     for (const [path, name] of Object.entries({
       "current/flash/main.py": "1.0.0",
       "main.py": "1.0.0",
-      "builds/7/flash/main.py": "1.0.1",
+      "builds/b7/flash/main.py": "1.0.1",
       "0.9/flash/main.py": "0.9",
     })) {
       expect(releases.locate(`/${path}`)).toBe(file(name)!);
     }
-    const asked = ["current/secret.key", "key", "1.0.1/secret.key", "builds/7/secret.key"];
-    asked.push("1.0.2/flash/main.py", "builds/8/flash/main.py", "firmware_1.0.2.bin");
+    const asked = ["current/secret.key", "key", "1.0.1/secret.key", "builds/b7/secret.key"];
+    asked.push("1.0.2/flash/main.py", "builds/b8/flash/main.py", "firmware_1.0.2.bin");
     asked.push("builds/image", ".store/1/flash/main.py");
     expect(served(releases, ...asked, "builds/notes")).toEqual(["builds/notes"]);
   });
