@@ -114,6 +114,7 @@ export interface BoardState {
  *
  * @param currentVer The version that the board has recorded, sent as it is.
  * @param files Its files, as path without a slash in front → content; not changed.
+ * @param more What it says of itself after that: `&sysname=LoPy4`.
  * @returns The board after the update, or as it was when the manifest is `null`.
  * @throws {Error} Where the board raises, and where the manifest is not what a board can use.
  */
@@ -121,6 +122,7 @@ export async function boardUpdate(
   server: URL | string,
   currentVer: string,
   files: ReadonlyMap<string, Uint8Array>,
+  more = "",
 ): Promise<BoardState> {
   const get = async (path: string): Promise<Uint8Array> => {
     const { body, raised } = await boardGet(server, path);
@@ -129,7 +131,7 @@ export async function boardUpdate(
   };
 
   const after = new Map(files);
-  const text = await get(`/manifest.json?current_ver=${currentVer}`);
+  const text = await get(`/manifest.json?current_ver=${currentVer}${more}`);
   const manifest = readManifest(
     new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(text),
   );
