@@ -34,7 +34,7 @@ const V1: Tree = {
 const V2: Tree = {
   "flash/app.bin": edited(APP, 3),
   "flash/main.py": `${PAGE}print(x1)\n`,
-  "flash/new é%.py": "print('neu – \u{1f680}')\n",
+  "flash/new é%.py": "\ufeffprint('neu – \u{1f680}')\n",
   "flash/empty": "",
   "flash/photo.jpg": noise(2_000, 4),
   "flash/icon": noise(200, 5),
@@ -152,6 +152,7 @@ describe("a brief manifest", () => {
       [{ current_ver: "1.0.0", base: baseOf({ ...V1, "flash/main.py": "mine" }) }, []],
       [{ current_ver: "0.9", base: baseOf(V1) }, []],
       [{ current_ver: "0.9" }, []],
+      [{ base: baseOf(V1) }, []],
       // What it asks for is no content.
       [{ list: "1.0.0" }, []],
       [{ list: "1.0.1", base: baseOf(V1), current_ver: "1.0.0" }, []],
@@ -259,9 +260,10 @@ describe("a brief manifest", () => {
     expect(world.sent.length).toBe(2000 - contents.length);
   });
 
-  test("goes without contents while nothing may be coded; the device fetches them", async () => {
-    await using world = await World.with(BOTH, { on: "1.0.0", coding: 0 });
-    expect(carrying(await ask(world, proven))).toEqual([]);
+  test("goes without contents once no more may be coded; the device fetches them", async () => {
+    // Enough for one.
+    await using world = await World.with(BOTH, { on: "1.0.0", coding: 1e-6 });
+    for (const _ of [1, 2]) expect(carrying(await ask(world, proven))).toEqual([]);
     const { code, last } = await world.client();
     expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1"]);
     expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
@@ -468,6 +470,10 @@ describe("content in a manifest that is not what it should be is fetched, once, 
       // A coding without content is none, and nothing to speak of.
       const says = stderr.includes(`flash/${i}.bin is not right in the manifest: `);
       expect([name, says]).toEqual([name, name !== "a coding of nothing"]);
+      // Without an attempt to decode it.
+      const long = ["text that is longer", "a delta to something else", "a long one"];
+      const isLong = stderr.includes(`flash/${i}.bin is not right in the manifest: it is longer`);
+      expect([name, isLong]).toEqual([name, long.includes(name)]);
     }
     expect(between.of("/manifest.json").length).toBe(1);
   });
