@@ -123,7 +123,7 @@ type Request = Omit<TransferRequest, "signal"> & { path: string };
 /** What most requests are made of, as a dictionary for deflate: both ends must have the same. */
 const COMMON = Buffer.from(
   "-/flash/lib/.py/sd/firmware_.bin dcz,br,zstd,gzip 0123456789abcdef" +
-    "/manifest.json?current_ver=1.0.0&firmware_ver=1.0.0&hash=sha256&devid=&base= br,zstd,gzip",
+    "/manifest.json?current_ver=1.0.0&firmware_ver=1.0.0&hash=sha256&devid=&base=&brief=1 dcz,br,zstd,gzip",
 );
 
 /** `path codings dictionary offset etag`, `-` for none, and small enough for one datagram. */
@@ -326,6 +326,7 @@ export interface LoraOptions extends OTAOptions {
 
 /** A device that updates by datagrams of at most 200 bytes. */
 export class LoraOTA extends OTA {
+  protected override readonly isBrief: boolean;
   readonly #gateway: { address: string; port: number };
   readonly #wait: number;
   readonly #tries: number;
@@ -344,6 +345,7 @@ export class LoraOTA extends OTA {
     this.#wait = wait;
     this.#tries = tries;
     this.#plain = plain;
+    this.isBrief = !plain;
   }
 
   override async connect(): Promise<void> {
