@@ -20,26 +20,30 @@
 // Contents
 //
 // I    Common: the words that both ends speak.
-//      Errors and helpers · Event loop · JSON · Versions · Paths · Manifest · Reading manifests
-//      Queries · Trust · Signed steps · Codings · Inline content
-// II   Release root: from a directory to what a device needs.
+//      Errors and helpers · Event loop · Cache · JSON · Versions · Paths · Manifest
+//      Reading manifests · Queries · Trust · Signed steps
+// II   Codings: content made smaller for the air.
+//      Patch format · Address fields · Instructions · Patch decoding · Suffix array
+//      Address learning · Matched covers · Cheapest covers · Patch encoding · Patch threads
+//      Codings · Negotiation · Inline content
+// III  Release root: from a directory to what a device needs.
 //      Snapshot · Hashing · Settling copies · Index · Signed releases · Scan
-//      Files beside releases · Cache · Decide · Compose · Releases · Signing · Watch · Lint
-// III  Server: from that to bytes on a socket.
+//      Files beside releases · Decide · Compose · Releases · Signing · Watch · Lint
+// IV   Server: from that to bytes on a socket.
 //      Encoding · Responses and headers · Log and metrics · Bodies in flight · File answers
 //      Certificates and proxies · Request checks · Contents in manifests · Manifest answers
 //      Request handling · Listening
-// IV   Device disk: files changed as one transaction.
+// V    Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
-// V    Update: the workflow of a device.
+// VI   Update: the workflow of a device.
 //      Update options · Time-outs · Health check · Status · Target release · Plan and space
-//      Receiving and retries · Fetching content · Verification · Manifest client · Device survey
-//      Device
-// VI   Transports: bytes from somewhere, and nothing else.
+//      Receiving and retries · Download attempts · Fetching content · Verification
+//      Manifest client · Device survey · Device
+// VII  Transports: bytes from somewhere, and nothing else.
 //      HTTP · Directory
-// VII  Command line: the way in.
-//      Options · Output · Server commands · Device commands · Commands and main
+// VIII Command line: the way in.
+//      Options · Output · Costs · Server commands · Device commands · Commands and main
 
 import { Database } from "bun:sqlite";
 import {
@@ -56,6 +60,7 @@ import * as fs from "node:fs";
 import { BlockList, isIP } from "node:net";
 import { basename, dirname, extname, relative, resolve } from "node:path";
 import { parseArgs, promisify } from "node:util";
+import * as threads from "node:worker_threads";
 import * as zlib from "node:zlib";
 
 /** The version of this tool, as `--version` prints it. */
@@ -323,6 +328,103 @@ class Pool {
     await Promise.all(tasks.map((one) => one.catch((error) => failure.abort(error))));
     failure.signal.throwIfAborted();
   }
+}
+
+// ──── Cache ─────────────────────────────────────────────────────────────────────────────────────
+// Bounded caches, and freeing their memory. Blobs and buffers lie outside the JavaScript heap,
+// where Bun's garbage collector does not count them.
+
+/** Overhead of a cache entry, in bytes. */
+const ENTRY_COST = 512;
+
+/** Values by key, up to a budget in bytes; the oldest goes first, unless it was used meanwhile. */
+class Cache<T> {
+  readonly #kept = new Map<string, { value: T; cost: number; used: boolean }>();
+  #cost = 0;
+
+  constructor(private readonly budget: number) {}
+
+  get(key: string): T | undefined {
+    const entry = this.#kept.get(key);
+    if (entry) entry.used = true;
+    return entry?.value;
+  }
+
+  /** @param size bytes of the value */
+  set(key: string, value: T, size: number): void {
+    this.#cost -= this.#kept.get(key)?.cost ?? 0;
+    this.#kept.delete(key);
+    const cost = size + key.length + ENTRY_COST;
+    if (cost > this.budget) return;
+    for (const [oldest, entry] of this.#kept) {
+      if (this.#cost + cost <= this.budget) break;
+      this.#kept.delete(oldest);
+      // Second chance (CLOCK): used since it was last considered.
+      if (entry.used) {
+        this.#kept.set(oldest, { ...entry, used: false });
+      } else {
+        this.#cost -= entry.cost;
+        discard(entry.cost);
+      }
+    }
+    this.#kept.set(key, { value, cost, used: false });
+    this.#cost += cost;
+  }
+}
+
+/** Runs a task once for all callers that ask for it while it runs. */
+class SingleFlight<T> {
+  readonly #running = new Map<string, Promise<T>>();
+
+  has(key: string): boolean {
+    return this.#running.has(key);
+  }
+
+  /** @param task must not throw before its first `await` */
+  run(key: string, task: () => Promise<T>): Promise<T> {
+    let running = this.#running.get(key);
+    if (running) return running;
+    running = task().finally(() => this.#running.delete(key));
+    this.#running.set(key, running);
+    return running;
+  }
+}
+
+/** Bytes of garbage outside the JavaScript heap that trigger a full collection. */
+const MAX_GARBAGE = 16 * 1024 * 1024;
+/** The minimum time between two full collections, in milliseconds: each blocks the event loop. */
+const COLLECT_PAUSE = 1000;
+let garbage = 0;
+let collected = -Infinity;
+let collecting: Timer | undefined;
+
+/**
+ * Reports that blobs or buffers of so many bytes have become garbage. The collector sees only a
+ * small object for each, and would not free hundreds of MiB of them.
+ */
+function discard(bytes: number): void {
+  garbage += bytes;
+  if (garbage < MAX_GARBAGE || collecting) return;
+  const wait = Math.max(0, collected + COLLECT_PAUSE - performance.now());
+  collecting = setTimeout(() => {
+    garbage = 0;
+    collecting = undefined;
+    Bun.gc(true);
+    collected = performance.now();
+  }, wait);
+  collecting.unref();
+}
+
+/** Frees the memory of bytes that are no longer used, unless they are part of a larger buffer. */
+function release({ buffer, byteLength }: Uint8Array): void {
+  if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
+}
+
+/** Moves bytes into a blob; they must not be used afterwards. */
+function intoBlob(bytes: Uint8Array): Blob {
+  const blob = new Blob([bytes as Uint8Array<ArrayBuffer>]);
+  release(bytes);
+  return blob;
 }
 
 // ──── JSON ────────────────────────────────────────────────────────────────────────────────────────
@@ -1137,32 +1239,1584 @@ function stepIn({ payload, payloadType }: Envelope): Step {
   };
 }
 
-// ──── Codings ─────────────────────────────────────────────────────────────────────────────────────
-// How content is made smaller for the air. Whoever adds a coding adds it to the table `CODINGS`,
-// and nowhere else. `dcz` is RFC 9842, Compression Dictionary Transport: a zstd frame made with the
-// file that the device has as its dictionary, so that only what changed is sent. We depart from the
-// RFC in two ways: plain http will do, and a device may name any content that the server knows,
-// without `Use-As-Dictionary`.
+// ════ II Codings ═════════════════════════════════════════════════════════════════════════════════
+// How content is made smaller for the air. Beside the usual codings there is one of our own, for
+// firmware above all: a patch that says how new content is made of the old that the device has. A
+// device only needs the format (Patch format), to find addresses in its old content (Address fields,
+// Instructions), and to apply the patch (Patch decoding); the sections after that make patches.
 
-/** A content coding (RFC 9110, 8.4.1). */
-interface Codec {
-  /** Whether it encodes against older content that both ends have. */
-  needsDictionary: boolean;
+// ──── Patch format ────────────────────────────────────────────────────────────────────────────────
+// `ota-patch`, version 1: new content made of old. Where code moves, the addresses of what moved
+// change, all over the old content, and most of them by the same amount. So a patch holds a short
+// table of what to add to which addresses; they are predicted in what is copied, and only what was
+// predicted wrongly has to be sent. A number is an unsigned LEB128; a signed one is a number, too:
+// 0, -1, 1, -2 … are 0, 1, 2, 3 …
+//
+//     magic        4 bytes: 89 4F 54 50
+//     version      1 byte: 1
+//     old length   number
+//     new length   number
+//     old SHA-256  32 bytes
+//     new SHA-256  32 bytes
+//     architecture 1 byte, what is predicted: 0 nothing, 1 words, 2 words and Thumb-2,
+//                  3 words and Xtensa, 4 words and RISC-V
+//     code         if architecture is 2 or more: the number of ranges of code (64 at most), and for
+//                  each how far it begins after the end of the one before, and its length
+//     tables       if architecture is 1 or more, that of absolute addresses; if it is 2 or more,
+//                  that of relative ones. The number of entries (4,096 at most), and for each the
+//                  first address that it holds for, less that of the entry before, and, signed, what
+//                  is added to these addresses (modulo 2^32)
+//     segments     until the new length is reached:
+//         insert   the number of bytes that are inserted here, and these bytes
+//         seek     unless the new length is reached. Signed: how far the copy begins after the end
+//                  of the last copy, in the old content
+//         tokens   numbers: 4 × n + k. The next n bytes are copied as predicted; k bytes follow, to
+//                  be added to the next k predicted ones (modulo 256). k = 0 ends the copy
+
+/** `magic` and `version`. */
+const PATCH_MAGIC = Uint8Array.of(0x89, 0x4f, 0x54, 0x50, 1);
+const MAX_CODE_RANGES = 64;
+const MAX_TABLE = 4096;
+/** What is predicted. */
+const ARCHITECTURES = { none: 0, words: 1, thumb: 2, xtensa: 3, riscv: 4 } as const;
+
+/** An address from which on something is added to addresses. */
+interface TableEntry {
+  /** Unsigned, 32 bits. */
+  from: number;
+  /** Signed, 32 bits. */
+  add: number;
+}
+
+/** What becomes of the addresses in old content. */
+class AddressTable {
+  readonly #from: Float64Array;
+  readonly #add: Int32Array;
+  /** The addresses for which the last answer holds. */
+  #low = 0;
+  #high = 0;
+  #last = 0;
+
+  /** @param entries in ascending order */
+  constructor(readonly entries: readonly TableEntry[] = []) {
+    this.#from = Float64Array.from(entries, ({ from }) => from);
+    this.#add = Int32Array.from(entries, ({ add }) => add);
+  }
+
+  /** What to add to an address (unsigned). */
+  at(address: number): number {
+    if (address >= this.#low && address < this.#high) return this.#last;
+    let [low, high] = [-1, this.#from.length];
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (this.#from[middle]! <= address) low = middle;
+      else high = middle;
+    }
+    this.#low = this.#from[low] ?? 0;
+    this.#high = this.#from[high] ?? 2 ** 32;
+    this.#last = this.#add[low] ?? 0;
+    return this.#last;
+  }
+}
+
+/** Where the addresses in old content are, and what becomes of them. */
+interface Prediction {
+  architecture: number;
+  /** Ranges of code, [start, end), in order. */
+  code: readonly (readonly [start: number, end: number])[];
+  absolute: AddressTable;
+  relative: AddressTable;
+}
+
+const NO_ADDRESSES = new AddressTable();
+const NO_PREDICTION: Prediction = {
+  architecture: ARCHITECTURES.none,
+  code: [],
+  absolute: NO_ADDRESSES,
+  relative: NO_ADDRESSES,
+};
+
+/** content[at, at + length) is made of old[from, from + length). */
+interface Cover {
+  at: number;
+  from: number;
+  length: number;
+}
+
+/** Reads a patch; throws where it ends before its time. */
+class PatchReader {
+  constructor(
+    readonly bytes: Uint8Array,
+    public at = 0,
+  ) {}
+
+  byte(): number {
+    const byte = this.bytes[this.at++];
+    if (byte === undefined) throw new Error("the patch is cut off");
+    return byte;
+  }
+
+  /** @param most throws when it is more */
+  number(most: number): number {
+    let value = 0;
+    for (let unit = 1; ; unit *= 128) {
+      const byte = this.byte();
+      value += (byte & 127) * unit;
+      if (value > most || unit > 2 ** 42) throw new Error("the patch has a number out of range");
+      if (byte < 128) return value;
+    }
+  }
+
+  /** @param most of its absolute value */
+  signed(most: number): number {
+    const value = this.number(2 * most + 1);
+    return value % 2 === 0 ? value / 2 : -(value + 1) / 2;
+  }
+
+  take(length: number): Uint8Array {
+    const taken = this.bytes.subarray(this.at, this.at + length);
+    if (taken.length < length) throw new Error("the patch is cut off");
+    this.at += length;
+    return taken;
+  }
+
+  table(): AddressTable {
+    let from = 0;
+    const entry = () => {
+      from += this.number(2 ** 32 - 1 - from);
+      return { from, add: this.signed(2 ** 31) | 0 };
+    };
+    return new AddressTable(Array.from({ length: this.number(MAX_TABLE) }, entry));
+  }
+
+  /** @param size of the old content */
+  prediction(size: number): Prediction {
+    const architecture = this.byte();
+    if (architecture > ARCHITECTURES.riscv) throw new Error("the patch is of a newer kind");
+    let end = 0;
+    const range = () => {
+      const start = end + this.number(size - end);
+      end = start + this.number(size - start);
+      return [start, end] as const;
+    };
+    const ranges = architecture > ARCHITECTURES.words ? this.number(MAX_CODE_RANGES) : 0;
+    return {
+      architecture,
+      code: Array.from({ length: ranges }, range),
+      absolute: architecture >= ARCHITECTURES.words ? this.table() : NO_ADDRESSES,
+      relative: architecture > ARCHITECTURES.words ? this.table() : NO_ADDRESSES,
+    };
+  }
+}
+
+/** Writes a patch. */
+class PatchWriter {
+  #bytes = new Uint8Array(4096);
+  #length = 0;
+
+  take(bytes: ArrayLike<number>): void {
+    const length = this.#length + bytes.length;
+    if (length > this.#bytes.length) {
+      const larger = new Uint8Array(2 * length);
+      larger.set(this.#bytes);
+      this.#bytes = larger;
+    }
+    this.#bytes.set(bytes, this.#length);
+    this.#length = length;
+  }
+
+  number(value: number): void {
+    const bytes = [];
+    for (; value >= 128; value = Math.floor(value / 128)) bytes.push((value % 128) + 128);
+    this.take([...bytes, value]);
+  }
+
+  signed(value: number): void {
+    this.number(value < 0 ? -2 * value - 1 : 2 * value);
+  }
+
+  table({ entries }: AddressTable): void {
+    this.number(entries.length);
+    entries.forEach(({ from, add }, index) => {
+      this.number(from - (entries[index - 1]?.from ?? 0));
+      this.signed(add);
+    });
+  }
+
+  prediction({ architecture, code, absolute, relative }: Prediction): void {
+    this.take([architecture]);
+    if (architecture > ARCHITECTURES.words) {
+      this.number(code.length);
+      code.forEach(([start, end], index) => {
+        this.number(start - (code[index - 1]?.[1] ?? 0));
+        this.number(end - start);
+      });
+    }
+    if (architecture >= ARCHITECTURES.words) this.table(absolute);
+    if (architecture > ARCHITECTURES.words) this.table(relative);
+  }
+
+  get bytes(): Uint8Array {
+    return this.#bytes.slice(0, this.#length);
+  }
+}
+
+// ──── Address fields ──────────────────────────────────────────────────────────────────────────────
+// Where addresses are in old content. A decoder must find the same ones, so they are found in the
+// old bytes alone, and in blocks of 1,024 bytes, each by itself: a small decoder needs no more than
+// a block and 64 bytes on either side. The value of a field is an address: that of an absolute one
+// as the program sees it, that of a relative one as if the old content were loaded at 0.
+//
+// - Everywhere, aligned words (32 bits, little endian); but in RISC-V code there are none.
+// - Thumb-2: BL (Arm v7-M Architecture Reference Manual, A7.7.18).
+// - Xtensa: CALL0, 4, 8, 12 and L32R (Xtensa ISA Reference Manual, 8.2). Instructions have no
+//   alignment; ENTRY, with which functions begin, has, and data in between ends at it.
+// - RISC-V: JAL; LUI and AUIPC, with each load, store, ADDI or JALR that completes them within 64
+//   bytes (The RISC-V Instruction Set Manual, volume I, 2.4 to 2.6).
+
+/** The kinds of fields. `upper` and `lower` are the halves of a RISC-V address. */
+const FIELD = {
+  word: 1,
+  bl: 2,
+  call: 3,
+  l32r: 4,
+  jal: 5,
+  upper: 6,
+  lower: 7,
+  relativeUpper: 8,
+  relativeLower: 9,
+} as const;
+/** In bytes, by kind. */
+const FIELD_SIZES = [0, 4, 4, 3, 3, 4, 4, 4, 4, 4];
+
+const BLOCK = 1024;
+const MARGIN = 64;
+
+/** A block of old content, with what is needed of its neighbours. */
+interface BlockWindow {
+  bytes: Uint8Array;
+  /** Where `bytes` begins in the old content; a multiple of 4. */
+  base: number;
+  /** Where the block is in `bytes`. */
+  start: number;
+  end: number;
+}
+
+/**
+ * Is called with a field that reaches into the block.
+ *
+ * @param at in the bytes of the window
+ * @param address unsigned
+ * @param origin where the instruction is that a relative address counts from: `at`, but for a lower
+ *   half
+ */
+type FieldVisitor = (kind: number, at: number, address: number, origin: number) => void;
+
+const isAbsolute = (kind: number) =>
+  kind === FIELD.word || kind === FIELD.upper || kind === FIELD.lower;
+
+const get16 = (bytes: Uint8Array, at: number) => bytes[at]! | (bytes[at + 1]! << 8);
+const get32 = (bytes: Uint8Array, at: number) => get16(bytes, at) | (get16(bytes, at + 2) << 16);
+
+function put16(bytes: Uint8Array, at: number, value: number): void {
+  bytes[at] = value;
+  bytes[at + 1] = value >> 8;
+}
+
+function put32(bytes: Uint8Array, at: number, value: number): void {
+  put16(bytes, at, value);
+  put16(bytes, at + 2, value >> 16);
+}
+
+/**
+ * Visits the fields of a block, in order.
+ *
+ * @param everyWord visits words also where nothing is added to them
+ */
+function visitFields(
+  window: BlockWindow,
+  { architecture, code, absolute }: Prediction,
+  visit: FieldVisitor,
+  everyWord = false,
+): void {
+  const { bytes, base, start, end } = window;
+  const isAddress = (at: number) => absolute.at(get32(bytes, at) >>> 0) !== 0;
+  const visitWord = (at: number) => visit(FIELD.word, at, get32(bytes, at) >>> 0, at);
+  let range = 0;
+  for (let at = Math.max(0, start - MARGIN); at < end;) {
+    while (range < code.length && code[range]![1] <= at + base) range++;
+    const isCode = range < code.length && code[range]![0] <= at + base;
+    const codeEnd = isCode ? code[range]![1] - base : 0;
+    if (
+      at % 4 === 0 &&
+      at + 4 <= bytes.length &&
+      !(isCode && architecture === ARCHITECTURES.riscv)
+    ) {
+      const moves = isAddress(at);
+      if ((moves || everyWord) && at >= start) visitWord(at);
+      if (moves) {
+        at += 4;
+        continue;
+      }
+    }
+    // No field is sought where it could reach beyond the code.
+    if (!isCode) at = (at | 3) + 1;
+    else if (at + 8 > codeEnd) at = codeEnd;
+    else if (architecture === ARCHITECTURES.riscv) at += visitRISCV(window, at, codeEnd, visit);
+    else {
+      const isXtensa = architecture === ARCHITECTURES.xtensa;
+      const [size, kind] = isXtensa ? xtensaAt(bytes, at) : thumbAt(bytes, at);
+      const aligned = (at | 3) + 1;
+      const isSplit = aligned < at + size;
+      // What stands across an address, or the start of a function, was no instruction.
+      if (isSplit && (isAddress(aligned) || (isXtensa && isEntry(bytes, aligned)))) {
+        at = aligned;
+        continue;
+      }
+      if (isSplit && everyWord && aligned >= start && aligned < end) visitWord(aligned);
+      if (kind !== 0 && at + size > start) visit(kind, at, addressOf(kind, bytes, at, base), at);
+      at += size;
+    }
+  }
+}
+
+/** The instruction at a place in Thumb code: its size, and its field, or 0. */
+function thumbAt(bytes: Uint8Array, at: number): [size: number, kind: number] {
+  const high = bytes[at + 1]!;
+  if (high < 0xe8) return [2, 0];
+  return [4, (high & 0xf8) === 0xf0 && (bytes[at + 3]! & 0xd0) === 0xd0 ? FIELD.bl : 0];
+}
+
+/** The instruction at a place in Xtensa code: its size, and its field, or 0. */
+function xtensaAt(bytes: Uint8Array, at: number): [size: number, kind: number] {
+  const operation = bytes[at]! & 15;
+  if (operation >= 8 && operation < 14) return [2, 0];
+  return [3, operation === 5 ? FIELD.call : operation === 1 ? FIELD.l32r : 0];
+}
+
+/** Whether Xtensa's ENTRY with the stack pointer is there. */
+function isEntry(bytes: Uint8Array, at: number): boolean {
+  return bytes[at] === 0x36 && (bytes[at + 1]! & 15) === 1;
+}
+
+const OPCODE = { load: 0x03, floatLoad: 0x07, addi: 0x13, auipc: 0x17, store: 0x23 } as const;
+const BRANCH = 0x63;
+const JALR = 0x67;
+const LUI = 0x37;
+const JAL = 0x6f;
+
+/** The field of five bits that begins at a bit of an instruction. */
+const register = (instruction: number, bit: number) => (instruction >> bit) & 31;
+/** Whether it is a store, of an integer or a float. */
+const isStore = (instruction: number) => (instruction & 0x7b) === OPCODE.store;
+
+/** Whether a RISC-V instruction adds 12 bits to a register. */
+function addsLower(instruction: number): boolean {
+  const opcode = instruction & 0x7f;
+  if (opcode === OPCODE.addi || opcode === JALR) return (instruction & 0x7000) === 0;
+  return opcode === OPCODE.load || opcode === OPCODE.floatLoad || isStore(instruction);
+}
+
+/** The 12 bits, signed. */
+function lowerOf(instruction: number): number {
+  if (!isStore(instruction)) return instruction >> 20;
+  return ((instruction >> 25) << 5) | register(instruction, 7);
+}
+
+/** Visits the field of a RISC-V instruction, and what completes it; returns its size. */
+function visitRISCV(
+  { bytes, base, start }: BlockWindow,
+  at: number,
+  codeEnd: number,
+  visit: FieldVisitor,
+): number {
+  if ((bytes[at]! & 3) !== 3) return 2;
+  const opcode = bytes[at]! & 0x7f;
+  const isSeen = at + 4 > start;
+  if (opcode === JAL && isSeen) visit(FIELD.jal, at, addressOf(FIELD.jal, bytes, at, base), at);
+  const isRelative = opcode === OPCODE.auipc;
+  if (!isRelative && opcode !== LUI) return 4;
+  const upper = get32(bytes, at);
+  const target = register(upper, 7);
+  if (target === 0) return 4;
+  const page = (upper & ~0xfff) + (isRelative ? at + base : 0);
+  const [upperKind, lowerKind] = isRelative
+    ? [FIELD.relativeUpper, FIELD.relativeLower]
+    : [FIELD.upper, FIELD.lower];
+  let isFirst = true;
+  for (let next = at + 4; next + 4 <= Math.min(at + MARGIN, codeEnd);) {
+    const instruction = get32(bytes, next);
+    const isLong = (instruction & 3) === 3;
+    if (isLong && addsLower(instruction) && register(instruction, 15) === target) {
+      const address = (page + lowerOf(instruction)) >>> 0;
+      if (isFirst && isSeen) visit(upperKind, at, address, at);
+      if (next + 4 > start) visit(lowerKind, next, address, at);
+      isFirst = false;
+    }
+    // Stores and branches have no target.
+    const hasTarget = isLong && !isStore(instruction) && (instruction & 0x7f) !== BRANCH;
+    if (hasTarget && register(instruction, 7) === target) break;
+    next += isLong ? 4 : 2;
+  }
+  return 4;
+}
+
+// ──── Instructions ───────────────────────────────────────────────────────────────────────────────
+// How the fields of instructions hold addresses, and what a copy of a block is predicted to be.
+
+/** The address in a field of one instruction. */
+function addressOf(kind: number, bytes: Uint8Array, at: number, base: number): number {
+  const origin = at + base;
+  if (kind === FIELD.word) return get32(bytes, at) >>> 0;
+  if (kind === FIELD.l32r)
+    return (((origin + 3) & ~3) + ((get16(bytes, at + 1) - 0x10000) << 2)) >>> 0;
+  if (kind === FIELD.call) {
+    const offset = ((get16(bytes, at) << 8) | (bytes[at + 2]! << 24)) >> 14;
+    return ((origin & ~3) + 4 + offset * 4) >>> 0;
+  }
+  if (kind === FIELD.jal) {
+    const code = get32(bytes, at);
+    const high = ((code >> 31) << 20) | (code & 0xff000);
+    return (origin + (high | ((code >> 9) & 0x800) | ((code >> 20) & 0x7fe))) >>> 0;
+  }
+  const [first, second] = [get16(bytes, at), get16(bytes, at + 2)];
+  const sign = (first >> 10) & 1;
+  const bits = [(second >> 13) ^ sign, (second >> 11) ^ sign].map((bit) => ~bit & 1);
+  const high = (-sign << 24) | (bits[0]! << 23) | (bits[1]! << 22) | ((first & 0x3ff) << 12);
+  return (origin + 4 + (high | ((second & 0x7ff) << 1))) >>> 0;
+}
+
+/** Whether an offset fits into a signed field of so many bits, and is a multiple of `unit`. */
+function fits(offset: number, bits: number, unit: number): boolean {
+  return offset % unit === 0 && (offset << (32 - bits)) >> (32 - bits) === offset;
+}
+
+/**
+ * Puts another address into a field; leaves it as it is where it cannot hold it.
+ *
+ * @param bytes begin with the field
+ * @param origin where the new instruction is that a relative address counts from
+ */
+function putAddress(kind: number, bytes: Uint8Array, origin: number, address: number): void {
+  switch (kind) {
+    case FIELD.word:
+      return put32(bytes, 0, address);
+    case FIELD.bl: {
+      const offset = (address - origin - 4) | 0;
+      if (!fits(offset, 25, 2)) return;
+      const sign = offset < 0 ? 1 : 0;
+      const bits = ((~((offset >> 23) ^ sign) & 1) << 13) | ((~((offset >> 22) ^ sign) & 1) << 11);
+      put16(bytes, 0, 0xf000 | (sign << 10) | ((offset >> 12) & 0x3ff));
+      return put16(bytes, 2, (get16(bytes, 2) & 0xd000) | bits | ((offset >> 1) & 0x7ff));
+    }
+    case FIELD.call: {
+      const offset = (address - (origin & ~3) - 4) | 0;
+      if (!fits(offset, 20, 4)) return;
+      put16(bytes, 0, (bytes[0]! & 0x3f) | (offset << 4));
+      bytes[2] = offset >> 12;
+      return;
+    }
+    case FIELD.l32r: {
+      const offset = (address - ((origin + 3) & ~3)) | 0;
+      if (offset % 4 === 0 && offset < 0 && offset >= -0x40000) put16(bytes, 1, offset >> 2);
+      return;
+    }
+    case FIELD.jal: {
+      const offset = (address - origin) | 0;
+      if (!fits(offset, 21, 2)) return;
+      const low = ((offset & 0x800) << 9) | ((offset & 0x7fe) << 20);
+      const high = (offset & 0xff000) | (offset & 0x80000000);
+      return put32(bytes, 0, (get32(bytes, 0) & 0xfff) | low | high);
+    }
+    default:
+      return putHalf(kind, bytes, kind < FIELD.relativeUpper ? address : address - origin);
+  }
+}
+
+/** Puts a half of a value into a RISC-V instruction. */
+function putHalf(kind: number, bytes: Uint8Array, value: number): void {
+  const code = get32(bytes, 0);
+  if (kind === FIELD.upper || kind === FIELD.relativeUpper) {
+    // The lower half is signed.
+    return put32(bytes, 0, (code & 0xfff) | ((value + 0x800) & ~0xfff));
+  }
+  if (!isStore(code)) return put32(bytes, 0, (code & 0xfffff) | (value << 20));
+  put32(bytes, 0, (code & 0x1fff07f) | ((value & 0xfe0) << 20) | ((value & 31) << 7));
+}
+
+/** A field, as it was and as it will be. */
+const field = new Uint8Array(4);
+
+/**
+ * Predicts a block for a copy.
+ *
+ * @param shift by how much the copy moves it
+ */
+function predictBlock(window: BlockWindow, prediction: Prediction, shift: number): Uint8Array {
+  const { bytes, base, start, end } = window;
+  // A copy, also of a Buffer, whose `slice` is none.
+  const predicted = new Uint8Array(bytes.subarray(start, end));
+  if (prediction.architecture === ARCHITECTURES.none) return predicted;
+  visitFields(window, prediction, (kind, at, address, origin) => {
+    const { absolute, relative } = prediction;
+    const add = (isAbsolute(kind) ? absolute : relative).at(address);
+    const size = FIELD_SIZES[kind]!;
+    for (let k = 0; k < size; k++) field[k] = bytes[at + k]!;
+    putAddress(kind, field, origin + base + shift, (address + add) | 0);
+    // A field may begin before the block, and end after it.
+    const from = Math.max(0, start - at);
+    const to = Math.min(size, end - at);
+    for (let k = from; k < to; k++) predicted[at + k - start] = field[k]!;
+  });
+  return predicted;
+}
+
+// ──── Patch decoding ──────────────────────────────────────────────────────────────────────────────
+// Makes new content of old content and a patch. Both may be larger than memory: the old is read in
+// blocks where it lies, and the new comes in pieces. Whatever a patch says, nothing is read beyond
+// the old content, and nothing comes beyond the new length.
+
+/** Reads bytes of old content; throws when they cannot be read. */
+type ReadOld = (from: number, length: number) => Uint8Array;
+
+/** Reads the header of a patch. */
+function readPatchHeader(patch: PatchReader) {
+  const start = patch.take(PATCH_MAGIC.length);
+  if (Buffer.compare(start, PATCH_MAGIC) !== 0) throw new Error("this is no patch of version 1");
+  const hash = () => Buffer.from(patch.take(32)).toString("hex");
+  const [oldSize, newSize] = [patch.number(MAX_CODED), patch.number(MAX_CODED)];
+  return { oldSize, newSize, oldHash: hash(), newHash: hash() };
+}
+
+/**
+ * Applies a patch.
+ *
+ * @param limit the most bytes that the new content may have
+ * @returns pieces of the new content
+ * @throws on a malformed patch, or one of other content
+ */
+function* applyPatch(
+  patch: Uint8Array,
+  limit: number,
+  { size, sha256, read }: Dictionary,
+): Generator<Uint8Array> {
+  const reader = new PatchReader(patch);
+  const { oldSize, oldHash, newSize } = readPatchHeader(reader);
+  if (oldSize !== size || oldHash !== sha256) throw new Error("another dictionary");
+  if (newSize > limit) throw new Error(`more than ${limit} bytes`);
+  yield* gather(applyPatchBody(reader, oldSize, newSize, read));
+}
+
+/** Size of the pieces in which new content comes. */
+const PATCHED_PIECE = 64 * 1024;
+
+/** Makes small pieces into larger ones. */
+function* gather(pieces: Iterable<Uint8Array>): Generator<Uint8Array> {
+  let gathered: Uint8Array[] = [];
+  let size = 0;
+  for (const piece of pieces) {
+    gathered.push(piece);
+    size += piece.length;
+    if (size < PATCHED_PIECE) continue;
+    yield Buffer.concat(gathered);
+    gathered = [];
+    size = 0;
+  }
+  if (size > 0) yield Buffer.concat(gathered);
+}
+
+/**
+ * Applies a patch from the architecture on.
+ *
+ * @param oldSize of the old content
+ * @param newSize of the new content
+ * @returns pieces of the new content
+ * @throws on a patch that is malformed, or does not make exactly the new size
+ */
+function* applyPatchBody(
+  patch: PatchReader,
+  oldSize: number,
+  newSize: number,
+  read: ReadOld,
+): Generator<Uint8Array> {
+  const prediction = patch.prediction(oldSize);
+  let [at, from] = [0, 0];
+  while (at < newSize) {
+    const insert = patch.number(newSize - at);
+    if (insert > 0) yield patch.take(insert);
+    at += insert;
+    if (at === newSize) break;
+    from += patch.signed(oldSize);
+    if (from < 0 || from >= oldSize)
+      throw new Error("the patch copies from beyond the old content");
+    const most = Math.min(newSize - at, oldSize - from);
+    const copied = yield* applyCopy(patch, { at, from, length: most }, prediction, oldSize, read);
+    at += copied;
+    from += copied;
+  }
+  if (patch.at !== patch.bytes.length) throw new Error("the patch goes on after its end");
+}
+
+/** Applies the tokens of a copy of at most `length` bytes; returns how many it made. */
+function* applyCopy(
+  patch: PatchReader,
+  { at, from, length }: Cover,
+  prediction: Prediction,
+  oldSize: number,
+  read: ReadOld,
+): Generator<Uint8Array, number> {
+  let done = 0;
+  let block: Uint8Array = new Uint8Array(0);
+  let start = -1;
+  /** The predicted bytes from here to the end of the block, or as many as are wanted. */
+  const next = (wanted: number) => {
+    const place = from + done;
+    const here = place - (place % BLOCK);
+    if (here !== start) {
+      start = here;
+      block = predictBlock(readWindow(start, oldSize, read), prediction, at - from);
+    }
+    const piece = block.subarray(place - start, place - start + wanted);
+    done += piece.length;
+    return piece;
+  };
+  for (;;) {
+    const token = patch.number((length - done) * 4 + 3);
+    const adds = token % 4;
+    let copied = (token - adds) / 4;
+    if (copied + adds > length - done) throw new Error("the patch copies too much");
+    while (copied > 0) {
+      const piece = next(copied);
+      copied -= piece.length;
+      yield piece;
+    }
+    if (adds === 0) return done;
+    for (const add of patch.take(adds)) {
+      const [byte] = next(1);
+      yield Uint8Array.of(byte! + add);
+    }
+  }
+}
+
+/** Reads a block of old content, and its margins. */
+function readWindow(start: number, size: number, read: ReadOld): BlockWindow {
+  const base = Math.max(0, start - MARGIN);
+  const end = Math.min(size, start + BLOCK);
+  const bytes = read(base, Math.min(size, end + MARGIN) - base);
+  return { bytes, base, start: start - base, end: end - base };
+}
+// ──── Suffix array ────────────────────────────────────────────────────────────────────────────────
+// The longest match for content anywhere in other content.
+
+/**
+ * Sorts the suffixes of a text by induced sorting, in linear time (Nong, Zhang and Chan, "Two
+ * Efficient Algorithms for Linear Time Suffix Array Construction", 2011).
+ *
+ * @param top the largest value in the text
+ * @returns where the suffixes begin, in ascending order
+ */
+function suffixArray(text: Uint8Array | Int32Array, top: number): Int32Array {
+  const { length } = text;
+  const order = new Int32Array(length);
+  if (length < 2) return order;
+  const { isSmaller, induce } = inducedSorting(text, top, order);
+  const isLeftmost = (at: number) => at > 0 && isSmaller[at] === 1 && isSmaller[at - 1] === 0;
+  let count = 0;
+  for (let at = 1; at < length; at++) if (isLeftmost(at)) count++;
+  const leftmost = new Int32Array(count);
+  // Two are never adjacent, so that half of the room will do.
+  const ranks = new Int32Array((length >> 1) + 1);
+  for (let at = 1, rank = 0; at < length; at++) {
+    if (!isLeftmost(at)) continue;
+    ranks[at >> 1] = rank;
+    leftmost[rank++] = at;
+  }
+  induce(leftmost);
+  if (count === 0) return order;
+  const sorted = order.filter(isLeftmost);
+  // The text in which each piece from one of these to the next is one letter.
+  const reduced = new Int32Array(count);
+  let name = 0;
+  for (let k = 1; k < count; k++) {
+    const a = ranks[sorted[k - 1]! >> 1]!;
+    const b = ranks[sorted[k]! >> 1]!;
+    if (!isSamePiece(text, leftmost, a, b)) name++;
+    reduced[b] = name;
+  }
+  if (name + 1 < count) {
+    suffixArray(reduced, name).forEach((rank, k) => (sorted[k] = leftmost[rank]!));
+  }
+  induce(sorted);
+  return order;
+}
+
+/** The inner step of `suffixArray`: sorts all suffixes into `order`, given some in order. */
+function inducedSorting(text: Uint8Array | Int32Array, top: number, order: Int32Array) {
+  const { length } = text;
+  /** Whether a suffix is smaller than the next. */
+  const isSmaller = new Uint8Array(length);
+  for (let at = length - 2; at >= 0; at--) {
+    const [here, next] = [text[at]!, text[at + 1]!];
+    isSmaller[at] = here === next ? isSmaller[at + 1]! : here < next ? 1 : 0;
+  }
+  /** Where the suffixes with a first letter begin, and the smaller ones among them. */
+  const starts = new Int32Array(top + 2);
+  const smaller = new Int32Array(top + 2);
+  for (let at = 0; at < length; at++) {
+    if (isSmaller[at] === 1) starts[text[at]! + 1]!++;
+    else smaller[text[at]!]!++;
+  }
+  for (let letter = 0; letter <= top; letter++) {
+    smaller[letter]! += starts[letter]!;
+    starts[letter + 1]! += smaller[letter]!;
+  }
+  const induce = (known: Int32Array) => {
+    order.fill(-1);
+    let next = smaller.slice();
+    for (let k = 0; k < known.length; k++) order[next[text[known[k]!]!]!++] = known[k]!;
+    next = starts.slice();
+    order[next[text[length - 1]!]!++] = length - 1;
+    for (let k = 0; k < length; k++) {
+      const at = order[k]! - 1;
+      if (at >= 0 && isSmaller[at] === 0) order[next[text[at]!]!++] = at;
+    }
+    next = starts.slice();
+    for (let k = length - 1; k >= 0; k--) {
+      const at = order[k]! - 1;
+      if (at >= 0 && isSmaller[at] === 1) order[--next[text[at]! + 1]!] = at;
+    }
+  };
+  return { isSmaller, induce };
+}
+
+/** Whether the pieces of a text that begin at two of its leftmost smaller suffixes are the same. */
+function isSamePiece(
+  text: Uint8Array | Int32Array,
+  leftmost: Int32Array,
+  a: number,
+  b: number,
+): boolean {
+  if (Math.max(a, b) + 1 === leftmost.length) return false;
+  let left = leftmost[a]!;
+  let right = leftmost[b]!;
+  const leftEnd = leftmost[a + 1]!;
+  if (leftEnd - left !== leftmost[b + 1]! - right) return false;
+  while (left <= leftEnd && text[left] === text[right]) {
+    left++;
+    right++;
+  }
+  return left > leftEnd;
+}
+
+/** The work of an encoder, in compared bytes, after which it gives up. */
+const MAX_WORK = 400_000_000;
+
+/** Thrown when content would take too long to encode. */
+class TooMuchWork extends Error {}
+
+/** Finds the longest match for content in old content. */
+class Matcher {
+  readonly #order: Int32Array;
+  /** Where the suffixes begin in `order` that begin with two bytes. */
+  readonly #starts = new Int32Array(0x10001);
+  #work = 0;
+  /** Of the match found last. */
+  length = 0;
+  from = 0;
+
+  constructor(private readonly old: Uint8Array) {
+    this.#order = suffixArray(old, 255);
+    let next = 0;
+    this.#order.forEach((at, k) => {
+      const pair = (old[at]! << 8) | (old[at + 1] ?? 0);
+      while (next <= pair) this.#starts[next++] = k;
+    });
+    this.#starts.fill(old.length, next);
+  }
+
+  /**
+   * Sets `length` and `from` to the longest match of two bytes or more; `length` is 0 without one.
+   *
+   * @throws {TooMuchWork}
+   */
+  find(content: Uint8Array, at: number): void {
+    this.length = 0;
+    if (at + 1 >= content.length) return;
+    const order = this.#order;
+    const pair = (content[at]! << 8) | content[at + 1]!;
+    let low = this.#starts[pair]!;
+    let high = this.#starts[pair + 1]! - 1;
+    if (low > high) return;
+    let lowLength = this.#common(content, at, order[low]!, 0);
+    let highLength = this.#common(content, at, order[high]!, 0);
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      const suffix = order[middle]!;
+      const length = this.#common(content, at, suffix, Math.min(lowLength, highLength));
+      if ((this.old[suffix + length] ?? -1) < (content[at + length] ?? -1)) {
+        low = middle;
+        lowLength = length;
+      } else {
+        high = middle;
+        highLength = length;
+      }
+    }
+    this.length = Math.max(lowLength, highLength);
+    this.from = order[lowLength > highLength ? low : high]!;
+  }
+
+  /** How many bytes are the same, of which some are known to be. */
+  #common(content: Uint8Array, at: number, from: number, known: number): number {
+    const { old } = this;
+    const most = Math.min(old.length - from, content.length - at);
+    let length = known;
+    while (length < most && old[from + length] === content[at + length]) length++;
+    this.#work += length - known + 8;
+    if (this.#work > MAX_WORK) throw new TooMuchWork();
+    return length;
+  }
+}
+
+// ──── Address learning ────────────────────────────────────────────────────────────────────────────
+// Learns from two contents, and from what is known to have moved where, which addresses change how.
+
+/** What an entry of a table costs, and an address that it gets wrong, about in bits. */
+const TABLE_COST = {
+  entry: 56,
+  /** An address that changed otherwise, and one that did not change. */
+  missed: 14,
+  changed: 28,
+} as const;
+
+/** Addresses in old content, and what was added to them. */
+class AddressSamples {
+  /** The address × 2^21 + the index of what was added in `#adds`. */
+  #samples = new Float64Array(4096);
+  #count = 0;
+  readonly #adds = [0];
+  readonly #indices = new Map<number, number>([[0, 0]]);
+
+  add(address: number, add: number): void {
+    let index = this.#indices.get(add);
+    if (index === undefined) {
+      index = this.#adds.length;
+      if (index === 2 ** 21) return;
+      this.#adds.push(add);
+      this.#indices.set(add, index);
+    }
+    if (this.#count === this.#samples.length) {
+      const larger = new Float64Array(2 * this.#count);
+      larger.set(this.#samples);
+      this.#samples = larger;
+    }
+    this.#samples[this.#count++] = address * 2 ** 21 + index;
+  }
+
+  /** The table that costs least: with itself, and with the addresses that it gets wrong. */
+  table(): AddressTable {
+    interface Entries extends TableEntry {
+      last?: Entries;
+    }
+    /** For each thing to add, the cheapest entries that end in it; relative to having all wrong. */
+    const paths = new Map<number, { cost: number; entries: Entries }>();
+    const samples = this.#samples.subarray(0, this.#count).sort();
+    let cheapest = { cost: 0, entries: { from: 0, add: 0 } as Entries };
+    paths.set(0, cheapest);
+    for (let k = 0; k < samples.length;) {
+      const address = Math.floor(samples[k]! / 2 ** 21);
+      const before = { ...cheapest };
+      const cost = before.cost + TABLE_COST.entry;
+      while (Math.floor(samples[k]! / 2 ** 21) === address) {
+        const sample = samples[k]!;
+        const first = k;
+        while (samples[k] === sample) k++;
+        const add = this.#adds[sample % 2 ** 21]!;
+        const path = paths.get(add) ?? { cost: Infinity, entries: before.entries };
+        paths.set(add, path);
+        if (path.cost > cost) {
+          path.cost = cost;
+          path.entries = { from: address, add, last: before.entries };
+        }
+        path.cost -= (k - first) * (add === 0 ? TABLE_COST.changed : TABLE_COST.missed);
+        if (path.cost < cheapest.cost) cheapest = path;
+      }
+    }
+    const entries: TableEntry[] = [];
+    for (let entry: Entries | undefined = cheapest.entries; entry; entry = entry.last) {
+      entries.unshift({ from: entry.from, add: entry.add });
+    }
+    if (entries[0]!.add === 0) entries.shift();
+    return new AddressTable(entries.slice(0, MAX_TABLE));
+  }
+}
+
+/** A block of content that is all there. */
+function windowAt(bytes: Uint8Array, start: number): BlockWindow {
+  return { bytes, base: 0, start, end: Math.min(bytes.length, start + BLOCK) };
+}
+
+/** The starts of the blocks that hold some of old[from, to). */
+function blocksOf(from: number, to: number): number[] {
+  const first = Math.floor(from / BLOCK);
+  return Array.from({ length: Math.ceil(to / BLOCK) - first }, (_, k) => (first + k) * BLOCK);
+}
+
+/**
+ * Learns a prediction.
+ *
+ * @param prediction says where code is, and what to take for an address as far as that is known
+ */
+function learnAddresses(
+  old: Uint8Array,
+  content: Uint8Array,
+  covers: readonly Cover[],
+  prediction: Prediction,
+): Prediction {
+  const absolute = new AddressSamples();
+  const relative = new AddressSamples();
+  for (const { at: coverAt, from, length } of covers) {
+    const [end, shift] = [from + length, coverAt - from];
+    for (const start of blocksOf(from, end)) {
+      const visit: FieldVisitor = (kind, at, address, origin) => {
+        // Each field once, and whole.
+        if (at < start || Math.min(at, origin) < from || at + FIELD_SIZES[kind]! > end) return;
+        const now = newAddress(old, content, kind, at, origin, shift);
+        if (now === undefined) return;
+        (isAbsolute(kind) ? absolute : relative).add(address, (now - address) | 0);
+      };
+      visitFields(windowAt(old, start), prediction, visit, true);
+    }
+  }
+  return { ...prediction, absolute: absolute.table(), relative: relative.table() };
+}
+
+/** What a field is in new content; `undefined` if it is no such field there, or says nothing. */
+function newAddress(
+  old: Uint8Array,
+  content: Uint8Array,
+  kind: number,
+  at: number,
+  origin: number,
+  shift: number,
+): number | undefined {
+  const isSame = (place: number, mask: number) =>
+    ((old[place]! ^ content[place + shift]!) & mask) === 0;
+  switch (kind) {
+    case FIELD.word:
+      break;
+    case FIELD.bl:
+      if (!isSame(at + 1, 0xf8) || !isSame(at + 3, 0xd0)) return undefined;
+      break;
+    case FIELD.call:
+    case FIELD.l32r:
+      if (!isSame(at, 0x0f)) return undefined;
+      break;
+    case FIELD.jal:
+      if (!isSame(at, 0x7f)) return undefined;
+      break;
+    case FIELD.lower:
+    case FIELD.relativeLower: {
+      if (!isSame(at, 0x7f) || !isSame(origin, 0x7f)) return undefined;
+      const page = get32(content, origin + shift) & ~0xfff;
+      const base = kind === FIELD.lower ? 0 : origin + shift;
+      return (page + lowerOf(get32(content, at + shift)) + base) >>> 0;
+    }
+    default:
+      // The lower half says it all.
+      return undefined;
+  }
+  return addressOf(kind, content, at + shift, 0);
+}
+
+/** Old content, as it is predicted for any copy. */
+class PredictedContent {
+  /** As far as it does not depend on the copy; relative addresses as if it did not move. */
+  readonly bytes: Uint8Array;
+  /** For each byte of a relative address the kind of field × 4 + the index in it; else 0. */
+  readonly fields: Uint8Array;
+  /** For each relative address what it will be. */
+  readonly #addresses: Int32Array;
+
+  constructor(
+    private readonly old: Uint8Array,
+    prediction: Prediction,
+  ) {
+    const { absolute, relative, architecture } = prediction;
+    this.bytes = new Uint8Array(old);
+    this.fields = new Uint8Array(old.length);
+    this.#addresses = new Int32Array(old.length);
+    if (architecture === ARCHITECTURES.none) return;
+    for (const start of blocksOf(0, old.length)) {
+      const window = windowAt(old, start);
+      visitFields(window, prediction, (kind, at, address, origin) => {
+        const isFixed = isAbsolute(kind);
+        // The lower half counts from the upper one; here from itself.
+        this.#addresses[at] = address + (isFixed ? absolute : relative).at(address) + at - origin;
+        if (isFixed) this.#addresses[at]! -= at - origin;
+        this.#put(kind, at, 0);
+        const to = Math.min(FIELD_SIZES[kind]!, window.end - at);
+        for (let k = Math.max(0, start - at); k < to; k++) {
+          this.bytes[at + k] = field[k]!;
+          this.fields[at + k] = isFixed ? 0 : kind * 4 + k;
+        }
+      });
+    }
+  }
+
+  get length(): number {
+    return this.old.length;
+  }
+
+  /** The byte at a place, in a copy that moves it by `shift`. */
+  at(from: number, shift: number): number {
+    const byte = this.fields[from]!;
+    if (byte === 0) return this.bytes[from]!;
+    this.#put(byte >> 2, from - (byte & 3), shift);
+    return field[byte & 3]!;
+  }
+
+  #put(kind: number, at: number, shift: number): void {
+    const size = FIELD_SIZES[kind]!;
+    for (let k = 0; k < size; k++) field[k] = this.old[at + k]!;
+    putAddress(kind, field, at + shift, this.#addresses[at]!);
+  }
+}
+
+// ──── Matched covers ─────────────────────────────────────────────────────────────────────────────
+// What to copy from where, by exact matches that are extended over differences, much as bsdiff does
+// (Percival, "Naive Differences of Executable Code", 2003). It is enough to learn from.
+
+/** A match must have so many bytes more than the copy before it would have right. */
+const SLACK = 8;
+
+/** Covers by exact matches. */
+function matchedCovers(matcher: Matcher, old: Uint8Array, content: Uint8Array): Cover[] {
+  const covers: Cover[] = [];
+  let last: Cover = { at: 0, from: 0, length: 0 };
+  let misses = 0;
+  for (let at = 0; at < content.length;) {
+    matcher.find(content, at);
+    const { from, length } = matcher;
+    const shift = last.at - last.from;
+    let right = 0;
+    for (let k = at; k < at + length; k++) if (old[k - shift] === content[k]) right++;
+    if (length > right + SLACK) {
+      const next = { at, from, length };
+      divide(old, content, last, next);
+      if (last.length > 0) covers.push(last);
+      last = next;
+      misses = 0;
+    }
+    // Within a match, and where nothing matches, not every place need be looked at.
+    if (length > 0 && (last.at === at || length === right)) at += length;
+    else at += 1 + (length >> 4) + (length < SLACK ? misses++ >> 8 : 0);
+  }
+  divide(old, content, last, { at: content.length, from: 0, length: 0 });
+  if (last.length > 0) covers.push(last);
+  return covers;
+}
+
+/** Extends a cover forward, and the next back, as far as most of it is right. */
+function divide(old: Uint8Array, content: Uint8Array, last: Cover, next: Cover): void {
+  const isRight = (cover: Cover, at: number) => old[cover.from + at - cover.at] === content[at];
+  last.length = 0;
+  for (let at = last.at, right = 0, best = 0; at < next.at; at++) {
+    if (isRight(last, at)) right++;
+    const gain = 2 * right - (at + 1 - last.at);
+    if (gain <= best) continue;
+    best = gain;
+    last.length = at + 1 - last.at;
+  }
+  let begin = next.at;
+  const lowest = Math.max(last.at, next.at - next.from);
+  for (let at = next.at - 1, right = 0, best = 0; at >= lowest; at--) {
+    if (isRight(next, at)) right++;
+    const gain = 2 * right - (next.at - at);
+    if (gain <= best) continue;
+    best = gain;
+    begin = at;
+  }
+  // Where both reach, each has the part in which it is right more often.
+  const end = last.at + last.length;
+  if (begin < end) {
+    let split = begin;
+    for (let at = begin, gain = 0, best = 0; at < end; at++) {
+      gain += Number(isRight(last, at)) - Number(isRight(next, at));
+      if (gain <= best) continue;
+      best = gain;
+      split = at + 1;
+    }
+    last.length = split - last.at;
+    begin = split;
+  }
+  next.from -= next.at - begin;
+  next.length += next.at - begin;
+  next.at = begin;
+}
+
+// ──── Cheapest covers ────────────────────────────────────────────────────────────────────────────
+// What to copy from where, once the addresses are predicted: the cheapest way through the content, by
+// dynamic programming over the shifts that copies have.
+
+/** What a copy of old content costs, about in bits. */
+const COST = {
+  /** Of a byte that is right, and of one that is not: the first, and another after it. */
+  right: 0.05,
+  wrong: 9,
+  wrongAgain: 8,
+  /** Of a byte that is inserted. */
+  insert: 5,
+  /** Of another copy, and of inserting. */
+  seek: 36,
+  beginInsert: 10.8,
+} as const;
+
+/** Shifts that are followed at once. */
+const MAX_PATHS = 64;
+/** How far behind the cheapest path another is followed. */
+const MAX_LAG = COST.seek + 24;
+/** A copy may begin so many bytes before what matches. */
+const LEAD = 64;
+/** Matches shorter than this are no copies. */
+const MIN_MATCH = 5;
+
+/** A part of a path through the content: a copy that is moved by `shift`, or, without, inserted. */
+interface PathStep {
+  at: number;
+  shift: number | undefined;
+  last: PathStep | undefined;
+}
+
+/** A path through the content up to a place, the cheapest that ends in this shift. */
+interface Path {
+  shift: number | undefined;
+  cost: number;
+  /** Whether the last byte was wrong. */
+  isWrong: boolean;
+  /** Where its last part begins. */
+  since: number;
+  /** The part before. */
+  last: PathStep | undefined;
+  /** The last part, once it is part of another path. */
+  step: PathStep | undefined;
+}
+
+function stepOf(path: Path): PathStep {
+  path.step ??= { at: path.since, shift: path.shift, last: path.last };
+  return path.step;
+}
+
+/** Makes a path the continuation of another from a place on. */
+function switchTo(path: Path, at: number, other: Path, cost: number): void {
+  path.last = stepOf(other);
+  path.step = undefined;
+  path.since = at;
+  path.cost = cost;
+  path.isWrong = false;
+}
+
+function newPath(shift: number | undefined): Path {
+  return { shift, cost: 0, isWrong: false, since: 0, last: undefined, step: undefined };
+}
+
+/** Where copies that are moved by some shift may begin: numbers that sort by place. */
+const packBegin = ({ at, from }: Cover) => Math.max(0, at - LEAD) * 2 ** 25 + (at - from) + 2 ** 24;
+const beginOf = (packed: number) => Math.floor(packed / 2 ** 25);
+const shiftOf = (packed: number) => (packed % 2 ** 25) - 2 ** 24;
+
+/** Where copies may begin, in order: at the covers known, and where else something matches. */
+function findBegins(matcher: Matcher, content: Uint8Array, covers: readonly Cover[]): Float64Array {
+  const begins = covers.map(packBegin);
+  for (let at = 0; at + MIN_MATCH <= content.length;) {
+    matcher.find(content, at);
+    const { from, length } = matcher;
+    if (length >= MIN_MATCH) begins.push(packBegin({ at, from, length }));
+    // The longest match may be another before this one ends.
+    at += Math.max(1, length - 12);
+  }
+  return Float64Array.from(begins).sort();
+}
+
+/** Finds the cheapest covers, by the paths that are cheapest up to each place for each shift. */
+class CoverSearch {
+  readonly #inserted = newPath(undefined);
+  readonly #copies: Path[] = [];
+  /** The next of `begins`. */
+  #next = 0;
+  /** At the place reached. */
+  #cheapest = this.#inserted;
+  #second = Infinity;
+
+  /** @param begins see `findBegins` */
+  constructor(
+    private readonly old: PredictedContent,
+    private readonly content: Uint8Array,
+    private readonly begins: Float64Array,
+  ) {}
+
+  covers(): Cover[] {
+    const { length } = this.content;
+    for (let at = 0; ; at++) {
+      this.#compare();
+      at = this.#passRight(at);
+      if (at === length) break;
+      this.#begin(at);
+      this.#advance(at);
+    }
+    const covers: Cover[] = [];
+    let end = length;
+    for (let step: PathStep | undefined = stepOf(this.#cheapest); step; step = step.last) {
+      const { at, shift } = step;
+      if (shift !== undefined && end > at) covers.push({ at, from: at - shift, length: end - at });
+      end = at;
+    }
+    return covers.reverse();
+  }
+
+  /** Finds the cheapest path. */
+  #compare(): void {
+    this.#cheapest = this.#inserted;
+    this.#second = Infinity;
+    for (const path of this.#copies) {
+      if (path.cost < this.#cheapest.cost) {
+        this.#second = this.#cheapest.cost;
+        this.#cheapest = path;
+      } else if (path.cost < this.#second) this.#second = path.cost;
+    }
+  }
+
+  /** The end of what the cheapest copy has right, once all other paths are as far behind as can be. */
+  #passRight(at: number): number {
+    const cheapest = this.#cheapest;
+    const { shift, cost } = cheapest;
+    const isAhead = this.#second >= cost + COST.seek - 0.01 || this.#copies.length === 1;
+    if (shift === undefined || !isAhead || this.#inserted.cost < cost + COST.beginInsert) return at;
+    const { begins, content, old } = this;
+    const due = this.#next < begins.length ? beginOf(begins[this.#next]!) : Infinity;
+    const limit = Math.min(content.length, old.length + shift, due);
+    let end = at;
+    while (end < limit && old.at(end - shift, shift) === content[end]) end++;
+    if (end <= at) return at;
+    cheapest.cost += (end - at) * COST.right;
+    cheapest.isWrong = false;
+    for (const path of [this.#inserted, ...this.#copies]) {
+      if (path !== cheapest) path.cost = cheapest.cost + MAX_LAG;
+    }
+    return end;
+  }
+
+  /** Begins the copies that may begin here. */
+  #begin(at: number): void {
+    for (; this.#copies.length < MAX_PATHS; this.#next++) {
+      const begin = this.begins[this.#next];
+      if (begin === undefined || beginOf(begin) > at) return;
+      const shift = shiftOf(begin);
+      const isInside = at >= shift && at - shift < this.old.length;
+      if (!isInside || this.#copies.some((path) => path.shift === shift)) continue;
+      const path = newPath(shift);
+      switchTo(path, at, this.#cheapest, this.#cheapest.cost + COST.seek);
+      this.#copies.push(path);
+    }
+  }
+
+  /** Takes all paths over one byte. */
+  #advance(at: number): void {
+    const cheapest = this.#cheapest;
+    const inserted = this.#inserted;
+    const insert = cheapest.cost + COST.beginInsert;
+    const seek = cheapest.cost + COST.seek;
+    const most = this.#copies.length < MAX_PATHS ? cheapest.cost + MAX_LAG : seek;
+    if (inserted.cost > insert) switchTo(inserted, at, cheapest, insert);
+    inserted.cost += COST.insert;
+    const copies = this.#copies;
+    const { bytes, fields } = this.old;
+    const byte = this.content[at];
+    let kept = 0;
+    for (let k = 0; k < copies.length; k++) {
+      const path = copies[k]!;
+      const shift = path.shift!;
+      const from = at - shift;
+      if (path.cost > most || from >= bytes.length) continue;
+      if (path.cost > seek) switchTo(path, at, cheapest, seek);
+      const isRight = (fields[from] === 0 ? bytes[from] : this.old.at(from, shift)) === byte;
+      path.cost += isRight ? COST.right : path.isWrong ? COST.wrongAgain : COST.wrong;
+      path.isWrong = !isRight;
+      copies[kept++] = path;
+    }
+    copies.length = kept;
+  }
+}
+
+// ──── Patch encoding ──────────────────────────────────────────────────────────────────────────────
+// Makes a patch: finds what to copy, learns what to predict, and writes it down.
+
+/** A patch of which copies are written that have less than this of the content in common is none. */
+const MIN_COMMON = 1 / 16;
+
+/**
+ * Makes new content into a patch of old content.
+ *
+ * @returns `undefined` where they have too little in common, or where it would take too long
+ */
+export function encodePatch(old: Uint8Array, content: Uint8Array): Uint8Array | undefined {
+  try {
+    const body = encodePatchBody(old, content);
+    if (!body) return undefined;
+    const header = new PatchWriter();
+    header.take(PATCH_MAGIC);
+    header.number(old.length);
+    header.number(content.length);
+    for (const end of [old, content]) header.take(Buffer.from(sha256(end), "hex"));
+    header.take(body);
+    return header.bytes;
+  } catch (error) {
+    if (error instanceof TooMuchWork) return undefined;
+    throw error;
+  }
+}
+
+/** A patch from the architecture on. */
+function encodePatchBody(old: Uint8Array, content: Uint8Array): Uint8Array | undefined {
+  const matcher = new Matcher(old);
+  const matched = matchedCovers(matcher, old, content);
+  const common = matched.reduce((sum, { length }) => sum + length, 0);
+  if (common < content.length * MIN_COMMON) return undefined;
+  let { patch, prediction } = bestPrediction(old, content, matched);
+  const predicted = new PredictedContent(old, prediction);
+  const isPlain = prediction.architecture === ARCHITECTURES.none;
+  const begins = findBegins(isPlain ? matcher : new Matcher(predicted.bytes), content, matched);
+  const covers = new CoverSearch(predicted, content, begins).covers();
+  if (!isPlain) prediction = learnAddresses(old, content, covers, prediction);
+  const better = writePatch(old, content, covers, prediction);
+  return deflatedSize(better) < deflatedSize(patch) ? better : patch;
+}
+
+/** Learns what to predict for each architecture that it can be, and keeps the best. */
+function bestPrediction(old: Uint8Array, content: Uint8Array, covers: readonly Cover[]) {
+  const all = [[0, old.length]] as const;
+  const { words, thumb, xtensa, riscv } = ARCHITECTURES;
+  const image = espImage(old);
+  const candidates: Prediction[] = [NO_PREDICTION];
+  if (image) candidates.push(learnAddresses(old, content, covers, { ...NO_PREDICTION, ...image }));
+  else {
+    for (const architecture of [words, thumb, xtensa, riscv]) {
+      const code = architecture === words ? [] : all;
+      const prediction = { ...NO_PREDICTION, architecture, code };
+      candidates.push(learnAddresses(old, content, covers, prediction));
+    }
+  }
+  const tried = candidates.map((prediction) => {
+    const patch = writePatch(old, content, covers, prediction);
+    return { prediction, patch, size: deflatedSize(patch) };
+  });
+  return tried.reduce((best, one) => (one.size < best.size ? one : best));
+}
+
+const deflatedSize = (bytes: Uint8Array) => zlib.deflateRawSync(bytes, { level: 1 }).length;
+
+/** Espressif's chips with Xtensa cores, by their number in an image: ESP32, S2, S3. */
+const XTENSA_CHIPS = [0, 2, 9];
+
+/**
+ * Where code is in an image for an ESP32 (ESP-IDF, "App Image Format"); `undefined` for anything
+ * else.
+ */
+function espImage(old: Uint8Array): Pick<Prediction, "architecture" | "code"> | undefined {
+  if (old[0] !== 0xe9 || old.length < 24) return undefined;
+  const isXtensa = XTENSA_CHIPS.includes(get16(old, 12));
+  const code: [number, number][] = [];
+  let at = 24;
+  for (let left = old[1]!; left > 0; left--) {
+    if (at + 8 > old.length) return undefined;
+    const [address, length] = [get32(old, at) >>> 0, get32(old, at + 4) >>> 0];
+    at += 8;
+    if (length > old.length - at) return undefined;
+    // Where instructions are loaded.
+    if (address >>> 28 === 4 && length > 0) code.push([at, at + length]);
+    at += length;
+  }
+  const { xtensa, riscv } = ARCHITECTURES;
+  return code.length > MAX_CODE_RANGES
+    ? undefined
+    : { architecture: isXtensa ? xtensa : riscv, code };
+}
+
+/** Writes a patch from the architecture on. */
+function writePatch(
+  old: Uint8Array,
+  content: Uint8Array,
+  covers: readonly Cover[],
+  prediction: Prediction,
+): Uint8Array {
+  const patch = new PatchWriter();
+  patch.prediction(prediction);
+  let [at, from] = [0, 0];
+  for (const cover of covers) {
+    patch.number(cover.at - at);
+    patch.take(content.subarray(at, cover.at));
+    patch.signed(cover.from - from);
+    writeCopy(patch, old, content, cover, prediction);
+    at = cover.at + cover.length;
+    from = cover.from + cover.length;
+  }
+  if (at < content.length) {
+    patch.number(content.length - at);
+    patch.take(content.subarray(at));
+  }
+  return patch.bytes;
+}
+
+/** Writes the tokens of a copy. */
+function writeCopy(
+  patch: PatchWriter,
+  old: Uint8Array,
+  content: Uint8Array,
+  { at, from, length }: Cover,
+  prediction: Prediction,
+): void {
+  let right = 0;
+  const adds: number[] = [];
+  const flush = () => {
+    if (adds.length === 0) return;
+    patch.number(right * 4 + adds.length);
+    patch.take(adds);
+    adds.length = right = 0;
+  };
+  for (const start of blocksOf(from, from + length)) {
+    const predicted = predictBlock(windowAt(old, start), prediction, at - from);
+    const [first, end] = [Math.max(start, from), Math.min(start + BLOCK, from + length)];
+    for (let k = first; k < end; k++) {
+      const add = (content[at - from + k]! - predicted[k - start]!) & 0xff;
+      if (add === 0 || adds.length === 3) flush();
+      if (add === 0) right++;
+      else adds.push(add);
+    }
+  }
+  flush();
+  patch.number(right * 4);
+}
+
+// ──── Patch threads ───────────────────────────────────────────────────────────────────────────────
+// Patches are made beside the thread that answers requests, in workers that run this very file.
+
+/** Marks a worker of ours, to this file in it. */
+const PATCH_WORKER = "ota.ts: patches";
+/** After larger jobs a worker ends, so that its memory is free again. */
+const SMALL_PATCH = 256 * 1024;
+/** How long a worker waits for another job, in milliseconds. */
+const PATCH_WORKER_REST = 10_000;
+
+/** Threads that make patches: as many as there are jobs at once, which is for the caller to bound. */
+class PatchThreads {
+  readonly #idle: { worker: threads.Worker; end: Timer }[] = [];
+
+  /** Does what `encodePatch` does; see there. Rejects when the thread fails. */
+  async encode(old: Uint8Array, content: Uint8Array): Promise<Uint8Array | undefined> {
+    const worker = this.#take();
+    const done = new Promise<Uint8Array | undefined>((resolve, reject) => {
+      worker.once("message", resolve);
+      worker.once("error", reject);
+      worker.once("exit", () => reject(new Error("the thread that makes patches has ended")));
+    });
+    worker.postMessage([old, content]);
+    try {
+      return await done;
+    } finally {
+      worker.removeAllListeners();
+      if (old.length + content.length > SMALL_PATCH) this.#end(worker);
+      else this.#rest(worker);
+    }
+  }
+
+  #take(): threads.Worker {
+    const rested = this.#idle.pop();
+    if (rested) {
+      clearTimeout(rested.end);
+      return rested.worker;
+    }
+    const worker = new threads.Worker(new URL(import.meta.url), { workerData: PATCH_WORKER });
+    // It must not keep the process running.
+    worker.unref();
+    return worker;
+  }
+
+  #rest(worker: threads.Worker): void {
+    const end = setTimeout(() => {
+      this.#idle.splice(0, this.#idle.length, ...this.#idle.filter((one) => one.worker !== worker));
+      this.#end(worker);
+    }, PATCH_WORKER_REST);
+    end.unref();
+    this.#idle.push({ worker, end });
+  }
+
+  #end(worker: threads.Worker): void {
+    // A new one is taken in any case.
+    worker.terminate().catch(() => {});
+  }
+}
+
+const patchThreads = new PatchThreads();
+
+/** What a worker does. */
+function servePatches(port: threads.MessagePort): void {
+  port.on("message", ([old, content]: [Uint8Array, Uint8Array]) => {
+    port.postMessage(encodePatch(old, content));
+  });
+}
+
+// ──── Codings ─────────────────────────────────────────────────────────────────────────────────────
+// Whoever adds a coding adds it to the table `CODINGS`, and nowhere else. `dcz` is RFC 9842,
+// Compression Dictionary Transport: a zstd frame made with the file that the device has as its
+// dictionary, so that only what changed is sent. We depart from the RFC in two ways: plain http will
+// do, and a device may name any content that the server knows, without `Use-As-Dictionary`. Patches
+// are asked for in the same way. They are compressed by a second coding, which the device can undo:
+// a board has `deflate`.
+
+/** Content that both ends have, to encode other content against. */
+interface Dictionary {
+  size: number;
+  /** Lowercase hex. */
+  sha256: string;
+  /** Reads bytes of it; throws when it cannot. */
+  read: ReadOld;
+}
+
+/** A content coding (RFC 9110, 8.4.1) that needs nothing else. */
+interface PlainCodec {
+  needsDictionary: false;
+  /** Content larger than this is left to the codings after it; absent: none is. */
+  most?: number;
+  /** Whether it is only for boards: we can decode others that are smaller. */
+  isForBoards?: boolean;
   /**
    * Encodes off the event loop.
    *
    * @param level compression level; absent: the smallest result that is worth its time
    */
-  encode(content: Uint8Array, level?: number, dictionary?: Uint8Array): Promise<Uint8Array>;
-  /** Content larger than this is left to the codings after it; absent: none is. */
-  most?: number;
+  encode(content: Uint8Array, level?: number): Promise<Uint8Array>;
   /**
    * Decodes.
    *
    * @param limit the most bytes that the result may have
+   * @throws on malformed input, or a result beyond the limit
+   */
+  decode(bytes: Uint8Array, limit: number): Uint8Array;
+}
+
+/** A content coding, or two of them, that encodes against older content that both ends have. */
+interface DeltaCodec {
+  needsDictionary: true;
+  isForBoards?: boolean;
+  /** Encodes off the event loop; gives `undefined` where it is not worth its time. */
+  encode(content: Uint8Array, old: Uint8Array): Promise<Uint8Array | undefined>;
+  /**
+   * Decodes.
+   *
+   * @param limit the most bytes that the result may have
+   * @returns pieces of the result
    * @throws on malformed input, another dictionary, or a result beyond the limit
    */
-  decode(bytes: Uint8Array, limit: number, dictionary?: Uint8Array): Uint8Array;
+  decode(bytes: Uint8Array, limit: number, old: Dictionary): Iterable<Uint8Array>;
 }
 
 /**
@@ -1186,108 +2840,176 @@ const bestLevel = (size: number) => (size <= MAX_BEST ? 19 : 12);
 const MAX_BROTLI = 128 * 1024;
 /** Below this quality brotli gains nothing over zstd's level 1. */
 const MIN_QUALITY = 5;
+/** A window of 1 KiB, which fits into the memory of a board, and costs patches 1 to 3 %. */
+const BOARD_WINDOW = 10;
 
 const gzipAsync = promisify(zlib.gzip);
+const deflateAsync = promisify(zlib.deflate);
 const brotliAsync = promisify(zlib.brotliCompress);
 const zstdAsync = promisify(zlib.zstdCompress);
 
-const dczHeader = (dictionary: Uint8Array) =>
-  Buffer.concat([DCZ_MAGIC, Buffer.from(sha256(dictionary), "hex")]);
+const dczHeader = (sha256: string) => Buffer.concat([DCZ_MAGIC, Buffer.from(sha256, "hex")]);
 
-/** In order of preference. */
-const CODINGS = {
-  dcz: {
+const dcz: DeltaCodec = {
+  needsDictionary: true,
+  async encode(content, old) {
+    // The window holds all of the dictionary and the content, and no more.
+    const window = Math.ceil(Math.log2(content.byteLength + old.byteLength + 1));
+    const params = {
+      [zlib.constants.ZSTD_c_compressionLevel]: bestLevel(content.byteLength),
+      [zlib.constants.ZSTD_c_windowLog]: Math.min(23, Math.max(10, window)),
+    };
+    const frame = await zstdAsync(content, { params, dictionary: Buffer.from(old) });
+    return Buffer.concat([dczHeader(sha256(old)), frame]);
+  },
+  *decode(bytes, limit, old) {
+    const header = dczHeader(old.sha256);
+    if (!header.equals(bytes.subarray(0, header.length))) throw new Error("another dictionary");
+    const dictionary = Buffer.from(old.read(0, old.size));
+    const options = { maxOutputLength: limit, dictionary };
+    yield zlib.zstdDecompressSync(bytes.subarray(header.length), options);
+  },
+};
+
+const brotli: PlainCodec = {
+  needsDictionary: false,
+  most: MAX_BROTLI,
+  encode: (content, level = zlib.constants.BROTLI_MAX_QUALITY) => {
+    const params = {
+      [zlib.constants.BROTLI_PARAM_QUALITY]: Math.max(level, MIN_QUALITY),
+      [zlib.constants.BROTLI_PARAM_SIZE_HINT]: content.byteLength,
+    };
+    return brotliAsync(content, { params });
+  },
+  decode: (bytes, limit) => zlib.brotliDecompressSync(bytes, { maxOutputLength: limit }),
+};
+
+const zstd: PlainCodec = {
+  needsDictionary: false,
+  encode: (content, level = bestLevel(content.byteLength)) => Bun.zstdCompress(content, { level }),
+  decode: (bytes, limit) => zlib.zstdDecompressSync(bytes, { maxOutputLength: limit }),
+};
+
+const gzip: PlainCodec = {
+  needsDictionary: false,
+  encode: (content, level = 9) => gzipAsync(content, { level }),
+  decode: (bytes, limit) => zlib.gunzipSync(bytes, { maxOutputLength: limit }),
+};
+
+const deflate: PlainCodec = {
+  needsDictionary: false,
+  isForBoards: true,
+  encode: (content) => deflateAsync(content, { level: 9, memLevel: 9, windowBits: BOARD_WINDOW }),
+  decode: (bytes, limit) => zlib.inflateSync(bytes, { maxOutputLength: limit }),
+};
+
+/** A patch, compressed by another coding. */
+function patchIn({ encode, decode, isForBoards = false }: PlainCodec): DeltaCodec {
+  return {
     needsDictionary: true,
-    async encode(content, level = bestLevel(content.byteLength), dictionary = new Uint8Array()) {
-      // The window holds all of the dictionary and the content, and no more.
-      const window = Math.ceil(Math.log2(content.byteLength + dictionary.byteLength + 1));
-      const params = {
-        [zlib.constants.ZSTD_c_compressionLevel]: level,
-        [zlib.constants.ZSTD_c_windowLog]: Math.min(23, Math.max(10, window)),
-      };
-      const frame = await zstdAsync(content, { params, dictionary: Buffer.from(dictionary) });
-      return Buffer.concat([dczHeader(dictionary), frame]);
+    isForBoards,
+    async encode(content, old) {
+      const patch = await patchThreads.encode(old, content);
+      return patch && encode(patch);
     },
-    decode(bytes, limit, dictionary = new Uint8Array()) {
-      const header = dczHeader(dictionary);
-      if (!header.equals(bytes.subarray(0, header.length))) throw new Error("another dictionary");
-      const options = { maxOutputLength: limit, dictionary: Buffer.from(dictionary) };
-      return zlib.zstdDecompressSync(bytes.subarray(header.length), options);
-    },
-  },
-  br: {
-    needsDictionary: false,
-    most: MAX_BROTLI,
-    encode: (content, level = zlib.constants.BROTLI_MAX_QUALITY) => {
-      const params = {
-        [zlib.constants.BROTLI_PARAM_QUALITY]: Math.max(level, MIN_QUALITY),
-        [zlib.constants.BROTLI_PARAM_SIZE_HINT]: content.byteLength,
-      };
-      return brotliAsync(content, { params });
-    },
-    decode: (bytes, limit) => zlib.brotliDecompressSync(bytes, { maxOutputLength: limit }),
-  },
-  zstd: {
-    needsDictionary: false,
-    encode: (content, level = bestLevel(content.byteLength)) =>
-      Bun.zstdCompress(content, { level }),
-    decode: (bytes, limit) => zlib.zstdDecompressSync(bytes, { maxOutputLength: limit }),
-  },
-  gzip: {
-    needsDictionary: false,
-    encode: (content, level = 9) => gzipAsync(content, { level }),
-    decode: (bytes, limit) => zlib.gunzipSync(bytes, { maxOutputLength: limit }),
-  },
-} satisfies Record<string, Codec>;
+    // At worst a patch adds something to every byte.
+    decode: (bytes, limit, old) => applyPatch(decode(bytes, 2 * limit + 2 ** 16), limit, old),
+  };
+}
+
+/** By what stands in `Content-Encoding`, in order of preference. */
+const CODINGS = {
+  "ota-patch, br": patchIn(brotli),
+  "ota-patch, deflate": patchIn(deflate),
+  dcz,
+  br: brotli,
+  zstd,
+  gzip,
+  deflate,
+} satisfies Record<string, PlainCodec | DeltaCodec>;
 
 /** The name of a coding. */
 export type Coding = keyof typeof CODINGS;
+type PlainCoding = {
+  [name in Coding]: (typeof CODINGS)[name] extends PlainCodec ? name : never;
+}[Coding];
 /** How the bytes of a body are coded; `identity`: not at all. */
 export type Encoding = Coding | "identity";
 
-/** Whether a name in `Accept-Encoding` or `Content-Encoding` is that of a coding. */
-function isCoding(name: string): name is Coding {
-  return Object.hasOwn(CODINGS, name);
-}
+const ALL_CODINGS = Object.keys(CODINGS) as Coding[];
 
-/** All codings, or those that need no dictionary, in order of preference. */
-function codings(hasDictionary: boolean): Coding[] {
-  const names = Object.keys(CODINGS) as Coding[];
-  return names.filter((name) => hasDictionary || !CODINGS[name].needsDictionary);
-}
+const isPlainCoding = (name: Coding): name is PlainCoding => !CODINGS[name].needsDictionary;
 
-/** Decodes content; see `Codec.decode`. */
+/**
+ * Decodes content.
+ *
+ * @param limit the most bytes that the result may have
+ * @param old the dictionary that was offered
+ * @returns pieces of the result
+ * @throws on malformed input, another dictionary, or a result beyond the limit
+ */
 function decodeContent(
   encoding: Encoding,
   bytes: Uint8Array,
   limit: number,
-  dictionary?: Uint8Array,
-): Uint8Array {
-  if (encoding === "identity") return bytes;
-  return (CODINGS[encoding] as Codec).decode(bytes, Math.max(1, limit), dictionary);
+  old?: Dictionary,
+): Iterable<Uint8Array> {
+  if (encoding === "identity") return [bytes];
+  const codec = CODINGS[encoding];
+  const most = Math.max(1, limit);
+  if (!codec.needsDictionary) return [codec.decode(bytes, most)];
+  if (!old) throw new Error("no dictionary was offered");
+  return codec.decode(bytes, most, old);
+}
+
+// ──── Negotiation ────────────────────────────────────────────────────────────────────────────────
+// Which codings a device asks for, and which of them a server may use (RFC 9110, 12.5.3; RFC 9842).
+
+/** The coding that a `Content-Encoding` header names; `undefined` for one that is not ours. */
+function encodingOf(header: string | null): Encoding | undefined {
+  const names = (header ?? "identity").toLowerCase().split(",");
+  const name = names.map((part) => part.trim()).join(", ");
+  return name === "identity" || Object.hasOwn(CODINGS, name) ? (name as Encoding) : undefined;
+}
+
+/** The codings that we ask for: all, or those that need no dictionary; in order of preference. */
+function codings(hasDictionary: boolean): Coding[] {
+  const ours = ALL_CODINGS.filter((name) => !CODINGS[name].isForBoards);
+  return hasDictionary ? ours : ours.filter(isPlainCoding);
+}
+
+/** An `Accept-Encoding` header that accepts codings. */
+function acceptEncoding(accepted: readonly Encoding[]): string {
+  return [...new Set(accepted.flatMap((name) => name.split(", ")))].join(", ");
 }
 
 const NO_CODINGS: ReadonlySet<Coding> = new Set();
 
-/**
- * The codings of ours that an `Accept-Encoding` header accepts (RFC 9110, 12.5.3; `q=0` means no).
- */
+/** The codings of ours that an `Accept-Encoding` header accepts; `q=0` means no. */
 function acceptedCodings(header: string | null): ReadonlySet<Coding> {
   if (header === null) return NO_CODINGS;
-  const accepted = new Set<Coding>();
+  const named = new Set<string>();
   for (const item of header.toLowerCase().split(",")) {
     const [name = "", ...parameters] = item.split(";").map((part) => part.trim());
-    if (parameters.some((parameter) => /^q=0(\.0*)?$/.test(parameter))) continue;
-    if (isCoding(name)) accepted.add(name);
+    if (!parameters.some((parameter) => /^q=0(\.0*)?$/.test(parameter))) named.add(name);
   }
-  return accepted;
+  return new Set(ALL_CODINGS.filter((name) => name.split(", ").every((part) => named.has(part))));
 }
 
 /** The preferred one of the accepted codings that need no dictionary, for content of a size. */
-function bestWithoutDictionary(accepted: ReadonlySet<Coding>, size: number): Coding | undefined {
+function bestWithoutDictionary(
+  accepted: ReadonlySet<Coding>,
+  size: number,
+): PlainCoding | undefined {
   if (accepted.size === 0) return undefined;
-  const most = (name: Coding) => (CODINGS[name] as Codec).most ?? Infinity;
-  return codings(false).find((name) => accepted.has(name) && size <= most(name));
+  const isFit = (name: PlainCoding) => accepted.has(name) && size <= (CODINGS[name].most ?? size);
+  return ALL_CODINGS.filter(isPlainCoding).find(isFit);
+}
+
+/** The accepted codings that need a dictionary; of those of a patch the preferred one. */
+function withDictionary(accepted: ReadonlySet<Coding>): Coding[] {
+  const names = ALL_CODINGS.filter((name) => accepted.has(name) && !isPlainCoding(name));
+  return names.filter((name, index) => index === 0 || !name.startsWith("ota-patch"));
 }
 
 /** The SHA-256, lowercase hex, in an `Available-Dictionary: :base64:`; `undefined` for none. */
@@ -1337,21 +3059,23 @@ function textToInline(content: Uint8Array): InlineContent | undefined {
 function fromInline(
   { text, content = "", coding = "identity" }: InlineContent,
   size: number,
-  dictionary: Uint8Array = new Uint8Array(),
+  dictionary: Dictionary | undefined,
 ): Uint8Array {
   // Encoding may enlarge small content a little, and base64 by a third.
   if ((text ?? "").length > size || content.length > 2 * (size + 1024)) {
     throw new Error(`it is longer than the ${size} bytes expected`);
   }
   if (text !== undefined) return utf8(text);
-  if (coding !== "identity" && !isCoding(coding)) throw new Error("its coding is not known here");
+  const encoding = encodingOf(coding);
+  if (!encoding) throw new Error("its coding is not known here");
   const bytes = Buffer.from(content, "base64");
   if (bytes.toString("base64") !== content) throw new Error("it is not base64");
-  const whole = coding === "dcz" ? Buffer.concat([dczHeader(dictionary), bytes]) : bytes;
-  return decodeContent(coding, whole, size, dictionary);
+  const isBare = encoding === "dcz" && dictionary;
+  const whole = isBare ? Buffer.concat([dczHeader(dictionary.sha256), bytes]) : bytes;
+  return Buffer.concat([...decodeContent(encoding, whole, size, dictionary)]);
 }
 
-// ════ II Release root ════════════════════════════════════════════════════════════════════════════
+// ════ III Release root ═══════════════════════════════════════════════════════════════════════════
 // From a directory of releases to "what does this device need". A scan takes a snapshot of each
 // version and image (Snapshot), waits until a copy in progress has settled (Settling copies),
 // hashes what is new (Hashing), and replaces the index (Index, Scan). A request is decided by the
@@ -2431,103 +4155,6 @@ function holdsPrivateKey(file: string): boolean {
   }
 }
 
-// ──── Cache ─────────────────────────────────────────────────────────────────────────────────────
-// Bounded caches, and freeing their memory. Blobs and buffers lie outside the JavaScript heap,
-// where Bun's garbage collector does not count them.
-
-/** Overhead of a cache entry, in bytes. */
-const ENTRY_COST = 512;
-
-/** Values by key, up to a budget in bytes; the oldest goes first, unless it was used meanwhile. */
-class Cache<T> {
-  readonly #kept = new Map<string, { value: T; cost: number; used: boolean }>();
-  #cost = 0;
-
-  constructor(private readonly budget: number) {}
-
-  get(key: string): T | undefined {
-    const entry = this.#kept.get(key);
-    if (entry) entry.used = true;
-    return entry?.value;
-  }
-
-  /** @param size bytes of the value */
-  set(key: string, value: T, size: number): void {
-    this.#cost -= this.#kept.get(key)?.cost ?? 0;
-    this.#kept.delete(key);
-    const cost = size + key.length + ENTRY_COST;
-    if (cost > this.budget) return;
-    for (const [oldest, entry] of this.#kept) {
-      if (this.#cost + cost <= this.budget) break;
-      this.#kept.delete(oldest);
-      // Second chance (CLOCK): used since it was last considered.
-      if (entry.used) {
-        this.#kept.set(oldest, { ...entry, used: false });
-      } else {
-        this.#cost -= entry.cost;
-        discard(entry.cost);
-      }
-    }
-    this.#kept.set(key, { value, cost, used: false });
-    this.#cost += cost;
-  }
-}
-
-/** Runs a task once for all callers that ask for it while it runs. */
-class SingleFlight<T> {
-  readonly #running = new Map<string, Promise<T>>();
-
-  has(key: string): boolean {
-    return this.#running.has(key);
-  }
-
-  /** @param task must not throw before its first `await` */
-  run(key: string, task: () => Promise<T>): Promise<T> {
-    let running = this.#running.get(key);
-    if (running) return running;
-    running = task().finally(() => this.#running.delete(key));
-    this.#running.set(key, running);
-    return running;
-  }
-}
-
-/** Bytes of garbage outside the JavaScript heap that trigger a full collection. */
-const MAX_GARBAGE = 16 * 1024 * 1024;
-/** The minimum time between two full collections, in milliseconds: each blocks the event loop. */
-const COLLECT_PAUSE = 1000;
-let garbage = 0;
-let collected = -Infinity;
-let collecting: Timer | undefined;
-
-/**
- * Reports that blobs or buffers of so many bytes have become garbage. The collector sees only a
- * small object for each, and would not free hundreds of MiB of them.
- */
-function discard(bytes: number): void {
-  garbage += bytes;
-  if (garbage < MAX_GARBAGE || collecting) return;
-  const wait = Math.max(0, collected + COLLECT_PAUSE - performance.now());
-  collecting = setTimeout(() => {
-    garbage = 0;
-    collecting = undefined;
-    Bun.gc(true);
-    collected = performance.now();
-  }, wait);
-  collecting.unref();
-}
-
-/** Frees the memory of bytes that are no longer used, unless they are part of a larger buffer. */
-function release({ buffer, byteLength }: Uint8Array): void {
-  if (buffer instanceof ArrayBuffer && buffer.byteLength === byteLength) buffer.transfer(0);
-}
-
-/** Moves bytes into a blob; they must not be used afterwards. */
-function intoBlob(bytes: Uint8Array): Blob {
-  const blob = new Blob([bytes as Uint8Array<ArrayBuffer>]);
-  release(bytes);
-  return blob;
-}
-
 // ──── Decide ────────────────────────────────────────────────────────────────────────────────────
 // What a device gets. Files and firmware are decided separately: each is the highest version that
 // is above what the device has. Nothing is ever a downgrade.
@@ -3512,8 +5139,8 @@ function stepWarnings(from: Release, to: Release, deletesAndFlashes: boolean): s
   return found;
 }
 
-// ════ III Server ═════════════════════════════════════════════════════════════════════════════════
-// A request is answered from memory: a decision of part II, and content that is cached in the forms
+// ════ IV Server ══════════════════════════════════════════════════════════════════════════════════
+// A request is answered from memory: a decision of part III, and content that is cached in the forms
 // that clients accept. What takes time (hashing, coding) is done once, beside the requests, within
 // bounds: no client can make the server use more memory or CPU time than these.
 
@@ -3657,10 +5284,11 @@ class Encoder {
     const started = performance.now();
     try {
       if (!bytes || (dictionary && !old)) return undefined;
-      const coded = await (old
-        ? CODINGS.dcz.encode(bytes, undefined, old)
-        : encodeWell(encoding, bytes));
-      if (coded.byteLength >= content.size) return null;
+      const codec = CODINGS[encoding];
+      const coded = codec.needsDictionary
+        ? old && (await codec.encode(bytes, old))
+        : await encodeWell(encoding, codec, bytes);
+      if (!coded || coded.byteLength >= content.size) return null;
       const tag = Bun.hash(coded).toString(16).padStart(16, "0");
       return { encoding, content: intoBlob(coded), tag };
     } finally {
@@ -3681,8 +5309,12 @@ class Encoder {
     old?: Source,
   ): Promise<Coded | undefined> {
     if (!isCoded(content.size)) return undefined;
-    const useOld = old && accepted.has("dcz") && old.size > 0 && old.size <= MAX_CODED;
-    const delta = useOld && (await this.encode("dcz", content, old));
+    const useOld = old && old.size > 0 && old.size <= MAX_CODED;
+    const names = useOld ? withDictionary(accepted) : [];
+    const deltas = await Promise.all(names.map((name) => this.encode(name, content, old)));
+    const delta = deltas.reduce((least, one) => {
+      return one && one.content.size < (least?.content.size ?? Infinity) ? one : least;
+    }, undefined);
     // With a delta this small, encoding the whole content would hardly gain anything.
     if (delta && delta.content.size <= content.size / 2) return delta;
     const encoding = bestWithoutDictionary(accepted, content.size);
@@ -3699,10 +5331,14 @@ function isCoded(size: number): boolean {
 /**
  * Encodes content without a dictionary, after a cheap probe where the full effort may be in vain.
  */
-async function encodeWell(encoding: Coding, content: Uint8Array): Promise<Uint8Array> {
+async function encodeWell(
+  encoding: Coding,
+  { encode }: PlainCodec,
+  content: Uint8Array,
+): Promise<Uint8Array> {
   const size = content.byteLength;
-  const { encode } = CODINGS[encoding];
-  if (encoding !== "gzip" && size >= MIN_PROBED && size <= MAX_BEST) {
+  const hasLevels = encoding === "br" || encoding === "zstd";
+  if (hasLevels && size >= MIN_PROBED && size <= MAX_BEST) {
     const probe = await encode(content, PROBE);
     if (probe.byteLength >= size) return probe;
     release(probe);
@@ -4198,9 +5834,10 @@ class Contents {
     if (accepted.size === 0 || file.sha256 === undefined || !isCoded(file.size)) {
       return this.#plain(request, file);
     }
-    const named = accepted.has("dcz")
-      ? availableDictionary(request.headers.get("available-dictionary"))
-      : undefined;
+    const named =
+      withDictionary(accepted).length > 0
+        ? availableDictionary(request.headers.get("available-dictionary"))
+        : undefined;
     const old = named === undefined ? undefined : this.releases.predecessor(path, named);
     const sources = [file, old].map((found) => found && this.#source(found, found.sha256!));
     return this.encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
@@ -4651,7 +6288,7 @@ function manifestCoding(
 /** Encodes a manifest; `undefined` when it is better sent plain. */
 async function encodeManifest(
   json: Uint8Array,
-  coding: Coding | undefined,
+  coding: PlainCoding | undefined,
   level: number | undefined,
 ): Promise<Uint8Array | undefined> {
   if (!coding || json.byteLength < MIN_CODED) return undefined;
@@ -4767,7 +6404,7 @@ class Manifests {
   #encode(
     json: string,
     reqid: string,
-    coding: Coding | undefined,
+    coding: PlainCoding | undefined,
     level: number | undefined,
   ): Answer | Promise<Answer> {
     const bytes = utf8(json);
@@ -4999,7 +6636,7 @@ function listen(
   });
 }
 
-// ════ IV Device disk ═════════════════════════════════════════════════════════════════════════════
+// ════ V Device disk ══════════════════════════════════════════════════════════════════════════════
 // The files of a device, and what it remembers of them below `.ota`. `Journal` changes them as one
 // transaction: after a crash at any point they are the old release or the new one. Nothing here
 // talks to a network.
@@ -5304,6 +6941,14 @@ export class Files {
     const stat = this.stat(path);
     if (stat?.kind !== "file" || stat.size === 0 || stat.size > limit) return undefined;
     return this.disk.read(path, 0, stat.size);
+  }
+
+  /** A file as a dictionary; `undefined` for none, or one that is empty or larger than `limit`. */
+  dictionary(path: string, limit: number): Dictionary | undefined {
+    const stat = this.stat(path);
+    if (stat?.kind !== "file" || stat.size === 0 || stat.size > limit) return undefined;
+    const read: ReadOld = (from, length) => this.disk.read(path, from, length);
+    return { size: stat.size, sha256: this.digest(path), read };
   }
 }
 
@@ -6677,10 +8322,10 @@ export class Journal implements Disposable {
   }
 }
 
-// ════ V Update ═══════════════════════════════════════════════════════════════════════════════════
+// ════ VI Update ══════════════════════════════════════════════════════════════════════════════════
 // How a device gets to another release: it finds out what it has (Device survey), asks for a
 // manifest (Manifest client), plans the change (Target release, Plan and space), stages and
-// verifies all content (Receiving and retries, Fetching content), commits it (part IV), and lets
+// verifies all content (Receiving and retries, Fetching content), commits it (part V), and lets
 // the health check decide. Until the commit nothing but `.ota` is touched; a failure at any point
 // leaves the device as it was. `OTA` (Device) is these steps in order.
 
@@ -7508,9 +9153,9 @@ function slownessWatch({ rate, seconds } = SLOWEST): (bytes: number) => boolean 
   };
 }
 
-// ──── Fetching content ────────────────────────────────────────────────────────────────────────────
-// Stages all content of a plan at the least cost in bytes: from the device itself, else as a delta,
-// else encoded, else plain. What was received before is never received again.
+// ──── Download attempts ──────────────────────────────────────────────────────────────────────────
+// One attempt to fetch one content: what is asked for, and whether what comes is right. What was
+// received before is not received again.
 
 /** Content shorter than this is not resumed. */
 const MIN_RESUMED = 16 * 1024;
@@ -7525,7 +9170,7 @@ class Attempt {
   readonly #hasher: Bun.CryptoHasher;
   /** The maximum size. */
   readonly #limit: number;
-  readonly #dictionary: Uint8Array | undefined;
+  readonly #dictionary: Dictionary | undefined;
   /** Bytes to expect, if known. */
   #total: number | undefined;
 
@@ -7546,13 +9191,13 @@ class Attempt {
     this.#limit = size ?? MAX_UNSIZED_BYTES;
     this.#total = size;
     const codable = !isPlain && size !== undefined && size <= MAX_CODED;
-    const dictionary = codable && old ? files.readWhole(old, MAX_CODED) : undefined;
+    const dictionary = codable && old ? files.dictionary(old, MAX_CODED) : undefined;
     this.#dictionary = dictionary;
     const { size: offset, etag } = partial;
     this.want = {
       ...(offset > 0 && etag && { offset, etag }),
       ...(codable && { accept: codings(dictionary !== undefined) }),
-      ...(dictionary && { dictionary: Buffer.from(sha256(dictionary), "hex") }),
+      ...(dictionary && { dictionary: Buffer.from(dictionary.sha256, "hex") }),
     };
   }
 
@@ -7641,11 +9286,14 @@ class Attempt {
     const { encoding } = this.partial;
     try {
       const coded = this.files.readWhole(this.partial.path, MAX_CODED)!;
-      const content = decodeContent(encoding, coded, this.#limit, this.#dictionary);
-      const found = hexDigest(algorithmOf(key), content);
-      if (found !== key) throw new Error(`expected ${key}, found ${found}`);
+      const hasher = new Bun.CryptoHasher(algorithmOf(key));
       this.partial.start();
-      this.partial.append(content);
+      for (const piece of decodeContent(encoding, coded, this.#limit, this.#dictionary)) {
+        hasher.update(piece);
+        this.partial.append(piece);
+      }
+      const found = hasher.digest("hex");
+      if (found !== key) throw new Error(`expected ${key}, found ${found}`);
     } catch (error) {
       // A full disk is not a decoding error.
       if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
@@ -7654,6 +9302,10 @@ class Attempt {
     }
   }
 }
+
+// ──── Fetching content ───────────────────────────────────────────────────────────────────────────
+// Stages all content of a plan at the least cost in bytes: from the device itself, else out of the
+// manifest, else as a delta, else encoded, else plain.
 
 class Fetcher {
   readonly #traffic = { content: 0, reused: 0 };
@@ -7724,7 +9376,7 @@ class Fetcher {
     const { files, staging } = this.journal;
     let content: Uint8Array;
     try {
-      const dictionary = old === undefined ? undefined : files.readWhole(old, MAX_CODED);
+      const dictionary = old === undefined ? undefined : files.dictionary(old, MAX_CODED);
       content = fromInline(inline, size, dictionary);
       const found = sha256(content);
       if (found !== key) throw new Error(`expected ${key}, found ${found}`);
@@ -7965,7 +9617,8 @@ class ManifestClient {
       pieces.push(piece);
     });
     try {
-      return { body: decodeContent(encoding, Buffer.concat(pieces), MAX_MANIFEST_BYTES), headers };
+      const body = decodeContent(encoding, Buffer.concat(pieces), MAX_MANIFEST_BYTES);
+      return { body: Buffer.concat([...body]), headers };
     } catch (error) {
       throw new TransferError(`the manifest does not decode: ${errorText(error)}`, true);
     }
@@ -8290,7 +9943,7 @@ export abstract class OTA {
   }
 }
 
-// ════ VI Transports ══════════════════════════════════════════════════════════════════════════════
+// ════ VII Transports ═════════════════════════════════════════════════════════════════════════════
 // How bytes reach a device: over HTTP, or from a directory. Another transport is a class in a file
 // of its own; see `examples/lora-transport.ts`.
 
@@ -8355,10 +10008,11 @@ export class HttpOTA extends OTA {
         pause,
       );
     }
-    const encoding = headers.get("content-encoding")?.toLowerCase() ?? "identity";
-    if (encoding !== "identity" && !isCoding(encoding)) {
+    const encoding = encodingOf(headers.get("content-encoding"));
+    if (encoding === undefined) {
       await response.body?.cancel();
-      throw new TransferError(`content came coded as ${encoding}, which nobody asked for`, true);
+      const found = headers.get("content-encoding");
+      throw new TransferError(`content came coded as ${found}, which nobody asked for`, true);
     }
     const range = /^bytes (\d+)-\d+\/(\d+)$/.exec(headers.get("content-range") ?? "");
     const length = headers.get("content-length");
@@ -8376,7 +10030,7 @@ export class HttpOTA extends OTA {
   async #get(url: URL, want: TransferRequest): Promise<Response> {
     const headers: Record<string, string> = {
       // Else Bun offers every coding that it knows.
-      "Accept-Encoding": want.accept?.join(", ") ?? "identity",
+      "Accept-Encoding": acceptEncoding(want.accept ?? ["identity"]),
       "User-Agent": `ota.ts/${TOOL_VERSION}`,
     };
     if (this.#token !== undefined && url.origin === this.#server.origin) {
@@ -8485,7 +10139,7 @@ function isReal({ file, size }: ServedFile): boolean {
   }
 }
 
-// ════ VII Command line ═══════════════════════════════════════════════════════════════════════════
+// ════ VIII Command line ══════════════════════════════════════════════════════════════════════════
 // Options, output and commands. A command only calls what the parts above export, so a program can
 // do whatever the command line does.
 
@@ -8770,6 +10424,109 @@ function progressBar(received: number, total: number, milliseconds: number): str
   return `[${"#".repeat(done).padEnd(width)}] ${speed}, ${left} s left`;
 }
 
+// ──── Costs ──────────────────────────────────────────────────────────────────────────────────────
+// What a release costs on the air, before it is published: `manifest --cost`.
+
+/** Payload of one LoRa downlink at a medium data rate, in bytes. */
+const LORA_BYTES = 200;
+
+/** The devices that costs are shown for: `client`, and a board with the library of the examples. */
+const AIR_DEVICES = [
+  { name: "client", accepted: new Set(codings(true)), isBrief: true },
+  {
+    name: "board",
+    accepted: new Set<Coding>(["ota-patch, deflate", "deflate"]),
+    isBrief: false,
+  },
+];
+
+/** What something costs on the air, in bytes, and how it is sent. */
+interface AirCost {
+  name: string;
+  /** Of the content itself; absent where that is not the same for all devices. */
+  plain?: number;
+  size: number;
+  how: string;
+}
+
+/**
+ * What a manifest and its content cost on the air, for each kind of device.
+ *
+ * @param ver the release that the device is on, with the firmware of that name, if there is any
+ */
+async function costLines(releases: Releases, ver: string | undefined): Promise<string[]> {
+  const encoder = new Encoder();
+  const costs: AirCost[][] = [];
+  for (const device of AIR_DEVICES) costs.push(await airCosts(releases, ver, encoder, device));
+  const row = (sizes: readonly (number | string)[], text: string) =>
+    `${sizes.map((size) => `${size}`.padStart(10)).join("")} ${text}`;
+  const lines = costs[0]!.map(({ name, plain }, index) => {
+    const each = costs.map((items) => items[index]!);
+    const how = [...new Set(each.map((item) => item.how))].join(" / ");
+    return row(
+      each.map(({ size }) => size),
+      `${name}${plain === undefined ? "" : ` of ${plain}`}: ${how}`,
+    );
+  });
+  const totals = costs.map((items) => items.reduce((sum, { size }) => sum + size, 0));
+  const messages = totals.map((total) => Math.ceil(total / LORA_BYTES)).join(" and ");
+  return [
+    row(
+      AIR_DEVICES.map(({ name }) => name),
+      "",
+    ).trimEnd(),
+    ...lines,
+    row(totals, `bytes in all: ${messages} LoRa messages of ${LORA_BYTES}`),
+  ];
+}
+
+/** What a manifest and its content cost on the air. */
+async function airCosts(
+  releases: Releases,
+  ver: string | undefined,
+  encoder: Encoder,
+  { accepted, isBrief }: (typeof AIR_DEVICES)[number],
+): Promise<AirCost[]> {
+  const costs: AirCost[] = [];
+  const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
+    return { key, size, read: async () => Bun.file(file) };
+  };
+  const has = releases.find(ver ?? "");
+  const oldImage = releases.firmware.find(({ version }) => version.compare(ver ?? "") === 0);
+  const query = { current_ver: ver, base: has?.digest, firmware_sha256: oldImage?.sha256 };
+  const decision = releases.decide(query);
+  const inliner = new Inliner(releases, encoder, sourceOf);
+  const mayInline = decision && isBrief;
+  const inline = mayInline ? await inliner.contentsFor(decision, query, accepted) : NOT_INLINE;
+  const plainForm = { extras: true, base: "http://127.0.0.1:8000", suffix: "" };
+  const form = isBrief ? briefForm(plainForm, decision, inline) : plainForm;
+  const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
+  const { coding, level } = manifestCoding(accepted, json.byteLength, isBrief, true);
+  const coded = await encodeManifest(json, coding, level);
+  const size = (coded ?? json).byteLength;
+  costs.push({ name: "manifest.json", size, how: coded ? coding! : "plain" });
+
+  // Content that the device has under another path, or already fetches, costs nothing.
+  const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
+  const add = async (at: string, name: string, file: IndexedFile, old?: IndexedFile) => {
+    if (here.has(file.sha256)) return;
+    here.add(file.sha256);
+    if (inline.contents.has(at)) {
+      return costs.push({ name, plain: file.size, size: 0, how: "in the manifest" });
+    }
+    const form = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
+    const size = form?.content.size ?? file.size;
+    return costs.push({ name, plain: file.size, size, how: form?.encoding ?? "plain" });
+  };
+  const { target, image } = decision ?? {};
+  const { added, changed } = changesBetween(decision?.has, target, true);
+  for (const [path, file] of [...added, ...changed]) {
+    await add(`${target!.name}/${path}`, path, file, has?.files.get(path));
+  }
+  if (image) await add(image.path, image.path, image, oldImage);
+  return costs;
+}
+
 // ──── Server commands ─────────────────────────────────────────────────────────────────────────────
 // The commands `serve`, `manifest`, `keygen` and `sign`.
 
@@ -8882,61 +10639,6 @@ async function runManifest(given: Given): Promise<number> {
   if (given.cost) return say((await costLines(releases, given.ver)).join("\n"));
   return say(JSON.stringify(manifest, null, 2));
 }
-
-/**
- * What a manifest and its content cost on the air, for a device that accepts every coding and asks
- * as `client` does.
- *
- * @param ver the release that the device is on, with the firmware of that name, if there is any
- */
-async function costLines(releases: Releases, ver: string | undefined): Promise<string[]> {
-  const encoder = new Encoder();
-  const accepted = new Set(codings(true));
-  const lines: string[] = [];
-  let total = 0;
-  const add = (name: string, size: number, how: string) => {
-    total += size;
-    lines.push(`${String(size).padStart(10)} ${name}${how}`);
-  };
-  const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
-    return { key, size, read: async () => Bun.file(file) };
-  };
-  const has = releases.find(ver ?? "");
-  const oldImage = releases.firmware.find(({ version }) => version.compare(ver ?? "") === 0);
-  const query = { current_ver: ver, base: has?.digest, firmware_sha256: oldImage?.sha256 };
-  const decision = releases.decide(query);
-  const inliner = new Inliner(releases, encoder, sourceOf);
-  const inline = decision ? await inliner.contentsFor(decision, query, accepted) : NOT_INLINE;
-  const form = briefForm({ extras: true, base: "http://127.0.0.1", suffix: "" }, decision, inline);
-  const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
-  const { coding, level } = manifestCoding(accepted, json.byteLength, true, true);
-  const coded = await encodeManifest(json, coding, level);
-  const how = coded ? `, ${coding} of ${json.byteLength}` : "";
-  add("manifest.json", (coded ?? json).byteLength, how);
-
-  // Content that the device has under another path, or already fetches, costs nothing.
-  const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
-  const addContent = async (at: string, name: string, file: IndexedFile, old?: IndexedFile) => {
-    if (here.has(file.sha256)) return;
-    here.add(file.sha256);
-    if (inline.contents.has(at)) return add(name, 0, ", in the manifest");
-    const smallest = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
-    const size = smallest?.content.size ?? file.size;
-    add(name, size, smallest ? `, ${smallest.encoding} of ${file.size}` : "");
-  };
-  const { target, image } = decision ?? {};
-  const { added, changed } = changesBetween(decision?.has, target, true);
-  for (const [path, file] of [...added, ...changed]) {
-    await addContent(`${target!.name}/${path}`, path, file, has?.files.get(path));
-  }
-  if (image) await addContent(image.path, image.path, image, oldImage);
-  const messages = Math.ceil(total / LORA_BYTES);
-  const all = `bytes in all: ${messages} LoRa messages of ${LORA_BYTES}`;
-  return [...lines, `${String(total).padStart(10)} ${all}`];
-}
-
-/** Payload of one LoRa downlink at a medium data rate, in bytes. */
-const LORA_BYTES = 200;
 
 async function runKeygen(given: Given): Promise<number> {
   const { out } = given;
@@ -9254,7 +10956,9 @@ export async function main(args: readonly string[]): Promise<number> {
   }
 }
 
-if (import.meta.main) {
+if (!threads.isMainThread && threads.workerData === PATCH_WORKER) {
+  servePatches(threads.parentPort!);
+} else if (import.meta.main) {
   // Write errors are handled where they matter; an unhandled one would end the process.
   for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});
   process.exitCode = await main(process.argv.slice(2));

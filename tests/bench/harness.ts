@@ -16,10 +16,16 @@ export interface Effort {
   rounds: number;
 }
 
+/** What follows an option on the command line. */
+function optionValue(name: string): string | undefined {
+  return process.argv[process.argv.indexOf(name) + 1 || -1];
+}
+
 /** The ota.ts that is measured: the one beside these files, unless `--ota FILE` names another. */
-export const OTA = resolve(
-  process.argv[process.argv.indexOf("--ota") + 1 || -1] ?? `${import.meta.dirname}/../../ota.ts`,
-);
+export const OTA = resolve(optionValue("--ota") ?? `${import.meta.dirname}/../../ota.ts`);
+
+/** The directory of more pairs of firmware images, where `--pairs DIR` names one. */
+export const PAIRS = optionValue("--pairs");
 
 // ── The temp directory and the processes, which both end with this process ──
 

@@ -5,9 +5,10 @@
  *     bun run bench server air         # parts of it
  *     bun run bench --quick            # fewer and shorter rounds
  *     bun run bench --ota FILE         # another ota.ts than the one here: before and after
+ *     bun run bench air --pairs DIR    # with more firmware: NAME.old and NAME.new
  *
  * What counts are the ratios, each the median of several rounds, with the range they lay in. All
- * traffic is on loopback; only `air` fetches two public packages, from the npm registry.
+ * traffic is on loopback; only `air` fetches four public packages, from the npm registry.
  */
 
 import * as fs from "node:fs";
@@ -15,7 +16,8 @@ import { cpus, loadavg } from "node:os";
 import { benchAir } from "./air.ts";
 import { benchDevice } from "./device.ts";
 import { benchFleet } from "./fleet.ts";
-import { OTA, type Effort } from "./harness.ts";
+import { OTA, PAIRS, type Effort } from "./harness.ts";
+import { readPairs } from "./pairs.ts";
 import { benchServer } from "./server.ts";
 import { benchSlow } from "./slow.ts";
 import { benchStart } from "./start.ts";
@@ -29,17 +31,40 @@ const PARTS: Record<string, (effort: Effort) => Promise<void>> = {
   slow: benchSlow,
 };
 
-const given = process.argv.slice(2);
-const quick = given.includes("--quick");
-const names = given.filter((name, i) => !name.startsWith("--") && given[i - 1] !== "--ota");
-const unknown = names.find((name) => !(name in PARTS));
-if (unknown !== undefined) {
-  console.error(`bench: no part ${unknown}; there are ${Object.keys(PARTS).join(", ")}, --quick`);
+const WITH_VALUE = ["--ota", "--pairs"];
+
+/** Says how it is used, and ends. */
+function usage(problem: string): never {
+  console.error(`bench: ${problem}`);
   process.exit(2);
 }
+
+/** The names of the parts on the command line, which is checked. */
+function chosenParts(given: readonly string[]): string[] {
+  const names: string[] = [];
+  for (let i = 0; i < given.length; i++) {
+    const word = given[i]!;
+    if (WITH_VALUE.includes(word)) {
+      if (++i === given.length) usage(`${word} wants a value`);
+    } else if (Object.hasOwn(PARTS, word)) names.push(word);
+    else if (word !== "--quick") {
+      const all = [...Object.keys(PARTS), "--quick", "--ota FILE", "--pairs DIR"];
+      usage(`no ${word}; there are ${all.join(", ")}`);
+    }
+  }
+  return names;
+}
+
+const given = process.argv.slice(2);
+const quick = given.includes("--quick");
+const names = chosenParts(given);
+try {
+  if (PAIRS !== undefined) readPairs(PAIRS);
+} catch (error) {
+  usage(`--pairs: ${error instanceof Error ? error.message : String(error)}`);
+}
 if (process.platform !== "linux") {
-  console.error("bench: needs Linux: it reads /proc, and its peers are Debian's packages");
-  process.exit(2);
+  usage("needs Linux: it reads /proc, and its peers are Debian's packages");
 }
 
 const [processor] = cpus();

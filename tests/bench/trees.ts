@@ -10,7 +10,7 @@ let pool: Uint8Array | undefined;
 /** Bytes that do not compress; other ones for every `seed`. */
 export function noise(size: number, seed: number): Uint8Array {
   const random = new Random(seed);
-  pool ??= makePool();
+  pool ??= freshNoise(POOL_BYTES, 1);
   if (size > POOL_BYTES / 2) throw new Error(`noise of ${size} bytes is more than there is`);
   const bytes = pool.slice(random.below(POOL_BYTES - size), POOL_BYTES).subarray(0, size);
   // No two alike, wherever in the pool they come from.
@@ -19,11 +19,12 @@ export function noise(size: number, seed: number): Uint8Array {
   return bytes;
 }
 
-function makePool(): Uint8Array {
-  const random = new Random(1);
-  const words = new Uint32Array(POOL_BYTES / 4);
+/** Bytes that do not compress, and have nothing in common with those of another seed. */
+export function freshNoise(size: number, seed: number): Uint8Array {
+  const random = new Random(seed);
+  const words = new Uint32Array(Math.ceil(size / 4));
   for (let i = 0; i < words.length; i++) words[i] = random.below(2 ** 32);
-  return new Uint8Array(words.buffer);
+  return new Uint8Array(words.buffer, 0, size);
 }
 
 /** A file of any size that does not compress. */
