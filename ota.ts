@@ -1762,7 +1762,8 @@ const field = new Uint8Array(4);
  */
 function predictBlock(window: BlockWindow, prediction: Prediction, shift: number): Uint8Array {
   const { bytes, base, start, end } = window;
-  const predicted = bytes.slice(start, end);
+  // A copy, also of a Buffer, whose `slice` is none.
+  const predicted = new Uint8Array(bytes.subarray(start, end));
   if (prediction.architecture === ARCHITECTURES.none) return predicted;
   visitFields(window, prediction, (kind, at, address, origin) => {
     const { absolute, relative } = prediction;
@@ -2249,7 +2250,7 @@ class PredictedContent {
     prediction: Prediction,
   ) {
     const { absolute, relative, architecture } = prediction;
-    this.bytes = old.slice();
+    this.bytes = new Uint8Array(old);
     this.fields = new Uint8Array(old.length);
     this.#addresses = new Int32Array(old.length);
     if (architecture === ARCHITECTURES.none) return;

@@ -122,15 +122,19 @@ type Request = Omit<TransferRequest, "signal"> & { path: string };
 
 /** What most requests are made of, as a dictionary for deflate: both ends must have the same. */
 const COMMON = Buffer.from(
-  "-/flash/lib/.py/sd/firmware_.bin dcz,br,zstd,gzip 0123456789abcdef" +
-    "/manifest.json?current_ver=1.0.0&firmware_ver=1.0.0&hash=sha256&devid=&base= br,zstd,gzip",
+  "-/flash/lib/.py/sd/firmware_.bin ota-patch+br,dcz,br,zstd,gzip 0123456789abcdef" +
+    "/manifest.json?current_ver=1.0.0&firmware_ver=1.0.0&hash=sha256&devid=&base=&brief=1 ota-patch+br,dcz,br,zstd,gzip",
 );
+
+/** The name of a coding (`ota-patch, br`) without spaces and commas, and back. */
+const packName = (name: Encoding) => name.replace(", ", "+");
+const unpackName = (text: string) => text.replace("+", ", ") as Encoding;
 
 /** `path codings dictionary offset etag`, `-` for none, and small enough for one datagram. */
 function packRequest({ path, accept = [], dictionary, offset = 0, etag }: Request): Uint8Array {
   const hex = dictionary && Buffer.from(dictionary).toString("hex");
   const resume = offset > 0 && etag !== undefined ? [offset, etag] : [];
-  const fields = [path, accept.join(",") || "-", hex ?? "-", ...resume];
+  const fields = [path, accept.map(packName).join(",") || "-", hex ?? "-", ...resume];
   return zlib.deflateRawSync(fields.join(" "), { dictionary: COMMON, level: 9 });
 }
 
@@ -142,7 +146,7 @@ function unpackRequest(bytes: Uint8Array): Request {
   if (!path.startsWith("/")) throw new Error("the path begins with no slash");
   return {
     path,
-    ...(accept !== "-" && { accept: accept.split(",") as Encoding[] }),
+    ...(accept !== "-" && { accept: accept.split(",").map(unpackName) }),
     ...(dictionary !== "-" && { dictionary: Buffer.from(dictionary, "hex") }),
     ...(etag !== undefined && { offset: Number(offset), etag }),
   };
@@ -152,7 +156,7 @@ function unpackRequest(bytes: Uint8Array): Request {
 function packReply(data: Omit<TransferResponse, "body">, body: Uint8Array): Uint8Array {
   const { encoding, offset, total = offset + body.byteLength, etag = "-", headers } = data;
   const head = (tag: string) => {
-    return `${encoding} ${offset} ${total} ${tag} ${headers.get(SIGNATURE_HEADER) ?? "-"}\n`;
+    return `${packName(encoding)} ${offset} ${total} ${tag} ${headers.get(SIGNATURE_HEADER) ?? "-"}\n`;
   };
   // A tag is there to resume with: where all fits in one message, it would only make it two.
   const isShort = head("-").length + body.byteLength <= FRAGMENT;
@@ -172,11 +176,11 @@ function packFailure(error: unknown): Uint8Array {
 function unpackHead(line: string): Omit<TransferResponse, "body"> {
   const failure = /^! ([01]) ([0-9.]+) (.*)$/.exec(line);
   if (failure) throw new TransferError(failure[3]!, failure[1] === "1", Number(failure[2]));
-  const fields = /^(identity|gzip|zstd|br|dcz) (\d+) (\d+) (\S+) (\S+)$/.exec(line);
+  const fields = /^([a-z+-]+) (\d+) (\d+) (\S+) (\S+)$/.exec(line);
   if (!fields) throw new TransferError(`the gateway's reply begins with ${line}`, true);
   const [, encoding, offset, total, etag, signature] = fields;
   return {
-    encoding: encoding as Encoding,
+    encoding: unpackName(encoding!),
     offset: Number(offset),
     total: Number(total),
     ...(etag !== "-" && { etag }),
@@ -326,6 +330,7 @@ export interface LoraOptions extends OTAOptions {
 
 /** A device that updates by datagrams of at most 200 bytes. */
 export class LoraOTA extends OTA {
+  protected override readonly isBrief: boolean;
   readonly #gateway: { address: string; port: number };
   readonly #wait: number;
   readonly #tries: number;
@@ -344,6 +349,7 @@ export class LoraOTA extends OTA {
     this.#wait = wait;
     this.#tries = tries;
     this.#plain = plain;
+    this.isBrief = !plain;
   }
 
   override async connect(): Promise<void> {

@@ -207,7 +207,7 @@ describe("who gets what", () => {
     ["", knows, "identity"],
     ["identity", knows, "identity"],
     ["*", knows, "identity"],
-    ["compress, deflate", knows, "identity"],
+    ["compress, x-gzip", knows, "identity"],
     ["gzipped, x-zstd", knows, "identity"],
     // The best of what is accepted.
     ["gzip", knows, "gzip"],

@@ -129,6 +129,28 @@ describe("a device accepts", () => {
     expect(parseManifest(new TextEncoder().encode(JSON.stringify(sent)))).toEqual(sent);
   });
 
+  test("entries without SHA-1 and URL, which then follows from the path; contents in them", () => {
+    const base64 = Buffer.from(SHA256, "hex").toString("base64");
+    const body = manifest({
+      firmware: { sha256: base64, size: 7, version: "2.0+b", content: "AAAA", coding: "new" },
+      new: [{ dst_path: "/flash/a b/é.py", sha256: base64, size: 3, text: "é\n" }],
+      update: [{ dst_path: "main.py", sha256: SHA256, size: 0, executable: true }],
+    });
+    expect(accepted(body)).toMatchObject({
+      firmware: {
+        URL: "/firmware_2.0%2Bb.bin",
+        ...{ sha256: SHA256, size: 7, version: "2.0+b", content: "AAAA", coding: "new" },
+      },
+      new: [
+        {
+          URL: "/1.0.1/flash/a%20b/%C3%A9.py",
+          ...{ dst_path: "/flash/a b/é.py", sha256: SHA256, size: 3, text: "é\n" },
+        },
+      ],
+      update: [{ URL: "/1.0.1/main.py", dst_path: "/main.py", sha256: SHA256, executable: true }],
+    });
+  });
+
   test("fields that it does not know, and drops them", () => {
     const body = manifest({
       new: [entry("/a", { mode: 0o755 })],
@@ -397,6 +419,33 @@ describe("a device refuses", () => {
       expect(refusal(manifest({ update: [entry("/a", { sha256 })] }))).toContain("sha256");
       const firmware = { URL: `${HOST}/firmware_1.bin`, hash: SHA1, sha256 };
       expect(refusal(manifest({ firmware }))).toContain("sha256");
+    }
+  });
+
+  test("an entry without SHA-1 or URL that cannot do without", () => {
+    const whole: Fields = { dst_path: "/a", sha256: SHA256, size: 1 };
+    const { sha256: _, ...unhashed } = whole;
+    const { size: __, ...unsized } = whole;
+    for (const item of [unhashed, unsized]) {
+      expect(refusal(manifest({ new: [item] }))).toContain("new[0].URL");
+      expect(refusal(manifest({ new: [{ ...item, URL: `${HOST}/a` }] }))).toContain("new[0].hash");
+    }
+    const { dst_path: ___, ...unversioned } = whole;
+    expect(refusal(manifest({ firmware: unversioned }))).toContain("firmware: no version");
+  });
+
+  test("content that is no text, and a SHA-256 that is none in base64 either", () => {
+    const whole: Fields = { dst_path: "/a", sha256: SHA256, size: 1 };
+    for (const name of ["text", "content", "coding"]) {
+      for (const value of [null, 7, false, [], {}]) {
+        const body = manifest({ update: [{ ...whole, [name]: value }] });
+        expect(refusal(body)).toContain(`update[0].${name}: not a string`);
+      }
+    }
+    const base64 = Buffer.from(SHA256, "hex").toString("base64");
+    const wrong = [base64.slice(0, -1), `${base64}=`, ` ${base64}`, base64.replace("4", "!"), ""];
+    for (const sha256 of wrong) {
+      expect(refusal(manifest({ new: [{ ...whole, sha256 }] }))).toContain("new[0].sha256");
     }
   });
 
