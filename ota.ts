@@ -11124,7 +11124,7 @@ async function runSign(given: Given): Promise<number> {
   if (secret) refuseInside(fs.realpathSync(path), key!);
   if (root.models.length > 0) {
     const models = root.models.map((name) => printable(name)).join(", ");
-    tell(`models are roots of their own, to be signed by themselves (--root): ${models}`);
+    tell(`models are signed by themselves (--root ${path}/NAME --model NAME): ${models}`);
   }
   // A device at first contact asks what the release that it is on consists of: all are signed.
   const versions = ver === undefined ? root.versions : [ver];

@@ -428,7 +428,7 @@ describe("all rules of a root hold in a model on its own", () => {
       "signed 1.0.0: 3 steps, 1 signature\nsigned 1.0.1: 4 steps, 1 signature\n",
     );
     expect(own.stderr).toBe(
-      "models are roots of their own, to be signed by themselves (--root): FiPy, lopy4\n",
+      `models are signed by themselves (--root ${server.releases}/NAME --model NAME): FiPy, lopy4\n`,
     );
     expect(fs.readdirSync(lopy4).filter((name) => name.startsWith("signed"))).toEqual([]);
     expect((await sign(lopy4, ["--model", "lopy4"])).stderr).toBe("");
