@@ -5060,12 +5060,14 @@ export class Releases extends ReleaseRoot {
     return found;
   }
 
+  /** See `ReleaseRoot.manifestFor`; of the root for this device. */
   override manifestFor(query: ManifestQuery, base: string, suffix = ""): Manifest | null {
     const root = this.forDevice(query);
     if (root !== this) return root.manifestFor(query, base, suffix);
     return super.manifestFor(query, base, suffix);
   }
 
+  /** See `ReleaseRoot.manifestJSON`; of the root for this device. */
   override manifestJSON(query: ManifestQuery, base: string, suffix = ""): string {
     const root = this.forDevice(query);
     if (root !== this) return root.manifestJSON(query, base, suffix);

@@ -37,7 +37,7 @@ const COMMANDS: Record<string, string[]> = {
   ],
   rollback: ["root", "restart", "force"],
   status: ["root", "json", "check"],
-  manifest: ["ver", "root", "url", "ignore", "latest", "cost"],
+  manifest: ["ver", "model", "root", "url", "ignore", "latest", "cost"],
   sign: ["key", "root", "ver", "firmware", "model", "expires", "ignore", "check"],
   keygen: ["out"],
 };
