@@ -10453,11 +10453,17 @@ interface AirCost {
  * What a manifest and its content cost on the air, for each kind of device.
  *
  * @param ver the release that the device is on, with the firmware of that name, if there is any
+ * @param base what URLs begin with
  */
-async function costLines(releases: Releases, ver: string | undefined): Promise<string[]> {
+async function costLines(
+  releases: Releases,
+  ver: string | undefined,
+  base: string,
+): Promise<string[]> {
   const encoder = new Encoder();
   const costs: AirCost[][] = [];
-  for (const device of AIR_DEVICES) costs.push(await airCosts(releases, ver, encoder, device));
+  for (const device of AIR_DEVICES)
+    costs.push(await airCosts(releases, ver, base, encoder, device));
   const row = (sizes: readonly (number | string)[], text: string) =>
     `${sizes.map((size) => `${size}`.padStart(10)).join("")} ${text}`;
   const lines = costs[0]!.map(({ name, plain }, index) => {
@@ -10484,6 +10490,7 @@ async function costLines(releases: Releases, ver: string | undefined): Promise<s
 async function airCosts(
   releases: Releases,
   ver: string | undefined,
+  base: string,
   encoder: Encoder,
   { accepted, isBrief }: (typeof AIR_DEVICES)[number],
 ): Promise<AirCost[]> {
@@ -10498,7 +10505,7 @@ async function airCosts(
   const inliner = new Inliner(releases, encoder, sourceOf);
   const mayInline = decision && isBrief;
   const inline = mayInline ? await inliner.contentsFor(decision, query, accepted) : NOT_INLINE;
-  const plainForm = { extras: true, base: "http://127.0.0.1:8000", suffix: "" };
+  const plainForm = { extras: true, base, suffix: "" };
   const form = isBrief ? briefForm(plainForm, decision, inline) : plainForm;
   const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
   const { coding, level } = manifestCoding(accepted, json.byteLength, isBrief, true);
@@ -10636,7 +10643,7 @@ async function runManifest(given: Given): Promise<number> {
   const manifest = releases.manifestFor({ current_ver: given.ver }, base);
   const surprises = [...rootWarnings(releases), ...boardWarnings(releases, manifest)];
   for (const line of surprises) tell(`warning: ${line}`);
-  if (given.cost) return say((await costLines(releases, given.ver)).join("\n"));
+  if (given.cost) return say((await costLines(releases, given.ver, base)).join("\n"));
   return say(JSON.stringify(manifest, null, 2));
 }
 
