@@ -10873,11 +10873,17 @@ interface AirCost {
  * What a manifest and its content cost on the air, for each kind of device.
  *
  * @param ver the release that the device is on, with the firmware of that name, if there is any
+ * @param base what URLs begin with
  */
-async function costLines(releases: ReleaseRoot, ver: string | undefined): Promise<string[]> {
+async function costLines(
+  releases: ReleaseRoot,
+  ver: string | undefined,
+  base: string,
+): Promise<string[]> {
   const encoder = new Encoder();
   const costs: AirCost[][] = [];
-  for (const device of AIR_DEVICES) costs.push(await airCosts(releases, ver, encoder, device));
+  for (const device of AIR_DEVICES)
+    costs.push(await airCosts(releases, ver, base, encoder, device));
   const row = (sizes: readonly (number | string)[], text: string) =>
     `${sizes.map((size) => `${size}`.padStart(10)).join("")} ${text}`;
   const lines = costs[0]!.map(({ name, plain }, index) => {
@@ -10904,6 +10910,7 @@ async function costLines(releases: ReleaseRoot, ver: string | undefined): Promis
 async function airCosts(
   releases: ReleaseRoot,
   ver: string | undefined,
+  base: string,
   encoder: Encoder,
   { accepted, isBrief }: (typeof AIR_DEVICES)[number],
 ): Promise<AirCost[]> {
@@ -10920,8 +10927,7 @@ async function airCosts(
   const inline = mayInline
     ? await inliner.contentsFor(releases, decision, query, accepted)
     : NOT_INLINE;
-  const base = `http://127.0.0.1:8000${releases.urlPath}`;
-  const plainForm = { extras: true, base, suffix: "" };
+  const plainForm = { extras: true, base: base + releases.urlPath, suffix: "" };
   const form = isBrief ? briefForm(plainForm, decision, inline) : plainForm;
   const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
   const { coding, level } = manifestCoding(accepted, json.byteLength, isBrief, true);
@@ -11087,7 +11093,7 @@ async function runManifest(given: Given): Promise<number> {
   const manifest = asked.manifestFor({ current_ver: given.ver }, base);
   const surprises = [...rootWarnings(asked), ...boardWarnings(asked, manifest)];
   for (const line of surprises) tell(`warning: ${ofModel(asked)}${line}`);
-  if (given.cost) return say((await costLines(asked, given.ver)).join("\n"));
+  if (given.cost) return say((await costLines(asked, given.ver, base)).join("\n"));
   return say(JSON.stringify(manifest, null, 2));
 }
 

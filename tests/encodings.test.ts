@@ -15,7 +15,7 @@ import {
 } from "node:fs";
 import type { Socket } from "node:net";
 import * as zlib from "node:zlib";
-import { HttpOTA, MAX_CODED, OTAError, type OTAEvent } from "../ota.ts";
+import { HttpOTA, MAX_CODED, OTAError, type OTAEvent, type Manifest } from "../ota.ts";
 import { answerOther, Between, codingsOf, cutOff, headOf, type Passed } from "./helpers/between.ts";
 import { boardUpdate } from "./helpers/board.ts";
 import { edited, noise, program, sha256 } from "./helpers/content.ts";
@@ -1301,15 +1301,20 @@ describe("manifest --cost", () => {
   async function costOf({ releases }: World, args: string[]) {
     const { code, stdout, stderr } = await run(["manifest", "--cost", "--root", releases, ...args]);
     if (code !== 0) throw new Error(stderr);
-    const lines = stdout.trimEnd().split("\n");
-    const [, sum, messages] = /^ *(\d+) bytes in all: (\d+) LoRa messages of 200$/.exec(
-      lines.pop()!,
-    )!;
+    const [head, ...lines] = stdout.trimEnd().split("\n");
+    expect(head!.trim().split(/ +/)).toEqual(["client", "board"]);
+    const [, client, board, messages, boardMessages] =
+      /^ *(\d+) +(\d+) bytes in all: (\d+) and (\d+) LoRa messages of 200$/.exec(lines.pop()!)!;
     const files = lines.map((line) => {
-      const [, bytes, name] = /^ *(\d+) (.+?)(?:, (?:gzip|zstd|br|dcz) of \d+)?$/.exec(line)!;
-      return [name!, Number(bytes)] as const;
+      const [, bytes, forBoard, name] = /^ *(\d+) +(\d+) (.+?)(?: of \d+)?: \S/.exec(line)!;
+      return [name!, { client: Number(bytes), board: Number(forBoard) }] as const;
     });
-    return { files: new Map(files), sum: Number(sum), messages: Number(messages) };
+    return {
+      files: new Map(files),
+      sum: Number(client),
+      messages: Number(messages),
+      board: { sum: Number(board), messages: Number(boardMessages) },
+    };
   }
 
   /** What a device then receives, by the same names. */
@@ -1347,7 +1352,9 @@ describe("manifest --cost", () => {
         expect({ code, stderr }).toEqual({ code: 0, stderr: expect.any(String) });
         const air = received(between);
         const sum = [...air.values()].reduce((total, bytes) => total + bytes, 0);
-        const costly = [...cost.files].filter(([, bytes]) => bytes > 0);
+        const costly = [...cost.files].flatMap(([name, { client }]) => {
+          return client > 0 ? [[name, client] as const] : [];
+        });
         // Which of two names it is asked for by does not matter.
         const byName = (items: Iterable<readonly [string, number]>) =>
           [...items].map(([name, bytes]) => [name.replace(/[xy]\.py$/, "twin"), bytes]).sort();
@@ -1357,6 +1364,35 @@ describe("manifest --cost", () => {
       });
     }
   }
+
+  test("what a board receives: no contents in the manifest, patches, deflate", async () => {
+    const [old, now] = moved["changed and new files"]!;
+    await using world = await World.with({ "1.0.0": old, "1.0.1": now }, { beside: IMAGES });
+    const cost = await costOf(world, ["--url", world.url, "--ver", "1.0.0"]);
+    const bytesOfBody = async (path: string, headers: Record<string, string>) => {
+      const response = await fetch(`${world.url}${path}`, { headers, decompress: false });
+      expect(response.status).toBe(200);
+      return (await response.bytes()).length;
+    };
+    const accept = { "Accept-Encoding": "ota-patch, deflate" };
+    const ask = "/manifest.json?current_ver=1.0.0&hash=sha256";
+    const manifest = (await (await fetch(`${world.url}${ask}`)).json()) as Manifest;
+    const air = new Map([["manifest.json", await bytesOfBody(ask, accept)]]);
+    for (const { URL: url, dst_path } of [...manifest.new, ...manifest.update]) {
+      const path = dst_path.slice(1);
+      const known = old[path] === undefined ? {} : has(bytesOf(old[path]));
+      const { pathname } = new URL(url);
+      air.set(path, await bytesOfBody(pathname, { ...accept, ...known }));
+    }
+    const image = new URL(manifest.firmware!.URL).pathname;
+    const runs = has(bytesOf(IMAGES["firmware_1.0.0.bin"]!));
+    air.set(image.slice(1), await bytesOfBody(image, { ...accept, ...runs }));
+    const sum = [...air.values()].reduce((total, bytes) => total + bytes, 0);
+    expect([...cost.files].map(([name, { board }]) => [name, board]).sort()).toEqual(
+      [...air].sort(),
+    );
+    expect(cost.board).toEqual({ sum, messages: Math.ceil(sum / 200) });
+  });
 
   test("nothing newer costs the answer", async () => {
     expect(await costOf(server, ["--ver", "1.0.1"])).toMatchObject({ sum: 4, messages: 1 });
