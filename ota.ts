@@ -23,7 +23,7 @@
 //      Errors and helpers · Event loop · Cache · JSON · Versions · Paths · Manifest
 //      Reading manifests · Queries · Trust · Signed steps
 // II   Codings: content made smaller for the air.
-//      Patch format · Address fields · Instructions · Patch decoding · Suffix array
+//      Patch format · Address fields · Instructions · Patch decoding · Matching
 //      Address learning · Matched covers · Cheapest covers · Patch encoding · Patch threads
 //      Codings · Negotiation · Inline content
 // III  Release root: from a directory to what a device needs.
@@ -1422,21 +1422,28 @@ class PatchWriter {
   #bytes = new Uint8Array(4096);
   #length = 0;
 
+  byte(byte: number): void {
+    this.#reserve(1);
+    this.#bytes[this.#length++] = byte;
+  }
+
   take(bytes: ArrayLike<number>): void {
-    const length = this.#length + bytes.length;
-    if (length > this.#bytes.length) {
-      const larger = new Uint8Array(2 * length);
-      larger.set(this.#bytes);
-      this.#bytes = larger;
-    }
+    this.#reserve(bytes.length);
     this.#bytes.set(bytes, this.#length);
-    this.#length = length;
+    this.#length += bytes.length;
+  }
+
+  #reserve(length: number): void {
+    const needed = this.#length + length;
+    if (needed <= this.#bytes.length) return;
+    const larger = new Uint8Array(2 * needed);
+    larger.set(this.#bytes);
+    this.#bytes = larger;
   }
 
   number(value: number): void {
-    const bytes = [];
-    for (; value >= 128; value = Math.floor(value / 128)) bytes.push((value % 128) + 128);
-    this.take([...bytes, value]);
+    for (; value >= 128; value = Math.floor(value / 128)) this.byte((value % 128) + 128);
+    this.byte(value);
   }
 
   signed(value: number): void {
@@ -1452,7 +1459,7 @@ class PatchWriter {
   }
 
   prediction({ architecture, code, absolute, relative }: Prediction): void {
-    this.take([architecture]);
+    this.byte(architecture);
     if (architecture > ARCHITECTURES.words) {
       this.number(code.length);
       code.forEach(([start, end], index) => {
@@ -1526,16 +1533,6 @@ const isAbsolute = (kind: number) =>
 const get16 = (bytes: Uint8Array, at: number) => bytes[at]! | (bytes[at + 1]! << 8);
 const get32 = (bytes: Uint8Array, at: number) => get16(bytes, at) | (get16(bytes, at + 2) << 16);
 
-function put16(bytes: Uint8Array, at: number, value: number): void {
-  bytes[at] = value;
-  bytes[at + 1] = value >> 8;
-}
-
-function put32(bytes: Uint8Array, at: number, value: number): void {
-  put16(bytes, at, value);
-  put16(bytes, at + 2, value >> 16);
-}
-
 /**
  * Visits the fields of a block, in order.
  *
@@ -1573,7 +1570,8 @@ function visitFields(
     else if (architecture === ARCHITECTURES.riscv) at += visitRISCV(window, at, codeEnd, visit);
     else {
       const isXtensa = architecture === ARCHITECTURES.xtensa;
-      const [size, kind] = isXtensa ? xtensaAt(bytes, at) : thumbAt(bytes, at);
+      const size = isXtensa ? xtensaSize(bytes, at) : thumbSize(bytes, at);
+      const kind = isXtensa ? xtensaKind(bytes, at) : thumbKind(bytes, at);
       const aligned = (at | 3) + 1;
       const isSplit = aligned < at + size;
       // What stands across an address, or the start of a function, was no instruction.
@@ -1582,24 +1580,34 @@ function visitFields(
         continue;
       }
       if (isSplit && everyWord && aligned >= start && aligned < end) visitWord(aligned);
-      if (kind !== 0 && at + size > start) visit(kind, at, addressOf(kind, bytes, at, base), at);
+      if (kind !== 0 && at + size > start) {
+        visit(kind, at, addressOf(kind, get32(bytes, at), at + base), at);
+      }
       at += size;
     }
   }
 }
 
-/** The instruction at a place in Thumb code: its size, and its field, or 0. */
-function thumbAt(bytes: Uint8Array, at: number): [size: number, kind: number] {
-  const high = bytes[at + 1]!;
-  if (high < 0xe8) return [2, 0];
-  return [4, (high & 0xf8) === 0xf0 && (bytes[at + 3]! & 0xd0) === 0xd0 ? FIELD.bl : 0];
+/** The size of an instruction of Thumb-2. */
+function thumbSize(bytes: Uint8Array, at: number): number {
+  return bytes[at + 1]! < 0xe8 ? 2 : 4;
 }
 
-/** The instruction at a place in Xtensa code: its size, and its field, or 0. */
-function xtensaAt(bytes: Uint8Array, at: number): [size: number, kind: number] {
+/** Its field, or 0. */
+function thumbKind(bytes: Uint8Array, at: number): number {
+  return (bytes[at + 1]! & 0xf8) === 0xf0 && (bytes[at + 3]! & 0xd0) === 0xd0 ? FIELD.bl : 0;
+}
+
+/** The size of an instruction of Xtensa. */
+function xtensaSize(bytes: Uint8Array, at: number): number {
   const operation = bytes[at]! & 15;
-  if (operation >= 8 && operation < 14) return [2, 0];
-  return [3, operation === 5 ? FIELD.call : operation === 1 ? FIELD.l32r : 0];
+  return operation >= 8 && operation < 14 ? 2 : 3;
+}
+
+/** Its field, or 0. */
+function xtensaKind(bytes: Uint8Array, at: number): number {
+  const operation = bytes[at]! & 15;
+  return operation === 5 ? FIELD.call : operation === 1 ? FIELD.l32r : 0;
 }
 
 /** Whether Xtensa's ENTRY with the stack pointer is there. */
@@ -1639,18 +1647,17 @@ function visitRISCV(
   visit: FieldVisitor,
 ): number {
   if ((bytes[at]! & 3) !== 3) return 2;
-  const opcode = bytes[at]! & 0x7f;
+  const upper = get32(bytes, at);
+  const opcode = upper & 0x7f;
   const isSeen = at + 4 > start;
-  if (opcode === JAL && isSeen) visit(FIELD.jal, at, addressOf(FIELD.jal, bytes, at, base), at);
+  if (opcode === JAL && isSeen) visit(FIELD.jal, at, addressOf(FIELD.jal, upper, at + base), at);
   const isRelative = opcode === OPCODE.auipc;
   if (!isRelative && opcode !== LUI) return 4;
-  const upper = get32(bytes, at);
   const target = register(upper, 7);
   if (target === 0) return 4;
   const page = (upper & ~0xfff) + (isRelative ? at + base : 0);
-  const [upperKind, lowerKind] = isRelative
-    ? [FIELD.relativeUpper, FIELD.relativeLower]
-    : [FIELD.upper, FIELD.lower];
+  const upperKind = isRelative ? FIELD.relativeUpper : FIELD.upper;
+  const lowerKind = isRelative ? FIELD.relativeLower : FIELD.lower;
   let isFirst = true;
   for (let next = at + 4; next + 4 <= Math.min(at + MARGIN, codeEnd);) {
     const instruction = get32(bytes, next);
@@ -1670,28 +1677,38 @@ function visitRISCV(
 }
 
 // ──── Instructions ───────────────────────────────────────────────────────────────────────────────
-// How the fields of instructions hold addresses, and what a copy of a block is predicted to be.
+// How the fields of instructions hold addresses, and what a copy of a block is predicted to be. An
+// instruction is a number of 32 bits here, the first byte the lowest; one of three bytes has some
+// of the next in it.
 
-/** The address in a field of one instruction. */
-function addressOf(kind: number, bytes: Uint8Array, at: number, base: number): number {
-  const origin = at + base;
-  if (kind === FIELD.word) return get32(bytes, at) >>> 0;
-  if (kind === FIELD.l32r)
-    return (((origin + 3) & ~3) + ((get16(bytes, at + 1) - 0x10000) << 2)) >>> 0;
-  if (kind === FIELD.call) {
-    const offset = ((get16(bytes, at) << 8) | (bytes[at + 2]! << 24)) >> 14;
-    return ((origin & ~3) + 4 + offset * 4) >>> 0;
+/**
+ * The address in a field; that of a half of a RISC-V address is in two instructions, and not known
+ * here.
+ *
+ * @param code the instruction, or the word
+ * @param origin where it is
+ */
+function addressOf(kind: number, code: number, origin: number): number {
+  switch (kind) {
+    case FIELD.bl: {
+      const sign = (code << 21) >> 31;
+      const second = (~((code >> 29) ^ sign) & 1) << 23;
+      const third = (~((code >> 27) ^ sign) & 1) << 22;
+      const low = ((code & 0x3ff) << 12) | ((code >>> 15) & 0xffe);
+      return (origin + 4 + ((sign << 24) | second | third | low)) >>> 0;
+    }
+    case FIELD.call:
+      return ((origin & ~3) + 4 + ((code << 8) >> 14) * 4) >>> 0;
+    case FIELD.l32r:
+      // 16 bits, and ones above them: always before the instruction.
+      return (((origin + 3) & ~3) + ((((code >>> 8) & 0xffff) - 0x10000) << 2)) >>> 0;
+    case FIELD.jal: {
+      const high = ((code >> 31) << 20) | (code & 0xff000);
+      return (origin + (high | ((code >> 9) & 0x800) | ((code >> 20) & 0x7fe))) >>> 0;
+    }
+    default:
+      return code >>> 0;
   }
-  if (kind === FIELD.jal) {
-    const code = get32(bytes, at);
-    const high = ((code >> 31) << 20) | (code & 0xff000);
-    return (origin + (high | ((code >> 9) & 0x800) | ((code >> 20) & 0x7fe))) >>> 0;
-  }
-  const [first, second] = [get16(bytes, at), get16(bytes, at + 2)];
-  const sign = (first >> 10) & 1;
-  const bits = [(second >> 13) ^ sign, (second >> 11) ^ sign].map((bit) => ~bit & 1);
-  const high = (-sign << 24) | (bits[0]! << 23) | (bits[1]! << 22) | ((first & 0x3ff) << 12);
-  return (origin + 4 + (high | ((second & 0x7ff) << 1))) >>> 0;
 }
 
 /** Whether an offset fits into a signed field of so many bits, and is a multiple of `unit`. */
@@ -1700,60 +1717,59 @@ function fits(offset: number, bits: number, unit: number): boolean {
 }
 
 /**
- * Puts another address into a field; leaves it as it is where it cannot hold it.
+ * An instruction, or a word, with another address in its field; unchanged where the field cannot
+ * hold it.
  *
- * @param bytes begin with the field
  * @param origin where the new instruction is that a relative address counts from
  */
-function putAddress(kind: number, bytes: Uint8Array, origin: number, address: number): void {
+function withAddress(kind: number, code: number, origin: number, address: number): number {
   switch (kind) {
     case FIELD.word:
-      return put32(bytes, 0, address);
+      return address;
     case FIELD.bl: {
       const offset = (address - origin - 4) | 0;
-      if (!fits(offset, 25, 2)) return;
-      const sign = offset < 0 ? 1 : 0;
-      const bits = ((~((offset >> 23) ^ sign) & 1) << 13) | ((~((offset >> 22) ^ sign) & 1) << 11);
-      put16(bytes, 0, 0xf000 | (sign << 10) | ((offset >> 12) & 0x3ff));
-      return put16(bytes, 2, (get16(bytes, 2) & 0xd000) | bits | ((offset >> 1) & 0x7ff));
+      if (!fits(offset, 25, 2)) return code;
+      const sign = offset >>> 31;
+      const second = (~((offset >> 23) ^ sign) & 1) << 29;
+      const third = (~((offset >> 22) ^ sign) & 1) << 27;
+      const low = (sign << 10) | ((offset >> 12) & 0x3ff) | ((offset & 0xffe) << 15);
+      return (code & 0xd000f800) | second | third | low;
     }
     case FIELD.call: {
       const offset = (address - (origin & ~3) - 4) | 0;
-      if (!fits(offset, 20, 4)) return;
-      put16(bytes, 0, (bytes[0]! & 0x3f) | (offset << 4));
-      bytes[2] = offset >> 12;
-      return;
+      return fits(offset, 20, 4) ? (code & ~0xffffc0) | ((offset << 4) & 0xffffc0) : code;
     }
     case FIELD.l32r: {
       const offset = (address - ((origin + 3) & ~3)) | 0;
-      if (offset % 4 === 0 && offset < 0 && offset >= -0x40000) put16(bytes, 1, offset >> 2);
-      return;
+      const isNear = offset % 4 === 0 && offset < 0 && offset >= -0x40000;
+      return isNear ? (code & ~0xffff00) | ((offset << 6) & 0xffff00) : code;
     }
     case FIELD.jal: {
       const offset = (address - origin) | 0;
-      if (!fits(offset, 21, 2)) return;
+      if (!fits(offset, 21, 2)) return code;
       const low = ((offset & 0x800) << 9) | ((offset & 0x7fe) << 20);
-      const high = (offset & 0xff000) | (offset & 0x80000000);
-      return put32(bytes, 0, (get32(bytes, 0) & 0xfff) | low | high);
+      return (code & 0xfff) | low | (offset & 0x800ff000);
     }
     default:
-      return putHalf(kind, bytes, kind < FIELD.relativeUpper ? address : address - origin);
+      return withHalf(kind, code, kind < FIELD.relativeUpper ? address : address - origin);
   }
 }
 
-/** Puts a half of a value into a RISC-V instruction. */
-function putHalf(kind: number, bytes: Uint8Array, value: number): void {
-  const code = get32(bytes, 0);
+/** A RISC-V instruction with a half of another value in it. */
+function withHalf(kind: number, code: number, value: number): number {
   if (kind === FIELD.upper || kind === FIELD.relativeUpper) {
     // The lower half is signed.
-    return put32(bytes, 0, (code & 0xfff) | ((value + 0x800) & ~0xfff));
+    return (code & 0xfff) | ((value + 0x800) & ~0xfff);
   }
-  if (!isStore(code)) return put32(bytes, 0, (code & 0xfffff) | (value << 20));
-  put32(bytes, 0, (code & 0x1fff07f) | ((value & 0xfe0) << 20) | ((value & 31) << 7));
+  if (!isStore(code)) return (code & 0xfffff) | (value << 20);
+  return (code & 0x1fff07f) | ((value & 0xfe0) << 20) | ((value & 31) << 7);
 }
 
-/** A field, as it was and as it will be. */
-const field = new Uint8Array(4);
+/** Puts a field into a block; what of it is before or after the block is left out. */
+function putField(block: Uint8Array, at: number, kind: number, code: number): void {
+  const end = Math.min(at + FIELD_SIZES[kind]!, block.length);
+  for (let place = Math.max(at, 0); place < end; place++) block[place] = code >> (8 * (place - at));
+}
 
 /**
  * Predicts a block for a copy.
@@ -1766,17 +1782,17 @@ function predictBlock(window: BlockWindow, prediction: Prediction, shift: number
   const predicted = new Uint8Array(bytes.subarray(start, end));
   if (prediction.architecture === ARCHITECTURES.none) return predicted;
   visitFields(window, prediction, (kind, at, address, origin) => {
-    const { absolute, relative } = prediction;
-    const add = (isAbsolute(kind) ? absolute : relative).at(address);
-    const size = FIELD_SIZES[kind]!;
-    for (let k = 0; k < size; k++) field[k] = bytes[at + k]!;
-    putAddress(kind, field, origin + base + shift, (address + add) | 0);
-    // A field may begin before the block, and end after it.
-    const from = Math.max(0, start - at);
-    const to = Math.min(size, end - at);
-    for (let k = from; k < to; k++) predicted[at + k - start] = field[k]!;
+    const moved = predictedAddress(prediction, kind, address);
+    const code = withAddress(kind, get32(bytes, at), origin + base + shift, moved);
+    putField(predicted, at - start, kind, code);
   });
   return predicted;
+}
+
+/** What is predicted to become of the address in a field. */
+function predictedAddress(prediction: Prediction, kind: number, address: number): number {
+  const table = isAbsolute(kind) ? prediction.absolute : prediction.relative;
+  return (address + table.at(address)) | 0;
 }
 
 // ──── Patch decoding ──────────────────────────────────────────────────────────────────────────────
@@ -1913,175 +1929,101 @@ function readWindow(start: number, size: number, read: ReadOld): BlockWindow {
   const bytes = read(base, Math.min(size, end + MARGIN) - base);
   return { bytes, base, start: start - base, end: end - base };
 }
-// ──── Suffix array ────────────────────────────────────────────────────────────────────────────────
-// The longest match for content anywhere in other content.
 
-/**
- * Sorts the suffixes of a text by induced sorting, in linear time (Nong, Zhang and Chan, "Two
- * Efficient Algorithms for Linear Time Suffix Array Construction", 2011).
- *
- * @param top the largest value in the text
- * @returns where the suffixes begin, in ascending order
- */
-function suffixArray(text: Uint8Array | Int32Array, top: number): Int32Array {
-  const { length } = text;
-  const order = new Int32Array(length);
-  if (length < 2) return order;
-  const { isSmaller, induce } = inducedSorting(text, top, order);
-  const isLeftmost = (at: number) => at > 0 && isSmaller[at] === 1 && isSmaller[at - 1] === 0;
-  let count = 0;
-  for (let at = 1; at < length; at++) if (isLeftmost(at)) count++;
-  const leftmost = new Int32Array(count);
-  // Two are never adjacent, so that half of the room will do.
-  const ranks = new Int32Array((length >> 1) + 1);
-  for (let at = 1, rank = 0; at < length; at++) {
-    if (!isLeftmost(at)) continue;
-    ranks[at >> 1] = rank;
-    leftmost[rank++] = at;
-  }
-  induce(leftmost);
-  if (count === 0) return order;
-  const sorted = order.filter(isLeftmost);
-  // The text in which each piece from one of these to the next is one letter.
-  const reduced = new Int32Array(count);
-  let name = 0;
-  for (let k = 1; k < count; k++) {
-    const a = ranks[sorted[k - 1]! >> 1]!;
-    const b = ranks[sorted[k]! >> 1]!;
-    if (!isSamePiece(text, leftmost, a, b)) name++;
-    reduced[b] = name;
-  }
-  if (name + 1 < count) {
-    suffixArray(reduced, name).forEach((rank, k) => (sorted[k] = leftmost[rank]!));
-  }
-  induce(sorted);
-  return order;
-}
+// ──── Matching ────────────────────────────────────────────────────────────────────────────────────
+// Finds content in old content: long matches, though not always the longest.
 
-/** The inner step of `suffixArray`: sorts all suffixes into `order`, given some in order. */
-function inducedSorting(text: Uint8Array | Int32Array, top: number, order: Int32Array) {
-  const { length } = text;
-  /** Whether a suffix is smaller than the next. */
-  const isSmaller = new Uint8Array(length);
-  for (let at = length - 2; at >= 0; at--) {
-    const [here, next] = [text[at]!, text[at + 1]!];
-    isSmaller[at] = here === next ? isSmaller[at + 1]! : here < next ? 1 : 0;
-  }
-  /** Where the suffixes with a first letter begin, and the smaller ones among them. */
-  const starts = new Int32Array(top + 2);
-  const smaller = new Int32Array(top + 2);
-  for (let at = 0; at < length; at++) {
-    if (isSmaller[at] === 1) starts[text[at]! + 1]!++;
-    else smaller[text[at]!]!++;
-  }
-  for (let letter = 0; letter <= top; letter++) {
-    smaller[letter]! += starts[letter]!;
-    starts[letter + 1]! += smaller[letter]!;
-  }
-  const induce = (known: Int32Array) => {
-    order.fill(-1);
-    let next = smaller.slice();
-    for (let k = 0; k < known.length; k++) order[next[text[known[k]!]!]!++] = known[k]!;
-    next = starts.slice();
-    order[next[text[length - 1]!]!++] = length - 1;
-    for (let k = 0; k < length; k++) {
-      const at = order[k]! - 1;
-      if (at >= 0 && isSmaller[at] === 0) order[next[text[at]!]!++] = at;
-    }
-    next = starts.slice();
-    for (let k = length - 1; k >= 0; k--) {
-      const at = order[k]! - 1;
-      if (at >= 0 && isSmaller[at] === 1) order[--next[text[at]! + 1]!] = at;
-    }
-  };
-  return { isSmaller, induce };
-}
-
-/** Whether the pieces of a text that begin at two of its leftmost smaller suffixes are the same. */
-function isSamePiece(
-  text: Uint8Array | Int32Array,
-  leftmost: Int32Array,
-  a: number,
-  b: number,
-): boolean {
-  if (Math.max(a, b) + 1 === leftmost.length) return false;
-  let left = leftmost[a]!;
-  let right = leftmost[b]!;
-  const leftEnd = leftmost[a + 1]!;
-  if (leftEnd - left !== leftmost[b + 1]! - right) return false;
-  while (left <= leftEnd && text[left] === text[right]) {
-    left++;
-    right++;
-  }
-  return left > leftEnd;
-}
-
-/** The work of an encoder, in compared bytes, after which it gives up. */
+/** The work of an encoder after which it gives up, in steps of a few nanoseconds. */
 const MAX_WORK = 400_000_000;
 
 /** Thrown when content would take too long to encode. */
 class TooMuchWork extends Error {}
 
-/** Finds the longest match for content in old content. */
+/** The work that is left. */
+class WorkBudget {
+  #left = MAX_WORK;
+
+  /** @throws {TooMuchWork} */
+  spend(steps: number): void {
+    this.#left -= steps;
+    if (this.#left < 0) throw new TooMuchWork();
+  }
+}
+
+/** Shorter matches are none. */
+const MIN_MATCH = 5;
+/** How many places are tried, those before others first. */
+const MAX_TRIES = 32;
+
+/** Finds matches in old content, by chains of places at which the same few bytes begin. */
 class Matcher {
-  readonly #order: Int32Array;
-  /** Where the suffixes begin in `order` that begin with two bytes. */
-  readonly #starts = new Int32Array(0x10001);
-  #work = 0;
-  /** Of the match found last. */
+  /** For each hash of `MIN_MATCH` bytes the first place where they may be, or -1. */
+  readonly #first: Int32Array;
+  /** For each place the next one with the same hash, or -1. */
+  readonly #next: Int32Array;
+  readonly #shift: number;
+  /** Of the match found last; its length is 0 when there was none. */
   length = 0;
   from = 0;
+  /** By how much the last match was moved. */
+  #moved = 0;
 
-  constructor(private readonly old: Uint8Array) {
-    this.#order = suffixArray(old, 255);
-    let next = 0;
-    this.#order.forEach((at, k) => {
-      const pair = (old[at]! << 8) | (old[at + 1] ?? 0);
-      while (next <= pair) this.#starts[next++] = k;
-    });
-    this.#starts.fill(old.length, next);
+  constructor(
+    private readonly old: Uint8Array,
+    private readonly work: WorkBudget,
+  ) {
+    const bits = Math.min(21, Math.max(8, Math.ceil(Math.log2(old.length + 1))));
+    this.#shift = 32 - bits;
+    this.#first = new Int32Array(2 ** bits).fill(-1);
+    this.#next = new Int32Array(old.length);
+    for (let at = old.length - MIN_MATCH, run = 0; at >= 0; at--) {
+      // Of a run of one byte only the start: else it would fill a chain.
+      run = old[at] === old[at + 1] ? run + 1 : 0;
+      if (run >= MIN_MATCH && old[at] === old[at - 1]) continue;
+      const hash = this.#hash(old, at);
+      this.#next[at] = this.#first[hash]!;
+      this.#first[hash] = at;
+    }
   }
 
   /**
-   * Sets `length` and `from` to the longest match of two bytes or more; `length` is 0 without one.
-   *
-   * @throws {TooMuchWork}
+   * Sets `length` and `from` to the longest match that was found; of several, to the one that is
+   * moved most like the last.
    */
   find(content: Uint8Array, at: number): void {
     this.length = 0;
-    if (at + 1 >= content.length) return;
-    const order = this.#order;
-    const pair = (content[at]! << 8) | content[at + 1]!;
-    let low = this.#starts[pair]!;
-    let high = this.#starts[pair + 1]! - 1;
-    if (low > high) return;
-    let lowLength = this.#common(content, at, order[low]!, 0);
-    let highLength = this.#common(content, at, order[high]!, 0);
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      const suffix = order[middle]!;
-      const length = this.#common(content, at, suffix, Math.min(lowLength, highLength));
-      if ((this.old[suffix + length] ?? -1) < (content[at + length] ?? -1)) {
-        low = middle;
-        lowLength = length;
-      } else {
-        high = middle;
-        highLength = length;
-      }
+    if (at + MIN_MATCH > content.length) return;
+    const { old } = this;
+    const likely = at - this.#moved;
+    if (likely >= 0 && likely < old.length) this.#try(content, at, likely);
+    let tries = 0;
+    let from = this.#first[this.#hash(content, at)]!;
+    for (; from >= 0 && tries < MAX_TRIES; from = this.#next[from]!, tries++) {
+      const last = Math.max(0, this.length - 1);
+      if (old[from + last] === content[at + last]) this.#try(content, at, from);
     }
-    this.length = Math.max(lowLength, highLength);
-    this.from = order[lowLength > highLength ? low : high]!;
+    this.work.spend(8 + 2 * tries);
+    if (this.length > 0) this.#moved = at - this.from;
   }
 
-  /** How many bytes are the same, of which some are known to be. */
-  #common(content: Uint8Array, at: number, from: number, known: number): number {
+  /** Takes a match if it is better than the one found so far. */
+  #try(content: Uint8Array, at: number, from: number): void {
     const { old } = this;
     const most = Math.min(old.length - from, content.length - at);
-    let length = known;
+    let length = 0;
     while (length < most && old[from + length] === content[at + length]) length++;
-    this.#work += length - known + 8;
-    if (this.#work > MAX_WORK) throw new TooMuchWork();
-    return length;
+    this.work.spend(length);
+    if (length < MIN_MATCH || length < this.length) return;
+    const distance = (place: number) => Math.abs(at - this.#moved - place);
+    if (length === this.length && distance(from) >= distance(this.from)) return;
+    this.length = length;
+    this.from = from;
+  }
+
+  /** The hash of the bytes at a place. */
+  #hash(bytes: Uint8Array, at: number): number {
+    const hash = Math.imul(get32(bytes, at), 0x9e3779b1) ^ Math.imul(bytes[at + 4]!, 0x85ebca6b);
+    return Math.imul(hash ^ (hash >>> 15), 0x2c1b3c6d) >>> this.#shift;
   }
 }
 
@@ -2132,18 +2074,18 @@ class AddressSamples {
     paths.set(0, cheapest);
     for (let k = 0; k < samples.length;) {
       const address = Math.floor(samples[k]! / 2 ** 21);
-      const before = { ...cheapest };
-      const cost = before.cost + TABLE_COST.entry;
+      const before = cheapest.entries;
+      const cost = cheapest.cost + TABLE_COST.entry;
       while (Math.floor(samples[k]! / 2 ** 21) === address) {
         const sample = samples[k]!;
         const first = k;
         while (samples[k] === sample) k++;
         const add = this.#adds[sample % 2 ** 21]!;
-        const path = paths.get(add) ?? { cost: Infinity, entries: before.entries };
+        const path = paths.get(add) ?? { cost: Infinity, entries: before };
         paths.set(add, path);
         if (path.cost > cost) {
           path.cost = cost;
-          path.entries = { from: address, add, last: before.entries };
+          path.entries = { from: address, add, last: before };
         }
         path.cost -= (k - first) * (add === 0 ? TABLE_COST.changed : TABLE_COST.missed);
         if (path.cost < cheapest.cost) cheapest = path;
@@ -2151,22 +2093,19 @@ class AddressSamples {
     }
     const entries: TableEntry[] = [];
     for (let entry: Entries | undefined = cheapest.entries; entry; entry = entry.last) {
-      entries.unshift({ from: entry.from, add: entry.add });
+      entries.push({ from: entry.from, add: entry.add });
     }
+    entries.reverse();
     if (entries[0]!.add === 0) entries.shift();
     return new AddressTable(entries.slice(0, MAX_TABLE));
   }
 }
 
-/** A block of content that is all there. */
-function windowAt(bytes: Uint8Array, start: number): BlockWindow {
-  return { bytes, base: 0, start, end: Math.min(bytes.length, start + BLOCK) };
-}
-
-/** The starts of the blocks that hold some of old[from, to). */
-function blocksOf(from: number, to: number): number[] {
-  const first = Math.floor(from / BLOCK);
-  return Array.from({ length: Math.ceil(to / BLOCK) - first }, (_, k) => (first + k) * BLOCK);
+/** The blocks of content that hold some of [from, to); the last one as far as `to`. */
+function* blocksOf(bytes: Uint8Array, from: number, to: number): Generator<BlockWindow> {
+  for (let start = from - (from % BLOCK); start < to; start += BLOCK) {
+    yield { bytes, base: 0, start, end: Math.min(to, start + BLOCK) };
+  }
 }
 
 /**
@@ -2179,27 +2118,31 @@ function learnAddresses(
   content: Uint8Array,
   covers: readonly Cover[],
   prediction: Prediction,
+  work: WorkBudget,
 ): Prediction {
+  if (prediction.architecture === ARCHITECTURES.none) return prediction;
   const absolute = new AddressSamples();
   const relative = new AddressSamples();
   for (const { at: coverAt, from, length } of covers) {
+    work.spend(length + BLOCK);
     const [end, shift] = [from + length, coverAt - from];
-    for (const start of blocksOf(from, end)) {
+    for (const window of blocksOf(old, from, end)) {
       const visit: FieldVisitor = (kind, at, address, origin) => {
         // Each field once, and whole.
-        if (at < start || Math.min(at, origin) < from || at + FIELD_SIZES[kind]! > end) return;
-        const now = newAddress(old, content, kind, at, origin, shift);
+        if (at < window.start || Math.min(at, origin) < from) return;
+        if (at + FIELD_SIZES[kind]! > end) return;
+        const now = actualAddress(old, content, kind, at, origin, shift);
         if (now === undefined) return;
         (isAbsolute(kind) ? absolute : relative).add(address, (now - address) | 0);
       };
-      visitFields(windowAt(old, start), prediction, visit, true);
+      visitFields(window, prediction, visit, true);
     }
   }
   return { ...prediction, absolute: absolute.table(), relative: relative.table() };
 }
 
 /** What a field is in new content; `undefined` if it is no such field there, or says nothing. */
-function newAddress(
+function actualAddress(
   old: Uint8Array,
   content: Uint8Array,
   kind: number,
@@ -2233,7 +2176,7 @@ function newAddress(
       // The lower half says it all.
       return undefined;
   }
-  return addressOf(kind, content, at + shift, 0);
+  return addressOf(kind, get32(content, at + shift), at + shift);
 }
 
 /** Old content, as it is predicted for any copy. */
@@ -2241,52 +2184,47 @@ class PredictedContent {
   /** As far as it does not depend on the copy; relative addresses as if it did not move. */
   readonly bytes: Uint8Array;
   /** For each byte of a relative address the kind of field × 4 + the index in it; else 0. */
-  readonly fields: Uint8Array;
-  /** For each relative address what it will be. */
+  readonly #fields: Uint8Array;
+  /** For each field with a relative address what that will be. */
   readonly #addresses: Int32Array;
 
   constructor(
     private readonly old: Uint8Array,
     prediction: Prediction,
   ) {
-    const { absolute, relative, architecture } = prediction;
+    const { length } = old;
     this.bytes = new Uint8Array(old);
-    this.fields = new Uint8Array(old.length);
-    this.#addresses = new Int32Array(old.length);
-    if (architecture === ARCHITECTURES.none) return;
-    for (const start of blocksOf(0, old.length)) {
-      const window = windowAt(old, start);
+    this.#fields = new Uint8Array(length);
+    const hasRelative = prediction.architecture > ARCHITECTURES.words;
+    this.#addresses = new Int32Array(hasRelative ? length : 0);
+    if (prediction.architecture === ARCHITECTURES.none) return;
+    for (const window of blocksOf(old, 0, length)) {
+      const { start, end } = window;
+      const bytes = this.bytes.subarray(start, end);
+      const fields = this.#fields.subarray(start, end);
       visitFields(window, prediction, (kind, at, address, origin) => {
-        const isFixed = isAbsolute(kind);
-        // The lower half counts from the upper one; here from itself.
-        this.#addresses[at] = address + (isFixed ? absolute : relative).at(address) + at - origin;
-        if (isFixed) this.#addresses[at]! -= at - origin;
-        this.#put(kind, at, 0);
-        const to = Math.min(FIELD_SIZES[kind]!, window.end - at);
-        for (let k = Math.max(0, start - at); k < to; k++) {
-          this.bytes[at + k] = field[k]!;
-          this.fields[at + k] = isFixed ? 0 : kind * 4 + k;
-        }
+        const moved = predictedAddress(prediction, kind, address);
+        putField(bytes, at - start, kind, withAddress(kind, get32(old, at), origin, moved));
+        const isRelative = !isAbsolute(kind);
+        putField(fields, at - start, kind, isRelative ? kind * 0x04040404 + 0x03020100 : 0);
+        // Of a RISC-V address, either half counts from the upper one; here from itself.
+        if (isRelative) this.#addresses[at] = moved + at - origin;
       });
     }
   }
 
   get length(): number {
-    return this.old.length;
+    return this.bytes.length;
   }
 
   /** The byte at a place, in a copy that moves it by `shift`. */
   at(from: number, shift: number): number {
-    const byte = this.fields[from]!;
-    if (byte === 0) return this.bytes[from]!;
-    this.#put(byte >> 2, from - (byte & 3), shift);
-    return field[byte & 3]!;
-  }
-
-  #put(kind: number, at: number, shift: number): void {
-    const size = FIELD_SIZES[kind]!;
-    for (let k = 0; k < size; k++) field[k] = this.old[at + k]!;
-    putAddress(kind, field, at + shift, this.#addresses[at]!);
+    const field = this.#fields[from]!;
+    if (field === 0) return this.bytes[from]!;
+    const index = field & 3;
+    const at = from - index;
+    const code = withAddress(field >> 2, get32(this.old, at), at + shift, this.#addresses[at]!);
+    return (code >> (8 * index)) & 0xff;
   }
 }
 
@@ -2381,12 +2319,13 @@ const COST = {
 
 /** Shifts that are followed at once. */
 const MAX_PATHS = 64;
-/** How far behind the cheapest path another is followed. */
-const MAX_LAG = COST.seek + 24;
 /** A copy may begin so many bytes before what matches. */
 const LEAD = 64;
-/** Matches shorter than this are no copies. */
-const MIN_MATCH = 5;
+/**
+ * How many bytes that are wrong a copy may have, and still be followed; those that are right offset
+ * them. At first, and at most.
+ */
+const PATIENCE = { first: 96, most: 128 } as const;
 
 /** A part of a path through the content: a copy that is moved by `shift`, or, without, inserted. */
 interface PathStep {
@@ -2401,6 +2340,8 @@ interface Path {
   cost: number;
   /** Whether the last byte was wrong. */
   isWrong: boolean;
+  /** See `PATIENCE`. */
+  patience: number;
   /** Where its last part begins. */
   since: number;
   /** The part before. */
@@ -2424,7 +2365,8 @@ function switchTo(path: Path, at: number, other: Path, cost: number): void {
 }
 
 function newPath(shift: number | undefined): Path {
-  return { shift, cost: 0, isWrong: false, since: 0, last: undefined, step: undefined };
+  const patience = PATIENCE.first;
+  return { shift, cost: 0, isWrong: false, patience, since: 0, last: undefined, step: undefined };
 }
 
 /** Where copies that are moved by some shift may begin: numbers that sort by place. */
@@ -2438,11 +2380,22 @@ function findBegins(matcher: Matcher, content: Uint8Array, covers: readonly Cove
   for (let at = 0; at + MIN_MATCH <= content.length;) {
     matcher.find(content, at);
     const { from, length } = matcher;
-    if (length >= MIN_MATCH) begins.push(packBegin({ at, from, length }));
+    if (length > 0) begins.push(packBegin({ at, from, length }));
     // The longest match may be another before this one ends.
     at += Math.max(1, length - 12);
   }
   return Float64Array.from(begins).sort();
+}
+
+/** @throws {TooMuchWork} */
+function cheapestCovers(
+  old: PredictedContent,
+  content: Uint8Array,
+  covers: readonly Cover[],
+  work: WorkBudget,
+): Cover[] {
+  const begins = findBegins(new Matcher(old.bytes, work), content, covers);
+  return new CoverSearch(old, content, begins, work).covers();
 }
 
 /** Finds the cheapest covers, by the paths that are cheapest up to each place for each shift. */
@@ -2451,7 +2404,7 @@ class CoverSearch {
   readonly #copies: Path[] = [];
   /** The next of `begins`. */
   #next = 0;
-  /** At the place reached. */
+  /** At the place reached; `#second` is the cost of the cheapest other copy. */
   #cheapest = this.#inserted;
   #second = Infinity;
 
@@ -2460,8 +2413,10 @@ class CoverSearch {
     private readonly old: PredictedContent,
     private readonly content: Uint8Array,
     private readonly begins: Float64Array,
+    private readonly work: WorkBudget,
   ) {}
 
+  /** @throws {TooMuchWork} */
   covers(): Cover[] {
     const { length } = this.content;
     for (let at = 0; ; at++) {
@@ -2483,33 +2438,39 @@ class CoverSearch {
 
   /** Finds the cheapest path. */
   #compare(): void {
-    this.#cheapest = this.#inserted;
-    this.#second = Infinity;
+    let cheapest = this.#inserted;
+    let second = Infinity;
     for (const path of this.#copies) {
-      if (path.cost < this.#cheapest.cost) {
-        this.#second = this.#cheapest.cost;
-        this.#cheapest = path;
-      } else if (path.cost < this.#second) this.#second = path.cost;
+      if (path.cost < cheapest.cost) {
+        if (cheapest !== this.#inserted) second = cheapest.cost;
+        cheapest = path;
+      } else if (path.cost < second) second = path.cost;
     }
+    this.#cheapest = cheapest;
+    this.#second = second;
   }
 
-  /** The end of what the cheapest copy has right, once all other paths are as far behind as can be. */
+  /**
+   * The end of what the cheapest copy has right, once all other paths are so far behind that they
+   * cannot do better than to begin anew after it.
+   */
   #passRight(at: number): number {
     const cheapest = this.#cheapest;
     const { shift, cost } = cheapest;
-    const isAhead = this.#second >= cost + COST.seek - 0.01 || this.#copies.length === 1;
-    if (shift === undefined || !isAhead || this.#inserted.cost < cost + COST.beginInsert) return at;
+    const isAhead =
+      this.#second >= cost + COST.seek - 0.01 && this.#inserted.cost >= cost + COST.beginInsert;
+    if (shift === undefined || !isAhead) return at;
     const { begins, content, old } = this;
     const due = this.#next < begins.length ? beginOf(begins[this.#next]!) : Infinity;
     const limit = Math.min(content.length, old.length + shift, due);
     let end = at;
     while (end < limit && old.at(end - shift, shift) === content[end]) end++;
     if (end <= at) return at;
+    this.work.spend(end - at);
     cheapest.cost += (end - at) * COST.right;
     cheapest.isWrong = false;
-    for (const path of [this.#inserted, ...this.#copies]) {
-      if (path !== cheapest) path.cost = cheapest.cost + MAX_LAG;
-    }
+    this.#inserted.cost = Infinity;
+    for (const path of this.#copies) if (path !== cheapest) path.cost = Infinity;
     return end;
   }
 
@@ -2533,22 +2494,29 @@ class CoverSearch {
     const inserted = this.#inserted;
     const insert = cheapest.cost + COST.beginInsert;
     const seek = cheapest.cost + COST.seek;
-    const most = this.#copies.length < MAX_PATHS ? cheapest.cost + MAX_LAG : seek;
+    // When there is no room for others, those that only wait are given up.
+    const most = this.#copies.length < MAX_PATHS ? Infinity : seek;
     if (inserted.cost > insert) switchTo(inserted, at, cheapest, insert);
     inserted.cost += COST.insert;
+    const { old } = this;
     const copies = this.#copies;
-    const { bytes, fields } = this.old;
     const byte = this.content[at];
+    this.work.spend(8 + 4 * copies.length);
     let kept = 0;
     for (let k = 0; k < copies.length; k++) {
       const path = copies[k]!;
-      const shift = path.shift!;
-      const from = at - shift;
-      if (path.cost > most || from >= bytes.length) continue;
+      const from = at - path.shift!;
+      if (path.cost > most || path.patience < 0 || from >= old.length) continue;
       if (path.cost > seek) switchTo(path, at, cheapest, seek);
-      const isRight = (fields[from] === 0 ? bytes[from] : this.old.at(from, shift)) === byte;
-      path.cost += isRight ? COST.right : path.isWrong ? COST.wrongAgain : COST.wrong;
-      path.isWrong = !isRight;
+      if (old.at(from, path.shift!) === byte) {
+        path.cost += COST.right;
+        path.isWrong = false;
+        path.patience = Math.min(path.patience + 1, PATIENCE.most);
+      } else {
+        path.cost += path.isWrong ? COST.wrongAgain : COST.wrong;
+        path.isWrong = true;
+        path.patience--;
+      }
       copies[kept++] = path;
     }
     copies.length = kept;
@@ -2567,16 +2535,21 @@ const MIN_COMMON = 1 / 16;
  * @returns `undefined` where they have too little in common, or where it would take too long
  */
 export function encodePatch(old: Uint8Array, content: Uint8Array): Uint8Array | undefined {
+  const body = unlessTooMuch(() => encodePatchBody(old, content));
+  if (!body) return undefined;
+  const header = new PatchWriter();
+  header.take(PATCH_MAGIC);
+  header.number(old.length);
+  header.number(content.length);
+  for (const end of [old, content]) header.take(Buffer.from(sha256(end), "hex"));
+  header.take(body);
+  return header.bytes;
+}
+
+/** The result of work that may be given up. */
+function unlessTooMuch<T>(work: () => T): T | undefined {
   try {
-    const body = encodePatchBody(old, content);
-    if (!body) return undefined;
-    const header = new PatchWriter();
-    header.take(PATCH_MAGIC);
-    header.number(old.length);
-    header.number(content.length);
-    for (const end of [old, content]) header.take(Buffer.from(sha256(end), "hex"));
-    header.take(body);
-    return header.bytes;
+    return work();
   } catch (error) {
     if (error instanceof TooMuchWork) return undefined;
     throw error;
@@ -2585,39 +2558,46 @@ export function encodePatch(old: Uint8Array, content: Uint8Array): Uint8Array | 
 
 /** A patch from the architecture on. */
 function encodePatchBody(old: Uint8Array, content: Uint8Array): Uint8Array | undefined {
-  const matcher = new Matcher(old);
-  const matched = matchedCovers(matcher, old, content);
+  const work = new WorkBudget();
+  const matched = matchedCovers(new Matcher(old, work), old, content);
   const common = matched.reduce((sum, { length }) => sum + length, 0);
   if (common < content.length * MIN_COMMON) return undefined;
-  let { patch, prediction } = bestPrediction(old, content, matched);
-  const predicted = new PredictedContent(old, prediction);
-  const isPlain = prediction.architecture === ARCHITECTURES.none;
-  const begins = findBegins(isPlain ? matcher : new Matcher(predicted.bytes), content, matched);
-  const covers = new CoverSearch(predicted, content, begins).covers();
-  if (!isPlain) prediction = learnAddresses(old, content, covers, prediction);
-  const better = writePatch(old, content, covers, prediction);
-  return deflatedSize(better) < deflatedSize(patch) ? better : patch;
+  const { patch, prediction } = bestPrediction(old, content, matched, work);
+  const better = unlessTooMuch(() => {
+    const covers = cheapestCovers(new PredictedContent(old, prediction), content, matched, work);
+    const learned = learnAddresses(old, content, covers, prediction, work);
+    return writePatch(old, content, covers, learned, work);
+  });
+  return better && deflatedSize(better) < deflatedSize(patch) ? better : patch;
 }
 
 /** Learns what to predict for each architecture that it can be, and keeps the best. */
-function bestPrediction(old: Uint8Array, content: Uint8Array, covers: readonly Cover[]) {
-  const all = [[0, old.length]] as const;
-  const { words, thumb, xtensa, riscv } = ARCHITECTURES;
+function bestPrediction(
+  old: Uint8Array,
+  content: Uint8Array,
+  covers: readonly Cover[],
+  work: WorkBudget,
+) {
   const image = espImage(old);
-  const candidates: Prediction[] = [NO_PREDICTION];
-  if (image) candidates.push(learnAddresses(old, content, covers, { ...NO_PREDICTION, ...image }));
-  else {
-    for (const architecture of [words, thumb, xtensa, riscv]) {
-      const code = architecture === words ? [] : all;
-      const prediction = { ...NO_PREDICTION, architecture, code };
-      candidates.push(learnAddresses(old, content, covers, prediction));
-    }
-  }
-  const tried = candidates.map((prediction) => {
-    const patch = writePatch(old, content, covers, prediction);
+  const code = [[0, old.length]] as const;
+  const { words, thumb, xtensa, riscv } = ARCHITECTURES;
+  const candidates = image
+    ? [image]
+    : [
+        { architecture: words, code: [] },
+        ...[thumb, xtensa, riscv].map((architecture) => ({ architecture, code })),
+      ];
+  const attempt = (prediction: Prediction) => {
+    const patch = writePatch(old, content, covers, prediction, work);
     return { prediction, patch, size: deflatedSize(patch) };
-  });
-  return tried.reduce((best, one) => (one.size < best.size ? one : best));
+  };
+  let best = attempt(NO_PREDICTION);
+  for (const candidate of candidates) {
+    const unlearned = { ...NO_PREDICTION, ...candidate };
+    const one = attempt(learnAddresses(old, content, covers, unlearned, work));
+    if (one.size < best.size) best = one;
+  }
+  return best;
 }
 
 const deflatedSize = (bytes: Uint8Array) => zlib.deflateRawSync(bytes, { level: 1 }).length;
@@ -2655,11 +2635,13 @@ function writePatch(
   content: Uint8Array,
   covers: readonly Cover[],
   prediction: Prediction,
+  work: WorkBudget,
 ): Uint8Array {
   const patch = new PatchWriter();
   patch.prediction(prediction);
   let [at, from] = [0, 0];
   for (const cover of covers) {
+    work.spend(cover.length + BLOCK);
     patch.number(cover.at - at);
     patch.take(content.subarray(at, cover.at));
     patch.signed(cover.from - from);
@@ -2690,10 +2672,10 @@ function writeCopy(
     patch.take(adds);
     adds.length = right = 0;
   };
-  for (const start of blocksOf(from, from + length)) {
-    const predicted = predictBlock(windowAt(old, start), prediction, at - from);
-    const [first, end] = [Math.max(start, from), Math.min(start + BLOCK, from + length)];
-    for (let k = first; k < end; k++) {
+  for (const window of blocksOf(old, from, from + length)) {
+    const { start, end } = window;
+    const predicted = predictBlock(window, prediction, at - from);
+    for (let k = Math.max(start, from); k < end; k++) {
       const add = (content[at - from + k]! - predicted[k - start]!) & 0xff;
       if (add === 0 || adds.length === 3) flush();
       if (add === 0) right++;
