@@ -1934,7 +1934,7 @@ function readWindow(start: number, size: number, read: ReadOld): BlockWindow {
 // Finds content in old content: long matches, though not always the longest.
 
 /** The work of an encoder after which it gives up, in steps of a few nanoseconds. */
-const MAX_WORK = 400_000_000;
+const MAX_WORK = 600_000_000;
 
 /** Thrown when content would take too long to encode. */
 class TooMuchWork extends Error {}
@@ -1999,7 +1999,7 @@ class Matcher {
     let tries = 0;
     let from = this.#first[this.#hash(content, at)]!;
     for (; from >= 0 && tries < MAX_TRIES; from = this.#next[from]!, tries++) {
-      const last = Math.max(0, this.length - 1);
+      const last = this.#isCloser(at, from) ? Math.max(0, this.length - 1) : this.length;
       if (old[from + last] === content[at + last]) this.#try(content, at, from);
     }
     this.work.spend(8 + 2 * tries);
@@ -2014,10 +2014,14 @@ class Matcher {
     while (length < most && old[from + length] === content[at + length]) length++;
     this.work.spend(length);
     if (length < MIN_MATCH || length < this.length) return;
-    const distance = (place: number) => Math.abs(at - this.#moved - place);
-    if (length === this.length && distance(from) >= distance(this.from)) return;
+    if (length === this.length && !this.#isCloser(at, from)) return;
     this.length = length;
     this.from = from;
+  }
+
+  #isCloser(at: number, from: number): boolean {
+    const likely = at - this.#moved;
+    return Math.abs(likely - from) < Math.abs(likely - this.from);
   }
 
   /** The hash of the bytes at a place. */
@@ -2528,6 +2532,12 @@ class CoverSearch {
 
 /** A patch of which copies are written that have less than this of the content in common is none. */
 const MIN_COMMON = 1 / 16;
+/**
+ * Copies are searched anew with what was learned from them, as long as that makes a patch smaller
+ * by so much.
+ */
+const MIN_GAIN = 1 / 64;
+const MAX_ROUNDS = 3;
 
 /**
  * Makes new content into a patch of old content.
@@ -2562,13 +2572,38 @@ function encodePatchBody(old: Uint8Array, content: Uint8Array): Uint8Array | und
   const matched = matchedCovers(new Matcher(old, work), old, content);
   const common = matched.reduce((sum, { length }) => sum + length, 0);
   if (common < content.length * MIN_COMMON) return undefined;
-  const { patch, prediction } = bestPrediction(old, content, matched, work);
-  const better = unlessTooMuch(() => {
-    const covers = cheapestCovers(new PredictedContent(old, prediction), content, matched, work);
-    const learned = learnAddresses(old, content, covers, prediction, work);
-    return writePatch(old, content, covers, learned, work);
-  });
-  return better && deflatedSize(better) < deflatedSize(patch) ? better : patch;
+  let best = bestPrediction(old, content, matched, work);
+  let covers = matched;
+  for (let round = 0; round < MAX_ROUNDS; round++) {
+    const better = unlessTooMuch(() => {
+      const predicted = new PredictedContent(old, best.prediction);
+      covers = cheapestCovers(predicted, content, covers, work);
+      const learned = learnAddresses(old, content, covers, best.prediction, work);
+      return draft(old, content, covers, learned, work);
+    });
+    const gain = better ? best.size - better.size : 0;
+    if (better && gain > 0) best = better;
+    if (gain < best.size * MIN_GAIN) break;
+  }
+  return best.patch;
+}
+
+/** A patch, what it predicts, and about what it is on the air. */
+interface Draft {
+  patch: Uint8Array;
+  prediction: Prediction;
+  size: number;
+}
+
+function draft(
+  old: Uint8Array,
+  content: Uint8Array,
+  covers: readonly Cover[],
+  prediction: Prediction,
+  work: WorkBudget,
+): Draft {
+  const patch = writePatch(old, content, covers, prediction, work);
+  return { patch, prediction, size: zlib.deflateRawSync(patch, { level: 1 }).length };
 }
 
 /** Learns what to predict for each architecture that it can be, and keeps the best. */
@@ -2577,7 +2612,7 @@ function bestPrediction(
   content: Uint8Array,
   covers: readonly Cover[],
   work: WorkBudget,
-) {
+): Draft {
   const image = espImage(old);
   const code = [[0, old.length]] as const;
   const { words, thumb, xtensa, riscv } = ARCHITECTURES;
@@ -2587,20 +2622,15 @@ function bestPrediction(
         { architecture: words, code: [] },
         ...[thumb, xtensa, riscv].map((architecture) => ({ architecture, code })),
       ];
-  const attempt = (prediction: Prediction) => {
-    const patch = writePatch(old, content, covers, prediction, work);
-    return { prediction, patch, size: deflatedSize(patch) };
-  };
-  let best = attempt(NO_PREDICTION);
+  let best = draft(old, content, covers, NO_PREDICTION, work);
   for (const candidate of candidates) {
     const unlearned = { ...NO_PREDICTION, ...candidate };
-    const one = attempt(learnAddresses(old, content, covers, unlearned, work));
+    const learned = learnAddresses(old, content, covers, unlearned, work);
+    const one = draft(old, content, covers, learned, work);
     if (one.size < best.size) best = one;
   }
   return best;
 }
-
-const deflatedSize = (bytes: Uint8Array) => zlib.deflateRawSync(bytes, { level: 1 }).length;
 
 /** Espressif's chips with Xtensa cores, by their number in an image: ESP32, S2, S3. */
 const XTENSA_CHIPS = [0, 2, 9];
