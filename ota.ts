@@ -1819,7 +1819,7 @@ function readPatchHeader(patch: PatchReader) {
  * @returns pieces of the new content
  * @throws on a malformed patch, or one of other content
  */
-function* applyPatch(
+export function* applyPatch(
   patch: Uint8Array,
   limit: number,
   { size, sha256, read }: Dictionary,
