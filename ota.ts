@@ -2728,31 +2728,36 @@ const PATCH_WORKER_REST = 10_000;
 
 /** Threads that make patches: as many as there are jobs at once, which is for the caller to bound. */
 class PatchThreads {
-  readonly #idle: { worker: threads.Worker; end: Timer }[] = [];
+  readonly #idle = new Map<threads.Worker, Timer>();
 
   /** Does what `encodePatch` does; see there. Rejects when the thread fails. */
   async encode(old: Uint8Array, content: Uint8Array): Promise<Uint8Array | undefined> {
     const worker = this.#take();
-    const done = new Promise<Uint8Array | undefined>((resolve, reject) => {
-      worker.once("message", resolve);
-      worker.once("error", reject);
-      worker.once("exit", () => reject(new Error("the thread that makes patches has ended")));
-    });
-    worker.postMessage([old, content]);
+    let mayRest = false;
     try {
-      return await done;
+      const done = new Promise<Uint8Array | undefined>((resolve, reject) => {
+        worker.once("message", resolve);
+        worker.once("error", reject);
+        worker.once("exit", () => reject(new Error("the thread that makes patches has ended")));
+      });
+      worker.postMessage([old, content]);
+      const patch = await done;
+      mayRest = old.length + content.length <= SMALL_PATCH;
+      return patch;
     } finally {
       worker.removeAllListeners();
-      if (old.length + content.length > SMALL_PATCH) this.#end(worker);
-      else this.#rest(worker);
+      // An error that nobody listens for would end the process.
+      worker.on("error", () => {});
+      if (mayRest) this.#rest(worker);
+      else this.#end(worker);
     }
   }
 
   #take(): threads.Worker {
-    const rested = this.#idle.pop();
-    if (rested) {
-      clearTimeout(rested.end);
-      return rested.worker;
+    for (const [worker, end] of this.#idle) {
+      this.#idle.delete(worker);
+      clearTimeout(end);
+      return worker;
     }
     const worker = new threads.Worker(new URL(import.meta.url), { workerData: PATCH_WORKER });
     // It must not keep the process running.
@@ -2761,16 +2766,15 @@ class PatchThreads {
   }
 
   #rest(worker: threads.Worker): void {
-    const end = setTimeout(() => {
-      this.#idle.splice(0, this.#idle.length, ...this.#idle.filter((one) => one.worker !== worker));
-      this.#end(worker);
-    }, PATCH_WORKER_REST);
+    const end = setTimeout(() => this.#end(worker), PATCH_WORKER_REST);
+    this.#idle.set(worker, end);
+    worker.once("exit", () => this.#idle.delete(worker));
     end.unref();
-    this.#idle.push({ worker, end });
   }
 
   #end(worker: threads.Worker): void {
-    // A new one is taken in any case.
+    this.#idle.delete(worker);
+    // What cannot be ended has ended.
     worker.terminate().catch(() => {});
   }
 }
@@ -5955,7 +5959,7 @@ function logLine(contact: Contact): string {
   const { method, path, query, address, status, sent, milliseconds, coding, offer } = contact;
   const device = query.devid || query.wmac;
   const id = device ? ` device=${printable(device)}` : "";
-  const coded = coding ? ` coding=${coding.encoding}` : "";
+  const coded = coding ? ` coding=${coding.encoding.replace(" ", "")}` : "";
   const model = offer?.model ? ` model=${printable(offer.model)}` : "";
   const failed = query.failed ? ` failed=${printable(query.failed)}` : "";
   const tenths = Math.round(milliseconds * 10);
