@@ -76,7 +76,8 @@ describe("the example", () => {
       const names = [...board.files.keys()].filter((path) => path.endsWith(".py"));
       expect(names.length).toBeGreaterThan(9);
       const { error } = await board.start(
-        `for name in ${JSON.stringify(names)}: compile(open(name).read(), name, "exec")`,
+        // This build makes no machine code.
+        `for name in ${JSON.stringify(names)}: compile(open(name).read().replace("@micropython.viper", ""), name, "exec")`,
         { boot: false },
       );
       expect(error).toBe("");

@@ -33,9 +33,10 @@ class Partition:
     def get_next_update(self):
         return Partition("ota_1" if self.name == "ota_0" else "ota_0")
 
-    def readblocks(self, n, buf):
+    def readblocks(self, n, buf, offset=0):
+        # What was never written reads as it was left.
         with open(self.path, "rb") as f:
-            f.seek(n * 4096)
+            f.seek(n * 4096 + offset)
             f.readinto(buf)
 
     def writeblocks(self, n, buf):

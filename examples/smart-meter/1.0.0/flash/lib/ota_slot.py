@@ -12,6 +12,23 @@ from ota_manifest import hexdigest
 BLOCK = 4096  # bytes that are written at a time
 
 
+def image_size(read, room):
+    # Of an image for an ESP32 (ESP-IDF, "App Image Format"); 0 for anything else.
+    head = bytearray(24)
+    read(0, head)
+    if head[0] != 0xE9:
+        return 0
+    part = bytearray(8)
+    at = 24
+    for _ in range(head[1]):
+        if at + 8 > room:
+            return 0
+        read(at, part)
+        at += 8 + (part[4] | part[5] << 8 | part[6] << 16 | part[7] << 24)
+    at = (at | 15) + 1 + (32 if head[23] else 0)  # a checksum, and perhaps a SHA-256
+    return at if at <= room else 0
+
+
 class Slot:
     # The firmware slot that does not run now.
 
@@ -31,7 +48,7 @@ class Slot:
             if hasattr(pycom, "bootmgr"):
                 first = pycom.bootmgr()[0].lower() == "factory"
                 self.name = "ota_0" if first else "Factory"
-        self.hash = self.block = None
+        self.hash = self.block = self.image = None
 
     def buffer(self):
         # Not before it is needed: there is little room while a manifest is checked.
@@ -90,7 +107,7 @@ class Slot:
         self.hash = None
         return hexdigest(h) if h else ""
 
-    def digest(self, sort, size):
+    def digest(self, sort, size, part=None):
         # The digest of what is in the slot; "" where that cannot be read.
         if not self.part or size > self.room:
             return ""
@@ -99,11 +116,30 @@ class Slot:
         try:
             for n in range((size + BLOCK - 1) // BLOCK):
                 ota_boot.alive()
-                self.part.readblocks(n, self.block)
+                (part or self.part).readblocks(n, self.block)
                 h.update(self.view[: min(BLOCK, size - n * BLOCK)])
         finally:
             text = hexdigest(h)
         return text
+
+    def running(self):
+        # Of the image that runs: its SHA-256, its size, and what reads it; SHA-256 is
+        # "" where that cannot be read.
+        if not self.image:
+            self.image = "", 0, None
+            try:
+                from esp32 import Partition
+
+                part = Partition(Partition.RUNNING)
+
+                def read(at, view):
+                    part.readblocks(at // BLOCK, view, at % BLOCK)
+
+                size = image_size(read, part.info()[3])
+                self.image = self.digest("sha256", size, part) if size else "", size, read
+            except (ImportError, OSError, TypeError):
+                pass
+        return self.image
 
     def switch(self, name):
         if self.part:

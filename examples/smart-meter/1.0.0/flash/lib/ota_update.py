@@ -54,6 +54,7 @@ def stage(ota, state):
         # The heap or the stack is full; another time there may be more room.
         raise OSError("this update is too large for this board: %r" % e)
     finally:
+        sys.modules.pop("ota_patch", None)
         gc.collect()  # closes the manifest where reading it was left off
         if kind(MANIFEST):
             os.remove(MANIFEST)
@@ -193,9 +194,10 @@ def write_plan(ota, new, issued, flashes):
             elif key == "new" or key == "update":
                 path = local(item["dst_path"])
                 want, sort = expected(item)
-                if path != VERSION_FILE and digest(path, sort) != want:
+                have = path != VERSION_FILE and digest(path, sort)
+                if path != VERSION_FILE and have != want:
                     base = base_of(path, want, new["set"])
-                    get_file(ota, item, path, base)
+                    get_file(ota, item, path, base, have)
                     f.write("%s\t%s\t%s\n" % ("R" if kind(path) == 1 else "A", path, base))
                     count += 1
         if new["version"] not in (ota.version(), "0"):
@@ -215,7 +217,7 @@ def record(plan, new, path, text):
     plan.write("%s\t%s\t%s\n" % ("R" if kind(path) else "A", path, base))
 
 
-def get_file(ota, item, path, base):
+def get_file(ota, item, path, base, have):
     want, sort = expected(item)
     if digest(base + ".n", sort) == want:
         return  # staged by an update that was cut short
@@ -226,7 +228,7 @@ def get_file(ota, item, path, base):
     url = request_path(item)
     from ota_part import Part
 
-    part = Part(base, want, sort, size(item))
+    part = Part(base, want, sort, size(item), path, have if sort == "sha256" else "")
     tries(url, lambda: part.receive(ota, url))
     ota_boot.move(base + ".p", base + ".n")
     if kind(base + ".t"):

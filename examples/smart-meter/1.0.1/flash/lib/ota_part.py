@@ -7,6 +7,7 @@
 #
 # There is a tag only where the server gave one and enough was received to be worth
 # it. A reset may leave anything in base.p or the slot: the hash decides in the end.
+# What comes from its beginning may come compressed, or as a patch, see ota_coding.py.
 
 try:
     import uos as os
@@ -28,7 +29,11 @@ def remove(path):
 
 
 class Part:
-    def __init__(self, base, want, sort, most):
+    chances = 2  # that codings have
+
+    def __init__(self, base, want, sort, most, there="", have=""):
+        self.there = there  # the file that this replaces,
+        self.have = have  # and its SHA-256, "" if that is not known
         self.path = base + ".p"
         self.tags = base + ".t"
         self.want = want
@@ -64,9 +69,30 @@ class Part:
             self.begin(0, "")
             ota.get(url, self.write)
         elif self.at < self.most:
+            self.headers = "" if self.at else self.codings()
             ota.get(url, self.write, self)
         else:
             self.begin(self.at, self.tag)
+
+    def codings(self):
+        # What a request says of codings, for ota_http.py.
+        if not self.chances:
+            return ""
+        try:
+            import ota_coding
+
+            return ota_coding.headers(self)
+        except (ImportError, MemoryError):
+            return ""
+
+    def coded(self, coding, pieces):
+        # What comes is coded; pieces yields it.
+        self.begin(0, "")
+        if not self.headers:
+            raise OSError("the server sends a coding that nobody asked for")
+        import ota_coding
+
+        ota_coding.receive(self, coding, pieces)
 
     def begin(self, at, tag):
         # What comes next belongs at `at`: where this part ends, or at the beginning.
@@ -84,6 +110,20 @@ class Part:
         self.put(piece)
 
     # What is different for firmware:
+
+    def old_hash(self):
+        return self.have
+
+    def old(self):
+        # The size of old content, what reads it, and what ends that.
+        f = open(self.there, "rb")
+
+        def read(at, view):
+            f.seek(at)
+            if f.readinto(view) != len(view):
+                raise ValueError("the old content is shorter now")
+
+        return os.stat(self.there)[6], read, f.close
 
     def find(self):
         with open(self.tags) as f:
@@ -131,6 +171,13 @@ class Image(Part):
                 raise OSError("its hash is wrong")
         finally:
             self.slot.stop()
+
+    def old_hash(self):
+        return self.slot.running()[0]
+
+    def old(self):
+        _, size, read = self.slot.running()
+        return size, read, lambda: None
 
     def find(self):
         with open(IMAGE) as f:

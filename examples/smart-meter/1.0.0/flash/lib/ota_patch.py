@@ -1,0 +1,254 @@
+# Makes new content of old content and a patch: `ota-patch`, version 1, as it is written
+# down in ota.ts. ota_coding.py loads this when a patch comes. Old content is read where
+# it lies, a block at a time, new content is written in pieces, and a patch that says
+# more than there is, or less, is refused with a ValueError.
+
+import sys
+
+import ota_boot
+
+MAGIC = b"\x89OTP\x01"
+BLOCK = 1024  # old content is predicted in such pieces,
+MARGIN = 64  # for which so much of their neighbours is needed
+MOST_RANGES = 64
+MOST_ENTRIES = 4096
+CODE = {2: "ota_thumb", 3: "ota_xtensa", 4: "ota_riscv"}
+SCANS = {}
+
+
+def refuse(why):
+    raise ValueError("the patch " + why)
+
+
+def load(name, shared):
+    # Adds the functions of a module, as machine code where this build makes that.
+    try:
+        module = __import__(name)
+        for key in dir(module):
+            shared[key] = getattr(module, key)
+    except Exception:
+        shared["ptr8"] = lambda o: o
+        for folder in sys.path:
+            path = (folder + "/" if folder else "") + name + ".py"
+            if ota_boot.kind(path) == 1:
+                with open(path) as f:
+                    # What is left has no import and no decorator.
+                    text = "".join([line for line in f if line[0] in " d"])
+                return exec(text, shared)
+        raise
+
+
+def scans(kind):
+    # The functions that find the addresses for an architecture.
+    if kind not in SCANS:
+        SCANS.clear()
+        shared = {}
+        load("ota_fields", shared)
+        if kind > 1:
+            load(CODE[kind], shared)
+        SCANS[kind] = shared
+    return SCANS[kind]
+
+
+class Patch:
+    # stream: where it is read from; old(at, view): reads old content; size: how much
+    # of that there is; write(piece): takes new content.
+
+    def __init__(self, stream, old, size, write):
+        self.stream = stream
+        self.old = old
+        self.size = size
+        self.write = write
+        self.input = memoryview(bytearray(128))
+        self.at = self.end = 0  # what is in there
+        self.done = 0  # bytes of new content
+        self.window = bytearray(MARGIN + BLOCK + MARGIN + 8)
+        self.view = memoryview(self.window)
+
+    # What is in a patch.
+
+    def fill(self):
+        if self.at == self.end:
+            self.at = 0
+            self.end = self.stream.readinto(self.input)
+            self.left -= self.end
+            if not self.end or self.left < 0:
+                refuse("does not end where it should")
+
+    def byte(self):
+        if self.at == self.end:
+            self.fill()
+        self.at += 1
+        return self.input[self.at - 1]
+
+    def take(self, most):
+        # Some of the next bytes.
+        self.fill()
+        at = self.at
+        self.at = min(self.end, at + most)
+        return self.input[at : self.at]
+
+    def number(self, most):
+        value = shift = 0
+        while True:
+            c = self.byte()
+            value |= (c & 127) << shift
+            if value > most or shift > 42:
+                refuse("has a number out of range")
+            if c < 128:
+                return value
+            shift += 7
+
+    def signed(self, most):
+        n = self.number(2 * most + 1)
+        return -(n >> 1) - 1 if n & 1 else n >> 1
+
+    def expect(self, bytes, what):
+        for c in bytes:
+            if self.byte() != c:
+                refuse("is " + what)
+
+    def header(self, new, old_hash, new_hash):
+        # Checks what it is for; new is the most that new content may have.
+        self.left = 2 * new + 65536  # no patch needs more
+        self.expect(MAGIC, "none of version 1")
+        if self.number(self.size) != self.size:
+            refuse("is for other content")
+        self.new = self.number(new)
+        self.expect(old_hash, "for other content")
+        if new_hash:
+            self.expect(new_hash, "for other new content")
+        else:
+            for _ in range(32):
+                self.byte()
+        kind = self.byte()
+        if kind > 4:
+            refuse("is of a newer kind")
+        self.code = []
+        end = 0
+        for _ in range(self.number(MOST_RANGES) if kind > 1 else 0):
+            end += self.number(self.size - end)
+            self.code.append(end)
+            end += self.number(self.size - end)
+            self.code.append(end)
+        # Of the highest byte of an address: may it move?
+        self.first = bytearray(256)
+        self.absolute, self.moves = self.table(self.first) if kind else (None, False)
+        self.relative, self.moves_code = self.table(None) if kind > 1 else (None, False)
+        self.scans = scans(kind) if self.moves or kind > 1 else None
+
+    def table(self, first):
+        # See ota_fields.py. Also returns whether it moves anything.
+        count = self.number(MOST_ENTRIES)
+        table = bytearray(8 * count + 8)
+        table[0] = count & 255
+        table[1] = count >> 8
+        at = add = 0
+        moves = False
+        for k in range(8, len(table), 8):
+            before = at
+            at += self.number(0xFFFFFFFF - at)
+            if first and add:
+                for n in range(before >> 24, (at >> 24) + 1):
+                    first[n] = 1
+            add = self.signed(0x80000000)
+            moves = moves or add != 0
+            for n in range(4):
+                table[k + n] = at >> 8 * n & 255
+                table[k + 4 + n] = add >> 8 * n & 255
+        if first and add:
+            for n in range(at >> 24, 256):
+                first[n] = 1
+        return table, moves
+
+    # What is made of it.
+
+    def run(self):
+        place = 0
+        while self.done < self.new:
+            left = self.number(self.new - self.done)
+            while left:
+                piece = self.take(left)
+                left -= len(piece)
+                self.put(piece)
+            if self.done < self.new:
+                place += self.signed(self.size)
+                if not 0 <= place < self.size:
+                    refuse("copies from beyond the old content")
+                place += self.copy(place)
+        if self.at != self.end or self.stream.readinto(self.input):
+            refuse("goes on after its end")
+
+    def put(self, piece):
+        self.done += len(piece)
+        self.write(piece)
+
+    def copy(self, place):
+        # Returns how many bytes it made. The window has the block where the copy is,
+        # and what of it is to be written: [from, pos).
+        self.shift = self.done - place
+        most = left = min(self.new - self.done, self.size - place)
+        self.next = place
+        self.begin = self.pos = self.stop = 0
+        while True:
+            n = self.number(4 * left + 3)
+            adds = n & 3
+            n >>= 2
+            left -= n + adds
+            if left < 0:
+                refuse("copies too much")
+            while n > self.stop - self.pos:
+                n -= self.stop - self.pos
+                self.block()
+            self.pos += n
+            if not adds:
+                break
+            for n in range(adds):
+                if self.pos == self.stop:
+                    self.block()
+                self.window[self.pos] = self.window[self.pos] + self.byte() & 255
+                self.pos += 1
+        if self.pos > self.begin:
+            self.put(self.view[self.begin : self.pos])
+        return most - left
+
+    def block(self):
+        # Goes on to the next block.
+        if self.stop > self.begin:
+            self.put(self.view[self.begin : self.stop])
+        ota_boot.alive()
+        start = self.next & -BLOCK
+        base = max(0, start - MARGIN)
+        end = min(self.size, start + BLOCK)
+        size = min(self.size, end + MARGIN) - base
+        self.old(base, self.view[:size])
+        self.begin = self.pos = self.next - base
+        self.stop = end - base
+        self.next = end
+        if self.moves or self.relative and (self.moves_code or self.shift):
+            self.predict(base, size)
+
+    def predict(self, base, size):
+        code = self.code
+        at = i = 0
+        while at < self.stop:
+            while i < len(code) and code[i + 1] <= at + base:
+                i += 2
+            to = code[i] - base if i < len(code) else self.stop
+            if to <= at:
+                end = code[i + 1] - base
+                at = self.scans["scan"](
+                    self.window,
+                    at,
+                    min(end, self.stop),
+                    end,
+                    size,
+                    base,
+                    self.shift,
+                    self.first,
+                    self.absolute,
+                    self.relative,
+                )
+            else:
+                to = min(to, self.stop)
+                at = self.scans["words"](self.window, at, to, size, self.first, self.absolute)
