@@ -1,6 +1,8 @@
 # Writes firmware into the slot that does not run, on an ESP32 or a Pycom board.
 # OTA.py uses this; ota_boot.py switches between the slots.
 
+import gc
+
 try:
     import uhashlib as hashlib
 except ImportError:
@@ -10,23 +12,6 @@ import ota_boot
 from ota_manifest import hexdigest
 
 BLOCK = 4096  # bytes that are written at a time
-
-
-def image_size(read, room):
-    # Of an image for an ESP32 (ESP-IDF, "App Image Format"); 0 for anything else.
-    head = bytearray(24)
-    read(0, head)
-    if head[0] != 0xE9:
-        return 0
-    part = bytearray(8)
-    at = 24
-    for _ in range(head[1]):
-        if at + 8 > room:
-            return 0
-        read(at, part)
-        at += 8 + (part[4] | part[5] << 8 | part[6] << 16 | part[7] << 24)
-    at = (at | 15) + 1 + (32 if head[23] else 0)  # a checksum, and perhaps a SHA-256
-    return at if at <= room else 0
 
 
 class Slot:
@@ -48,11 +33,12 @@ class Slot:
             if hasattr(pycom, "bootmgr"):
                 first = pycom.bootmgr()[0].lower() == "factory"
                 self.name = "ota_0" if first else "Factory"
-        self.hash = self.block = self.image = None
+        self.hash = self.block = None
 
     def buffer(self):
         # Not before it is needed: there is little room while a manifest is checked.
         if not self.block:
+            gc.collect()
             self.block = bytearray(BLOCK)
             self.view = memoryview(self.block)
 
@@ -108,7 +94,7 @@ class Slot:
         return hexdigest(h) if h else ""
 
     def digest(self, sort, size, part=None):
-        # The digest of what is in the slot; "" where that cannot be read.
+        # The digest of what is in the slot, or in part; "" where that cannot be read.
         if not self.part or size > self.room:
             return ""
         self.buffer()
@@ -121,25 +107,6 @@ class Slot:
         finally:
             text = hexdigest(h)
         return text
-
-    def running(self):
-        # Of the image that runs: its SHA-256, its size, and what reads it; SHA-256 is
-        # "" where that cannot be read.
-        if not self.image:
-            self.image = "", 0, None
-            try:
-                from esp32 import Partition
-
-                part = Partition(Partition.RUNNING)
-
-                def read(at, view):
-                    part.readblocks(at // BLOCK, view, at % BLOCK)
-
-                size = image_size(read, part.info()[3])
-                self.image = self.digest("sha256", size, part) if size else "", size, read
-            except (ImportError, OSError, TypeError):
-                pass
-        return self.image
 
     def switch(self, name):
         if self.part:

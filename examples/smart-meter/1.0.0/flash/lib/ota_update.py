@@ -95,6 +95,10 @@ def prepare(ota, state):
             and int(name[:7], 16) in wanted
         )
     )
+    if firmware and other:
+        import ota_part
+
+        other.buffer()  # while there is room in one piece
     changes = write_plan(ota, new, issued, firmware and other)
     if firmware and other:
         get_firmware(ota, state, new, firmware, other)
@@ -119,8 +123,8 @@ def check(current):
 
 def trust(keys, current, running):
     # The same: what verifies signatures is large, and used once. For as long, what
-    # gets files makes room.
-    sys.modules.pop("ota_http", None)
+    # gets files makes room, and is back before there is less in one piece.
+    http = sys.modules.pop("ota_http", None) is not None
     gc.collect()
     import ota_trust
 
@@ -130,6 +134,8 @@ def trust(keys, current, running):
         for name in ("ota_trust", "ota_sha512", "ota_ed25519"):
             sys.modules.pop(name, None)
         gc.collect()
+        if http:
+            import ota_http
 
 
 def find_slot():

@@ -3,15 +3,21 @@
 #
 #   base.p   the beginning of a file
 #   base.t   the tag (ETag) of what that is the beginning of
+#   base.d   a patch that the file is made of, see ota_patch.py
 #   image    of firmware: how much is in its slot, the hash of it all, and the tag
+#   image.d  a patch that it is made of
 #
 # There is a tag only where the server gave one and enough was received to be worth
 # it. A reset may leave anything in base.p or the slot: the hash decides in the end.
-# What comes from its beginning may come compressed, or as a patch, see ota_coding.py.
+
+import gc
+import sys
 
 try:
+    import ubinascii as binascii
     import uos as os
 except ImportError:
+    import binascii
     import os
 
 import ota_boot
@@ -28,13 +34,30 @@ def remove(path):
         os.remove(path)
 
 
+def inflater():
+    # What decompresses a stream; None on a build that cannot.
+    try:
+        import deflate
+
+        return lambda stream: deflate.DeflateIO(stream, deflate.ZLIB)
+    except ImportError:
+        pass
+    try:
+        from uzlib import DecompIO  # before MicroPython 1.21
+
+        return DecompIO
+    except ImportError:
+        return None
+
+
 class Part:
-    chances = 2  # that codings have
+    chances = 2  # that patches have
 
     def __init__(self, base, want, sort, most, there="", have=""):
         self.there = there  # the file that this replaces,
         self.have = have  # and its SHA-256, "" if that is not known
         self.path = base + ".p"
+        self.delta = base + ".d"
         self.tags = base + ".t"
         self.want = want
         self.sort = sort
@@ -69,30 +92,60 @@ class Part:
             self.begin(0, "")
             ota.get(url, self.write)
         elif self.at < self.most:
-            self.headers = "" if self.at else self.codings()
+            self.headers = "" if self.at or self.chances < 1 else self.codings()
+            self.came = False
             ota.get(url, self.write, self)
+            if self.came:
+                self.patched()
         else:
             self.begin(self.at, self.tag)
 
     def codings(self):
-        # What a request says of codings, for ota_http.py.
-        if not self.chances:
-            return ""
+        # What a request says of codings.
         try:
-            import ota_coding
-
-            return ota_coding.headers(self)
+            if not inflater():
+                return ""
+            self.look()
         except (ImportError, MemoryError):
             return ""
+        if not self.have:
+            return "Accept-Encoding: deflate\r\n"
+        name = binascii.b2a_base64(binascii.unhexlify(self.have)).decode().strip()
+        return (
+            "Accept-Encoding: ota-patch, deflate\r\n"
+            + "Available-Dictionary: :%s:\r\n" % name
+        )
 
     def coded(self, coding, pieces):
         # What comes is coded; pieces yields it.
-        self.begin(0, "")
-        if not self.headers:
-            raise OSError("the server sends a coding that nobody asked for")
-        import ota_coding
+        try:
+            import ota_coding
 
-        ota_coding.receive(self, coding, pieces)
+            ota_coding.receive(self, coding, pieces)
+        except (ImportError, MemoryError) as e:
+            self.chances = 0
+            raise OSError("cannot be decoded: %r" % e)
+        finally:
+            sys.modules.pop("ota_coding", None)
+            if not self.came:
+                remove(self.delta)
+
+    def patched(self):
+        # Makes what is wanted of a patch, and for that gives room.
+        sys.modules.pop("ota_http", None)
+        gc.collect()
+        try:
+            import ota_patch
+
+            self.begin(0, "")
+            ota_patch.apply(self)
+        except Exception as e:
+            self.chances = 0
+            sys.modules.pop("ota_patch", None)
+            gc.collect()
+            raise OSError("its patch is of no use: %r" % e)
+        finally:
+            remove(self.delta)
 
     def begin(self, at, tag):
         # What comes next belongs at `at`: where this part ends, or at the beginning.
@@ -111,8 +164,8 @@ class Part:
 
     # What is different for firmware:
 
-    def old_hash(self):
-        return self.have
+    def look(self):
+        pass  # what there is is known
 
     def old(self):
         # The size of old content, what reads it, and what ends that.
@@ -158,6 +211,7 @@ class Image(Part):
     def __init__(self, slot, want, sort, most):
         self.slot = slot
         self.tags = IMAGE
+        self.delta = IMAGE + ".d"
         self.want = want
         self.sort = sort
         self.most = most
@@ -167,17 +221,20 @@ class Image(Part):
             self.rest(ota, url)
             found = self.slot.finish(self.sort)
             remove(IMAGE)
+            remove(self.delta)  # where a reset has left one
             if found != self.want:
                 raise OSError("its hash is wrong")
         finally:
             self.slot.stop()
 
-    def old_hash(self):
-        return self.slot.running()[0]
+    def look(self):
+        import ota_image
+
+        self.have, self.size, self.read = ota_image.running(self.slot)
+        del sys.modules["ota_image"]
 
     def old(self):
-        _, size, read = self.slot.running()
-        return size, read, lambda: None
+        return self.size, self.read, lambda: None
 
     def find(self):
         with open(IMAGE) as f:

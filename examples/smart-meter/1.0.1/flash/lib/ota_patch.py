@@ -1,11 +1,18 @@
 # Makes new content of old content and a patch: `ota-patch`, version 1, as it is written
-# down in ota.ts. ota_coding.py loads this when a patch comes. Old content is read where
+# down in ota.ts. ota_part.py loads this when a patch has come. Old content is read where
 # it lies, a block at a time, new content is written in pieces, and a patch that says
 # more than there is, or less, is refused with a ValueError.
 
+import gc
 import sys
 
+try:
+    import ubinascii as binascii
+except ImportError:
+    import binascii
+
 import ota_boot
+from ota_part import inflater
 
 MAGIC = b"\x89OTP\x01"
 BLOCK = 1024  # old content is predicted in such pieces,
@@ -32,8 +39,9 @@ def load(name, shared):
             path = (folder + "/" if folder else "") + name + ".py"
             if ota_boot.kind(path) == 1:
                 with open(path) as f:
-                    # What is left has no import and no decorator.
-                    text = "".join([line for line in f if line[0] in " d"])
+                    # Without comments, decorators and imports.
+                    text = "".join([line for line in f if line[0] not in "#@f"])
+                gc.collect()
                 return exec(text, shared)
         raise
 
@@ -48,6 +56,21 @@ def scans(kind):
             load(CODE[kind], shared)
         SCANS[kind] = shared
     return SCANS[kind]
+
+
+def apply(part):
+    # Makes what a Part of ota_part.py wants of the patch that it has got.
+    size, read, close = part.old()
+    try:
+        with open(part.delta, "rb") as f:
+            patch = Patch(inflater()(f), read, size, part.write)
+            new = binascii.unhexlify(part.want) if part.sort == "sha256" else None
+            patch.header(part.most, binascii.unhexlify(part.have), new)
+            patch.run()
+            if f.read(1):
+                refuse("is followed by something")
+    finally:
+        close()
 
 
 class Patch:
