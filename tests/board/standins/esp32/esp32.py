@@ -5,6 +5,7 @@ import json
 import os
 
 SIZE = 65536
+ERASED = b"\xff" * 512
 
 
 def _read():
@@ -39,10 +40,21 @@ class Partition:
             f.seek(n * 4096 + offset)
             f.readinto(buf)
 
-    def writeblocks(self, n, buf):
-        assert len(buf) == 4096 and self.name != _read()["running"]
+    def ioctl(self, what, n):
+        # Erases a block.
+        assert what == 6 and self.name != _read()["running"]
         with open(self.path, "r+b") as f:
             f.seek(n * 4096)
+            for _ in range(8):
+                f.write(ERASED)
+
+    def writeblocks(self, n, buf, offset):
+        # Flash only loses bits.
+        assert len(buf) % 16 == 0 and self.name != _read()["running"]
+        with open(self.path, "r+b") as f:
+            f.seek(n * 4096 + offset)
+            assert f.read(len(buf)) == ERASED[: len(buf)], "this is not erased"
+            f.seek(n * 4096 + offset)
             f.write(buf)
 
     def set_boot(self):

@@ -22,16 +22,11 @@ except ImportError:
 
 import ota_boot
 from ota_boot import HOME, kind
-from ota_manifest import digest
+from ota_common import digest, remove, tries
 
 KEEP = 8192  # bytes of a file: so often, what was received is made safe
 KEEP_IMAGE = 32768  # the same of firmware
 IMAGE = HOME + "/.ota/image"
-
-
-def remove(path):
-    if kind(path):
-        os.remove(path)
 
 
 def inflater():
@@ -254,3 +249,21 @@ class Image(Part):
             with open(IMAGE, "w") as f:
                 f.write("%d %s %s" % (at, self.want, self.tag))
             self.safe = at
+
+
+def get_firmware(ota, state, new, firmware):
+    # Puts firmware into its slot, and returns the function that switches to it.
+    other, new["firmware"], path, (want, sort), most = firmware
+    new["slot"] = other.name
+    new["slot_before"] = ota_boot.slot()
+    if other.digest(sort, most) == want:
+        return other.switch  # written by an update that was cut short
+    if state.get("slot"):
+        # The other slot holds what rollback() would start: that ends here.
+        for key in ("set", "slot", "slot_before", "phase", "starts"):
+            state.pop(key, None)
+        ota_boot.save(state)
+    print("OTA: getting firmware", new["firmware"])
+    image = Image(other, want, sort, most)
+    tries(path, lambda: image.receive(ota, path))
+    return other.switch

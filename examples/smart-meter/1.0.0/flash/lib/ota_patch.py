@@ -40,7 +40,7 @@ def load(name, shared):
             if ota_boot.kind(path) == 1:
                 with open(path) as f:
                     # Without comments, decorators and imports.
-                    text = "".join([line for line in f if line[0] not in "#@f"])
+                    text = "".join([line for line in f if line[0] not in "#f@"])
                 gc.collect()
                 return exec(text, shared)
         raise

@@ -3,7 +3,6 @@
 
 import gc
 import sys
-import time
 
 try:
     import ubinascii as binascii
@@ -15,10 +14,10 @@ except ImportError:
 import ota_boot
 from OTA import setting
 from ota_boot import CARD, HOME, VERSION_FILE, kind
+from ota_common import digest, remove, tries
 from ota_manifest import (
     MANIFEST,
     base_of,
-    digest,
     entries,
     expected,
     local,
@@ -27,7 +26,6 @@ from ota_manifest import (
     size,
 )
 
-TRIES = 3  # for each file
 LONGEST_MANIFEST = 256 * 1024
 
 
@@ -46,18 +44,13 @@ def limited(ota, take, most):
 
 
 def stage(ota, state):
-    # Puts everything in place; returns the state that ota_boot.install() works
-    # from and the function that switches the firmware, or None and None.
+    # Puts all files in place; returns the state that ota_boot.install() works from
+    # and what ota_part.py needs to know of firmware, or None instead of these.
     try:
         return prepare(ota, state)
-    except (MemoryError, RuntimeError) as e:
-        # The heap or the stack is full; another time there may be more room.
-        raise OSError("this update is too large for this board: %r" % e)
     finally:
-        sys.modules.pop("ota_patch", None)
         gc.collect()  # closes the manifest where reading it was left off
-        if kind(MANIFEST):
-            os.remove(MANIFEST)
+        remove(MANIFEST)
 
 
 def prepare(ota, state):
@@ -95,14 +88,10 @@ def prepare(ota, state):
             and int(name[:7], 16) in wanted
         )
     )
-    if firmware and other:
-        import ota_part
-
-        other.buffer()  # while there is room in one piece
     changes = write_plan(ota, new, issued, firmware and other)
     if firmware and other:
-        get_firmware(ota, state, new, firmware, other)
-        return new, other.switch
+        path = request_path(firmware)
+        return new, (other, firmware_name(firmware, path), path, expected(firmware), size(firmware))
     if firmware:
         print("OTA: this board takes no firmware over the air")
     if not changes:
@@ -123,8 +112,8 @@ def check(current):
 
 def trust(keys, current, running):
     # The same: what verifies signatures is large, and used once. For as long, what
-    # gets files makes room, and is back before there is less in one piece.
-    http = sys.modules.pop("ota_http", None) is not None
+    # gets files makes room.
+    sys.modules.pop("ota_http", None)
     gc.collect()
     import ota_trust
 
@@ -134,8 +123,6 @@ def trust(keys, current, running):
         for name in ("ota_trust", "ota_sha512", "ota_ed25519"):
             sys.modules.pop(name, None)
         gc.collect()
-        if http:
-            import ota_http
 
 
 def find_slot():
@@ -237,49 +224,10 @@ def get_file(ota, item, path, base, have):
     part = Part(base, want, sort, size(item), path, have if sort == "sha256" else "")
     tries(url, lambda: part.receive(ota, url))
     ota_boot.move(base + ".p", base + ".n")
-    if kind(base + ".t"):
-        os.remove(base + ".t")
+    remove(base + ".t")
 
 
-def tries(path, attempt):
-    for n in range(TRIES):
-        try:
-            gc.collect()
-            return attempt()
-        except OSError as e:
-            again(n, path, e)
-
-
-def again(n, path, e):
-    # Waits before the next try, or gives up; a full disk stays full.
-    full = e.args and e.args[0] == 28
-    path = path.split("?")[0]  # a token is nobody's business
-    if full or n + 1 == TRIES:
-        print("OTA: %s: %s" % (path, "the disk is full" if full else e))
-        raise e
-    print("OTA: %s: %s, trying again" % (path, e))
-    for _ in range(1 << n):
-        ota_boot.alive()
-        time.sleep(1)
-
-
-def get_firmware(ota, state, new, item, other):
-    want, sort = expected(item)
-    path = request_path(item)
+def firmware_name(item, path):
     name = path.split("?")[0]
     name = name[name.rfind("_") + 1 : -4]
-    new["firmware"] = item.get("version") or (name if release_name(name) else "")
-    new["slot"] = other.name
-    new["slot_before"] = ota_boot.slot()
-    if "size" in item and other.digest(sort, size(item)) == want:
-        return  # written by an update that was cut short
-    if state.get("slot"):
-        # The other slot holds what rollback() would start: that ends here.
-        for key in ("set", "slot", "slot_before", "phase", "starts"):
-            state.pop(key, None)
-        ota_boot.save(state)
-    print("OTA: getting firmware", new["firmware"])
-    from ota_part import Image
-
-    image = Image(other, want, sort, size(item))
-    tries(path, lambda: image.receive(ota, path))
+    return item.get("version") or (name if release_name(name) else "")
