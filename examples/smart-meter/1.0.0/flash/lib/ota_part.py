@@ -117,7 +117,7 @@ class Part:
             import ota_coding
 
             ota_coding.receive(self, coding, pieces)
-        except (ImportError, MemoryError) as e:
+        except (ImportError, MemoryError, ValueError) as e:
             self.chances = 0
             raise OSError("cannot be decoded: %r" % e)
         finally:

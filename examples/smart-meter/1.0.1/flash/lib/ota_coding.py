@@ -34,7 +34,7 @@ def limited(pieces, most):
     for piece in pieces:
         most -= len(piece)
         if most < 0:
-            raise OSError("what is coded does not end")
+            raise ValueError("it does not end")
         yield piece
 
 

@@ -2,18 +2,17 @@
 # those in data; ota_thumb.py, ota_xtensa.py and ota_riscv.py know those in code.
 # ota_patch.py loads what it needs of them, and reads this text itself on a build that
 # makes no machine code, where @ is a syntax error: so each line of a function is one of
-# plain Python, too. No int here is more than 32 bits, and none needs its sign.
+# plain Python, too. There, large numbers take room: most are in two halves.
 #
 # A table is bytes: two that hold the number of its entries, six of nothing, and eight
 # for each entry: the first address that it holds for, and what is added there.
 
 
 @micropython.viper
-def added(o: object, address: int) -> int:
-    # What is added to an address.
+def added(o: object, high: int, low: int) -> int:
+    # What is added to an address, of which these are the halves.
     t = ptr8(o)
-    high = (address >> 16) & 0xFFFF
-    low = address & 0xFFFF
+    high &= 0xFFFF
     a = 0
     b = t[0] | t[1] << 8
     while a < b:
@@ -34,14 +33,16 @@ def added(o: object, address: int) -> int:
 def word(o: object, at: int, table: object) -> int:
     # Moves the address in a word. Returns by how much, 0 where it stays.
     b = ptr8(o)
-    value = b[at] | b[at + 1] << 8 | b[at + 2] << 16 | b[at + 3] << 24
-    add = int(added(table, value))
+    low = b[at] | b[at + 1] << 8
+    high = b[at + 2] | b[at + 3] << 8
+    add = int(added(table, high, low))
     if add != 0:
-        value += add
-        b[at] = value & 255
-        b[at + 1] = (value >> 8) & 255
-        b[at + 2] = (value >> 16) & 255
-        b[at + 3] = (value >> 24) & 255
+        low += add & 0xFFFF
+        high += (add >> 16) + (low >> 16)
+        b[at] = low & 255
+        b[at + 1] = (low >> 8) & 255
+        b[at + 2] = high & 255
+        b[at + 3] = (high >> 8) & 255
     return add
 
 

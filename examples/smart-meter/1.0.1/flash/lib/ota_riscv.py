@@ -29,7 +29,8 @@ def scan(
             to = (b[at + 3] & 0x7F) << 4 | (b[at + 2] & 0xE0) >> 4 | (b[at + 2] & 0x10) << 7
             to |= (b[at + 2] & 15) << 16 | (b[at + 1] & 0xF0) << 8
             to -= (b[at + 3] >> 7) << 20
-            add = int(added(relative, base + at + to)) - shift
+            low = base + at + to
+            add = int(added(relative, low >> 16, low & 0xFFFF)) - shift
             to += add
             if add != 0 and to & 1 == 0 and (to + 0x100000) >> 21 == 0:
                 b[at + 1] = b[at + 1] & 15 | (to >> 8) & 0xF0
@@ -60,7 +61,7 @@ def scan(
                     if stores:
                         low = b[k] >> 7 | (b[k + 1] & 15) << 1 | (b[k + 3] >> 1) << 5
                     low = page + (low ^ 0x800) - 0x800
-                    low += int(added(table, low)) - less
+                    low += int(added(table, low >> 16, low & 0xFFFF)) - less
                     if upper:
                         upper = False
                         high = low + 0x800  # the lower half is signed

@@ -42,7 +42,8 @@ def scan(
             to = (high & 3) << 20 | b[at] << 12 | (low & 0x7FF) << 1
             to |= ((low >> 13 ^ sign) & 1 ^ 1) << 23 | ((low >> 11 ^ sign) & 1 ^ 1) << 22
             to -= sign << 24
-            add = int(added(relative, base + at + 4 + to)) - shift
+            add = base + at + 4 + to
+            add = int(added(relative, add >> 16, add & 0xFFFF)) - shift
             to += add
             if add != 0 and to & 1 == 0 and (to + 0x1000000) >> 25 == 0:
                 sign = (to >> 24) & 1

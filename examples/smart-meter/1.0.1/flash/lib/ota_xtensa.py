@@ -46,7 +46,7 @@ def scan(
             old = (((b[at] >> 6 | b[at + 1] << 2 | b[at + 2] << 10) ^ 0x20000) - 0x20000) << 2
             here = (here & -4) + 4
             to = here + old
-            to += int(added(relative, to)) - (((base + at + shift) & -4) + 4)
+            to += int(added(relative, to >> 16, to & 0xFFFF)) - (((base + at + shift) & -4) + 4)
             if to != old and to & 3 == 0 and (to + 0x80000) >> 20 == 0:
                 b[at] = b[at] & 0x3F | (to << 4) & 0xC0
                 b[at + 1] = (to >> 4) & 255
@@ -55,7 +55,7 @@ def scan(
             old = ((b[at + 1] | b[at + 2] << 8) - 0x10000) << 2
             here = (here + 3) & -4
             to = here + old
-            to += int(added(relative, to)) - ((base + at + shift + 3) & -4)
+            to += int(added(relative, to >> 16, to & 0xFFFF)) - ((base + at + shift + 3) & -4)
             if to != old and to & 3 == 0 and to < 0 and to >= -0x40000:
                 b[at + 1] = (to >> 2) & 255
                 b[at + 2] = (to >> 10) & 255
