@@ -245,8 +245,7 @@ def made(old, patch, most, step=None):
         new.extend(piece)
     try:
         one = ota_patch.Patch(Bytes(patch), read, len(old), write)
-        one.header(most, hashlib.sha256(old).digest(), None)
-        one.run()
+        one.run(one.header(most, hashlib.sha256(old).digest(), None))
     except ValueError as e:
         return str(e)
     return bytes(new)

@@ -88,7 +88,8 @@ class OTA:
             # The heap or the stack is full; another time there may be more room.
             raise OSError("this update is too large for this board: %r" % e)
         finally:
-            sys.modules.pop("ota_patch", None)
+            for name in ("ota_patch", "ota_reader"):
+                sys.modules.pop(name, None)
             gc.collect()
         if not new:
             return False
@@ -109,7 +110,7 @@ class OTA:
         for name in ("ota_update", "ota_manifest"):
             del sys.modules[name]
         gc.collect()
-        from ota_part import get_firmware
+        from ota_image import get_firmware
 
         return new, get_firmware(self, state, new, firmware)
 

@@ -13,18 +13,12 @@ except ImportError:
 
 import ota_boot
 from ota_part import inflater
+from ota_reader import Reader, refuse
 
-MAGIC = b"\x89OTP\x01"
 BLOCK = 1024  # old content is predicted in such pieces,
 MARGIN = 64  # for which so much of their neighbours is needed
-MOST_RANGES = 64
-MOST_ENTRIES = 4096
 CODE = {2: "ota_thumb", 3: "ota_xtensa", 4: "ota_riscv"}
 SCANS = {}
-
-
-def refuse(why):
-    raise ValueError("the patch " + why)
 
 
 def load(name, shared):
@@ -65,128 +59,26 @@ def apply(part):
         with open(part.delta, "rb") as f:
             patch = Patch(inflater()(f), read, size, part.write)
             new = binascii.unhexlify(part.want) if part.sort == "sha256" else None
-            patch.header(part.most, binascii.unhexlify(part.have), new)
-            patch.run()
+            patch.run(patch.header(part.most, binascii.unhexlify(part.have), new))
             if f.read(1):
                 refuse("is followed by something")
     finally:
         close()
 
 
-class Patch:
-    # stream: where it is read from; old(at, view): reads old content; size: how much
-    # of that there is; write(piece): takes new content.
+class Patch(Reader):
+    # old(at, view): reads old content; write(piece): takes new content.
 
     def __init__(self, stream, old, size, write):
-        self.stream = stream
+        Reader.__init__(self, stream, size)
         self.old = old
-        self.size = size
         self.write = write
-        self.input = memoryview(bytearray(128))
-        self.at = self.end = 0  # what is in there
         self.done = 0  # bytes of new content
         self.window = bytearray(MARGIN + BLOCK + MARGIN + 8)
         self.view = memoryview(self.window)
 
-    # What is in a patch.
-
-    def fill(self):
-        if self.at == self.end:
-            self.at = 0
-            self.end = self.stream.readinto(self.input)
-            self.left -= self.end
-            if not self.end or self.left < 0:
-                refuse("does not end where it should")
-
-    def byte(self):
-        if self.at == self.end:
-            self.fill()
-        self.at += 1
-        return self.input[self.at - 1]
-
-    def take(self, most):
-        # Some of the next bytes.
-        self.fill()
-        at = self.at
-        self.at = min(self.end, at + most)
-        return self.input[at : self.at]
-
-    def number(self, most):
-        value = shift = 0
-        while True:
-            c = self.byte()
-            value |= (c & 127) << shift
-            if value > most or shift > 42:
-                refuse("has a number out of range")
-            if c < 128:
-                return value
-            shift += 7
-
-    def signed(self, most):
-        n = self.number(2 * most + 1)
-        return -(n >> 1) - 1 if n & 1 else n >> 1
-
-    def expect(self, bytes, what):
-        for c in bytes:
-            if self.byte() != c:
-                refuse("is " + what)
-
-    def header(self, new, old_hash, new_hash):
-        # Checks what it is for; new is the most that new content may have.
-        self.left = 2 * new + 65536  # no patch needs more
-        self.expect(MAGIC, "none of version 1")
-        if self.number(self.size) != self.size:
-            refuse("is for other content")
-        self.new = self.number(new)
-        self.expect(old_hash, "for other content")
-        if new_hash:
-            self.expect(new_hash, "for other new content")
-        else:
-            for _ in range(32):
-                self.byte()
-        kind = self.byte()
-        if kind > 4:
-            refuse("is of a newer kind")
-        self.code = []
-        end = 0
-        for _ in range(self.number(MOST_RANGES) if kind > 1 else 0):
-            end += self.number(self.size - end)
-            self.code.append(end)
-            end += self.number(self.size - end)
-            self.code.append(end)
-        # Of the highest byte of an address: may it move?
-        self.first = bytearray(256)
-        self.absolute, self.moves = self.table(self.first) if kind else (None, False)
-        self.relative, self.moves_code = self.table(None) if kind > 1 else (None, False)
+    def run(self, kind):
         self.scans = scans(kind) if self.moves or kind > 1 else None
-
-    def table(self, first):
-        # See ota_fields.py. Also returns whether it moves anything.
-        count = self.number(MOST_ENTRIES)
-        table = bytearray(8 * count + 8)
-        table[0] = count & 255
-        table[1] = count >> 8
-        at = add = 0
-        moves = False
-        for k in range(8, len(table), 8):
-            before = at
-            at += self.number(0xFFFFFFFF - at)
-            if first and add:
-                for n in range(before >> 24, (at >> 24) + 1):
-                    first[n] = 1
-            add = self.signed(0x80000000)
-            moves = moves or add != 0
-            for n in range(4):
-                table[k + n] = at >> 8 * n & 255
-                table[k + 4 + n] = add >> 8 * n & 255
-        if first and add:
-            for n in range(at >> 24, 256):
-                first[n] = 1
-        return table, moves
-
-    # What is made of it.
-
-    def run(self):
         place = 0
         while self.done < self.new:
             left = self.number(self.new - self.done)

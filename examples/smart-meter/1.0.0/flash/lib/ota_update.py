@@ -45,7 +45,7 @@ def limited(ota, take, most):
 
 def stage(ota, state):
     # Puts all files in place; returns the state that ota_boot.install() works from
-    # and what ota_part.py needs to know of firmware, or None instead of these.
+    # and what ota_image.py needs to know of firmware, or None instead of these.
     try:
         return prepare(ota, state)
     finally:

@@ -1,11 +1,9 @@
-# Gets a file or firmware. What is there of one that was cut short is kept, so that
-# the next try, or the next start, goes on from there. ota_update.py uses this.
+# Gets a file. What is there of one that was cut short is kept, so that the next try,
+# or the next start, goes on from there. ota_update.py uses this, and ota_image.py.
 #
 #   base.p   the beginning of a file
 #   base.t   the tag (ETag) of what that is the beginning of
 #   base.d   a patch that the file is made of, see ota_patch.py
-#   image    of firmware: how much is in its slot, the hash of it all, and the tag
-#   image.d  a patch that it is made of
 #
 # There is a tag only where the server gave one and enough was received to be worth
 # it. A reset may leave anything in base.p or the slot: the hash decides in the end.
@@ -21,12 +19,11 @@ except ImportError:
     import os
 
 import ota_boot
-from ota_boot import HOME, kind
-from ota_common import digest, remove, tries
+from ota_boot import kind
+from ota_common import digest, remove
 
 KEEP = 8192  # bytes of a file: so often, what was received is made safe
-KEEP_IMAGE = 32768  # the same of firmware
-IMAGE = HOME + "/.ota/image"
+ROOM = 24576  # bytes of heap that are enough to make content of a patch, and its code
 
 
 def inflater():
@@ -126,17 +123,21 @@ class Part:
                 remove(self.delta)
 
     def patched(self):
-        # Makes what is wanted of a patch, and for that gives room.
-        sys.modules.pop("ota_http", None)
+        # Makes what is wanted of a patch.
         gc.collect()
+        if gc.mem_free() < ROOM:
+            # What gets files gives way, and is loaded again for the next one.
+            sys.modules.pop("ota_http", None)
         try:
             import ota_patch
 
+            gc.collect()
             self.begin(0, "")
             ota_patch.apply(self)
         except Exception as e:
             self.chances = 0
-            sys.modules.pop("ota_patch", None)
+            for name in ("ota_patch", "ota_reader"):
+                sys.modules.pop(name, None)
             gc.collect()
             raise OSError("its patch is of no use: %r" % e)
         finally:
@@ -198,72 +199,3 @@ class Part:
     def drop(self):
         remove(self.tags)
         remove(self.path)
-
-
-class Image(Part):
-    # Firmware in its slot. Only on an ESP32 it can go on in the middle.
-
-    def __init__(self, slot, want, sort, most):
-        self.slot = slot
-        self.tags = IMAGE
-        self.delta = IMAGE + ".d"
-        self.want = want
-        self.sort = sort
-        self.most = most
-
-    def receive(self, ota, url):
-        try:
-            self.rest(ota, url)
-            found = self.slot.finish(self.sort)
-            remove(IMAGE)
-            remove(self.delta)  # where a reset has left one
-            if found != self.want:
-                raise OSError("its hash is wrong")
-        finally:
-            self.slot.stop()
-
-    def look(self):
-        import ota_image
-
-        self.have, self.size, self.read = ota_image.running(self.slot)
-        del sys.modules["ota_image"]
-
-    def old(self):
-        return self.size, self.read, lambda: None
-
-    def find(self):
-        with open(IMAGE) as f:
-            at, want, tag = f.read().split(" ", 2)
-        if self.slot.part and want == self.want:
-            self.at = int(at)
-            self.tag = tag
-
-    def open(self):
-        self.slot.stop()
-        self.slot.start(self.sort, self.at)
-
-    def put(self, piece):
-        self.slot.write(piece)
-        at = self.slot.written()
-        if self.tag and self.slot.part and at - self.safe >= KEEP_IMAGE:
-            with open(IMAGE, "w") as f:
-                f.write("%d %s %s" % (at, self.want, self.tag))
-            self.safe = at
-
-
-def get_firmware(ota, state, new, firmware):
-    # Puts firmware into its slot, and returns the function that switches to it.
-    other, new["firmware"], path, (want, sort), most = firmware
-    new["slot"] = other.name
-    new["slot_before"] = ota_boot.slot()
-    if other.digest(sort, most) == want:
-        return other.switch  # written by an update that was cut short
-    if state.get("slot"):
-        # The other slot holds what rollback() would start: that ends here.
-        for key in ("set", "slot", "slot_before", "phase", "starts"):
-            state.pop(key, None)
-        ota_boot.save(state)
-    print("OTA: getting firmware", new["firmware"])
-    image = Image(other, want, sort, most)
-    tries(path, lambda: image.receive(ota, path))
-    return other.switch
