@@ -19,7 +19,7 @@ import { type Board, type Kind, type Start } from "./board/board.ts";
 import { CONFIRM, example, Root, runs, UPDATE, Van } from "./board/fleet.ts";
 import { ARCHITECTURES, espImage, oldContent, program } from "./board/machine-code.ts";
 import vectors from "./fixtures/ota-patch.json";
-import { Random, seeded } from "./helpers/random.ts";
+import { ALL, Random, seeded } from "./helpers/random.ts";
 import type { Tree } from "./helpers/temp.ts";
 
 setDefaultTimeout(600_000);
@@ -41,7 +41,7 @@ const deflated = (content: Uint8Array) =>
 /** Two versions of firmware for an ESP32, as large as its slots in these tests allow. */
 const image = (more: readonly number[], chip = 0) => {
   const code = program(chip === 0 ? 3 : 4, 11, more);
-  const data = join2(noise(20_000), bytes(`version ${more.length}`.padEnd(40, "\0")));
+  const data = join2(bytes(hex(noise(9_000))), bytes(`version ${more.length}`.padEnd(40, "\0")));
   return espImage([[0x3f400020, data], [0x400d0020, code]], chip); // prettier-ignore
 };
 const OLD_IMAGE = image([]);
@@ -81,6 +81,8 @@ function pairs(): Record<string, readonly [Uint8Array, Uint8Array]> {
 }
 
 let root: Root;
+/** All of them, and one with a text and firmware only. */
+let all: Van;
 let van: Van;
 /** The heads of requests and of answers, and how long the bodies of the latter were. */
 const heads: string[] = [];
@@ -94,13 +96,20 @@ beforeAll(async () => {
     .release("1.0.1", { "flash/main.py": "1\n", ...tree(1), "flash/added.txt": NEW_TEXT });
   await Bun.write(join(root.path, "firmware_1.0.0.bin"), OLD_IMAGE);
   await Bun.write(join(root.path, "firmware_1.0.1.bin"), NEW_IMAGE);
-  van = await Van.open(root.path);
+  all = await Van.open(root.path);
+  const small = new Root()
+    .release("1.0.0", { "flash/main.py": "1\n", "flash/text.txt": OLD_TEXT })
+    .release("1.0.1", { "flash/main.py": "1\n", "flash/text.txt": NEW_TEXT, "flash/added.txt": NEW_TEXT });
+  await Bun.write(join(small.path, "firmware_1.0.0.bin"), OLD_IMAGE);
+  await Bun.write(join(small.path, "firmware_1.0.1.bin"), NEW_IMAGE);
+  van = await Van.open(small.path);
 }); // prettier-ignore
 afterEach(() => {
   van.link.weather = {};
   van.link.rewrite = undefined;
 });
 afterAll(async () => {
+  await all[Symbol.asyncDispose]();
   await van[Symbol.asyncDispose]();
   Root.removeAll();
 });
@@ -158,11 +167,10 @@ const sha256 = (content: Uint8Array) =>
 
 describe("an update", () => {
   test.each(["esp32", "pycom", "rp2"] as const)("of files and firmware by patches: byte for byte (%s)", async (kind) => {
-    const board = await boardOf(kind);
-    listen();
-    await done(board, await board.start(UPDATE));
-    const all = pairs();
-    for (const [name, [old]] of Object.entries(all)) {
+    const board = await boardOf(kind, all);
+    listen(all.link);
+    await done(board, await board.start(UPDATE), all);
+    for (const [name, [old]] of Object.entries(pairs())) {
       // Nothing needs no request.
       if (name === "to-nothing.bin") continue;
       expect(asked(name)[0]!, name).toContain("\r\nAccept-Encoding: ota-patch, deflate\r\n");
@@ -301,8 +309,8 @@ for n in range(${cases.length}):
 
   test("refuses a patch that is cut, goes on, or is spoilt; or what it makes is as long as it should be", async () => {
     const board = await van.board("rp2", "1.0.0");
-    const old = program(3, 5).subarray(0, 3000);
-    const now = join2(program(3, 5, [20]).subarray(0, 2990), Uint8Array.of(1, 2, 3));
+    const old = program(3, 5).subarray(0, 1200);
+    const now = join2(program(3, 5, [2]).subarray(0, 1190), Uint8Array.of(1, 2, 3));
     const patch = encodePatch(old, now)!;
     board.write("/old", old);
     board.write("/new", now);
@@ -317,7 +325,7 @@ for n in range(len(patch)):
 print(made(old, patch + b"x", len(new)))
 refused = wrong = 0
 for n in range(len(patch)):
-    for bits in (1, 4, 128, 255):
+    for bits in (1, 128):
         spoilt = bytearray(patch)
         spoilt[n] ^= bits
         found = made(old, spoilt, len(new))
@@ -325,17 +333,18 @@ for n in range(len(patch)):
             refused += 1
         else:
             wrong += found != new
-print(refused, wrong, 4 * len(patch))
+print(refused, wrong, 2 * len(patch))
 `);
     expect(error).toBe("");
     expect(output.slice(0, 2)).toEqual([
-      "True the patch has a number out of range the patch is for other content",
+      "True the patch has a number out of range the patch has a number out of range",
       "the patch goes on after its end",
     ]);
     const [refused = 0, wrong = 0, all = 0] = output[2]!.split(" ").map(Number);
     // What is spoilt in hashes and numbers is seen at once, the rest by the hash of what it makes.
     expect(refused).toBeGreaterThan(all / 4);
-    expect(refused + wrong).toBeGreaterThan(all * 0.9);
+    // (But for that hash itself, which is not looked at here.)
+    expect(refused + wrong).toBeGreaterThan((all - 64) * 0.9);
   }); // prettier-ignore
 
   test("refuses what never ends, and tables that are too large", async () => {
@@ -355,9 +364,10 @@ print(refused, wrong, 4 * len(patch))
       [head([1, 1, 0, ...number(2 ** 32 + 2)]), "has a number out of range"],
       [head([0, ...Array(9).fill(128), 0]), "has a number out of range"],
       [head([0, 51]), "has a number out of range"],
-      [head([0, 0, 199]), "copies from beyond the old content"],
+      [head([0, 0, ...number(200)]), "copies from beyond the old content"],
       [head([0, 0, 1]), "copies from beyond the old content"],
-      [head([0, 0, 198, 8]), "has a number out of range"],
+      [head([0, 0, ...number(198), 8]), "has a number out of range"],
+      [head([0, 0, ...number(198), 7]), "copies too much"],
       [head([0, 0, 0, 7]), "does not end where it should"],
       // Copies of nothing, without an end.
       [`${head([0])}+`, "does not end where it should"],
@@ -387,7 +397,8 @@ for text in ${JSON.stringify(patches.map(([patch]) => patch))}:
       // What a build without machine code leaves out is told by the first letter of a line.
       const kept = text.split("\n").filter((line) => !/^[#f@]/.test(line));
       for (const line of kept) expect(line).toMatch(/^(|def .*|    .*|\) -> int:)$/);
-      expect(text.match(/^@.*/gm)).toEqual(text.match(/^def /gm)!.map(() => "@micropython.viper"));
+      const functions = text.match(/^def /gm) ?? [];
+      expect([...(text.match(/^@.*/gm) ?? [])]).toEqual(functions.map(() => "@micropython.viper"));
     }
   });
 });
@@ -515,7 +526,7 @@ describe("what cannot be decoded is asked for as it is, once", () => {
       const start = await board.start(full + UPDATE);
       await done(board, start);
       expect(start.output.join("\n")).toContain("MemoryError");
-      const tried = name === "ota_patch" ? "text.txt" : heads[1]!.split(" ")[1]!.slice(1);
+      const [, tried = ""] = /OTA: (\S+): .*MemoryError.*, trying again/.exec(start.output.join("\n"))!;
       expect(asked(tried).map((head) => head.includes("Accept-Encoding"))).toEqual([true, false]);
     }
   }); // prettier-ignore
@@ -523,7 +534,7 @@ describe("what cannot be decoded is asked for as it is, once", () => {
   test("there is no module for an architecture", async () => {
     const board = await boardOf("esp32");
     const start = await board.start(
-      `import os, sys\nos.remove("/lib/ota_xtensa.py")\nopen("/lib/ota_xtensa.py", "w").close()\n${UPDATE}`,
+      `import sys\nclass Empty: pass\nsys.modules["ota_xtensa"] = Empty\n${UPDATE}`,
     );
     expect(start.output.join("\n")).toContain("its patch is of no use: KeyError");
     await done(board, start);
@@ -569,7 +580,7 @@ describe("a cut, and a reset", () => {
     // As a patch comes, between that and its use, and while it is used.
     const patches = [...is(/\.d( |$)/), ...is(/write \/hw/)];
     expect(patches.length).toBeGreaterThan(60);
-    for (const at of random.some([...operations.keys()].filter((n) => patches.includes(n) || random.chance(0.1)), 24)) {
+    for (const at of random.some([...operations.keys()].filter((n) => patches.includes(n) || random.chance(0.1)), ALL ? Infinity : 10)) {
       const where = `seed ${SEED}, before operation ${at}: ${operations[at]}`;
       const mine = board.copy();
       expect((await mine.start(UPDATE, { cutAt: at, torn: random.below(4) })).end, where).toBe("cut");
@@ -617,7 +628,7 @@ builtins.__import__ = found
       listen();
       await done(board, await board.start(without("") + UPDATE));
       expect(heads.filter((head) => /Accept-Encoding|Available-Dictionary/.test(head))).toEqual([]);
-      expect(heads.length).toBeGreaterThan(12);
+      expect(heads.length).toBeGreaterThan(2);
     }
   });
 
