@@ -59,7 +59,7 @@ async function stage(kind: Kind, bodies: (Uint8Array | string)[]): Promise<strin
   const lines = bodies.map((body) => hex(body) || "-").join("\n");
   board.write("/.ota/bodies", lines);
   const { output, error } = await board.start(`
-import binascii, os, ota_boot, ota_update
+import binascii, os, ota_boot, ota_common, ota_update
 from OTA import OTA
 
 class Told(OTA):
@@ -77,14 +77,14 @@ def same(new):
 
 shown = print
 def print(*words): pass
-ota_update.print = print
+ota_common.print = ota_update.print = print
 ota_boot.print = print
 ota = Told()
 with open("/.ota/bodies") as f:
     for line in f:
         ota.body = binascii.unhexlify(line.strip().replace("-", ""))
         try:
-            new, switch = ota_update.stage(ota, {})
+            new, firmware = ota_update.stage(ota, {})
             shown("nothing" if not new else "staged" if same(new) else "a state of another kind")
         except (OSError, ValueError) as e:
             shown("OSError" if isinstance(e, OSError) else "ValueError", repr(e))

@@ -148,7 +148,7 @@ describe("a reset in the middle", () => {
   test.each(["esp32", "pycom"] as const)("of firmware: an ESP32 goes on at a block (%s)", async (kind) => {
     const board = await van.board(kind, "1.0.0");
     const { operations } = await board.copy().start(UPDATE);
-    const writes = operations.flatMap((words, i) => (/write \/hw\/.* 4096/.test(words) ? [i] : []));
+    const writes = operations.flatMap((words, i) => (/write \/hw\/.* 512/.test(words) ? [i] : []));
     expect(writes.length).toBeGreaterThan(12);
     for (const at of [writes[3]!, writes.at(-2)!]) {
       const mine = board.copy();
@@ -167,7 +167,7 @@ describe("a reset in the middle", () => {
   test("of firmware that a reset has spoilt: the hash says so, and it starts anew", async () => {
     const board = await van.board("esp32", "1.0.0");
     const { operations } = await board.copy().start(UPDATE);
-    const at = operations.findLastIndex((words) => /write \/hw\/.* 4096/.test(words));
+    const at = operations.findLastIndex((words) => /write \/hw\/.* 512/.test(words));
     await board.start(UPDATE, { cutAt: at });
     const slot = board.files.get("/hw/ota_1")!;
     board.files.set("/hw/ota_1", slot.with(100, slot[100]! ^ 1));

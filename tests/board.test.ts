@@ -76,7 +76,8 @@ describe("the example", () => {
       const names = [...board.files.keys()].filter((path) => path.endsWith(".py"));
       expect(names.length).toBeGreaterThan(9);
       const { error } = await board.start(
-        `for name in ${JSON.stringify(names)}: compile(open(name).read(), name, "exec")`,
+        // This build makes no machine code.
+        `for name in ${JSON.stringify(names)}: compile(open(name).read().replace("@micropython.viper", ""), name, "exec")`,
         { boot: false },
       );
       expect(error).toBe("");
@@ -348,7 +349,7 @@ describe("a bad network", () => {
     ["within a file", /meter\.py/, 600],
     ["within the manifest", /manifest/, 1000],
     ["at once", /./, 0],
-    ["within the firmware", /firmware_1/, 4500],
+    ["within the firmware", /firmware_1/, 2500],
   ])("a connection cut %s: old, and what was staged is used", async (name, only, cutAfter) => {
     const run = await broken("esp32", { only, cutAfter });
     expect(run.result.error).toContain("cut");

@@ -6,6 +6,7 @@ import gc
 import esp32
 
 BLOCK = 4096
+ERASED = b"\xff" * 512
 
 
 class Partition(esp32.Partition):
@@ -17,6 +18,14 @@ class Partition(esp32.Partition):
             f.seek(n * BLOCK + offset)
             if f.readinto(buf) != len(buf):
                 raise OSError(-258, "ESP_ERR_INVALID_ARG")
+
+    def ioctl(self, what, n):
+        assert what == 6, "no order but to erase is used"
+        assert self.name != Partition(Partition.RUNNING).name, "this slot runs"
+        with open(self.path + ".bin", "r+b") as f:
+            f.seek(n * BLOCK)
+            for _ in range(BLOCK // len(ERASED)):
+                f.write(ERASED)
 
     def writeblocks(self, n, buf, offset=None):
         gc.collect()

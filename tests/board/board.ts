@@ -201,7 +201,10 @@ export class Board {
     const standins = options.heap ? await this.#standinBytes() : 0;
     const settings = {
       heapsize: options.heap ? options.heap + standins : 128 * 1024,
-      stdout: (line: string) => void result.output.push(line),
+      stdout: (line: string) => {
+        if (Bun.env.LOUD) console.log(line);
+        result.output.push(line);
+      },
       stderr: (line: string) => void result.output.push(line),
     };
     const [mp, heap] = options.heap

@@ -28,8 +28,18 @@ WiFiOTA("meter-service", "secret", "127.0.0.1", 8000).rollback()
 
 /** The library, but for what recovers. */
 const LIBRARY = [
-  ...["OTA", "ota_check", "ota_ed25519", "ota_http", "ota_manifest"],
-  ...["ota_part", "ota_sha512", "ota_slot", "ota_trust", "ota_update"],
+  ...[
+    "OTA",
+    "ota_check",
+    "ota_coding",
+    "ota_common",
+    "ota_ed25519",
+    "ota_fields",
+    "ota_http",
+    "ota_image",
+  ],
+  ...["ota_manifest", "ota_part", "ota_patch", "ota_reader", "ota_riscv", "ota_sha512", "ota_slot"],
+  ...["ota_thumb", "ota_trust", "ota_update", "ota_xtensa"],
 ].map((name) => `lib/${name}.py`);
 
 /** A release root of the test's own, made of files in text. */

@@ -1,6 +1,6 @@
 # Stands in for gc with a heap of a fixed size: there, it is the test that collects.
 
-from gc import mem_alloc
+from gc import mem_alloc, mem_free
 
 
 def collect():

@@ -1,10 +1,12 @@
 # Stands in for esp32 on a board with two firmware slots. The test is the
 # bootloader: between two starts it reads what is written here.
 
+import garbage
 import json
 import os
 
 SIZE = 65536
+ERASED = b"\xff" * 512
 
 
 def _read():
@@ -33,15 +35,28 @@ class Partition:
     def get_next_update(self):
         return Partition("ota_1" if self.name == "ota_0" else "ota_0")
 
-    def readblocks(self, n, buf):
+    def readblocks(self, n, buf, offset=0):
+        # With a heap of a fixed size garbage is collected at such moments only.
+        garbage.collect()
         with open(self.path, "rb") as f:
-            f.seek(n * 4096)
+            f.seek(n * 4096 + offset)
             f.readinto(buf)
 
-    def writeblocks(self, n, buf):
-        assert len(buf) == 4096 and self.name != _read()["running"]
+    def ioctl(self, what, n):
+        # Erases a block.
+        assert what == 6 and self.name != _read()["running"]
         with open(self.path, "r+b") as f:
             f.seek(n * 4096)
+            for _ in range(8):
+                f.write(ERASED)
+
+    def writeblocks(self, n, buf, offset):
+        # Flash only loses bits.
+        assert len(buf) % 16 == 0 and self.name != _read()["running"]
+        with open(self.path, "r+b") as f:
+            f.seek(n * 4096 + offset)
+            assert f.read(len(buf)) == ERASED[: len(buf)], "this is not erased"
+            f.seek(n * 4096 + offset)
             f.write(buf)
 
     def set_boot(self):

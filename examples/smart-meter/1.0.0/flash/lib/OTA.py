@@ -18,6 +18,8 @@
 # that a reset may cut anywhere. Nothing is ever in memory whole, and what only an
 # update needs is loaded for it.
 
+import gc
+import sys
 import time
 
 import ota_boot
@@ -80,9 +82,15 @@ class OTA:
         state = self.state()
         if state.get("phase", "settle") != "settle":
             raise OSError("%s is on trial: confirm() it first" % state.get("version"))
-        import ota_update
-
-        new, switch = ota_update.stage(self, state)
+        try:
+            new, switch = self.stage(state)
+        except (MemoryError, RuntimeError) as e:
+            # The heap or the stack is full; another time there may be more room.
+            raise OSError("this update is too large for this board: %r" % e)
+        finally:
+            for name in ("ota_patch", "ota_reader"):
+                sys.modules.pop(name, None)
+            gc.collect()
         if not new:
             return False
         ota_boot.save(new)
@@ -90,6 +98,21 @@ class OTA:
         print("OTA: %s is installed" % new["version"])
         ota_boot.reset()
         return True
+
+    def stage(self, state):
+        import ota_update
+
+        new, firmware = ota_update.stage(self, state)
+        if not firmware:
+            return new, None
+        # There is more room for it without what reads a manifest.
+        del ota_update
+        for name in ("ota_update", "ota_manifest"):
+            del sys.modules[name]
+        gc.collect()
+        from ota_image import get_firmware
+
+        return new, get_firmware(self, state, new, firmware)
 
     def confirm(self):
         # This release works and stays. Costs little when it was said before.

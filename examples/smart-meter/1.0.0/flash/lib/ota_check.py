@@ -11,10 +11,10 @@ except ImportError:
     import os
 
 from ota_boot import HOME, kind, parent
+from ota_common import digest
 from ota_manifest import (
     LISTS,
     base_of,
-    digest,
     entries,
     expected,
     local,

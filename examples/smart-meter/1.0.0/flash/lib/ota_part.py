@@ -1,35 +1,55 @@
-# Gets a file or firmware. What is there of one that was cut short is kept, so that
-# the next try, or the next start, goes on from there. ota_update.py uses this.
+# Gets a file. What is there of one that was cut short is kept, so that the next try,
+# or the next start, goes on from there. ota_update.py uses this, and ota_image.py.
 #
 #   base.p   the beginning of a file
 #   base.t   the tag (ETag) of what that is the beginning of
-#   image    of firmware: how much is in its slot, the hash of it all, and the tag
+#   base.d   a patch that the file is made of, see ota_patch.py
 #
 # There is a tag only where the server gave one and enough was received to be worth
 # it. A reset may leave anything in base.p or the slot: the hash decides in the end.
 
+import gc
+import sys
+
 try:
+    import ubinascii as binascii
     import uos as os
 except ImportError:
+    import binascii
     import os
 
 import ota_boot
-from ota_boot import HOME, kind
-from ota_manifest import digest
+from ota_boot import kind
+from ota_common import digest, remove
 
 KEEP = 8192  # bytes of a file: so often, what was received is made safe
-KEEP_IMAGE = 32768  # the same of firmware
-IMAGE = HOME + "/.ota/image"
+ROOM = 24576  # bytes of heap that are enough to make content of a patch, and its code
 
 
-def remove(path):
-    if kind(path):
-        os.remove(path)
+def inflater():
+    # What decompresses a stream; None on a build that cannot.
+    try:
+        import deflate
+
+        return lambda stream: deflate.DeflateIO(stream, deflate.ZLIB)
+    except ImportError:
+        pass
+    try:
+        from uzlib import DecompIO  # before MicroPython 1.21
+
+        return DecompIO
+    except ImportError:
+        return None
 
 
 class Part:
-    def __init__(self, base, want, sort, most):
+    chances = 2  # that patches have
+
+    def __init__(self, base, want, sort, most, there="", have=""):
+        self.there = there  # the file that this replaces,
+        self.have = have  # and its SHA-256, "" if that is not known
         self.path = base + ".p"
+        self.delta = base + ".d"
         self.tags = base + ".t"
         self.want = want
         self.sort = sort
@@ -64,9 +84,64 @@ class Part:
             self.begin(0, "")
             ota.get(url, self.write)
         elif self.at < self.most:
+            self.headers = "" if self.at or self.chances < 1 else self.codings()
+            self.came = False
             ota.get(url, self.write, self)
+            if self.came:
+                self.patched()
         else:
             self.begin(self.at, self.tag)
+
+    def codings(self):
+        # What a request says of codings.
+        try:
+            if not inflater():
+                return ""
+            self.look()
+        except (ImportError, MemoryError):
+            return ""
+        if not self.have:
+            return "Accept-Encoding: deflate\r\n"
+        name = binascii.b2a_base64(binascii.unhexlify(self.have)).decode().strip()
+        return (
+            "Accept-Encoding: ota-patch, deflate\r\n"
+            + "Available-Dictionary: :%s:\r\n" % name
+        )
+
+    def coded(self, coding, pieces):
+        # What comes is coded; pieces yields it.
+        try:
+            import ota_coding
+
+            ota_coding.receive(self, coding, pieces)
+        except (ImportError, MemoryError, ValueError) as e:
+            self.chances = 0
+            raise OSError("cannot be decoded: %r" % e)
+        finally:
+            sys.modules.pop("ota_coding", None)
+            if not self.came:
+                remove(self.delta)
+
+    def patched(self):
+        # Makes what is wanted of a patch.
+        gc.collect()
+        if gc.mem_free() < ROOM:
+            # What gets files gives way, and is loaded again for the next one.
+            sys.modules.pop("ota_http", None)
+        try:
+            import ota_patch
+
+            gc.collect()
+            self.begin(0, "")
+            ota_patch.apply(self)
+        except Exception as e:
+            self.chances = 0
+            for name in ("ota_patch", "ota_reader"):
+                sys.modules.pop(name, None)
+            gc.collect()
+            raise OSError("its patch is of no use: %r" % e)
+        finally:
+            remove(self.delta)
 
     def begin(self, at, tag):
         # What comes next belongs at `at`: where this part ends, or at the beginning.
@@ -84,6 +159,20 @@ class Part:
         self.put(piece)
 
     # What is different for firmware:
+
+    def look(self):
+        pass  # what there is is known
+
+    def old(self):
+        # The size of old content, what reads it, and what ends that.
+        f = open(self.there, "rb")
+
+        def read(at, view):
+            f.seek(at)
+            if f.readinto(view) != len(view):
+                raise ValueError("the old content is shorter now")
+
+        return os.stat(self.there)[6], read, f.close
 
     def find(self):
         with open(self.tags) as f:
@@ -110,43 +199,3 @@ class Part:
     def drop(self):
         remove(self.tags)
         remove(self.path)
-
-
-class Image(Part):
-    # Firmware in its slot. Only on an ESP32 it can go on in the middle.
-
-    def __init__(self, slot, want, sort, most):
-        self.slot = slot
-        self.tags = IMAGE
-        self.want = want
-        self.sort = sort
-        self.most = most
-
-    def receive(self, ota, url):
-        try:
-            self.rest(ota, url)
-            found = self.slot.finish(self.sort)
-            remove(IMAGE)
-            if found != self.want:
-                raise OSError("its hash is wrong")
-        finally:
-            self.slot.stop()
-
-    def find(self):
-        with open(IMAGE) as f:
-            at, want, tag = f.read().split(" ", 2)
-        if self.slot.part and want == self.want:
-            self.at = int(at)
-            self.tag = tag
-
-    def open(self):
-        self.slot.stop()
-        self.slot.start(self.sort, self.at)
-
-    def put(self, piece):
-        self.slot.write(piece)
-        at = self.slot.written()
-        if self.tag and self.slot.part and at - self.safe >= KEEP_IMAGE:
-            with open(IMAGE, "w") as f:
-                f.write("%d %s %s" % (at, self.want, self.tag))
-            self.safe = at

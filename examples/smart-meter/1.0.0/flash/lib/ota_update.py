@@ -3,7 +3,6 @@
 
 import gc
 import sys
-import time
 
 try:
     import ubinascii as binascii
@@ -15,10 +14,10 @@ except ImportError:
 import ota_boot
 from OTA import setting
 from ota_boot import CARD, HOME, VERSION_FILE, kind
+from ota_common import digest, remove, tries
 from ota_manifest import (
     MANIFEST,
     base_of,
-    digest,
     entries,
     expected,
     local,
@@ -27,7 +26,6 @@ from ota_manifest import (
     size,
 )
 
-TRIES = 3  # for each file
 LONGEST_MANIFEST = 256 * 1024
 
 
@@ -46,17 +44,13 @@ def limited(ota, take, most):
 
 
 def stage(ota, state):
-    # Puts everything in place; returns the state that ota_boot.install() works
-    # from and the function that switches the firmware, or None and None.
+    # Puts all files in place; returns the state that ota_boot.install() works from
+    # and what ota_image.py needs to know of firmware, or None instead of these.
     try:
         return prepare(ota, state)
-    except (MemoryError, RuntimeError) as e:
-        # The heap or the stack is full; another time there may be more room.
-        raise OSError("this update is too large for this board: %r" % e)
     finally:
         gc.collect()  # closes the manifest where reading it was left off
-        if kind(MANIFEST):
-            os.remove(MANIFEST)
+        remove(MANIFEST)
 
 
 def prepare(ota, state):
@@ -96,8 +90,8 @@ def prepare(ota, state):
     )
     changes = write_plan(ota, new, issued, firmware and other)
     if firmware and other:
-        get_firmware(ota, state, new, firmware, other)
-        return new, other.switch
+        path = request_path(firmware)
+        return new, (other, firmware_name(firmware, path), path, expected(firmware), size(firmware))
     if firmware:
         print("OTA: this board takes no firmware over the air")
     if not changes:
@@ -193,9 +187,10 @@ def write_plan(ota, new, issued, flashes):
             elif key == "new" or key == "update":
                 path = local(item["dst_path"])
                 want, sort = expected(item)
-                if path != VERSION_FILE and digest(path, sort) != want:
+                have = path != VERSION_FILE and digest(path, sort)
+                if path != VERSION_FILE and have != want:
                     base = base_of(path, want, new["set"])
-                    get_file(ota, item, path, base)
+                    get_file(ota, item, path, base, have)
                     f.write("%s\t%s\t%s\n" % ("R" if kind(path) == 1 else "A", path, base))
                     count += 1
         if new["version"] not in (ota.version(), "0"):
@@ -215,7 +210,7 @@ def record(plan, new, path, text):
     plan.write("%s\t%s\t%s\n" % ("R" if kind(path) else "A", path, base))
 
 
-def get_file(ota, item, path, base):
+def get_file(ota, item, path, base, have):
     want, sort = expected(item)
     if digest(base + ".n", sort) == want:
         return  # staged by an update that was cut short
@@ -226,52 +221,13 @@ def get_file(ota, item, path, base):
     url = request_path(item)
     from ota_part import Part
 
-    part = Part(base, want, sort, size(item))
+    part = Part(base, want, sort, size(item), path, have if sort == "sha256" else "")
     tries(url, lambda: part.receive(ota, url))
     ota_boot.move(base + ".p", base + ".n")
-    if kind(base + ".t"):
-        os.remove(base + ".t")
+    remove(base + ".t")
 
 
-def tries(path, attempt):
-    for n in range(TRIES):
-        try:
-            gc.collect()
-            return attempt()
-        except OSError as e:
-            again(n, path, e)
-
-
-def again(n, path, e):
-    # Waits before the next try, or gives up; a full disk stays full.
-    full = e.args and e.args[0] == 28
-    path = path.split("?")[0]  # a token is nobody's business
-    if full or n + 1 == TRIES:
-        print("OTA: %s: %s" % (path, "the disk is full" if full else e))
-        raise e
-    print("OTA: %s: %s, trying again" % (path, e))
-    for _ in range(1 << n):
-        ota_boot.alive()
-        time.sleep(1)
-
-
-def get_firmware(ota, state, new, item, other):
-    want, sort = expected(item)
-    path = request_path(item)
+def firmware_name(item, path):
     name = path.split("?")[0]
     name = name[name.rfind("_") + 1 : -4]
-    new["firmware"] = item.get("version") or (name if release_name(name) else "")
-    new["slot"] = other.name
-    new["slot_before"] = ota_boot.slot()
-    if "size" in item and other.digest(sort, size(item)) == want:
-        return  # written by an update that was cut short
-    if state.get("slot"):
-        # The other slot holds what rollback() would start: that ends here.
-        for key in ("set", "slot", "slot_before", "phase", "starts"):
-            state.pop(key, None)
-        ota_boot.save(state)
-    print("OTA: getting firmware", new["firmware"])
-    from ota_part import Image
-
-    image = Image(other, want, sort, size(item))
-    tries(path, lambda: image.receive(ota, path))
+    return item.get("version") or (name if release_name(name) else "")

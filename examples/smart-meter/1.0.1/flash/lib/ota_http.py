@@ -20,7 +20,7 @@ class Head:
         self.line = bytearray()
         self.size = 0
         self.status = self.length = None
-        self.start = b""
+        self.start = self.coding = b""
         self.tag = ""
 
     def feed(self, piece):
@@ -57,6 +57,8 @@ class Head:
                     raise OSError("the server answers in chunks")
                 elif name == b"etag":
                     self.tag = strong(line[colon + 1 :].strip())
+                elif name == b"content-encoding":
+                    self.coding = line[colon + 1 :].strip()
                 elif name == b"content-range":
                     self.start = line[colon + 1 :].strip()
         self.size += len(piece)
@@ -136,6 +138,8 @@ def ask(s, host, port, path, token, part):
     request = "GET %s HTTP/1.0\r\nHost: %s:%d\r\n" % (path, host, port)
     if token:
         request += "Authorization: Bearer %s\r\n" % token
+    if part:
+        request += getattr(part, "headers", "")
     if part and part.at:
         request += "Range: bytes=%d-\r\nIf-Range: %s\r\n" % (part.at, part.tag)
     request = (request + "\r\n").encode()
@@ -155,6 +159,21 @@ def begin(part, head):
     part.begin(part.at, part.tag)
 
 
+def body(s, head, piece, alive):
+    # The pieces of a body; the first one came with the head.
+    left = 0x3FFFFFFF if head.length is None else head.length
+    while left > 0:
+        if piece:
+            yield piece[:left]
+            left -= len(piece)
+        if left > 0:
+            piece = received(s, alive)
+            if not piece:
+                break
+    if left > 0 and head.length is not None:
+        raise OSError("the connection was cut")
+
+
 def get(host, port, path, take, alive=lambda: None, token="", ca="", part=None):
     # Calls take(piece) for every piece of the body, and alive() at least every
     # STEP seconds. Raises an OSError for all that the server or the network does.
@@ -166,25 +185,21 @@ def get(host, port, path, take, alive=lambda: None, token="", ca="", part=None):
             s = secured(s, host, ca)
         ask(s, host, port, path, token, part)
         head = Head()
-        left = None
-        while left is None or left > 0:
+        at = -1
+        while at < 0:
             piece = received(s, alive)
             if not piece:
-                break
-            if left is None:
-                at = head.feed(piece)
-                if at < 0:
-                    continue
-                if part:
-                    begin(part, head)
-                elif head.status != b"200":
-                    raise OSError("the server sends a part")
-                piece = piece[at:]
-                left = 0x3FFFFFFF if head.length is None else head.length
-            take(piece[:left])
-            left -= len(piece)
-        if left is None or left > 0 and head.length is not None:
-            raise OSError("the connection was cut")
+                raise OSError("the connection was cut")
+            at = head.feed(piece)
+        pieces = body(s, head, piece[at:], alive)
+        if part and head.status == b"200" and head.coding not in (b"", b"identity"):
+            return part.coded(head.coding, pieces)
+        if part:
+            begin(part, head)
+        elif head.status != b"200":
+            raise OSError("the server sends a part")
+        for piece in pieces:
+            take(piece)
     finally:
         s.close()
         plain.close()

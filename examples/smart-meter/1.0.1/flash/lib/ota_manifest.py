@@ -1,22 +1,17 @@
 # Reads the manifest of an update, entry by entry, and what is in an entry.
 # ota_check.py and ota_update.py use this; nothing here changes a file.
-#
-# Pycom's boards have one hash at a time: each digest here is finished before the
-# next one begins.
 
 try:
-    import ubinascii as binascii
     import uhashlib as hashlib
     import ujson as json
 except ImportError:
-    import binascii
     import hashlib
     import json
 
 import ota_boot
-from ota_boot import CARD, HOME, kind, store
+from ota_boot import CARD, HOME, store
+from ota_common import PIECE, hexdigest
 
-PIECE = 512  # bytes that are in memory at a time
 LONGEST_ENTRY = 1024
 LONGEST_SIGNED = 3072  # of a step with its signatures
 LONGEST_PATH = 160
@@ -64,29 +59,6 @@ def local(path):
     if path in ("", HOME, CARD):
         raise ValueError("manifest: path not allowed: /flash or /sd itself")
     return path
-
-
-def hexdigest(h):
-    return binascii.hexlify(h.digest()).decode()
-
-
-def digest(path, sort):
-    # Of a file as it is in flash; "" without one.
-    if kind(path) != 1:
-        return ""
-    piece = bytearray(PIECE)
-    view = memoryview(piece)
-    with open(path, "rb") as f:
-        h = getattr(hashlib, sort)()
-        try:
-            n = 1
-            while n:
-                ota_boot.alive()
-                n = f.readinto(piece)
-                h.update(view[:n])
-        finally:
-            text = hexdigest(h)
-    return text
 
 
 def expected(item):

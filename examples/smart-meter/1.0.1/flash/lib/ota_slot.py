@@ -7,9 +7,9 @@ except ImportError:
     import hashlib
 
 import ota_boot
-from ota_manifest import hexdigest
+from ota_common import PIECE, hexdigest
 
-BLOCK = 4096  # bytes that are written at a time
+BLOCK = 4096  # bytes that are erased at a time
 
 
 class Slot:
@@ -31,13 +31,13 @@ class Slot:
             if hasattr(pycom, "bootmgr"):
                 first = pycom.bootmgr()[0].lower() == "factory"
                 self.name = "ota_0" if first else "Factory"
-        self.hash = self.block = None
+        self.hash = self.piece = None
 
     def buffer(self):
         # Not before it is needed: there is little room while a manifest is checked.
-        if not self.block:
-            self.block = bytearray(BLOCK)
-            self.view = memoryview(self.block)
+        if not self.piece:
+            self.piece = bytearray(PIECE)
+            self.view = memoryview(self.piece)
 
     def start(self, sort, at=0):
         # A slot that can be read is hashed when it is written, and can be written
@@ -45,18 +45,18 @@ class Slot:
         self.buffer()
         self.hash = None if self.part else getattr(hashlib, sort)()
         self.fill = 0
-        self.count = at // BLOCK
+        self.at = at // BLOCK * BLOCK
         if not self.part:
             self.pycom.ota_start()
 
     def write(self, piece):
         piece = memoryview(piece)
         while len(piece):
-            n = min(len(piece), BLOCK - self.fill)
+            n = min(len(piece), PIECE - self.fill)
             self.view[self.fill : self.fill + n] = piece[:n]
             self.fill += n
             piece = piece[n:]
-            if self.fill == BLOCK:
+            if self.fill == PIECE:
                 self.flush()
 
     def flush(self):
@@ -65,21 +65,25 @@ class Slot:
         if not self.part:
             self.hash.update(data)
             self.pycom.ota_write(data)
-        elif (self.count + 1) * BLOCK > self.room:
+        elif self.at >= self.room:
             raise ValueError("the firmware is larger than its slot")
         else:
-            for i in range(self.fill, BLOCK):
-                self.block[i] = 0xFF
-            self.part.writeblocks(self.count, self.block)
-        self.count += 1
+            for i in range(self.fill, PIECE):
+                self.piece[i] = 0xFF
+            block = self.at // BLOCK
+            if self.at % BLOCK == 0:
+                self.part.ioctl(6, block)  # erases it
+            self.part.writeblocks(block, self.piece, self.at % BLOCK)
+        self.at += self.fill
         self.fill = 0
 
     def written(self):
-        return self.count * BLOCK
+        # In whole blocks.
+        return self.at // BLOCK * BLOCK
 
     def finish(self, sort):
         # The digest of what was written.
-        size = self.written() + self.fill
+        size = self.at + self.fill
         if self.fill:
             self.flush()
         return self.digest(sort, size) if self.part else self.stop()
@@ -90,17 +94,17 @@ class Slot:
         self.hash = None
         return hexdigest(h) if h else ""
 
-    def digest(self, sort, size):
-        # The digest of what is in the slot; "" where that cannot be read.
+    def digest(self, sort, size, part=None):
+        # The digest of what is in the slot, or in part; "" where that cannot be read.
         if not self.part or size > self.room:
             return ""
         self.buffer()
         h = getattr(hashlib, sort)()
         try:
-            for n in range((size + BLOCK - 1) // BLOCK):
+            for at in range(0, size, PIECE):
                 ota_boot.alive()
-                self.part.readblocks(n, self.block)
-                h.update(self.view[: min(BLOCK, size - n * BLOCK)])
+                (part or self.part).readblocks(at // BLOCK, self.piece, at % BLOCK)
+                h.update(self.view[: min(PIECE, size - at)])
         finally:
             text = hexdigest(h)
         return text

@@ -17,7 +17,8 @@ except ImportError:
     import json
 
 from ota_boot import HOME
-from ota_manifest import entries, hexdigest
+from ota_common import hexdigest
+from ota_manifest import entries
 
 TYPE = "application/vnd.ota-step+json"
 # When what is installed was signed. An update replaces it like any other file, so
