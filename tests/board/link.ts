@@ -20,6 +20,8 @@ export interface Weather {
   only?: RegExp;
   /** Changes the bytes of a response on the way. */
   spoil?: (bytes: Uint8Array, total: number) => Uint8Array;
+  /** Sees a response whole, before any of it is handed out, and may change it. */
+  answer?: (bytes: Uint8Array) => Uint8Array;
 }
 
 export class Link {
@@ -102,6 +104,11 @@ export class Link {
     this.#head = "";
   }
 
+  #next(): Uint8Array {
+    const size = this.#ask({ do: "receive" });
+    return new Uint8Array(this.#data.subarray(0, size));
+  }
+
   /** The next piece, empty at the end of the connection. */
   receive(): Uint8Array {
     const weather = this.#now();
@@ -109,9 +116,11 @@ export class Link {
     const silent = weather.silentAfter ?? Infinity;
     this.#late = undefined;
     if (this.#total >= cut) return new Uint8Array(0);
-    if (this.#inbox.length === 0) {
-      const size = this.#ask({ do: "receive" });
-      this.#inbox = new Uint8Array(this.#data.subarray(0, size));
+    if (this.#inbox.length === 0) this.#inbox = this.#next();
+    if (weather.answer && this.#total === 0) {
+      const all = [this.#inbox];
+      while (all.at(-1)!.length > 0) all.push(this.#next());
+      this.#inbox = weather.answer(new Uint8Array(Buffer.concat(all)));
     }
     const size = Math.min(
       weather.piece?.(this.#total) ?? 512,

@@ -23,7 +23,7 @@ from ota_boot import kind
 from ota_common import digest, remove
 
 KEEP = 8192  # bytes of a file: so often, what was received is made safe
-ROOM = 24576  # bytes of heap that are enough to make content of a patch, and its code
+ROOM = 32768  # bytes of heap that are enough to make content of a patch, and its code
 
 
 def inflater():
@@ -128,6 +128,7 @@ class Part:
         if gc.mem_free() < ROOM:
             # What gets files gives way, and is loaded again for the next one.
             sys.modules.pop("ota_http", None)
+            gc.collect()
         try:
             import ota_patch
 

@@ -32,12 +32,23 @@ def load(name, shared):
         for folder in sys.path:
             path = (folder + "/" if folder else "") + name + ".py"
             if ota_boot.kind(path) == 1:
-                with open(path) as f:
-                    # Without comments, decorators and imports.
-                    text = "".join([line for line in f if line[0] not in "#f@"])
-                gc.collect()
-                return exec(text, shared)
+                return interpret(path, shared)
         raise
+
+
+def interpret(path, shared):
+    # Without comments, imports and decorators; one function at a time takes less room.
+    lines = []
+    with open(path) as f:
+        for line in f:
+            if line[0] not in "#f@":
+                if line.strip()[:1] != "#":
+                    lines.append(line)
+            elif lines:
+                exec("".join(lines), shared)
+                lines = []
+                gc.collect()
+    exec("".join(lines), shared)
 
 
 def scans(kind):
