@@ -10950,7 +10950,9 @@ async function airCosts(
   const plainForm = { extras: true, base: base + releases.urlPath, suffix: "" };
   const form = isBrief ? briefForm(plainForm, decision, inline) : plainForm;
   const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
-  const { coding, level } = manifestCoding(accepted, json.byteLength, isBrief, true);
+  // Boards take manifests as they are.
+  const forManifest = isBrief ? accepted : NO_CODINGS;
+  const { coding, level } = manifestCoding(forManifest, json.byteLength, isBrief, true);
   const coded = await encodeManifest(json, coding, level);
   const size = (coded ?? json).byteLength;
   costs.push({ name: "manifest.json", size, how: coded ? coding! : "plain" });
