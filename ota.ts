@@ -7850,9 +7850,9 @@ class Records {
     this.damaged = [];
   }
 
-  /** Deletes the damaged records in whose place a transaction brought a good one. */
-  dropRepaired({ repairs }: Transaction): void {
-    for (const path of repairs) ifThere(() => this.#disk.unlink(path));
+  /** Deletes damaged records in whose place there is a good one. Durable after `sync`. */
+  dropRepaired(paths: readonly string[]): void {
+    for (const path of paths) ifThere(() => this.#disk.unlink(path));
     this.damaged = [];
   }
 
@@ -8476,13 +8476,15 @@ class Transactions {
     const { commit, done, state } = records;
     const transaction = (commit ?? done)!;
     const plan = commit ?? rollbackPlanOf(transaction)!;
+    const isInstalled = state.journal === transaction.id;
+    // The sync of the mark makes this durable, before a state that names another transaction can
+    // be: then a damaged record that is still there would count again.
+    if (isInstalled && why === "rollback") records.dropRepaired(transaction.repairs);
     await records.beginReversal(why);
     const lost = this.tree.findLost(plan.back, plan.restored);
     if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
     await this.tree.run(plan.back);
-    if (state.journal === transaction.id) {
-      // Before the mark goes: without a transaction, a damaged record that is still there counts.
-      if (why === "rollback") records.dropRepaired(transaction);
+    if (isInstalled) {
       const { installed, journal } = plan.before;
       const after: State = {
         ...{ ...state, installed, trial: null, restart: transaction.restart },

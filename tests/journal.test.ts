@@ -695,7 +695,7 @@ async function playOn(
   journal[Symbol.dispose]();
 }
 
-const HOWS = ["kill", "drop", "prefix", "subset", "subset"] as const;
+const HOWS = ["kill", "drop", "prefix", "subset", "subset", "one", "one"] as const;
 
 function aftermath(disk: MemoryDisk, how: "kill" | PowerCut, random: Random): MemoryDisk {
   return how === "kill" ? disk.kill() : disk.powerCut(how, random);
@@ -1555,6 +1555,43 @@ describe("what a change that was cut off needs is gone", () => {
   });
 });
 
+describe("a damaged record is repaired, and the power fails", () => {
+  /** What power cuts leave at each change that a task makes, and after its end. */
+  async function* cuts(disk: MemoryDisk, task: (disk: MemoryDisk) => Promise<unknown>) {
+    for (let at = 1, isOver = false; !isOver; at++) {
+      const left = disk.clone();
+      left.crashAt(at);
+      await task(left).catch((error) => expect(error).toBeInstanceOf(Crash));
+      isOver = !left.isDead;
+      yield* left.cutsOfOne();
+    }
+  }
+
+  const isCorrupt = (name: string): boolean => name.endsWith(".corrupt");
+
+  test("twice, while the repair is taken back: the damaged record counts no more", async () => {
+    const player = await opened(v1);
+    await steps.damage("state.json").do(player);
+    await update({ ...player, world: EMPTY_WORLD }, v3, { whole: true, check: true });
+    // The first time, of what was not synced only the mark of the way back reached the disk.
+    const left = player.disk.powerCut("drop", new Random(SEED));
+    left.rename(".ota/commit.json", ".ota/rollback.json");
+    left.settle();
+    expect(left.list(".ota").filter(isCorrupt)).toHaveLength(1);
+    let tried = 0;
+    for await (const found of cuts(left, open)) {
+      const { state, damaged } = await open(found);
+      const { installed, trial } = state;
+      const failed = state.failed.map(({ version }) => version);
+      expect({ damaged, installed, trial, failed }).toEqual({
+        ...{ damaged: [], installed: null, trial: null, failed: [v3.version] },
+      });
+      tried++;
+    }
+    expect(tried).toBeGreaterThan(50);
+  });
+});
+
 describe("staging", () => {
   test("a part is taken up where it ended, in another process", async () => {
     const { disk, journal } = await opened();
@@ -1743,6 +1780,10 @@ describe("the disk in memory", () => {
     };
     expect(seen("drop")).toEqual(["ab"]);
     expect(seen("prefix")).toEqual(["ab", "bc", "c", "cd"]);
+    // In turn: no rename, no unlink, no new file.
+    expect(seen("one")).toEqual(["ad", "bcd", "c"]);
+    const each = [...disk.cutsOfOne()].map((image) => [...image.walk("").keys()].join(""));
+    expect(each).toEqual(["ad", "bcd", "c", "cd"]);
     expect(seen("subset")).toEqual(["a", "ab", "abd", "ad", "bc", "bcd", "c", "cd"]);
     const contents = Array.from({ length: 300 }, () => {
       const image = disk.powerCut("subset", random);
