@@ -8682,13 +8682,23 @@ export class Journal implements Disposable {
     await this.#transactions.run(transaction);
   }
 
-  /** Records what is installed where no file needs to change. */
+  /**
+   * Records what is installed where no file needs to change. On a device whose record is damaged
+   * this is a repair; one that is cut off leaves it damaged.
+   */
   async record(installed: Installed): Promise<void> {
+    const { damaged } = this;
     // What came before another version is not what an earlier transaction goes back to.
     const isOther = installed.version !== this.state.installed?.version;
-    const journal = isOther ? null : this.state.journal;
+    const journal = isOther || damaged.length > 0 ? null : this.state.journal;
     await this.#records.write({ ...this.state, installed, journal });
-    this.#records.dropEnded();
+    if (damaged.length > 0) {
+      // In this order: the next `open` would finish what was under way before the damage, and put
+      // another release over this one, as soon as the damage no longer stops it.
+      await this.#records.forgetTransactions();
+      this.#records.dropRepaired(damaged);
+      await this.#records.sync();
+    } else this.#records.dropEnded();
     this.#transactions.cleanUp();
     this.staging.clear();
   }

@@ -1563,7 +1563,7 @@ describe("a damaged record is repaired, and the power fails", () => {
       left.crashAt(at);
       await task(left).catch((error) => expect(error).toBeInstanceOf(Crash));
       isOver = !left.isDead;
-      yield* left.cutsOfOne();
+      for (const found of left.cutsOfOne()) yield { found, isOver };
     }
   }
 
@@ -1579,7 +1579,7 @@ describe("a damaged record is repaired, and the power fails", () => {
     left.settle();
     expect(left.list(".ota").filter(isCorrupt)).toHaveLength(1);
     let tried = 0;
-    for await (const found of cuts(left, open)) {
+    for await (const { found } of cuts(left, open)) {
       const { state, damaged } = await open(found);
       const { installed, trial } = state;
       const failed = state.failed.map(({ version }) => version);
@@ -1589,6 +1589,39 @@ describe("a damaged record is repaired, and the power fails", () => {
       tried++;
     }
     expect(tried).toBeGreaterThan(50);
+  });
+
+  test("when only a record is made: what was under way before is not done over it", async () => {
+    const player = await opened(v1);
+    await update(player, v2, { check: true });
+    await steps.damage("state.json").do(player);
+    // What is left of the trial would bring v1 back: not all of v2 is there.
+    appChange(player.disk, "flash/main.py", "edited");
+    player.disk.settle();
+    player.journal[Symbol.dispose]();
+    const { files } = lookAtTree(player.disk);
+    const installed = installedBy(EMPTY_WORLD, v2);
+    const record = async (disk: MemoryDisk): Promise<void> => {
+      using journal = await open(disk);
+      await journal.record(installed);
+    };
+    for await (const { found, isOver } of cuts(player.disk, record)) {
+      const first = await open(found);
+      const { damaged, recovered } = first;
+      first[Symbol.dispose]();
+      expect({ damaged: isOver && damaged.length > 0, recovered }).toEqual({
+        ...{ damaged: false, recovered: false },
+      });
+      // Cut off, it can be done again.
+      if (damaged.length > 0) await record(found);
+      using journal = await open(found);
+      const { state, canRollBack } = journal;
+      expect({ ...state, canRollBack, damaged: journal.damaged }).toMatchObject({
+        ...{ installed, journal: null, trial: null, canRollBack: false, damaged: [] },
+      });
+      expect(lookAtTree(found).files).toEqual(files);
+      expect(found.list(".ota").filter((name) => /^backup|commit|journal/.test(name))).toEqual([]);
+    }
   });
 });
 
