@@ -7853,7 +7853,7 @@ class Records {
   /** Deletes damaged records in whose place there is a good one. Durable after `sync`. */
   dropRepaired(paths: readonly string[]): void {
     for (const path of paths) ifThere(() => this.#disk.unlink(path));
-    this.damaged = [];
+    this.damaged = this.damaged.filter((path) => !paths.includes(path));
   }
 
   /** Resolves when the state is durable, and with it all changes of names before. */

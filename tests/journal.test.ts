@@ -1154,6 +1154,17 @@ const scenarios: Scenario[] = [
     before: [steps.app(own), steps.update(v1), steps.update(v2), steps.damage("state.json")],
     steps: [steps.update(v3, { whole: true, check: true }), steps.rollBack()],
   },
+  {
+    name: "repair that ends well, and a release after it that fails its check",
+    before: [steps.app(own), steps.update(v1), steps.update(v2), steps.damage("state.json")],
+    steps: [
+      steps.update(v3, { whole: true, check: true }),
+      steps.confirm(),
+      steps.update(v1, { check: true }),
+      steps.rollBack(),
+      steps.rollBack(),
+    ],
+  },
   ...(["state.json", "journal.json", "state.json on the way back"] as const).map((what) => ({
     name: `repair of a damaged ${what}`,
     before: [
@@ -1589,6 +1600,16 @@ describe("a damaged record is repaired, and the power fails", () => {
       tried++;
     }
     expect(tried).toBeGreaterThan(50);
+  });
+
+  test("not that one, but a release is taken back: it still counts", async () => {
+    const player = await opened(v1);
+    await update(player, v2, { check: true });
+    await steps.damage("journal.json").do(player);
+    await player.journal.rollBack();
+    expect(player.journal.state.installed?.version).toBe("1.0.0");
+    expect(player.journal.damaged).toHaveLength(1);
+    expect((await open(player.disk.kill())).damaged).toHaveLength(1);
   });
 
   test("when only a record is made: what was under way before is not done over it", async () => {
