@@ -7870,10 +7870,10 @@ class Records {
     this.damaged = [];
   }
 
-  /** Deletes the damaged records in whose place a transaction brought a good one. */
-  dropRepaired({ repairs }: Transaction): void {
-    for (const path of repairs) ifThere(() => this.#disk.unlink(path));
-    this.damaged = [];
+  /** Deletes damaged records in whose place there is a good one. Durable after `sync`. */
+  dropRepaired(paths: readonly string[]): void {
+    for (const path of paths) ifThere(() => this.#disk.unlink(path));
+    this.damaged = this.damaged.filter((path) => !paths.includes(path));
   }
 
   /** Resolves when the state is durable, and with it all changes of names before. */
@@ -8496,13 +8496,15 @@ class Transactions {
     const { commit, done, state } = records;
     const transaction = (commit ?? done)!;
     const plan = commit ?? rollbackPlanOf(transaction)!;
+    const isInstalled = state.journal === transaction.id;
+    // The sync of the mark makes this durable, before a state that names another transaction can
+    // be: then a damaged record that is still there would count again.
+    if (isInstalled && why === "rollback") records.dropRepaired(transaction.repairs);
     await records.beginReversal(why);
     const lost = this.tree.findLost(plan.back, plan.restored);
     if (lost.length > 0) throw new OTAError(`${lost.join(", ")} is gone`);
     await this.tree.run(plan.back);
-    if (state.journal === transaction.id) {
-      // Before the mark goes: without a transaction, a damaged record that is still there counts.
-      if (why === "rollback") records.dropRepaired(transaction);
+    if (isInstalled) {
       const { installed, journal } = plan.before;
       const after: State = {
         ...{ ...state, installed, trial: null, restart: transaction.restart },
@@ -8700,13 +8702,23 @@ export class Journal implements Disposable {
     await this.#transactions.run(transaction);
   }
 
-  /** Records what is installed where no file needs to change. */
+  /**
+   * Records what is installed where no file needs to change. On a device whose record is damaged
+   * this is a repair; one that is cut off leaves it damaged.
+   */
   async record(installed: Installed): Promise<void> {
+    const { damaged } = this;
     // What came before another version is not what an earlier transaction goes back to.
     const isOther = installed.version !== this.state.installed?.version;
-    const journal = isOther ? null : this.state.journal;
+    const journal = isOther || damaged.length > 0 ? null : this.state.journal;
     await this.#records.write({ ...this.state, installed, journal });
-    this.#records.dropEnded();
+    if (damaged.length > 0) {
+      // In this order: the next `open` would finish what was under way before the damage, and put
+      // another release over this one, as soon as the damage no longer stops it.
+      await this.#records.forgetTransactions();
+      this.#records.dropRepaired(damaged);
+      await this.#records.sync();
+    } else this.#records.dropEnded();
     this.#transactions.cleanUp();
     this.staging.clear();
   }

@@ -695,7 +695,7 @@ async function playOn(
   journal[Symbol.dispose]();
 }
 
-const HOWS = ["kill", "drop", "prefix", "subset", "subset"] as const;
+const HOWS = ["kill", "drop", "prefix", "subset", "subset", "one", "one"] as const;
 
 function aftermath(disk: MemoryDisk, how: "kill" | PowerCut, random: Random): MemoryDisk {
   return how === "kill" ? disk.kill() : disk.powerCut(how, random);
@@ -1154,6 +1154,17 @@ const scenarios: Scenario[] = [
     before: [steps.app(own), steps.update(v1), steps.update(v2), steps.damage("state.json")],
     steps: [steps.update(v3, { whole: true, check: true }), steps.rollBack()],
   },
+  {
+    name: "repair that ends well, and a release after it that fails its check",
+    before: [steps.app(own), steps.update(v1), steps.update(v2), steps.damage("state.json")],
+    steps: [
+      steps.update(v3, { whole: true, check: true }),
+      steps.confirm(),
+      steps.update(v1, { check: true }),
+      steps.rollBack(),
+      steps.rollBack(),
+    ],
+  },
   ...(["state.json", "journal.json", "state.json on the way back"] as const).map((what) => ({
     name: `repair of a damaged ${what}`,
     before: [
@@ -1555,6 +1566,86 @@ describe("what a change that was cut off needs is gone", () => {
   });
 });
 
+describe("a damaged record is repaired, and the power fails", () => {
+  /** What power cuts leave at each change that a task makes, and after its end. */
+  async function* cuts(disk: MemoryDisk, task: (disk: MemoryDisk) => Promise<unknown>) {
+    for (let at = 1, isOver = false; !isOver; at++) {
+      const left = disk.clone();
+      left.crashAt(at);
+      await task(left).catch((error) => expect(error).toBeInstanceOf(Crash));
+      isOver = !left.isDead;
+      for (const found of left.cutsOfOne()) yield { found, isOver };
+    }
+  }
+
+  const isCorrupt = (name: string): boolean => name.endsWith(".corrupt");
+
+  test("twice, while the repair is taken back: the damaged record counts no more", async () => {
+    const player = await opened(v1);
+    await steps.damage("state.json").do(player);
+    await update({ ...player, world: EMPTY_WORLD }, v3, { whole: true, check: true });
+    // The first time, of what was not synced only the mark of the way back reached the disk.
+    const left = player.disk.powerCut("drop", new Random(SEED));
+    left.rename(".ota/commit.json", ".ota/rollback.json");
+    left.settle();
+    expect(left.list(".ota").filter(isCorrupt)).toHaveLength(1);
+    let tried = 0;
+    for await (const { found } of cuts(left, open)) {
+      const { state, damaged } = await open(found);
+      const { installed, trial } = state;
+      const failed = state.failed.map(({ version }) => version);
+      expect({ damaged, installed, trial, failed }).toEqual({
+        ...{ damaged: [], installed: null, trial: null, failed: [v3.version] },
+      });
+      tried++;
+    }
+    expect(tried).toBeGreaterThan(50);
+  });
+
+  test("not that one, but a release is taken back: it still counts", async () => {
+    const player = await opened(v1);
+    await update(player, v2, { check: true });
+    await steps.damage("journal.json").do(player);
+    await player.journal.rollBack();
+    expect(player.journal.state.installed?.version).toBe("1.0.0");
+    expect(player.journal.damaged).toHaveLength(1);
+    expect((await open(player.disk.kill())).damaged).toHaveLength(1);
+  });
+
+  test("when only a record is made: what was under way before is not done over it", async () => {
+    const player = await opened(v1);
+    await update(player, v2, { check: true });
+    await steps.damage("state.json").do(player);
+    // What is left of the trial would bring v1 back: not all of v2 is there.
+    appChange(player.disk, "flash/main.py", "edited");
+    player.disk.settle();
+    player.journal[Symbol.dispose]();
+    const { files } = lookAtTree(player.disk);
+    const installed = installedBy(EMPTY_WORLD, v2);
+    const record = async (disk: MemoryDisk): Promise<void> => {
+      using journal = await open(disk);
+      await journal.record(installed);
+    };
+    for await (const { found, isOver } of cuts(player.disk, record)) {
+      const first = await open(found);
+      const { damaged, recovered } = first;
+      first[Symbol.dispose]();
+      expect({ damaged: isOver && damaged.length > 0, recovered }).toEqual({
+        ...{ damaged: false, recovered: false },
+      });
+      // Cut off, it can be done again.
+      if (damaged.length > 0) await record(found);
+      using journal = await open(found);
+      const { state, canRollBack } = journal;
+      expect({ ...state, canRollBack, damaged: journal.damaged }).toMatchObject({
+        ...{ installed, journal: null, trial: null, canRollBack: false, damaged: [] },
+      });
+      expect(lookAtTree(found).files).toEqual(files);
+      expect(found.list(".ota").filter((name) => /^backup|commit|journal/.test(name))).toEqual([]);
+    }
+  });
+});
+
 describe("staging", () => {
   test("a part is taken up where it ended, in another process", async () => {
     const { disk, journal } = await opened();
@@ -1743,6 +1834,10 @@ describe("the disk in memory", () => {
     };
     expect(seen("drop")).toEqual(["ab"]);
     expect(seen("prefix")).toEqual(["ab", "bc", "c", "cd"]);
+    // In turn: no rename, no unlink, no new file.
+    expect(seen("one")).toEqual(["ad", "bcd", "c"]);
+    const each = [...disk.cutsOfOne()].map((image) => [...image.walk("").keys()].join(""));
+    expect(each).toEqual(["ad", "bcd", "c", "cd"]);
     expect(seen("subset")).toEqual(["a", "ab", "abd", "ad", "bc", "bcd", "c", "cd"]);
     const contents = Array.from({ length: 300 }, () => {
       const image = disk.powerCut("subset", random);

@@ -15,7 +15,8 @@
  *   own creation durable.
  * - A rename happens whole or not at all. A change of mode waits for a `sync` of the file or of a
  *   directory that holds it, or for a later rename of the file.
- * - `powerCut` loses all, an unrelated choice of, or everything after some point of what waits.
+ * - `powerCut` loses all, an unrelated choice of, everything after some point of, or one thing of
+ *   what waits.
  */
 
 import { constants } from "node:os";
@@ -34,7 +35,9 @@ export type PowerCut =
   /** Those after some moment are lost, as with a journal that keeps the order. */
   | "prefix"
   /** Any may be lost. */
-  | "subset";
+  | "subset"
+  /** One is lost, and what needs it: shows whether another should have waited for it. */
+  | "one";
 
 /** The name of an operation, as in `Disk`. */
 export type OperationName = Exclude<keyof Disk, "makeRoot" | "free" | "mounts">;
@@ -210,12 +213,38 @@ export class MemoryDisk implements Disk {
 
   /** What is found when the power comes back. */
   powerCut(how: PowerCut, random: Random): MemoryDisk {
+    const end = this.#pending.length;
+    const some = how === "prefix" ? random.below(end + 1) : how === "one" ? random.below(end) : 0;
+    const chance = how === "subset" ? random.pick([0.1, 0.3, 0.5, 0.7, 0.9]) : 0;
+    const survives = {
+      drop: () => false,
+      prefix: (i: number) => i < some,
+      subset: () => random.next() < chance,
+      one: (i: number) => i !== some,
+    }[how];
+    return this.#cut(survives, (inode) => {
+      return how === "drop" ? (inode.synced ?? EMPTY) : contentAfterCut(inode, random);
+    });
+  }
+
+  /** What is found after each power cut that loses one change; or none, and what was not synced. */
+  *cutsOfOne(): Generator<MemoryDisk> {
+    for (let lost = 0; lost <= this.#pending.length; lost++) {
+      yield this.#cut(
+        (i) => i !== lost,
+        ({ synced }) => synced ?? EMPTY,
+      );
+    }
+  }
+
+  /**
+   * @param survives whether a change that waits becomes durable
+   * @param contentOf what a file has then
+   */
+  #cut(survives: (i: number) => boolean, contentOf: (inode: Inode) => Uint8Array): MemoryDisk {
     const image = copyImage(this.#durable);
-    const survivors = how === "prefix" ? random.below(this.#pending.length + 1) : Infinity;
-    const chance = how === "drop" ? 0 : random.pick([0.1, 0.3, 0.5, 0.7, 0.9]);
     for (const [i, change] of this.#pending.entries()) {
-      const survives = how === "prefix" ? i < survivors : random.next() < chance;
-      if (survives) apply(image, change, this.#inodes);
+      if (survives(i)) apply(image, change, this.#inodes);
     }
     const copy = new MemoryDisk({ links: this.#links, capacity: this.capacity });
     copy.#next = this.#next;
@@ -223,7 +252,7 @@ export class MemoryDisk implements Disk {
     copy.#inodes = new Map();
     const reach = (number: number): void => {
       const inode = this.#inodes.get(number)!;
-      const data = how === "drop" ? (inode.synced ?? EMPTY) : contentAfterCut(inode, random);
+      const data = contentOf(inode);
       const certain = data.length;
       const mode = image.modes.get(number)!;
       const entries = new Map(image.directories.get(number));
