@@ -845,7 +845,7 @@ describe("what does not decode, or to something else", () => {
 // ── The line breaks. ──
 
 describe.concurrent("a transfer that breaks at nine tenths", () => {
-  const CODINGS = ["identity", "gzip", "zstd", "br", "dcz"] as const;
+  const CODINGS = ["identity", "gzip", "zstd", "br", "dcz", "ota-patch, br"] as const;
 
   const most = ({ answer }: Passed) => Math.floor(answer.body.length * 0.9);
 
@@ -931,7 +931,8 @@ describe.concurrent("a transfer that breaks at nine tenths", () => {
 
   test("starts over where the other side now has another form of it", async () => {
     const changes: [first: string, then: string][] = [
-      ["dcz", "br"],
+      ["dcz", "ota-patch, br"],
+      ["ota-patch, br", "br"],
       ["br", "zstd"],
       ["zstd", "gzip"],
       ["gzip", "identity"],
@@ -1028,7 +1029,7 @@ test.concurrent(
     const random = new Random(SEED);
     const now = { ...V2, ...VERSION_2 };
     const devices = Array.from({ length: 20 }, (_, i) => i);
-    const codings = ["identity", "gzip", "zstd", "br", "dcz", ALL, ALL];
+    const codings = ["identity", "gzip", "zstd", "br", "dcz", "ota-patch, br", ALL, ALL];
     using world = another();
     const was = world.tree();
     let updated = 0;

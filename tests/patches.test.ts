@@ -4,15 +4,19 @@
  * Contents and meddling are random: set SEED to repeat a run, and OTA_ALL to try more.
  */
 
-import { describe, expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readdirSync } from "node:fs";
 import * as zlib from "node:zlib";
 import { encodePatch } from "../ota.ts";
+import { answerOther, Between } from "./helpers/between.ts";
 import { edited, noise, program as machineCode, sha256 } from "./helpers/content.ts";
 import { CHIPS, espImage, linked, program, revised, type Chip } from "./helpers/firmware.ts";
 import { apply, copy, number, received, signed, start, type Predicted } from "./helpers/patch.ts";
 import { ALL, Random, seeded } from "./helpers/random.ts";
-import { bytesOf } from "./helpers/temp.ts";
+import { sendRequest, type ParsedResponse } from "./helpers/raw.ts";
+import { asTree, bytesOf, Temp, type Tree } from "./helpers/temp.ts";
+import { OTA_TS, Serving } from "./helpers/tool.ts";
+import { World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
 
@@ -435,5 +439,268 @@ describe("patches that were made once are applied for ever", () => {
       const today = roundTrip([old!, content!])!;
       expect([name, today.length <= patch!.length]).toEqual([name, true]);
     }
+  });
+});
+
+describe("between server and device", () => {
+  const [OLD, NEW] = release("thumb", 600, 30);
+  const [OLD_IMAGE, NEW_IMAGE] = images("xtensa", 600, 31);
+  const LINES = Array.from({ length: 200 }, (_, k) => `${sha256(`${k}`).slice(0, 20)} = ${k}\n`);
+  const SOURCE = LINES.join("");
+  const SOURCE_2 = SOURCE.replace("= 7\n", "= 8\n");
+  const first: Tree = { "flash/code.bin": OLD, "flash/table.py": SOURCE };
+  const second: Tree = { "flash/code.bin": NEW, "flash/table.py": SOURCE_2 };
+  const beside = { "firmware_1.0.0.bin": OLD_IMAGE, "firmware_1.0.1.bin": NEW_IMAGE };
+  const CODE = "/1.0.1/flash/code.bin";
+
+  let world: World;
+  beforeAll(async () => {
+    world = await World.with({ "1.0.0": first, "1.0.1": second }, { beside, on: "1.0.0" });
+  });
+  afterAll(() => world[Symbol.asyncDispose]());
+
+  const ask = (
+    server: { url: string },
+    path: string,
+    accepted: string,
+    old: Uint8Array | string,
+  ) => {
+    const hash = Buffer.from(sha256(old), "hex").toString("base64");
+    const headers = { "Accept-Encoding": accepted, "Available-Dictionary": `:${hash}:` };
+    return sendRequest(server, path, { headers });
+  };
+  const coding = ({ headers }: ParsedResponse) => headers.get("content-encoding") ?? "identity";
+
+  test("a device gets patches, and needs a fraction of what it is without", async () => {
+    await using between = await Between.start(world);
+    const { code, last } = await world.client([], between);
+    expect([code, last]).toEqual([0, "updated 1.0.0 -> 1.0.1 (firmware 1.0.0 -> 1.0.1)"]);
+    expect(world.tree()).toMatchObject(asTree(second));
+    for (const [path, old] of [
+      [CODE, OLD],
+      ["/firmware_1.0.1.bin", OLD_IMAGE],
+    ] as const) {
+      const [{ asked, answer } = expect.unreachable(), ...more] = between.of(path);
+      expect([coding(answer), more]).toEqual(["ota-patch, br", []]);
+      expect(asked.headers.get("accept-encoding")).toMatch(/^ota-patch, br\b/);
+      const without = await ask(world, path, "dcz, br", old);
+      expect(coding(without)).toBe("dcz");
+      expect(answer.body.length).toBeLessThan(without.body.length / 3);
+    }
+    expect(world.server.lines.some((line) => / coding=ota-patch,br$/.test(line))).toBe(true);
+  });
+
+  const cases: [accepted: string, path: string, old: Uint8Array | string, got: string][] = [
+    ["ota-patch, br", CODE, OLD, "ota-patch, br"],
+    ["br, ota-patch", CODE, OLD, "ota-patch, br"],
+    ["ota-patch, deflate", CODE, OLD, "ota-patch, deflate"],
+    ["ota-patch, deflate, br", CODE, OLD, "ota-patch, br"],
+    ["OTA-Patch;q=0.1, Deflate;q=0.2", CODE, OLD, "ota-patch, deflate"],
+    // A patch alone is no coding.
+    ["ota-patch", CODE, OLD, "identity"],
+    ["ota-patch, gzip", CODE, OLD, "gzip"],
+    ["ota-patch, br;q=0, zstd", CODE, OLD, "zstd"],
+    ["ota-patch;q=0, deflate", CODE, OLD, "deflate"],
+    ["ota-patch, dcz", CODE, OLD, "dcz"],
+    // The smallest of what is accepted.
+    ["ota-patch, br, dcz", CODE, OLD, "ota-patch, br"],
+    ["ota-patch, deflate, dcz, zstd", CODE, OLD, "ota-patch, deflate"],
+    ["ota-patch, br, dcz", "/1.0.1/flash/table.py", SOURCE, "dcz"],
+    // Content that the server does not know, or not there.
+    ["ota-patch, deflate", CODE, "unknown", "deflate"],
+    ["ota-patch, br, dcz", CODE, SOURCE, "br"],
+    ["ota-patch, deflate", "/1.0.0/flash/code.bin", NEW, "ota-patch, deflate"],
+  ];
+  for (const [accepted, path, old, got] of cases) {
+    test(`${path}, Accept-Encoding: ${accepted}: ${got}`, async () => {
+      const response = await ask(world, path, accepted, old);
+      expect([response.status, coding(response)]).toEqual([200, got]);
+    });
+  }
+
+  test("what a board asks for inflates with 1 KiB of memory to a patch that applies", async () => {
+    for (const [path, old, content] of [
+      [CODE, OLD, NEW],
+      ["/firmware_1.0.1.bin", OLD_IMAGE, NEW_IMAGE],
+    ] as const) {
+      const { body } = await ask(world, path, "ota-patch, deflate", old);
+      const patch = zlib.inflateSync(body, { windowBits: 10 });
+      expect(sha256(apply(patch, old, content.length).content)).toBe(sha256(content));
+    }
+  });
+
+  test("a wrong patch is refused, and the file fetched plain, once", async () => {
+    const fast = { params: { [zlib.constants.BROTLI_PARAM_QUALITY]: 5 } };
+    const compressed = (bytes: string | Uint8Array) => zlib.brotliCompressSync(bytes, fast);
+    const wrong: Record<string, (old: Uint8Array, content: Uint8Array) => Uint8Array> = {
+      "not compressed": (old, content) => encodePatch(old, content)!,
+      "compressed, but no patch": () => compressed(SOURCE),
+      "cut short": (old, content) => compressed(encodePatch(old, content)!).subarray(0, 99),
+      "one whose end is missing": (old, content) =>
+        compressed(encodePatch(old, content)!.subarray(0, -2)),
+      "for other old content": (_, content) =>
+        compressed(encodePatch(OLD, content) ?? join(start(OLD, 9))),
+      "of other new content": (old, content) =>
+        compressed(encodePatch(old, join(content.subarray(0, -1), [content.at(-1)! ^ 1]))!),
+      "of longer content": (old, content) => compressed(encodePatch(old, join(content, [1]))!),
+      "of shorter content": (old, content) => compressed(encodePatch(old, content.subarray(1))!),
+      "a bomb": (old, content) => compressed(join(start(old, content.length), zeros(2 ** 24))),
+    };
+    const names = Object.keys(wrong);
+    // Too long to be carried in a manifest.
+    const more = machineCode(2 ** 16, 39);
+    const pairs = names.map((_, k): Pair => {
+      const [old, content] = release("thumb", 60, 40 + k);
+      return [join(old, more), join(content, more)];
+    });
+    const tree = (which: 0 | 1): Tree =>
+      Object.fromEntries(pairs.map((pair, k) => [`flash/${k}.bin`, pair[which]]));
+    await using hostile = await World.with({ "1.0.0": tree(0), "1.0.1": tree(1) }, { on: "1.0.0" });
+    await using between = await Between.start(hostile, {
+      answer: (passed, connection) => {
+        const number = Number(/\/(\d+)\.bin$/.exec(passed.asked.path)?.[1]);
+        if (!(number in names) || coding(passed.answer) !== "ota-patch, br") return false;
+        return answerOther(passed, connection, wrong[names[number]!]!(...pairs[number]!));
+      },
+    });
+    const { code, stderr } = await hostile.client([], between);
+    expect({ code, stderr }).toEqual({ code: 0, stderr: expect.any(String) });
+    expect(hostile.tree()).toMatchObject(asTree(tree(1)));
+    for (const [k, name] of names.entries()) {
+      const answers = between.of(`/1.0.1/flash/${k}.bin`).map(({ answer }) => coding(answer));
+      expect([name, answers]).toEqual([name, ["ota-patch, br", "identity"]]);
+    }
+    expect(between.of("/manifest.json").length).toBe(1);
+  });
+
+  // So long that to make a patch is far more work than to answer.
+  const [LONG, LONGER] = [8, 9].map((seed): Pair => {
+    const old = machineCode(1_000_000, seed);
+    return [old, edited(old, seed, 60)];
+  }) as [Pair, Pair];
+
+  test("a hundred ask at once for one patch; others are answered meanwhile", async () => {
+    await using busy = await World.with({
+      "1.0.0": { a: LONG[0], b: LONGER[0] },
+      "1.0.1": { a: LONG[1], b: LONGER[1] },
+    });
+    let done = false;
+    const asked = Array.from({ length: 100 }, () =>
+      ask(busy, "/1.0.1/a", "ota-patch, deflate", LONG[0]),
+    );
+    const answers = Promise.all(asked).finally(() => (done = true));
+    let meanwhile = 0;
+    for (; !done; meanwhile++) {
+      expect((await sendRequest(busy, "/-/health")).status).toBe(200);
+    }
+    expect(meanwhile).toBeGreaterThan(5);
+    const bodies = (await answers).map(({ body }) => sha256(body));
+    expect(new Set(bodies).size).toBe(1);
+    expect((await answers).every((answer) => coding(answer) === "ota-patch, deflate")).toBe(true);
+  });
+
+  test("what there is time for is spent by the first patch", async () => {
+    await using busy = await World.with(
+      { "1.0.0": { a: OLD, b: OLD_IMAGE }, "1.0.1": { a: NEW, b: NEW_IMAGE } },
+      { coding: 1e-6 },
+    );
+    const one = await Promise.all(
+      [1, 2, 3].map(() => ask(busy, "/1.0.1/a", "ota-patch, deflate", OLD)),
+    );
+    expect(one.map(coding)).toEqual(Array.from(one, () => "ota-patch, deflate"));
+    expect(coding(await ask(busy, "/1.0.1/b", "ota-patch, deflate", OLD_IMAGE))).toBe("identity");
+    expect(coding(await ask(busy, "/1.0.1/a", "ota-patch, deflate", OLD))).toBe(
+      "ota-patch, deflate",
+    );
+  });
+});
+
+describe.concurrent("the threads that make patches", () => {
+  const pairs = [50, 51, 52].map((seed) => release("riscv", 100, seed));
+  const tree = (which: 0 | 1): Tree =>
+    Object.fromEntries(pairs.map((pair, k) => [`${k}`, pair[which]]));
+  const ask = (url: string, k: number) => {
+    const hash = Buffer.from(sha256(pairs[k]![0]), "hex").toString("base64");
+    const headers = {
+      "Accept-Encoding": "ota-patch, br, dcz",
+      "Available-Dictionary": `:${hash}:`,
+    };
+    return sendRequest({ url }, `/1.0.1/${k}`, { headers });
+  };
+  const SERVE = "servePatches(threads.parentPort!);\n}";
+  const faults: Record<string, [from: string, to: string]> = {
+    "cannot start": [
+      "new threads.Worker(new URL(import.meta.url)",
+      'new threads.Worker(new URL("file:///nowhere/ota.ts")',
+    ],
+    "cannot be made": ["new threads.Worker(new URL", "new (null!)(new URL"],
+    "ends at once": [SERVE, "process.exit(3);\n}"],
+    "fails at once": [SERVE, 'throw new Error("out of memory");\n}'],
+    "ends with a job": [SERVE, 'threads.parentPort!.on("message", () => process.exit(3));\n}'],
+    "fails with a job": [
+      SERVE,
+      'threads.parentPort!.on("message", () => { throw new Error("a bug"); });\n}',
+    ],
+  };
+  for (const [title, [from, to]] of Object.entries(faults)) {
+    test(`one ${title}: no patch, and nothing worse`, async () => {
+      using temp = new Temp({ "root/1.0.0/": "", "root/1.0.1/": "" });
+      temp.write(
+        Object.fromEntries(
+          [0, 1].flatMap((k) =>
+            Object.entries(tree(k as 0 | 1)).map(([name, bytes]) => [
+              `root/1.0.${k}/${name}`,
+              bytes,
+            ]),
+          ),
+        ),
+      );
+      const source = await Bun.file(OTA_TS).text();
+      expect(source.split(from)).toHaveLength(2);
+      temp.write({ "ota.ts": source.replace(from, () => to) });
+      await using server = await Serving.start(["--root", temp.at("root")], {
+        script: temp.at("ota.ts"),
+      });
+      for (const k of pairs.keys()) {
+        const { status, headers } = await ask(server.url, k);
+        expect([status, headers.get("content-encoding")]).toEqual([200, "dcz"]);
+      }
+      server.kill("SIGTERM");
+      expect(await server.ended).toMatchObject({ code: 0, stderr: "" });
+    });
+  }
+
+  test("waiting for more, they keep neither a server nor another program from its end", async () => {
+    using temp = new Temp();
+    for (const k of [0, 1] as const) {
+      temp.write(
+        Object.fromEntries(
+          Object.entries(tree(k)).map(([name, bytes]) => [`root/1.0.${k}/${name}`, bytes]),
+        ),
+      );
+    }
+    {
+      await using server = await Serving.start(["--root", temp.at("root")]);
+      expect((await ask(server.url, 0)).headers.get("content-encoding")).toBe("ota-patch, br");
+      server.kill("SIGTERM");
+      expect(await server.ended).toMatchObject({ code: 0 });
+    }
+    const hash = Buffer.from(sha256(pairs[0]![0]), "hex").toString("base64");
+    temp.write({
+      "program.ts": `
+        import { serve } from ${JSON.stringify(OTA_TS)};
+        const options = { port: 0, host: "127.0.0.1", quiet: 0, log: () => {} };
+        const server = await serve({ root: ${JSON.stringify(temp.at("root"))}, ...options });
+        const headers = { "Accept-Encoding": "ota-patch, br", "Available-Dictionary": ":${hash}:" };
+        const answer = await fetch(new URL("/1.0.1/0", server.url), { headers, decompress: false });
+        console.log(answer.headers.get("content-encoding"), (await answer.bytes()).length > 0);
+        await server.stop();
+      `,
+    });
+    const child = Bun.spawn([process.execPath, temp.at("program.ts")], {
+      stdio: ["ignore", "pipe", "inherit"],
+    });
+    expect(await child.stdout.text()).toBe("ota-patch, br true\n");
+    expect(await child.exited).toBe(0);
   });
 });
