@@ -282,6 +282,28 @@ for n in range(${vectors.length}):
       expect([ARCHITECTURES[architecture], size, output[n]]).toEqual([ARCHITECTURES[architecture], size, "True"]));
   }); // prettier-ignore
 
+  test("makes the same of the committed patches as a client does", async () => {
+    const home = join(import.meta.dir, "fixtures/patches");
+    const board = await van.board("rp2", "1.0.0");
+    const names = [...new Bun.Glob("*.patch").scanSync(home)].map((name) => name.slice(0, -6));
+    for (const name of names) {
+      for (const kind of ["old", "patch"]) {
+        board.write(`/v/${name}.${kind}`, await Bun.file(join(home, `${name}.${kind}`)).bytes());
+      }
+    }
+    const { output, error } = await board.start(`${DECODES}
+for name in ${JSON.stringify(names)}:
+    new = made(open("/v/%s.old" % name, "rb").read(), open("/v/%s.patch" % name, "rb").read(), 100000)
+    print(new if isinstance(new, str) else binascii.hexlify(hashlib.sha256(new).digest()).decode())
+`);
+    expect(error).toBe("");
+    for (const [n, name] of names.entries()) {
+      const content = await Bun.file(join(home, `${name}.new`)).bytes();
+      const hash = new Bun.CryptoHasher("sha256").update(content).digest("hex");
+      expect([name, output[n]]).toEqual([name, hash]);
+    }
+  }); // prettier-ignore
+
   test("makes what the encoder meant, for programs of any seed", async () => {
     const board = await van.board("rp2", "1.0.0");
     const random = new Random(SEED);

@@ -8,6 +8,8 @@ import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "
 import { readdirSync } from "node:fs";
 import * as zlib from "node:zlib";
 import { encodePatch } from "../ota.ts";
+import { oldContent } from "./board/machine-code.ts";
+import boardVectors from "./fixtures/ota-patch.json";
 import { answerOther, Between } from "./helpers/between.ts";
 import { edited, noise, program as machineCode, sha256 } from "./helpers/content.ts";
 import { CHIPS, espImage, linked, program, revised, type Chip } from "./helpers/firmware.ts";
@@ -419,6 +421,16 @@ describe("patches that were made once are applied for ever", () => {
       expect(sha256(apply(patch!, old!).content)).toBe(sha256(content!));
     });
   }
+
+  test("those that boards are tested with", () => {
+    for (const { architecture, size, seed, patch } of boardVectors) {
+      const bytes = Buffer.from(patch, "base64");
+      const { content } = apply(bytes, oldContent(architecture, size, seed));
+      // Each size is a number of one to three bytes; the hash of the new content ends the header.
+      const hash = bytes.indexOf(Buffer.from(sha256(content), "hex"));
+      expect([architecture, size, hash >= 5 + 2 + 32]).toEqual([architecture, size, true]);
+    }
+  });
 
   test("there is one for everything that is predicted", async () => {
     const kinds = new Set<number>();
