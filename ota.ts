@@ -1677,13 +1677,11 @@ function visitRISCV(
 }
 
 // ──── Instructions ───────────────────────────────────────────────────────────────────────────────
-// How the fields of instructions hold addresses, and what a copy of a block is predicted to be. An
-// instruction is a number of 32 bits here, the first byte the lowest; one of three bytes has some
-// of the next in it.
+// How fields hold addresses, and what a copy of a block is predicted to be. Here an instruction is a
+// number of 32 bits, its first byte the lowest; above one of three bytes is the byte that follows it.
 
 /**
- * The address in a field; that of a half of a RISC-V address is in two instructions, and not known
- * here.
+ * The address in a field, but for the halves of a RISC-V address, which take two instructions.
  *
  * @param code the instruction, or the word
  * @param origin where it is
@@ -1700,7 +1698,7 @@ function addressOf(kind: number, code: number, origin: number): number {
     case FIELD.call:
       return ((origin & ~3) + 4 + ((code << 8) >> 14) * 4) >>> 0;
     case FIELD.l32r:
-      // 16 bits, and ones above them: always before the instruction.
+      // The bits above the 16 are ones: a literal is always before the instruction.
       return (((origin + 3) & ~3) + ((((code >>> 8) & 0xffff) - 0x10000) << 2)) >>> 0;
     case FIELD.jal: {
       const high = ((code >> 31) << 20) | (code & 0xff000);
@@ -1765,7 +1763,7 @@ function withHalf(kind: number, code: number, value: number): number {
   return (code & 0x1fff07f) | ((value & 0xfe0) << 20) | ((value & 31) << 7);
 }
 
-/** Puts a field into a block; what of it is before or after the block is left out. */
+/** Puts a field into a block; the part of it that is outside of the block is left out. */
 function putField(block: Uint8Array, at: number, kind: number, code: number): void {
   const end = Math.min(at + FIELD_SIZES[kind]!, block.length);
   for (let place = Math.max(at, 0); place < end; place++) block[place] = code >> (8 * (place - at));
@@ -1931,15 +1929,19 @@ function readWindow(start: number, size: number, read: ReadOld): BlockWindow {
 }
 
 // ──── Matching ────────────────────────────────────────────────────────────────────────────────────
-// Finds content in old content: long matches, though not always the longest.
+// Where in old content some content is found: a long match, though not always the longest. (A suffix
+// array finds that, but takes a second more for firmware of 2 MB, and patches are no smaller.)
 
-/** The work of an encoder after which it gives up, in steps of a few nanoseconds. */
+/**
+ * After so much work, in steps of a few nanoseconds, an encoder settles for what it has. Firmware of
+ * 8 MB takes less than half of it, and rarely all; noise of two letters would take ten times as much.
+ */
 const MAX_WORK = 600_000_000;
 
 /** Thrown when content would take too long to encode. */
 class TooMuchWork extends Error {}
 
-/** The work that is left. */
+/** The work that an encoder may still do. */
 class WorkBudget {
   #left = MAX_WORK;
 
@@ -1950,22 +1952,23 @@ class WorkBudget {
   }
 }
 
-/** Shorter matches are none. */
+/** A copy of fewer bytes costs more than the bytes. */
 const MIN_MATCH = 5;
-/** How many places are tried, those before others first. */
+/** How many places are tried, the first in old content first. */
 const MAX_TRIES = 32;
 
-/** Finds matches in old content, by chains of places at which the same few bytes begin. */
+/** Finds matches in old content, by chains of the places where the same few bytes are. */
 class Matcher {
   /** For each hash of `MIN_MATCH` bytes the first place where they may be, or -1. */
   readonly #first: Int32Array;
   /** For each place the next one with the same hash, or -1. */
   readonly #next: Int32Array;
-  readonly #shift: number;
+  /** By how much a hash of 32 bits is shifted to be an index of `#first`. */
+  readonly #hashShift: number;
   /** Of the match found last; its length is 0 when there was none. */
   length = 0;
   from = 0;
-  /** By how much the last match was moved. */
+  /** By how much it is moved. */
   #moved = 0;
 
   constructor(
@@ -1973,11 +1976,11 @@ class Matcher {
     private readonly work: WorkBudget,
   ) {
     const bits = Math.min(21, Math.max(8, Math.ceil(Math.log2(old.length + 1))));
-    this.#shift = 32 - bits;
+    this.#hashShift = 32 - bits;
     this.#first = new Int32Array(2 ** bits).fill(-1);
     this.#next = new Int32Array(old.length);
     for (let at = old.length - MIN_MATCH, run = 0; at >= 0; at--) {
-      // Of a run of one byte only the start: else it would fill a chain.
+      // Of a run of one byte only the start: all of it would fill a chain.
       run = old[at] === old[at + 1] ? run + 1 : 0;
       if (run >= MIN_MATCH && old[at] === old[at - 1]) continue;
       const hash = this.#hash(old, at);
@@ -1999,6 +2002,7 @@ class Matcher {
     let tries = 0;
     let from = this.#first[this.#hash(content, at)]!;
     for (; from >= 0 && tries < MAX_TRIES; from = this.#next[from]!, tries++) {
+      // The last byte of a match that would be better, tried before all the others.
       const last = this.#isCloser(at, from) ? Math.max(0, this.length - 1) : this.length;
       if (old[from + last] === content[at + last]) this.#try(content, at, from);
     }
@@ -2006,7 +2010,7 @@ class Matcher {
     if (this.length > 0) this.#moved = at - this.from;
   }
 
-  /** Takes a match if it is better than the one found so far. */
+  /** Takes the match at a place if it is better than the one found so far. */
   #try(content: Uint8Array, at: number, from: number): void {
     const { old } = this;
     const most = Math.min(old.length - from, content.length - at);
@@ -2019,6 +2023,7 @@ class Matcher {
     this.from = from;
   }
 
+  /** Whether a match is moved more like the last one than the one found so far. */
   #isCloser(at: number, from: number): boolean {
     const likely = at - this.#moved;
     return Math.abs(likely - from) < Math.abs(likely - this.from);
@@ -2027,24 +2032,25 @@ class Matcher {
   /** The hash of the bytes at a place. */
   #hash(bytes: Uint8Array, at: number): number {
     const hash = Math.imul(get32(bytes, at), 0x9e3779b1) ^ Math.imul(bytes[at + 4]!, 0x85ebca6b);
-    return Math.imul(hash ^ (hash >>> 15), 0x2c1b3c6d) >>> this.#shift;
+    return Math.imul(hash ^ (hash >>> 15), 0x2c1b3c6d) >>> this.#hashShift;
   }
 }
 
 // ──── Address learning ────────────────────────────────────────────────────────────────────────────
-// Learns from two contents, and from what is known to have moved where, which addresses change how.
+// Learns from old content, new content, and copies between them, what becomes of which addresses.
 
-/** What an entry of a table costs, and an address that it gets wrong, about in bits. */
+/** What a table costs, about in bits. */
 const TABLE_COST = {
   entry: 56,
-  /** An address that changed otherwise, and one that did not change. */
+  /** An address that changes otherwise than the table says. */
   missed: 14,
+  /** One that does not change, but does by the table: it would have cost nothing without. */
   changed: 28,
 } as const;
 
-/** Addresses in old content, and what was added to them. */
+/** Addresses in old content, and what was added to each. */
 class AddressSamples {
-  /** The address × 2^21 + the index of what was added in `#adds`. */
+  /** Each sample is the address × 2^21 + the index in `#adds` of what was added. */
   #samples = new Float64Array(4096);
   #count = 0;
   readonly #adds = [0];
@@ -2066,12 +2072,12 @@ class AddressSamples {
     this.#samples[this.#count++] = address * 2 ** 21 + index;
   }
 
-  /** The table that costs least: with itself, and with the addresses that it gets wrong. */
+  /** The table that costs least, by its entries and by the addresses that it gets wrong. */
   table(): AddressTable {
     interface Entries extends TableEntry {
       last?: Entries;
     }
-    /** For each thing to add, the cheapest entries that end in it; relative to having all wrong. */
+    /** For each amount the cheapest entries that end in adding it. All wrong is a cost of 0. */
     const paths = new Map<number, { cost: number; entries: Entries }>();
     const samples = this.#samples.subarray(0, this.#count).sort();
     let cheapest = { cost: 0, entries: { from: 0, add: 0 } as Entries };
@@ -2105,7 +2111,7 @@ class AddressSamples {
   }
 }
 
-/** The blocks of content that hold some of [from, to); the last one as far as `to`. */
+/** The blocks of content that reach into [from, to); the last one ends at `to`. */
 function* blocksOf(bytes: Uint8Array, from: number, to: number): Generator<BlockWindow> {
   for (let start = from - (from % BLOCK); start < to; start += BLOCK) {
     yield { bytes, base: 0, start, end: Math.min(to, start + BLOCK) };
@@ -2145,7 +2151,10 @@ function learnAddresses(
   return { ...prediction, absolute: absolute.table(), relative: relative.table() };
 }
 
-/** What a field is in new content; `undefined` if it is no such field there, or says nothing. */
+/**
+ * The address in a field of new content; `undefined` where there is no such field, and for an upper
+ * half, of which the lower one says it all.
+ */
 function actualAddress(
   old: Uint8Array,
   content: Uint8Array,
@@ -2177,19 +2186,18 @@ function actualAddress(
       return (page + lowerOf(get32(content, at + shift)) + base) >>> 0;
     }
     default:
-      // The lower half says it all.
       return undefined;
   }
   return addressOf(kind, get32(content, at + shift), at + shift);
 }
 
-/** Old content, as it is predicted for any copy. */
+/** Old content as it is predicted, for copies that are moved by whatever amount. */
 class PredictedContent {
-  /** As far as it does not depend on the copy; relative addresses as if it did not move. */
+  /** As it is predicted for a copy that is not moved. */
   readonly bytes: Uint8Array;
-  /** For each byte of a relative address the kind of field × 4 + the index in it; else 0. */
+  /** For each byte of a relative field, its kind × 4 + the index of the byte in it; else 0. */
   readonly #fields: Uint8Array;
-  /** For each field with a relative address what that will be. */
+  /** Where a relative field begins, the address that it will have. */
   readonly #addresses: Int32Array;
 
   constructor(
@@ -2210,8 +2218,9 @@ class PredictedContent {
         const moved = predictedAddress(prediction, kind, address);
         putField(bytes, at - start, kind, withAddress(kind, get32(old, at), origin, moved));
         const isRelative = !isAbsolute(kind);
+        // In each byte kind × 4, and its index.
         putField(fields, at - start, kind, isRelative ? kind * 0x04040404 + 0x03020100 : 0);
-        // Of a RISC-V address, either half counts from the upper one; here from itself.
+        // A lower half of RISC-V counts from its upper one; here, as all others, from itself.
         if (isRelative) this.#addresses[at] = moved + at - origin;
       });
     }
@@ -2236,7 +2245,7 @@ class PredictedContent {
 // What to copy from where, by exact matches that are extended over differences, much as bsdiff does
 // (Percival, "Naive Differences of Executable Code", 2003). It is enough to learn from.
 
-/** A match must have so many bytes more than the copy before it would have right. */
+/** A match begins a copy if it has more right than the copy before it would, by more than this. */
 const SLACK = 8;
 
 /** Covers by exact matches. */
@@ -2252,7 +2261,7 @@ function matchedCovers(matcher: Matcher, old: Uint8Array, content: Uint8Array): 
     for (let k = at; k < at + length; k++) if (old[k - shift] === content[k]) right++;
     if (length > right + SLACK) {
       const next = { at, from, length };
-      divide(old, content, last, next);
+      divideBetween(old, content, last, next);
       if (last.length > 0) covers.push(last);
       last = next;
       misses = 0;
@@ -2261,14 +2270,15 @@ function matchedCovers(matcher: Matcher, old: Uint8Array, content: Uint8Array): 
     if (length > 0 && (last.at === at || length === right)) at += length;
     else at += 1 + (length >> 4) + (length < SLACK ? misses++ >> 8 : 0);
   }
-  divide(old, content, last, { at: content.length, from: 0, length: 0 });
+  divideBetween(old, content, last, { at: content.length, from: 0, length: 0 });
   if (last.length > 0) covers.push(last);
   return covers;
 }
 
-/** Extends a cover forward, and the next back, as far as most of it is right. */
-function divide(old: Uint8Array, content: Uint8Array, last: Cover, next: Cover): void {
+/** Divides what is between two matches: the first grows forward, the second back. */
+function divideBetween(old: Uint8Array, content: Uint8Array, last: Cover, next: Cover): void {
   const isRight = (cover: Cover, at: number) => old[cover.from + at - cover.at] === content[at];
+  // Each as far as at least half of it is right.
   last.length = 0;
   for (let at = last.at, right = 0, best = 0; at < next.at; at++) {
     if (isRight(last, at)) right++;
@@ -2286,7 +2296,7 @@ function divide(old: Uint8Array, content: Uint8Array, last: Cover, next: Cover):
     best = gain;
     begin = at;
   }
-  // Where both reach, each has the part in which it is right more often.
+  // Where they overlap, they part where most is right.
   const end = last.at + last.length;
   if (begin < end) {
     let split = begin;
@@ -2305,52 +2315,54 @@ function divide(old: Uint8Array, content: Uint8Array, last: Cover, next: Cover):
 }
 
 // ──── Cheapest covers ────────────────────────────────────────────────────────────────────────────
-// What to copy from where, once the addresses are predicted: the cheapest way through the content, by
-// dynamic programming over the shifts that copies have.
+// What to copy from where, once addresses are predicted: the cheapest way through the content. It is
+// found byte by byte, by following for each shift (how far a copy is moved) the cheapest path that
+// ends in a copy with it.
 
-/** What a copy of old content costs, about in bits. */
+/** What the parts of a patch cost once it is compressed, about in bits. */
 const COST = {
-  /** Of a byte that is right, and of one that is not: the first, and another after it. */
+  /** A byte that is copied as predicted. */
   right: 0.05,
+  /** One to which something is added: the first, and another after it. */
   wrong: 9,
   wrongAgain: 8,
-  /** Of a byte that is inserted. */
+  /** A byte that is inserted. */
   insert: 5,
-  /** Of another copy, and of inserting. */
+  /** To begin a copy, and to begin inserting. */
   seek: 36,
   beginInsert: 10.8,
 } as const;
 
-/** Shifts that are followed at once. */
+/** How many shifts are followed at once. */
 const MAX_PATHS = 64;
-/** A copy may begin so many bytes before what matches. */
+/** A copy may begin so many bytes before what matches exactly. */
 const LEAD = 64;
 /**
- * How many bytes that are wrong a copy may have, and still be followed; those that are right offset
- * them. At first, and at most.
+ * How many more bytes may be wrong than right before a shift is no longer followed: at first, and at
+ * most, however much was right.
  */
 const PATIENCE = { first: 96, most: 128 } as const;
 
-/** A part of a path through the content: a copy that is moved by `shift`, or, without, inserted. */
+/** A part of a path: a copy that is moved by `shift`; without one, bytes that are inserted. */
 interface PathStep {
   at: number;
   shift: number | undefined;
   last: PathStep | undefined;
 }
 
-/** A path through the content up to a place, the cheapest that ends in this shift. */
+/** The cheapest path up to the place reached that ends in a part with this shift. */
 interface Path {
   shift: number | undefined;
   cost: number;
-  /** Whether the last byte was wrong. */
+  /** Whether its last byte is wrong. */
   isWrong: boolean;
   /** See `PATIENCE`. */
   patience: number;
   /** Where its last part begins. */
   since: number;
-  /** The part before. */
+  /** The part before that. */
   last: PathStep | undefined;
-  /** The last part, once it is part of another path. */
+  /** Its last part, once another path continues it. */
   step: PathStep | undefined;
 }
 
@@ -2373,25 +2385,30 @@ function newPath(shift: number | undefined): Path {
   return { shift, cost: 0, isWrong: false, patience, since: 0, last: undefined, step: undefined };
 }
 
-/** Where copies that are moved by some shift may begin: numbers that sort by place. */
+// Where a copy may begin, and its shift, as one number: these sort by place.
 const packBegin = ({ at, from }: Cover) => Math.max(0, at - LEAD) * 2 ** 25 + (at - from) + 2 ** 24;
 const beginOf = (packed: number) => Math.floor(packed / 2 ** 25);
 const shiftOf = (packed: number) => (packed % 2 ** 25) - 2 ** 24;
 
-/** Where copies may begin, in order: at the covers known, and where else something matches. */
+/** Where copies may begin, in order: where the known ones do, and where else something matches. */
 function findBegins(matcher: Matcher, content: Uint8Array, covers: readonly Cover[]): Float64Array {
   const begins = covers.map(packBegin);
   for (let at = 0; at + MIN_MATCH <= content.length;) {
     matcher.find(content, at);
     const { from, length } = matcher;
     if (length > 0) begins.push(packBegin({ at, from, length }));
-    // The longest match may be another before this one ends.
+    // Before this match ends, another one may begin that goes on for longer.
     at += Math.max(1, length - 12);
   }
   return Float64Array.from(begins).sort();
 }
 
-/** @throws {TooMuchWork} */
+/**
+ * Finds the cheapest covers.
+ *
+ * @param covers that are known, which are a good start
+ * @throws {TooMuchWork}
+ */
 function cheapestCovers(
   old: PredictedContent,
   content: Uint8Array,
@@ -2402,14 +2419,15 @@ function cheapestCovers(
   return new CoverSearch(old, content, begins, work).covers();
 }
 
-/** Finds the cheapest covers, by the paths that are cheapest up to each place for each shift. */
+/** The search for the cheapest covers. */
 class CoverSearch {
   readonly #inserted = newPath(undefined);
   readonly #copies: Path[] = [];
   /** The next of `begins`. */
   #next = 0;
-  /** At the place reached; `#second` is the cost of the cheapest other copy. */
+  /** The cheapest path up to the place reached. */
   #cheapest = this.#inserted;
+  /** What the cheapest other copy costs. */
   #second = Infinity;
 
   /** @param begins see `findBegins` */
@@ -2455,8 +2473,10 @@ class CoverSearch {
   }
 
   /**
-   * The end of what the cheapest copy has right, once all other paths are so far behind that they
-   * cannot do better than to begin anew after it.
+   * Takes the cheapest path to the end of what it has right, once all others are so far behind that
+   * they cannot do better than to begin anew after it.
+   *
+   * @returns the place reached
    */
   #passRight(at: number): number {
     const cheapest = this.#cheapest;
@@ -2498,7 +2518,7 @@ class CoverSearch {
     const inserted = this.#inserted;
     const insert = cheapest.cost + COST.beginInsert;
     const seek = cheapest.cost + COST.seek;
-    // When there is no room for others, those that only wait are given up.
+    // When there is no room for more, those are given up that would have to begin anew.
     const most = this.#copies.length < MAX_PATHS ? Infinity : seek;
     if (inserted.cost > insert) switchTo(inserted, at, cheapest, insert);
     inserted.cost += COST.insert;
@@ -2530,11 +2550,11 @@ class CoverSearch {
 // ──── Patch encoding ──────────────────────────────────────────────────────────────────────────────
 // Makes a patch: finds what to copy, learns what to predict, and writes it down.
 
-/** A patch of which copies are written that have less than this of the content in common is none. */
+/** There is no patch when less than this of the new content is copied. */
 const MIN_COMMON = 1 / 16;
 /**
- * Copies are searched anew with what was learned from them, as long as that makes a patch smaller
- * by so much.
+ * Better copies teach more of the addresses, and that finds better copies: another round is made
+ * when the last one made the patch smaller by this.
  */
 const MIN_GAIN = 1 / 64;
 const MAX_ROUNDS = 3;
@@ -2556,7 +2576,7 @@ export function encodePatch(old: Uint8Array, content: Uint8Array): Uint8Array | 
   return header.bytes;
 }
 
-/** The result of work that may be given up. */
+/** The result of work; `undefined` when it was too much. */
 function unlessTooMuch<T>(work: () => T): T | undefined {
   try {
     return work();
@@ -2588,10 +2608,11 @@ function encodePatchBody(old: Uint8Array, content: Uint8Array): Uint8Array | und
   return best.patch;
 }
 
-/** A patch, what it predicts, and about what it is on the air. */
+/** A patch that may be sent, from the architecture on. */
 interface Draft {
   patch: Uint8Array;
   prediction: Prediction;
+  /** About its size once it is compressed. */
   size: number;
 }
 
@@ -2606,7 +2627,7 @@ function draft(
   return { patch, prediction, size: zlib.deflateRawSync(patch, { level: 1 }).length };
 }
 
-/** Learns what to predict for each architecture that it can be, and keeps the best. */
+/** Learns what to predict, for each architecture that the content may be for; keeps the best. */
 function bestPrediction(
   old: Uint8Array,
   content: Uint8Array,
@@ -2649,7 +2670,7 @@ function espImage(old: Uint8Array): Pick<Prediction, "architecture" | "code"> | 
     const [address, length] = [get32(old, at) >>> 0, get32(old, at + 4) >>> 0];
     at += 8;
     if (length > old.length - at) return undefined;
-    // Where instructions are loaded.
+    // There instructions are loaded.
     if (address >>> 28 === 4 && length > 0) code.push([at, at + length]);
     at += length;
   }
@@ -2721,12 +2742,12 @@ function writeCopy(
 
 /** Marks a worker of ours, to this file in it. */
 const PATCH_WORKER = "ota.ts: patches";
-/** After larger jobs a worker ends, so that its memory is free again. */
+/** After a job with more content than this, in bytes, a worker ends, which frees its memory. */
 const SMALL_PATCH = 256 * 1024;
 /** How long a worker waits for another job, in milliseconds. */
 const PATCH_WORKER_REST = 10_000;
 
-/** Threads that make patches: as many as there are jobs at once, which is for the caller to bound. */
+/** Threads that make patches: one for each job at a time, of which the caller bounds the number. */
 class PatchThreads {
   readonly #idle = new Map<threads.Worker, Timer>();
 
