@@ -1,8 +1,11 @@
 # Reads a patch: its numbers, and its head with the tables. See ota_patch.py.
 
+import gc
+
 MAGIC = b"\x89OTP\x01"
 MOST_RANGES = 64
 MOST_ENTRIES = 4096
+CODE = 8192  # bytes of heap for what comes after a table
 
 
 def refuse(why):
@@ -115,6 +118,9 @@ class Reader:
     def table(self, first):
         # See ota_fields.py. Also returns whether it moves anything.
         count = self.number(MOST_ENTRIES)
+        gc.collect()
+        if gc.mem_free() < 8 * count + CODE:
+            raise MemoryError
         table = bytearray(8 * count + 8)
         table[0] = count & 255
         table[1] = count >> 8
