@@ -15,8 +15,8 @@ import {
 import { join } from "node:path";
 import * as zlib from "node:zlib";
 import { encodePatch } from "../ota.ts";
-import { type Board, type Kind, type Start } from "./board/board.ts";
-import { CONFIRM, example, Root, runs, UPDATE, Van } from "./board/fleet.ts";
+import { Board, type Kind, type Start } from "./board/board.ts";
+import { CONFIRM, example, ROLLBACK, Root, runs, UPDATE, Van } from "./board/fleet.ts";
 import { ARCHITECTURES, espImage, oldContent, program } from "./board/machine-code.ts";
 import vectors from "./fixtures/ota-patch.json";
 import { ALL, Random, seeded } from "./helpers/random.ts";
@@ -219,6 +219,127 @@ describe("an update", () => {
     expect(codingsOf("firmware_1.0.1.bin")).toEqual([coding]);
   });
 
+  describe("of firmware without a header of an ESP32", () => {
+    // (The tests' bootloader wants the first byte of one.)
+    const raw = (more: readonly number[]) => join2(Uint8Array.of(0xe9, 200), program(2, 11, more));
+    const [first, second, third] = [raw([]), raw([40, 80]), raw([20, 60])];
+    const open = async (...firmware: [string, Uint8Array][]) => {
+      const own = new Root();
+      for (const [version, content] of firmware) {
+        own.release(version, { "flash/main.py": `${version}\n` });
+        await Bun.write(join(own.path, `firmware_${version}.bin`), content);
+      }
+      return await Van.open(own.path);
+    };
+    const RECORD = "/.ota/firmware";
+    const record = (image: Uint8Array) =>
+      `${image.length} ${new Bun.CryptoHasher("sha256").update(image).digest("hex")}`;
+    let earlier: Van;
+    let later: Van;
+    beforeAll(async () => {
+      earlier = await open(["1.0.0", OLD_IMAGE], ["1.0.1", first]);
+      later = await open(["1.0.1", first], ["1.0.2", second]);
+    });
+    afterAll(async () => {
+      await earlier[Symbol.asyncDispose]();
+      await later[Symbol.asyncDispose]();
+    });
+    /** A board that has installed the first of them over the air, and asks for the second now. */
+    async function installed(): Promise<Board> {
+      const old = await boardOf("esp32", earlier);
+      await done(old, await old.start(UPDATE), earlier, first);
+      expect(old.read(RECORD)).toBe(record(first));
+      listen(later.link);
+      return moved(old, later);
+    }
+    function moved(board: Board, to: Van): Board {
+      const other = new Board("esp32", to.link);
+      other.files = board.files;
+      other.directories = board.directories;
+      return other;
+    }
+    async function updated(board: Board, from = later): Promise<void> {
+      const start = await board.start(UPDATE);
+      expect([start.end, start.error], start.output.join("\n")).toEqual(["reset", ""]);
+      await board.settle(CONFIRM);
+      expect(board.tree()).toEqual(await from.tree("esp32", "1.0.2"));
+      expect(runs(board, second)).toBe(true);
+    }
+
+    test("by what the update before has noted; a rollback notes that again", async () => {
+      const board = await installed();
+      await updated(board);
+      expect(codingsOf("firmware_1.0.2.bin")).toEqual(["ota-patch, deflate"]);
+      expect(DICTIONARY.exec(asked("firmware_1.0.2.bin")[0]!)![1]).toBe(sha256(first));
+      expect(board.read(RECORD)).toBe(record(second));
+      expect((await board.start(ROLLBACK)).end).toBe("reset");
+      await board.settle();
+      expect(runs(board, first)).toBe(true);
+      expect(board.read(RECORD)).toBe(record(first));
+      await using other = await open(["1.0.1", first], ["1.0.3", third]);
+      const own = moved(board, other);
+      listen(other.link);
+      expect((await own.start(UPDATE)).end).toBe("reset");
+      await own.settle(CONFIRM);
+      expect(runs(own, third)).toBe(true);
+      expect(codingsOf("firmware_1.0.3.bin")).toEqual(["ota-patch, deflate"]);
+    });
+
+    test("that was not confirmed: the note is that of what runs again", async () => {
+      const board = await installed();
+      expect((await board.start(UPDATE)).end).toBe("reset");
+      expect(board.read(RECORD)).toBe(record(second));
+      for (let n = 0; n < 6; n++) await board.start();
+      expect(runs(board, first)).toBe(true);
+      expect(board.read(RECORD)).toBe(record(first));
+    });
+
+    test("that an update leaves alone: the note stays", async () => {
+      const board = await installed();
+      const own = new Root().release("1.0.2", { "flash/main.py": "2\n" });
+      await Bun.write(join(own.path, "firmware_1.0.1.bin"), first);
+      await using files = await Van.open(own.path);
+      const mine = moved(board, files);
+      expect((await mine.start(UPDATE)).end).toBe("reset");
+      await mine.settle(CONFIRM);
+      expect(mine.read(RECORD)).toBe(record(first));
+    });
+
+    test.each([
+      ["nothing", undefined],
+      ["an empty file", ""],
+      ["words", "nothing that counts"],
+      ["no number", `x ${record(first)}`.replace(/ \d+/, "")],
+      ["less than nothing", `-${record(first)}`],
+      ["another size", record(first).replace(/^\d+/, "100")],
+      ["more than there is room for", record(first).replace(/^\d+/, "99999999")],
+      ["nothing at all, and its hash", record(new Uint8Array())],
+      ["another hash", record(second)],
+      ["bytes that are no text", "\xff\xfe\xfd"],
+    ])("with a note that says %s: compressed", async (_name, note) => {
+      const board = await installed();
+      board.files.delete(RECORD);
+      if (note !== undefined) board.files.set(RECORD, new Uint8Array(Buffer.from(note, "latin1")));
+      await updated(board);
+      expect(codingsOf("firmware_1.0.2.bin")).toEqual(["deflate"]);
+      expect(board.read(RECORD)).toBe(record(second));
+    });
+
+    test("over a cable since: what runs counts", async () => {
+      const board = await installed();
+      board.write(`/hw/${board.otadata()["running"]}`, third);
+      await updated(board);
+      expect(codingsOf("firmware_1.0.2.bin")).toEqual(["deflate"]);
+      // One with a header is known by that.
+      await using other = await open(["1.0.1", OLD_IMAGE], ["1.0.2", second]);
+      const known = moved(await installed(), other);
+      known.write(`/hw/${known.otadata()["running"]}`, OLD_IMAGE);
+      listen(other.link);
+      await updated(known, other);
+      expect(DICTIONARY.exec(asked("firmware_1.0.2.bin")[0]!)![1]).toBe(sha256(OLD_IMAGE));
+    });
+  });
+
   test("of a file that is not as it was: its content, compressed", async () => {
     const board = await boardOf("rp2");
     board.write("/text.txt", `${OLD_TEXT}edited`);
@@ -411,6 +532,102 @@ for text in ${JSON.stringify(patches.map(([patch]) => patch))}:
     patches.forEach(([patch, why], n) => expect([patch, output[n]]).toEqual([patch, `the patch ${why}`]));
   }); // prettier-ignore
 
+  /** As a patch has it. */
+  const number = (value: number): number[] =>
+    value < 128 ? [value] : [(value % 128) + 128, ...number(Math.floor(value / 128))];
+  const signed = (value: number) => number(value < 0 ? -2 * value - 1 : 2 * value);
+  /** The head of a patch of 100 bytes that makes 50, with one table. */
+  const withTable = (entries: readonly (readonly [number, number])[], old: Uint8Array) => {
+    let before = 0;
+    const table = entries.flatMap(([at, add]) => {
+      const step = at - before;
+      before = at;
+      return [...number(step), ...signed(add)];
+    });
+    const hash = Buffer.from(sha256(old), "base64");
+    return Uint8Array.of(0x89, 0x4f, 0x54, 0x50, 1, 100, 50, ...hash, ...new Uint8Array(32), 1, ...number(entries.length), ...table);
+  }; // prettier-ignore
+  /** Prints what is made of a table: its entries, and whether anything moves. */
+  const HEADER = `${DECODES}
+def header(patch, old):
+    one = ota_patch.Patch(Bytes(patch), None, len(old), None)
+    one.header(50, hashlib.sha256(old).digest(), None)
+    return one
+`;
+
+  test("reads tables of any addresses", async () => {
+    const random = new Random(SEED);
+    const old = noise(100);
+    const edges = [0, 1, 0xffff, 0x10000, 0x3fffffff, 0x40000000, 0x7fffffff, 0x80000000, 0xfffeffff, 0xffffffff];
+    const adds = [0, 1, -1, 0x7fff, 0x8000, -0x8000, 0xffff, -0x10000, 0x10000, 0x3fffffff, 0x40000000, -0x40000001, 0x7fffffff, -0x80000000, 0x80000000];
+    const tables = [
+      edges.map((at, n) => [at, adds[n]!] as const),
+      edges.map((at, n) => [at, adds.at(-n - 1)!] as const),
+      [[0x400d0000, 0]] as const,
+      [] as const,
+      ...Array.from({ length: 40 }, () => {
+        const places = Array.from({ length: random.below(30) }, () => random.below(2 ** 32));
+        return places.sort((a, b) => a - b).map((at) => [at, random.below(2 ** 32) - 2 ** 31] as const);
+      }),
+    ];
+    const board = await van.board("rp2", "1.0.0");
+    board.write("/old", old);
+    tables.forEach((table, n) => board.write(`/v/${n}`, withTable(table, old)));
+    const { output, error } = await board.start(`${HEADER}
+old = open("/old", "rb").read()
+for n in range(${tables.length}):
+    one = header(open("/v/%d" % n, "rb").read(), old)
+    print(binascii.hexlify(one.absolute[8:]).decode(), binascii.hexlify(one.first).decode(), one.moves)
+`);
+    expect(error).toBe("");
+    tables.forEach((table, n) => {
+      const bytes = new DataView(new ArrayBuffer(8 * table.length));
+      const first = new Uint8Array(256);
+      table.forEach(([at, add], k) => {
+        bytes.setUint32(8 * k, at, true);
+        bytes.setUint32(8 * k + 4, add, true);
+        const end = table[k + 1]?.[0] ?? 0xffffffff;
+        if (add !== 0) first.fill(1, at >>> 24, (end >>> 24) + 1);
+      });
+      const moves = table.some(([, add]) => add !== 0) ? "True" : "False";
+      expect(`${n} ${output[n]}`).toBe(`${n} ${hex(new Uint8Array(bytes.buffer))} ${hex(first)} ${moves}`);
+    });
+  }); // prettier-ignore
+
+  test("makes no garbage of large addresses, and takes no table that leaves no room", async () => {
+    const board = await van.board("rp2", "1.0.0");
+    const old = noise(100);
+    const many = (count: number) =>
+      Array.from({ length: count }, (_, n) => [0x400d0000 + 300 * n, -0x10000 - n] as const);
+    board.write("/old", old);
+    board.write("/some", withTable(many(1300), old));
+    board.write("/most", withTable(many(4096), old));
+    const { output, error, heap } = await board.start(
+      `${HEADER}
+import gc
+old = open("/old", "rb").read()
+class File(Bytes):
+    def __init__(self, path):
+        self.file = open(path, "rb")
+    def readinto(self, view):
+        return self.file.readinto(view)
+Bytes = lambda path: File(path)
+one = header("/some", old)
+print(one.absolute[0] | one.absolute[1] << 8, one.moves)
+one = None
+gc.collect()
+try:
+    header("/most", old)
+except MemoryError:
+    print("no room")
+`,
+      { heap: 64 * 1024 },
+    );
+    expect([error, ...output]).toEqual(["", "1300 True", "no room"]);
+    // The table has 10 KB.
+    expect(heap!.taken).toBeLessThan(36 * 1024);
+  });
+
   test("its modules for addresses are plain Python without their decorators", async () => {
     for (const name of ["fields", "riscv", "thumb", "xtensa"]) {
       const text = await Bun.file(join(LIBRARY, `ota_${name}.py`)).text();
@@ -549,6 +766,31 @@ describe("what cannot be decoded is asked for as it is, once", () => {
       const [, tried = ""] = /OTA: (\S+): .*MemoryError.*, trying again/.exec(start.output.join("\n"))!;
       expect(asked(tried).map((head) => head.includes("Accept-Encoding"))).toEqual([true, false]);
     }
+  }); // prettier-ignore
+
+  test.each([
+    ["a table", `import ota_reader\ndef none(size):\n    if size >= 256:\n        raise MemoryError\n    return usual(size)\nusual = bytearray\nota_reader.bytearray = none\n`],
+    ["what finds addresses", `import ota_patch\ndef none(*_):\n    raise MemoryError\nota_patch.execute = none\n`],
+    ["a block, when firmware is written already", `
+import ota_patch
+usual = ota_patch.Patch.block
+count = 0
+def third(self):
+    global count
+    count += 1
+    if count > 3:
+        raise MemoryError
+    usual(self)
+ota_patch.Patch.block = third
+`],
+  ])("there is no room for %s", async (_name, code) => {
+    const board = await boardOf("esp32");
+    board.files.set("/text.txt", bytes(NEW_TEXT)); // the firmware alone comes as a patch
+    listen();
+    const start = await board.start(code + UPDATE);
+    await done(board, start);
+    expect(start.output.join("\n")).toMatch(/firmware_1\.0\.1\.bin: its patch is of no use: MemoryError.*, trying again/);
+    expect(codingsOf("firmware_1.0.1.bin")).toEqual(["ota-patch, deflate", ""]);
   }); // prettier-ignore
 
   test("there is no module for an architecture", async () => {

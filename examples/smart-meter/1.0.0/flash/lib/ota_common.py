@@ -16,9 +16,13 @@ except ImportError:
     import os
 
 import ota_boot
-from ota_boot import kind
+from ota_boot import HOME, kind
 
 PIECE = 512  # bytes that are in memory at a time
+# The size and the SHA-256 of the firmware that an update has installed. It comes and
+# goes with a release, like .ota/issued. Whoever reads it looks whether that is what
+# runs: firmware may have come over a cable since.
+FIRMWARE = HOME + "/.ota/firmware"
 TRIES = 3  # for each file
 
 

@@ -14,7 +14,7 @@ except ImportError:
 import ota_boot
 from OTA import setting
 from ota_boot import CARD, HOME, VERSION_FILE, kind
-from ota_common import digest, remove, tries
+from ota_common import FIRMWARE, digest, remove, tries
 from ota_manifest import (
     MANIFEST,
     base_of,
@@ -88,7 +88,7 @@ def prepare(ota, state):
             and int(name[:7], 16) in wanted
         )
     )
-    changes = write_plan(ota, new, issued, firmware and other)
+    changes = write_plan(ota, new, issued, firmware if other else None, other)
     if firmware and other:
         path = request_path(firmware)
         return new, (other, firmware_name(firmware, path), path, expected(firmware), size(firmware))
@@ -170,7 +170,7 @@ def quoted(text):
     return quoted
 
 
-def write_plan(ota, new, issued, flashes):
+def write_plan(ota, new, issued, firmware, slot):
     # Writes the plan and stages what it needs; returns the number of steps.
     plan = ota_boot.plan(new)
     ota_boot.makedirs(plan)
@@ -196,8 +196,11 @@ def write_plan(ota, new, issued, flashes):
         if new["version"] not in (ota.version(), "0"):
             record(f, new, VERSION_FILE, "VERSION = '%s'\n" % new["version"])
             count += 1
-        if issued and (count or flashes):
+        if issued and (count or firmware):
             record(f, new, HOME + "/.ota/issued", issued)
+        want, sort = expected(firmware) if firmware else ("", "")
+        if sort == "sha256" and slot.part:  # else nobody can read what runs
+            record(f, new, FIRMWARE, "%d %s" % (size(firmware), want))
         f.write("end\n")
     return count
 

@@ -7,7 +7,7 @@
 
 import ota_boot
 from ota_boot import HOME
-from ota_common import remove, tries
+from ota_common import FIRMWARE, remove, tries
 from ota_part import Part
 
 KEEP = 32768  # bytes: so often it is noted how much is in the slot
@@ -31,6 +31,16 @@ def image_size(read, room):
     return at if at <= room else 0
 
 
+def installed():
+    # The size and the SHA-256 of what an update has installed; 0 where none has.
+    try:
+        with open(FIRMWARE) as f:
+            length, want = f.read(80).split()
+        return max(0, int(length)), want
+    except (OSError, ValueError):
+        return 0, ""
+
+
 def running(slot):
     # Its SHA-256, its size, and what reads it; "" where that cannot be read.
     try:
@@ -42,8 +52,12 @@ def running(slot):
             ota_boot.alive()
             part.readblocks(at >> 12, view, at & 4095)
 
-        length = image_size(read, part.info()[3])
-        return slot.digest("sha256", length, part) if length else "", length, read
+        length, want = installed()
+        found = slot.digest("sha256", length, part) if length else ""
+        if not found or found != want:
+            length = image_size(read, part.info()[3])
+            found = slot.digest("sha256", length, part) if length else ""
+        return found, length, read
     except (ImportError, OSError, TypeError):
         return "", 0, None
 
@@ -58,6 +72,7 @@ class Image(Part):
         self.want = want
         self.sort = sort
         self.most = most
+        self.have = None
 
     def receive(self, ota, url):
         try:
@@ -71,7 +86,8 @@ class Image(Part):
             self.slot.stop()
 
     def look(self):
-        self.have, self.size, self.read = running(self.slot)
+        if self.have is None:  # it takes seconds
+            self.have, self.size, self.read = running(self.slot)
 
     def old(self):
         return self.size, self.read, lambda: None

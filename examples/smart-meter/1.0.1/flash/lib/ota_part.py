@@ -125,8 +125,10 @@ class Part:
     def patched(self):
         # Makes what is wanted of a patch.
         gc.collect()
+        away = ()
         if gc.mem_free() < ROOM:
-            # What gets files gives way, and is loaded again for the next one.
+            # What gets files gives way, and then this does: there is not room for both.
+            away = ("ota_patch", "ota_reader")
             sys.modules.pop("ota_http", None)
             gc.collect()
         try:
@@ -137,11 +139,11 @@ class Part:
             ota_patch.apply(self)
         except Exception as e:
             self.chances = 0
-            for name in ("ota_patch", "ota_reader"):
-                sys.modules.pop(name, None)
-            gc.collect()
+            away = ("ota_patch", "ota_reader")
             raise OSError("its patch is of no use: %r" % e)
         finally:
+            for name in away:
+                sys.modules.pop(name, None)
             remove(self.delta)
 
     def begin(self, at, tag):

@@ -45,10 +45,16 @@ def interpret(path, shared):
                 if line.strip()[:1] != "#":
                     lines.append(line)
             elif lines:
-                exec("".join(lines), shared)
-                lines = []
-                gc.collect()
-    exec("".join(lines), shared)
+                execute(lines, shared)
+    execute(lines, shared)
+
+
+def execute(lines, shared):
+    text = "".join(lines)
+    lines.clear()
+    gc.collect()
+    exec(text, shared)
+    gc.collect()
 
 
 def scans(kind):
@@ -89,6 +95,7 @@ class Patch(Reader):
         self.view = memoryview(self.window)
 
     def run(self, kind):
+        gc.collect()
         self.scans = scans(kind) if self.moves or kind > 1 else None
         place = 0
         while self.done < self.new:

@@ -1,12 +1,22 @@
 # Reads a patch: its numbers, and its head with the tables. See ota_patch.py.
 
+import gc
+
 MAGIC = b"\x89OTP\x01"
 MOST_RANGES = 64
 MOST_ENTRIES = 4096
+CODE = 8192  # bytes of heap for what comes after a table
 
 
 def refuse(why):
     raise ValueError("the patch " + why)
+
+
+def put(table, at, high, low):
+    table[at] = low & 255
+    table[at + 1] = low >> 8
+    table[at + 2] = high & 255
+    table[at + 3] = high >> 8
 
 
 class Reader:
@@ -54,6 +64,23 @@ class Reader:
         n = self.number(2 * most + 1)
         return -(n >> 1) - 1 if n & 1 else n >> 1
 
+    def halves(self):
+        # Reads a number of 33 bits, as what is above the low 16 of them and those: large
+        # numbers take room each time they are touched, and a table is full of them.
+        low = high = shift = 0
+        while True:
+            c = self.byte()
+            if shift < 16:
+                low |= (c & 127) << shift
+            else:
+                high |= (c & 127) << shift - 16
+            if high > 0x1FFFF or shift > 42:
+                refuse("has a number out of range")
+            if c < 128:
+                self.low = low & 0xFFFF
+                return high | low >> 16
+            shift += 7
+
     def expect(self, bytes, what):
         for c in bytes:
             if self.byte() != c:
@@ -91,23 +118,36 @@ class Reader:
     def table(self, first):
         # See ota_fields.py. Also returns whether it moves anything.
         count = self.number(MOST_ENTRIES)
+        gc.collect()
+        if gc.mem_free() < 8 * count + CODE:
+            raise MemoryError
         table = bytearray(8 * count + 8)
         table[0] = count & 255
         table[1] = count >> 8
-        at = add = 0
-        moves = False
+        low = high = 0  # the halves of an address
+        add = moves = False
         for k in range(8, len(table), 8):
-            before = at
-            at += self.number(0xFFFFFFFF - at)
+            before = high >> 8
+            high += self.halves()
+            low += self.low
+            high += low >> 16
+            low &= 0xFFFF
+            if high > 0xFFFF:
+                refuse("has a number out of range")
             if first and add:
-                for n in range(before >> 24, (at >> 24) + 1):
+                for n in range(before, (high >> 8) + 1):
                     first[n] = 1
-            add = self.signed(0x80000000)
-            moves = moves or add != 0
-            for n in range(4):
-                table[k + n] = at >> 8 * n & 255
-                table[k + 4 + n] = add >> 8 * n & 255
+            put(table, k, high, low)
+            # What is added is signed: its lowest bit says whether all others are to be
+            # turned over.
+            above = self.halves()
+            if above > 0xFFFF and (above > 0x10000 or self.low > 1):
+                refuse("has a number out of range")
+            add = above + self.low > 0
+            moves = moves or add
+            turn = 0xFFFF * (self.low & 1)
+            put(table, k + 4, above >> 1 ^ turn, ((above & 1) << 15 | self.low >> 1) ^ turn)
         if first and add:
-            for n in range(at >> 24, 256):
+            for n in range(high >> 8, 256):
                 first[n] = 1
         return table, moves
