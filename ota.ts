@@ -1279,12 +1279,21 @@ function stepIn({ payload, payloadType }: Envelope): Step {
 //         seek     unless the new length is reached. Signed: how far the copy begins after the end
 //                  of the last copy, in the old content
 //         tokens   numbers: 4 × n + k. The next n bytes are copied as predicted; k bytes follow, to
-//                  be added to the next k predicted ones (modulo 256). k = 0 ends the copy
+//                  be added to the next k predicted ones (modulo 256). k = 0 ends the copy, which
+//                  has at least one byte
+//
+// Each copy predicts anew the blocks of old content that it reaches into (Address fields). So that a
+// few bytes cannot keep a board busy for an hour, all copies together predict at most
+// 64 + (old length + new length) / 64 blocks. A patch is at most 2 × new length + 96 KiB long.
 
 /** `magic` and `version`. */
 const PATCH_MAGIC = Uint8Array.of(0x89, 0x4f, 0x54, 0x50, 1);
 const MAX_CODE_RANGES = 64;
 const MAX_TABLE = 4096;
+/** The longest patch: at worst something is added to every byte, and both tables are full. */
+const maxPatch = (newSize: number) => 2 * newSize + 96 * 1024;
+/** How many blocks the copies of a patch may predict. */
+const maxBlocks = (oldSize: number, newSize: number) => 64 + ((oldSize + newSize) >>> 6);
 /** What is predicted. */
 const ARCHITECTURES = { none: 0, words: 1, thumb: 2, xtensa: 3, riscv: 4 } as const;
 
@@ -1829,8 +1838,9 @@ export function* applyPatch(
   yield* gather(applyPatchBody(reader, oldSize, newSize, read));
 }
 
-/** Size of the pieces in which new content comes. */
+/** Size of the pieces in which new content comes; of fewer bytes, where these are small copies. */
 const PATCHED_PIECE = 64 * 1024;
+const MAX_GATHERED = 4096;
 
 /** Makes small pieces into larger ones. */
 function* gather(pieces: Iterable<Uint8Array>): Generator<Uint8Array> {
@@ -1839,7 +1849,7 @@ function* gather(pieces: Iterable<Uint8Array>): Generator<Uint8Array> {
   for (const piece of pieces) {
     gathered.push(piece);
     size += piece.length;
-    if (size < PATCHED_PIECE) continue;
+    if (size < PATCHED_PIECE && gathered.length < MAX_GATHERED) continue;
     yield Buffer.concat(gathered);
     gathered = [];
     size = 0;
@@ -1861,7 +1871,7 @@ function* applyPatchBody(
   newSize: number,
   read: ReadOld,
 ): Generator<Uint8Array> {
-  const prediction = patch.prediction(oldSize);
+  const predictor = new BlockPredictor(patch.prediction(oldSize), oldSize, newSize, read);
   let [at, from] = [0, 0];
   while (at < newSize) {
     const insert = patch.number(newSize - at);
@@ -1872,20 +1882,39 @@ function* applyPatchBody(
     if (from < 0 || from >= oldSize)
       throw new Error("the patch copies from beyond the old content");
     const most = Math.min(newSize - at, oldSize - from);
-    const copied = yield* applyCopy(patch, { at, from, length: most }, prediction, oldSize, read);
+    const copied = yield* applyCopy(patch, { at, from, length: most }, predictor);
+    if (copied === 0) throw new Error("the patch copies nothing");
     at += copied;
     from += copied;
   }
   if (patch.at !== patch.bytes.length) throw new Error("the patch goes on after its end");
 }
 
+/** Predicts blocks of old content, as many as a patch may have. */
+class BlockPredictor {
+  #left: number;
+
+  constructor(
+    private readonly prediction: Prediction,
+    private readonly oldSize: number,
+    newSize: number,
+    private readonly read: ReadOld,
+  ) {
+    this.#left = maxBlocks(oldSize, newSize);
+  }
+
+  /** @param start of the block; @param shift by how much the copy moves it */
+  block(start: number, shift: number): Uint8Array {
+    if (this.#left-- === 0) throw new Error("the patch copies from too many places");
+    return predictBlock(readWindow(start, this.oldSize, this.read), this.prediction, shift);
+  }
+}
+
 /** Applies the tokens of a copy of at most `length` bytes; returns how many it made. */
 function* applyCopy(
   patch: PatchReader,
   { at, from, length }: Cover,
-  prediction: Prediction,
-  oldSize: number,
-  read: ReadOld,
+  predictor: BlockPredictor,
 ): Generator<Uint8Array, number> {
   let done = 0;
   let block: Uint8Array = new Uint8Array(0);
@@ -1896,7 +1925,7 @@ function* applyCopy(
     const here = place - (place % BLOCK);
     if (here !== start) {
       start = here;
-      block = predictBlock(readWindow(start, oldSize, read), prediction, at - from);
+      block = predictor.block(start, at - from);
     }
     const piece = block.subarray(place - start, place - start + wanted);
     done += piece.length;
@@ -1949,6 +1978,12 @@ class WorkBudget {
   spend(steps: number): void {
     this.#left -= steps;
     if (this.#left < 0) throw new TooMuchWork();
+  }
+
+  /** To find the fields in so many bytes. @throws {TooMuchWork} */
+  scan({ architecture }: Prediction, length: number): void {
+    // An instruction of RISC-V may be followed for 64 bytes.
+    this.spend(length * (architecture === ARCHITECTURES.riscv ? 4 : 1) + BLOCK);
   }
 }
 
@@ -2134,13 +2169,14 @@ function learnAddresses(
   const absolute = new AddressSamples();
   const relative = new AddressSamples();
   for (const { at: coverAt, from, length } of covers) {
-    work.spend(length + BLOCK);
+    work.scan(prediction, length);
     const [end, shift] = [from + length, coverAt - from];
     for (const window of blocksOf(old, from, end)) {
       const visit: FieldVisitor = (kind, at, address, origin) => {
         // Each field once, and whole.
         if (at < window.start || Math.min(at, origin) < from) return;
         if (at + FIELD_SIZES[kind]! > end) return;
+        work.spend(8);
         const now = actualAddress(old, content, kind, at, origin, shift);
         if (now === undefined) return;
         (isAbsolute(kind) ? absolute : relative).add(address, (now - address) | 0);
@@ -2592,12 +2628,13 @@ function encodePatchBody(old: Uint8Array, content: Uint8Array): Uint8Array | und
   const matched = matchedCovers(new Matcher(old, work), old, content);
   const common = matched.reduce((sum, { length }) => sum + length, 0);
   if (common < content.length * MIN_COMMON) return undefined;
-  let best = bestPrediction(old, content, matched, work);
-  let covers = matched;
+  let covers = withinBlocks(matched, old, content);
+  let best = bestPrediction(old, content, covers, work);
   for (let round = 0; round < MAX_ROUNDS; round++) {
     const better = unlessTooMuch(() => {
+      work.scan(best.prediction, old.length);
       const predicted = new PredictedContent(old, best.prediction);
-      covers = cheapestCovers(predicted, content, covers, work);
+      covers = withinBlocks(cheapestCovers(predicted, content, covers, work), old, content);
       const learned = learnAddresses(old, content, covers, best.prediction, work);
       return draft(old, content, covers, learned, work);
     });
@@ -2606,6 +2643,21 @@ function encodePatchBody(old: Uint8Array, content: Uint8Array): Uint8Array | und
     if (gain < best.size * MIN_GAIN) break;
   }
   return best.patch;
+}
+
+/** Covers that predict no more blocks than a patch may: without the shortest, if need be. */
+function withinBlocks(covers: Cover[], old: Uint8Array, content: Uint8Array): Cover[] {
+  const blocks = ({ from, length }: Cover) =>
+    Math.floor((from + length - 1) / BLOCK) - Math.floor(from / BLOCK) + 1;
+  let over = -maxBlocks(old.length, content.length);
+  for (const cover of covers) over += blocks(cover);
+  const dropped = new Set<Cover>();
+  for (const cover of over > 0 ? covers.toSorted((a, b) => a.length - b.length) : []) {
+    if (over <= 0) break;
+    over -= blocks(cover);
+    dropped.add(cover);
+  }
+  return dropped.size === 0 ? covers : covers.filter((cover) => !dropped.has(cover));
 }
 
 /** A patch that may be sent, from the architecture on. */
@@ -2692,7 +2744,7 @@ function writePatch(
   patch.prediction(prediction);
   let [at, from] = [0, 0];
   for (const cover of covers) {
-    work.spend(cover.length + BLOCK);
+    work.scan(prediction, cover.length);
     patch.number(cover.at - at);
     patch.take(content.subarray(at, cover.at));
     patch.signed(cover.from - from);
@@ -2961,8 +3013,7 @@ function patchIn({ encode, decode, isForBoards = false }: PlainCodec): DeltaCode
       const patch = await patchThreads.encode(old, content);
       return patch && encode(patch, patch.byteLength > MAX_BEST_PATCH ? FAST_QUALITY : undefined);
     },
-    // At worst a patch adds something to every byte.
-    decode: (bytes, limit, old) => applyPatch(decode(bytes, 2 * limit + 2 ** 16), limit, old),
+    decode: (bytes, limit, old) => applyPatch(decode(bytes, maxPatch(limit)), limit, old),
   };
 }
 
@@ -9732,9 +9783,10 @@ class Attempt {
   /**
    * Verifies the content and stages it.
    *
+   * @param signal ends decoding; its reason is thrown
    * @throws {TransferError} when it is incomplete or wrong
    */
-  async finish(): Promise<void> {
+  async finish(signal: AbortSignal): Promise<void> {
     const { key, path } = this.item;
     if (this.#total !== undefined && this.received < this.#total) {
       const found = `${this.received} of ${this.#total} bytes`;
@@ -9744,27 +9796,30 @@ class Attempt {
       const found = this.#hasher.digest("hex");
       if (found !== key) this.#refuse(`${path} does not verify: expected ${key}, found ${found}`);
     } else {
-      this.#decode();
+      await this.#decode(signal);
       this.#count(this.#limit - this.received);
     }
     await this.partial.finish();
   }
 
   /** Replaces encoded content by the decoded content. */
-  #decode(): void {
+  async #decode(signal: AbortSignal): Promise<void> {
     const { key, path } = this.item;
     const { encoding } = this.partial;
     try {
       const coded = this.files.readWhole(this.partial.path, MAX_CODED)!;
       const hasher = new Bun.CryptoHasher(algorithmOf(key));
       this.partial.start();
-      for (const piece of decodeContent(encoding, coded, this.#limit, this.#dictionary)) {
+      const pieces = decodeContent(encoding, coded, this.#limit, this.#dictionary);
+      await new TimeSlicer().each(pieces, (piece) => {
+        signal.throwIfAborted();
         hasher.update(piece);
         this.partial.append(piece);
-      }
+      });
       const found = hasher.digest("hex");
       if (found !== key) throw new Error(`expected ${key}, found ${found}`);
     } catch (error) {
+      signal.throwIfAborted();
       // A full disk is not a decoding error.
       if (["ENOSPC", "EIO", "EDQUOT", "EROFS"].includes(errorCode(error) ?? "")) throw error;
       this.partial.drop();
@@ -9869,7 +9924,7 @@ class Fetcher {
         const want = { ...attempt.want, signal };
         await this.receiver.receive(item.url, want, (data) => attempt.begin(data));
       }
-      await attempt.finish();
+      await attempt.finish(signal);
     } catch (error) {
       this.#progress(-attempt.received);
       throw error;

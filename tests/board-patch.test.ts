@@ -19,6 +19,7 @@ import { Board, type Kind, type Start } from "./board/board.ts";
 import { CONFIRM, example, ROLLBACK, Root, runs, UPDATE, Van } from "./board/fleet.ts";
 import { ARCHITECTURES, espImage, oldContent, program } from "./board/machine-code.ts";
 import vectors from "./fixtures/ota-patch.json";
+import { copy, number, signed, start } from "./helpers/patch.ts";
 import { ALL, Random, seeded } from "./helpers/random.ts";
 import type { Tree } from "./helpers/temp.ts";
 
@@ -488,12 +489,10 @@ print(refused, wrong, 2 * len(patch))
     expect(refused + wrong).toBeGreaterThan((all - 64) * 0.9);
   }); // prettier-ignore
 
-  test("refuses what never ends, and tables that are too large", async () => {
+  test("refuses what is out of bounds, and tables that are too large", async () => {
     const old = noise(100);
     const board = await van.board("rp2", "1.0.0");
     board.write("/old", old);
-    const number = (value: number): number[] =>
-      value < 128 ? [value] : [(value % 128) + 128, ...number(Math.floor(value / 128))];
     const head = (body: number[]) =>
       hex(Uint8Array.of(0x89, 0x4f, 0x54, 0x50, 1, 100, 50, ...Buffer.from(sha256(old), "base64"), ...new Uint8Array(32), ...body));
     const patches: [string, string][] = [
@@ -510,32 +509,18 @@ print(refused, wrong, 2 * len(patch))
       [head([0, 0, ...number(198), 8]), "has a number out of range"],
       [head([0, 0, ...number(198), 7]), "copies too much"],
       [head([0, 0, 0, 7]), "does not end where it should"],
-      // Copies of nothing, without an end.
-      [`${head([0])}+`, "does not end where it should"],
+      [head([0, ...copy(0, 0)]), "copies nothing"],
     ];
     const { output, error } = await board.start(`${DECODES}
-usual = Bytes
-class Endless(Bytes):
-    def readinto(self, view):
-        n = usual.readinto(self, view)
-        if n == 0:
-            n = len(view) // 3 * 3
-            view[:n] = b"\\0" * n
-        return n
 old = open("/old", "rb").read()
 for text in ${JSON.stringify(patches.map(([patch]) => patch))}:
-    Bytes = Endless if text[-1] == "+" else usual
-    found = made(old, binascii.unhexlify(text.replace("+", "")), 50)
+    found = made(old, binascii.unhexlify(text), 50)
     print(found if isinstance(found, str) else "made")
 `);
     expect(error).toBe("");
     patches.forEach(([patch, why], n) => expect([patch, output[n]]).toEqual([patch, `the patch ${why}`]));
   }); // prettier-ignore
 
-  /** As a patch has it. */
-  const number = (value: number): number[] =>
-    value < 128 ? [value] : [(value % 128) + 128, ...number(Math.floor(value / 128))];
-  const signed = (value: number) => number(value < 0 ? -2 * value - 1 : 2 * value);
   /** The head of a patch of 100 bytes that makes 50, with one table. */
   const withTable = (entries: readonly (readonly [number, number])[], old: Uint8Array) => {
     let before = 0;
@@ -554,6 +539,29 @@ def header(patch, old):
     one.header(50, hashlib.sha256(old).digest(), None)
     return one
 `;
+
+  test("predicts no more blocks than a patch may, and no copy of nothing", async () => {
+    const board = await van.board("rp2", "1.0.0");
+    const old = noise(5000, 3);
+    // One byte from each of two blocks, in turn; then the rest is inserted.
+    const hops = (count: number) => {
+      const copies = Array.from({ length: count }, (_, k) => copy(k % 2 ? 2000 : -2002, 1));
+      copies[0] = copy(0, 1);
+      const rest = 3000 - count;
+      return Uint8Array.from([...start(old, 3000), ...copies.flat(), ...number(rest), ...new Uint8Array(rest)]);
+    };
+    const most = 64 + (5000 + 3000) / 64;
+    const patches = [hops(most), hops(most + 1), Uint8Array.from([...start(old, 3000), ...copy(0, 0)])];
+    board.write("/old", old);
+    patches.forEach((patch, n) => board.write(`/v/${n}`, patch));
+    const { output, error } = await board.start(`${DECODES}
+old = open("/old", "rb").read()
+for n in range(${patches.length}):
+    new = made(old, open("/v/%d" % n, "rb").read(), 3000)
+    print(new if isinstance(new, str) else len(new))
+`);
+    expect([error, ...output]).toEqual(["", "3000", "the patch copies from too many places", "the patch copies nothing"]);
+  }); // prettier-ignore
 
   test("reads tables of any addresses", async () => {
     const random = new Random(SEED);

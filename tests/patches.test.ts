@@ -379,6 +379,7 @@ describe("a patch that someone meddled with", () => {
       body(none, 100, 0, ...signed(4950), ...number(50 * 4 + 1), 1),
       /too much/,
     ],
+    "a copy of nothing": [body(none, 100, ...copy(0, 0)), /nothing/],
     "adds that are cut off": [body(none, 100, 0, 0, ...number(4 + 3), 1, 1), /cut off/],
     "more than the new content": [body(none, 100, 100, ...zeros(100), 0), /after its end/],
   };
@@ -388,22 +389,39 @@ describe("a patch that someone meddled with", () => {
     });
   }
 
-  test("copies of nothing end with the patch, and of bytes one by one with the content", () => {
-    const nothing = Array.from({ length: 5000 }, () => copy(0, 0)).flat();
-    expect(() => apply(body(none, 100, ...nothing), old)).toThrow("cut off");
+  test("copies back and forth, each of which predicts a block anew, are few", () => {
     const thumb: Predicted = {
       architecture: 2,
       code: [[0, 5000]],
       absolute: [[0, 4]],
       relative: [[0, 4]],
     };
-    // Back and forth between two blocks, each of which has to be read and predicted anew.
-    const hops = Array.from({ length: 3000 }, (_, k) =>
+    // One byte from each of two blocks, in turn; then the rest is inserted.
+    const hops = (count: number) => {
+      const copies = Array.from({ length: count }, (_, k) => copy(k % 2 ? 2000 : -2002, 1));
+      copies[0] = copy(0, 1);
+      const rest = 3000 - count;
+      return body(thumb, 3000, ...copies.flat(), ...number(rest), ...zeros(rest));
+    };
+    const most = 64 + (5000 + 3000) / 64;
+    const { content, read } = apply(hops(most), old);
+    expect(content.length).toBe(3000);
+    expect(read).toBeLessThanOrEqual(most * (1024 + 128));
+    expect(() => apply(hops(most + 1), old)).toThrow("from too many places");
+  });
+
+  test("what was made so far comes also where copies are short", () => {
+    const long = noise(2 ** 20, 7);
+    const hops = Array.from({ length: 20_000 }, (_, k) =>
       copy(k === 0 ? 0 : k % 2 ? 2000 : -2002, 1),
     );
-    const { content, pieces, read } = apply(body(thumb, 3000, ...hops.flat()), old);
-    expect([content.length, pieces]).toEqual([3000, 1]);
-    expect(read).toBeLessThanOrEqual(3000 * (1024 + 128));
+    const all = [...start(long, 20_000), ...hops.flat()];
+    expect(() => apply(Uint8Array.from(all), long)).toThrow("from too many places");
+    const { pieces } = apply(
+      Uint8Array.from([...start(long, 16_000), ...hops.slice(0, 16_000).flat()]),
+      long,
+    );
+    expect(pieces).toBeGreaterThan(2);
   });
 });
 

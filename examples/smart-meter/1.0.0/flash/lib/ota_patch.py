@@ -41,7 +41,7 @@ def interpret(path, shared):
     lines = []
     with open(path) as f:
         for line in f:
-            if line[0] not in "#f@":
+            if line[0] not in "#@" and not line.startswith("from "):
                 if line.strip()[:1] != "#":
                     lines.append(line)
             elif lines:
@@ -98,6 +98,7 @@ class Patch(Reader):
         gc.collect()
         self.scans = scans(kind) if self.moves or kind > 1 else None
         place = 0
+        self.blocks = 64 + (self.size + self.new >> 6)  # that copies may take
         while self.done < self.new:
             left = self.number(self.new - self.done)
             while left:
@@ -108,7 +109,10 @@ class Patch(Reader):
                 place += self.signed(self.size)
                 if not 0 <= place < self.size:
                     refuse("copies from beyond the old content")
-                place += self.copy(place)
+                copied = self.copy(place)
+                if not copied:
+                    refuse("copies nothing")
+                place += copied
         if self.at != self.end or self.stream.readinto(self.input):
             refuse("goes on after its end")
 
@@ -147,6 +151,9 @@ class Patch(Reader):
 
     def block(self):
         # Goes on to the next block.
+        if not self.blocks:
+            refuse("copies from too many places")
+        self.blocks -= 1
         if self.stop > self.begin:
             self.put(self.view[self.begin : self.stop])
         ota_boot.alive()

@@ -88,7 +88,7 @@ class Reader:
 
     def header(self, new, old_hash, new_hash):
         # Checks what it is for; new is the most that new content may have.
-        self.left = 2 * new + 65536  # no patch needs more
+        self.left = 2 * new + 98304  # no patch is longer
         self.expect(MAGIC, "none of version 1")
         if self.number(self.size) != self.size:
             refuse("is for other content")
