@@ -5865,8 +5865,13 @@ function select(request: Request, whole: Answer): Answer {
 /** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
 function matches(condition: string | null, etag: string): boolean {
   if (condition === null) return false;
-  const tags = condition.split(",").map((tag) => tag.trim().replace(/^W\//, ""));
-  return tags.includes("*") || tags.includes(etag);
+  if (condition.trim() === "*") return true;
+  // A tag may have commas in it (RFC 9110, 8.8.3).
+  const next = /[\t ,]*(?:W\/)?("[^"]*")[\t ]*(?=,|$)/y;
+  for (let found = next.exec(condition); found; found = next.exec(condition)) {
+    if (found[1] === etag) return true;
+  }
+  return false;
 }
 
 /**
@@ -6292,7 +6297,8 @@ class Contents {
     return this.encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
       if (!coded || !this.inFlight.hasRoomFor(coded.content)) return this.#plain(request, file);
       const { encoding, content, tag } = coded;
-      return select(request, wholeAnswer(file, content, `"${tag}-${encoding}"`, encoding));
+      const etag = `"${tag}-${encoding.replace(", ", "+")}"`;
+      return select(request, wholeAnswer(file, content, etag, encoding));
     });
   }
 
