@@ -5615,6 +5615,11 @@ interface Coded {
 const PROBE = 9;
 /** Content shorter than this is encoded without a probe. */
 const MIN_PROBED = 4096;
+/**
+ * A delta of at most this part of the content is good; of content longer than `MAX_BROTLI`, of which
+ * a whole coding takes longer, and gains less, one of at most the other.
+ */
+const [GOOD_DELTA, FAIR_DELTA] = [1 / 8, 1 / 2];
 /** Content shorter than this is not worth a `Content-Encoding` header. */
 const MIN_CODED = 64;
 /** Size of the cache of encoded content, in bytes. */
@@ -5731,7 +5736,9 @@ class Encoder {
   }
 
   /**
-   * Finds the smallest form of content that the client accepts.
+   * Finds the smallest form of content that the client accepts: of all codings that need its
+   * dictionary, and of the preferred one that needs none. The latter is not tried where a delta is
+   * good: so small a part of the content that it would hardly gain anything.
    *
    * @param old the client's dictionary
    * @returns `undefined` for plain
@@ -5748,8 +5755,8 @@ class Encoder {
     const delta = deltas.reduce((least, one) => {
       return one && one.content.size < (least?.content.size ?? Infinity) ? one : least;
     }, undefined);
-    // With a delta this small, encoding the whole content would hardly gain anything.
-    if (delta && delta.content.size <= content.size / 2) return delta;
+    const part = content.size <= MAX_BROTLI ? GOOD_DELTA : FAIR_DELTA;
+    if (delta && delta.content.size <= content.size * part) return delta;
     const encoding = bestWithoutDictionary(accepted, content.size);
     const whole = encoding && (await this.encode(encoding, content));
     return delta && delta.content.size < (whole?.content ?? content).size ? delta : whole;

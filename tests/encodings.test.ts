@@ -279,6 +279,24 @@ describe("who gets what", () => {
     expect([coding(noCodingHelps), noCodingHelps.body]).toEqual(["identity", PHOTO]);
   });
 
+  test("a delta of less than half, but more than the content coded by itself: the latter", async () => {
+    const random = new Random(1);
+    const lines = Array.from({ length: 3000 }, (_, i) => `x${i} = read(${random.below(10_000)})\n`);
+    const [old, content] = [noise(1000, 1), bytesOf(lines.join(""))];
+    await using world = await World.with({ "1.0.0": { a: old }, "1.0.1": { a: content } });
+    const ask = (accepted: string) =>
+      get(world, "/1.0.1/a", { "Accept-Encoding": accepted, ...has(old) });
+    const [delta, whole] = [await ask("dcz"), await ask("br")];
+    expect([coding(delta), coding(whole)]).toEqual(["dcz", "br"]);
+    expect(delta.body.length).toBeLessThan(content.length / 2);
+    expect(whole.body.length).toBeLessThan(delta.body.length);
+    for (const accepted of ["dcz, br", ALL, `ota-patch, ${ALL}`]) {
+      const { headers, body } = await ask(accepted);
+      expect([accepted, headers.get("content-encoding")]).toEqual([accepted, "br"]);
+      expect(body).toEqual(whole.body);
+    }
+  });
+
   test("what no coding makes smaller goes plain: noise, a few bytes, nothing at all", async () => {
     for (const name of ["photo.jpg", "short.py", "empty"]) {
       for (const accepted of [ALL, "zstd", "gzip", "dcz"]) {
