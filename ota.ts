@@ -2800,7 +2800,29 @@ class PatchThreads {
   }
 }
 
-const patchThreads = new PatchThreads();
+/** Size of the cache of patches that are not compressed yet, in bytes. */
+const PATCH_BUDGET = 8 * 1024 * 1024;
+
+/** Makes each patch once, however it is compressed then. */
+class Patches {
+  readonly #threads = new PatchThreads();
+  readonly #done = new Cache<{ patch: Uint8Array | undefined }>(PATCH_BUDGET);
+  readonly #running = new SingleFlight<Uint8Array | undefined>();
+
+  /** Does what `encodePatch` does; see there. Rejects when its thread fails. */
+  async make(old: Uint8Array, content: Uint8Array): Promise<Uint8Array | undefined> {
+    const key = `${sha256(old)} ${sha256(content)}`;
+    const done = this.#done.get(key);
+    if (done) return done.patch;
+    return this.#running.run(key, async () => {
+      const patch = await this.#threads.encode(old, content);
+      this.#done.set(key, { patch }, patch?.byteLength ?? 0);
+      return patch;
+    });
+  }
+}
+
+const patches = new Patches();
 
 /** What a worker does. */
 function servePatches(port: threads.MessagePort): void {
@@ -2958,7 +2980,7 @@ function patchIn({ encode, decode, isForBoards = false }: PlainCodec): DeltaCode
     needsDictionary: true,
     isForBoards,
     async encode(content, old) {
-      const patch = await patchThreads.encode(old, content);
+      const patch = await patches.make(old, content);
       return patch && encode(patch, patch.byteLength > MAX_BEST_PATCH ? FAST_QUALITY : undefined);
     },
     // At worst a patch adds something to every byte.

@@ -682,6 +682,37 @@ describe.concurrent("the threads that make patches", () => {
     });
   }
 
+  test("a patch is made once, for both of its compressions and for all who ask at once", async () => {
+    using temp = new Temp();
+    for (const k of [0, 1] as const) {
+      const files = Object.entries(tree(k));
+      temp.write(
+        Object.fromEntries(files.map(([name, bytes]) => [`root/1.0.${k}/${name}`, bytes])),
+      );
+    }
+    const source = await Bun.file(OTA_TS).text();
+    const MADE = "port.postMessage(encodePatch(old, content));";
+    expect(source.split(MADE)).toHaveLength(2);
+    const note = `fs.appendFileSync(${JSON.stringify(temp.at("made"))}, "one\\n"); ${MADE}`;
+    temp.write({ "ota.ts": source.replace(MADE, () => note) });
+    await using server = await Serving.start(["--root", temp.at("root")], {
+      script: temp.at("ota.ts"),
+    });
+    const askFor = async (k: number, accepted: string) => {
+      const hash = Buffer.from(sha256(pairs[k]![0]), "hex").toString("base64");
+      const headers = { "Accept-Encoding": accepted, "Available-Dictionary": `:${hash}:` };
+      const answer = await sendRequest(server, `/1.0.1/${k}`, { headers });
+      return answer.headers.get("content-encoding");
+    };
+    const made = async () => (await Bun.file(temp.at("made")).text()).split("\n").length - 1;
+    const both = ["ota-patch, br", "ota-patch, deflate"];
+    for (const accepted of both) expect(await askFor(0, accepted)).toBe(accepted);
+    expect(await made()).toBe(1);
+    const many = [...both, ...both, ...both];
+    expect(await Promise.all(many.map((accepted) => askFor(1, accepted)))).toEqual(many);
+    expect(await made()).toBe(2);
+  });
+
   test("waiting for more, they keep neither a server nor another program from its end", async () => {
     using temp = new Temp();
     for (const k of [0, 1] as const) {
