@@ -2800,6 +2800,11 @@ class PatchThreads {
   }
 }
 
+/**
+ * Whether a worker can run this very file. Bundled into another program, it is that program, which
+ * must not be started again: then there are no patches.
+ */
+const hasPatchWorkers = import.meta.main || import.meta.url.endsWith("/ota.ts");
 /** Size of the cache of patches that are not compressed yet, in bytes. */
 const PATCH_BUDGET = 8 * 1024 * 1024;
 
@@ -2811,6 +2816,7 @@ class Patches {
 
   /** Does what `encodePatch` does; see there. Rejects when its thread fails. */
   async make(old: Uint8Array, content: Uint8Array): Promise<Uint8Array | undefined> {
+    if (!hasPatchWorkers) return undefined;
     const key = `${sha256(old)} ${sha256(content)}`;
     const done = this.#done.get(key);
     if (done) return done.patch;
