@@ -2852,7 +2852,35 @@ class PatchThreads {
   }
 }
 
-const patchThreads = new PatchThreads();
+/**
+ * Whether a worker can run this very file. Bundled into another program, it is that program, which
+ * must not be started again: then there are no patches.
+ */
+const hasPatchWorkers = import.meta.main || import.meta.url.endsWith("/ota.ts");
+/** Size of the cache of patches that are not compressed yet, in bytes. */
+const PATCH_BUDGET = 8 * 1024 * 1024;
+
+/** Makes each patch once, however it is compressed then. */
+class Patches {
+  readonly #threads = new PatchThreads();
+  readonly #done = new Cache<{ patch: Uint8Array | undefined }>(PATCH_BUDGET);
+  readonly #running = new SingleFlight<Uint8Array | undefined>();
+
+  /** Does what `encodePatch` does; see there. Rejects when its thread fails. */
+  async make(old: Uint8Array, content: Uint8Array): Promise<Uint8Array | undefined> {
+    if (!hasPatchWorkers) return undefined;
+    const key = `${sha256(old)} ${sha256(content)}`;
+    const done = this.#done.get(key);
+    if (done) return done.patch;
+    return this.#running.run(key, async () => {
+      const patch = await this.#threads.encode(old, content);
+      this.#done.set(key, { patch }, patch?.byteLength ?? 0);
+      return patch;
+    });
+  }
+}
+
+const patches = new Patches();
 
 /** What a worker does. */
 function servePatches(port: threads.MessagePort): void {
@@ -3010,7 +3038,7 @@ function patchIn({ encode, decode, isForBoards = false }: PlainCodec): DeltaCode
     needsDictionary: true,
     isForBoards,
     async encode(content, old) {
-      const patch = await patchThreads.encode(old, content);
+      const patch = await patches.make(old, content);
       return patch && encode(patch, patch.byteLength > MAX_BEST_PATCH ? FAST_QUALITY : undefined);
     },
     decode: (bytes, limit, old) => applyPatch(decode(bytes, maxPatch(limit)), limit, old),
@@ -5666,6 +5694,11 @@ interface Coded {
 const PROBE = 9;
 /** Content shorter than this is encoded without a probe. */
 const MIN_PROBED = 4096;
+/**
+ * A delta of at most this part of the content is good; of content longer than `MAX_BROTLI`, of which
+ * a whole coding takes longer, and gains less, one of at most the other.
+ */
+const [GOOD_DELTA, FAIR_DELTA] = [1 / 8, 1 / 2];
 /** Content shorter than this is not worth a `Content-Encoding` header. */
 const MIN_CODED = 64;
 /** Size of the cache of encoded content, in bytes. */
@@ -5782,7 +5815,9 @@ class Encoder {
   }
 
   /**
-   * Finds the smallest form of content that the client accepts.
+   * Finds the smallest form of content that the client accepts: of all codings that need its
+   * dictionary, and of the preferred one that needs none. The latter is not tried where a delta is
+   * good: so small a part of the content that it would hardly gain anything.
    *
    * @param old the client's dictionary
    * @returns `undefined` for plain
@@ -5799,8 +5834,8 @@ class Encoder {
     const delta = deltas.reduce((least, one) => {
       return one && one.content.size < (least?.content.size ?? Infinity) ? one : least;
     }, undefined);
-    // With a delta this small, encoding the whole content would hardly gain anything.
-    if (delta && delta.content.size <= content.size / 2) return delta;
+    const part = content.size <= MAX_BROTLI ? GOOD_DELTA : FAIR_DELTA;
+    if (delta && delta.content.size <= content.size * part) return delta;
     const encoding = bestWithoutDictionary(accepted, content.size);
     const whole = encoding && (await this.encode(encoding, content));
     return delta && delta.content.size < (whole?.content ?? content).size ? delta : whole;
@@ -5916,8 +5951,13 @@ function select(request: Request, whole: Answer): Answer {
 /** Whether an `If-None-Match` names the tag (RFC 9110, 13.1.2: weakly compared). */
 function matches(condition: string | null, etag: string): boolean {
   if (condition === null) return false;
-  const tags = condition.split(",").map((tag) => tag.trim().replace(/^W\//, ""));
-  return tags.includes("*") || tags.includes(etag);
+  if (condition.trim() === "*") return true;
+  // A tag may have commas in it (RFC 9110, 8.8.3).
+  const next = /[\t ,]*(?:W\/)?("[^"]*")[\t ]*(?=,|$)/y;
+  for (let found = next.exec(condition); found; found = next.exec(condition)) {
+    if (found[1] === etag) return true;
+  }
+  return false;
 }
 
 /**
@@ -6343,7 +6383,8 @@ class Contents {
     return this.encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
       if (!coded || !this.inFlight.hasRoomFor(coded.content)) return this.#plain(request, file);
       const { encoding, content, tag } = coded;
-      return select(request, wholeAnswer(file, content, `"${tag}-${encoding}"`, encoding));
+      const etag = `"${tag}-${encoding.replace(", ", "+")}"`;
+      return select(request, wholeAnswer(file, content, etag, encoding));
     });
   }
 

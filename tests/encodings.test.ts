@@ -20,6 +20,7 @@ import { answerOther, Between, codingsOf, cutOff, headOf, type Passed } from "./
 import { boardUpdate } from "./helpers/board.ts";
 import { edited, noise, program, sha256 } from "./helpers/content.ts";
 import { Double, offering, send } from "./helpers/double.ts";
+import { apply } from "./helpers/patch.ts";
 import { Random, seeded } from "./helpers/random.ts";
 import { sendRequest, type ParsedResponse, type Sent } from "./helpers/raw.ts";
 import { asTree, bytesOf, readTree, Temp, type Tree } from "./helpers/temp.ts";
@@ -96,6 +97,13 @@ function decoded(response: ParsedResponse, old?: Uint8Array): Uint8Array {
       return bytesOf(zlib.brotliDecompressSync(body));
     case "zstd":
       return bytesOf(zlib.zstdDecompressSync(body));
+    case "deflate":
+      return bytesOf(zlib.inflateSync(body));
+    case "ota-patch, br":
+    case "ota-patch, deflate": {
+      const inflate = coding(response) === "ota-patch, br" ? "brotliDecompressSync" : "inflateSync";
+      return apply(zlib[inflate](body), old!, 2 ** 24).content;
+    }
     case "dcz":
       return bytesOf(zlib.zstdDecompressSync(body.subarray(40), { dictionary: Buffer.from(old!) }));
     default:
@@ -271,6 +279,24 @@ describe("who gets what", () => {
     expect([coding(noCodingHelps), noCodingHelps.body]).toEqual(["identity", PHOTO]);
   });
 
+  test("a delta of less than half, but more than the content coded by itself: the latter", async () => {
+    const random = new Random(1);
+    const lines = Array.from({ length: 3000 }, (_, i) => `x${i} = read(${random.below(10_000)})\n`);
+    const [old, content] = [noise(1000, 1), bytesOf(lines.join(""))];
+    await using world = await World.with({ "1.0.0": { a: old }, "1.0.1": { a: content } });
+    const ask = (accepted: string) =>
+      get(world, "/1.0.1/a", { "Accept-Encoding": accepted, ...has(old) });
+    const [delta, whole] = [await ask("dcz"), await ask("br")];
+    expect([coding(delta), coding(whole)]).toEqual(["dcz", "br"]);
+    expect(delta.body.length).toBeLessThan(content.length / 2);
+    expect(whole.body.length).toBeLessThan(delta.body.length);
+    for (const accepted of ["dcz, br", ALL, `ota-patch, ${ALL}`]) {
+      const { headers, body } = await ask(accepted);
+      expect([accepted, headers.get("content-encoding")]).toEqual([accepted, "br"]);
+      expect(body).toEqual(whole.body);
+    }
+  });
+
   test("what no coding makes smaller goes plain: noise, a few bytes, nothing at all", async () => {
     for (const name of ["photo.jpg", "short.py", "empty"]) {
       for (const accepted of [ALL, "zstd", "gzip", "dcz"]) {
@@ -341,7 +367,11 @@ describe("each form of a content is a representation of its own", () => {
     ["br", { "Accept-Encoding": "br" }],
     ["dcz", { "Accept-Encoding": "dcz", ...has(APP_1) }, APP_1],
     ["dcz", { "Accept-Encoding": "dcz", ...has(APP_2) }, APP_2],
+    ["deflate", { "Accept-Encoding": "deflate" }],
+    ["ota-patch, br", { "Accept-Encoding": "ota-patch, br", ...has(APP_1) }, APP_1],
+    ["ota-patch, deflate", { "Accept-Encoding": "ota-patch, deflate", ...has(APP_1) }, APP_1],
   ];
+  const VARY = "Accept-Encoding, Available-Dictionary";
   const tagOf = async (headers: Record<string, string>) =>
     (await get(server, APP, headers)).headers.get("etag")!;
 
@@ -351,7 +381,7 @@ describe("each form of a content is a representation of its own", () => {
       const [first, again] = [await get(server, APP, headers), await get(server, APP, headers)];
       expect([coding(first), again.body]).toEqual([name, first.body]);
       expect(again.headers.get("etag")).toBe(first.headers.get("etag"));
-      expect(first.headers.get("vary")).toBe("Accept-Encoding, Available-Dictionary");
+      expect(first.headers.get("vary")).toBe(VARY);
       tags.push(first.headers.get("etag")!);
     }
     expect(tags.filter((tag) => !/^"[!#-~]+"$/.test(tag))).toEqual([]);
@@ -364,7 +394,7 @@ describe("each form of a content is a representation of its own", () => {
     for (const [name, headers] of forms.slice(1)) {
       const { headers: got, body } = await get(server, APP, headers);
       const hash = Bun.hash(body).toString(16).padStart(16, "0");
-      expect(got.get("etag")).toBe(`"${hash}-${name}"`);
+      expect(got.get("etag")).toBe(`"${hash}-${name.replace(", ", "+")}"`);
     }
   });
 
@@ -376,20 +406,45 @@ describe("each form of a content is a representation of its own", () => {
       const size = whole.body.length;
       const ask = (more: Record<string, string>) => get(server, APP, { ...headers, ...more });
 
-      const same = await ask({ "If-None-Match": tag });
-      expect([same.status, same.body.length, same.headers.get("etag")]).toEqual([304, 0, tag]);
-      expect(same.headers.get("vary")).toBe("Accept-Encoding, Available-Dictionary");
+      const known = [tag, `W/${tag}`, "*", `"a, b", ,W/"c",\t${tag} , "d"`, `"W/",W/${tag}`];
+      for (const names of known) {
+        for (const method of ["GET", "HEAD"]) {
+          const same = await get(server, APP, { ...headers, "If-None-Match": names }, { method });
+          expect([names, same.status, same.body.length]).toEqual([names, 304, 0]);
+          for (const [field, value] of [
+            ["etag", tag],
+            ["vary", VARY],
+            ["cache-control", "max-age=60"],
+          ] as const) {
+            expect([field, same.headers.get(field)]).toEqual([field, value]);
+          }
+        }
+      }
+      const bare = tag.slice(1, -1);
+      const unknown = [
+        bare,
+        `"${bare}`,
+        `w/${tag}`,
+        `"x${tag}`,
+        `"a b" ${tag}`,
+        `"${bare}, x"`,
+        "",
+      ];
+      for (const names of unknown) {
+        const { status } = await ask({ "If-None-Match": names });
+        expect([names, status]).toEqual([names, 200]);
+      }
 
       for (const [from, to] of [
         [0, 9],
-        [30, 59],
+        [15, 29],
         [size - 5, size - 1],
       ] as const) {
         const part = await ask({ Range: `bytes=${from}-${to}` });
         expect([part.status, coding(part)]).toEqual([206, name]);
         expect(part.headers.get("content-range")).toBe(`bytes ${from}-${to}/${size}`);
         expect(part.headers.get("etag")).toBe(tag);
-        expect(part.headers.get("vary")).toBe("Accept-Encoding, Available-Dictionary");
+        expect(part.headers.get("vary")).toBe(VARY);
         expect(part.body).toEqual(whole.body.slice(from, to + 1));
       }
       const behind = await ask({ Range: `bytes=${size}-` });
@@ -416,7 +471,10 @@ describe("each form of a content is a representation of its own", () => {
         await get(server, APP, headers, { method: "HEAD" }),
       ];
       expect([only.status, only.body.length]).toEqual([200, 0]);
-      for (const field of ["content-length", "content-encoding", "content-type", "etag", "vary"]) {
+      for (const field of [
+        ...["content-length", "content-encoding", "content-type", "accept-ranges"],
+        ...["etag", "vary", "cache-control"],
+      ]) {
         expect([field, only.headers.get(field)]).toEqual([field, got.headers.get(field)]);
       }
     });

@@ -700,6 +700,91 @@ describe.concurrent("the threads that make patches", () => {
     });
   }
 
+  test("a patch is made once, for both of its compressions and for all who ask at once", async () => {
+    using temp = new Temp();
+    for (const k of [0, 1] as const) {
+      const files = Object.entries(tree(k));
+      temp.write(
+        Object.fromEntries(files.map(([name, bytes]) => [`root/1.0.${k}/${name}`, bytes])),
+      );
+    }
+    const source = await Bun.file(OTA_TS).text();
+    const MADE = "port.postMessage(encodePatch(old, content));";
+    expect(source.split(MADE)).toHaveLength(2);
+    const note = `fs.appendFileSync(${JSON.stringify(temp.at("made"))}, "one\\n"); ${MADE}`;
+    temp.write({ "ota.ts": source.replace(MADE, () => note) });
+    await using server = await Serving.start(["--root", temp.at("root")], {
+      script: temp.at("ota.ts"),
+    });
+    const askFor = async (k: number, accepted: string) => {
+      const hash = Buffer.from(sha256(pairs[k]![0]), "hex").toString("base64");
+      const headers = { "Accept-Encoding": accepted, "Available-Dictionary": `:${hash}:` };
+      const answer = await sendRequest(server, `/1.0.1/${k}`, { headers });
+      return answer.headers.get("content-encoding");
+    };
+    const made = async () => (await Bun.file(temp.at("made")).text()).split("\n").length - 1;
+    const both = ["ota-patch, br", "ota-patch, deflate"];
+    for (const accepted of both) expect(await askFor(0, accepted)).toBe(accepted);
+    expect(await made()).toBe(1);
+    const many = [...both, ...both, ...both];
+    expect(await Promise.all(many.map((accepted) => askFor(1, accepted)))).toEqual(many);
+    expect(await made()).toBe(2);
+  });
+
+  test("bundled into another program, they do not start it again; the tool compiled makes patches", async () => {
+    using temp = new Temp();
+    for (const k of [0, 1] as const) {
+      const files = Object.entries(tree(k));
+      temp.write(
+        Object.fromEntries(files.map(([name, bytes]) => [`root/1.0.${k}/${name}`, bytes])),
+      );
+    }
+    const build = (...args: string[]) => {
+      const { exitCode, stderr } = Bun.spawnSync([process.execPath, "build", ...args]);
+      expect([exitCode, stderr.toString()]).toEqual([0, expect.any(String)]);
+    };
+    const hash = Buffer.from(sha256(pairs[0]![0]), "hex").toString("base64");
+    temp.write({
+      "program.ts": `
+        import { appendFileSync } from "node:fs";
+        import { serve } from ${JSON.stringify(OTA_TS)};
+        appendFileSync(${JSON.stringify(temp.at("started"))}, "once");
+        const options = { port: 0, host: "127.0.0.1", quiet: 0, log: () => {} };
+        const server = await serve({ root: ${JSON.stringify(temp.at("root"))}, ...options });
+        for (const accepted of ["ota-patch, br", "ota-patch, br, dcz"]) {
+          const headers = { "Accept-Encoding": accepted, "Available-Dictionary": ":${hash}:" };
+          const answer = await fetch(new URL("/1.0.1/0", server.url), { headers, decompress: false });
+          console.log(answer.headers.get("content-encoding"));
+        }
+        await server.stop();
+      `,
+    });
+    build(temp.at("program.ts"), "--target=bun", "--outfile", temp.at("program.js"));
+    const child = Bun.spawn([process.execPath, temp.at("program.js")], {
+      stdio: ["ignore", "pipe", "inherit"],
+    });
+    expect(await child.stdout.text()).toBe("br\ndcz\n");
+    expect(await child.exited).toBe(0);
+    expect(await Bun.file(temp.at("started")).text()).toBe("once");
+
+    build("--compile", OTA_TS, "--outfile", temp.at("tool"));
+    const args = ["serve", "--root", temp.at("root"), "--port", "0", "--host", "127.0.0.1"];
+    const tool = Bun.spawn([temp.at("tool"), ...args], { stdio: ["ignore", "pipe", "pipe"] });
+    try {
+      let said = "";
+      const text = new TextDecoder();
+      for await (const piece of tool.stdout) {
+        said += text.decode(piece);
+        if (/http:\/\/127\.0\.0\.1:\d+/.test(said)) break;
+      }
+      const [url] = /http:\/\/127\.0\.0\.1:\d+/.exec(said)!;
+      expect((await ask(url, 0)).headers.get("content-encoding")).toBe("ota-patch, br");
+    } finally {
+      tool.kill();
+      await tool.exited;
+    }
+  });
+
   test("waiting for more, they keep neither a server nor another program from its end", async () => {
     using temp = new Temp();
     for (const k of [0, 1] as const) {
