@@ -3151,6 +3151,9 @@ function availableDictionary(header: string | null): string | undefined {
 // more than what changes in a page of text. The manifest states its size and SHA-256, as of all
 // content, and against these it is checked.
 
+/** Content inside a manifest, and older content that it is coded with, has at most so many bytes. */
+const MAX_INLINE = 64 * 1024;
+
 /**
  * Puts content into a manifest.
  *
@@ -5739,10 +5742,8 @@ class Encoder {
   readonly #done = new Cache<Coded>(CODED_BUDGET);
   /** Contents that encoding does not shrink. */
   readonly #useless = new Cache<true>(CODED_BUDGET / 16);
-  readonly #running = new SingleFlight<Coded | undefined>();
+  readonly #running = new SingleFlight<Coded | null | undefined>();
   #waiting = 0;
-  /** How often content was not encoded for reasons that may be gone another time. */
-  omitted = 0;
   readonly #pool = new Pool(MAX_CODING);
 
   /** @param budget when it is spent, only cached results are used */
@@ -5755,33 +5756,29 @@ class Encoder {
   /**
    * Encodes content.
    *
-   * @returns `undefined` when the result would not be smaller, the budget is spent, or it failed
+   * @returns `null` when the result would not be smaller; `undefined` when that is not known, since
+   *   the budget is spent or it failed
    */
   encode(
     encoding: Coding,
     content: Source,
     dictionary?: Source,
-  ): Coded | Promise<Coded | undefined> | undefined {
+  ): Coded | Promise<Coded | null | undefined> | null | undefined {
     const name = `${encoding} ${content.key} ${dictionary?.key}`;
     const done = this.#done.get(name);
     if (done) return done;
-    if (this.#useless.get(name)) return undefined;
+    if (this.#useless.get(name)) return null;
     const needs = content.size + (dictionary?.size ?? 0);
     const isTooMuch = this.#waiting + needs > MAX_WAITING || this.budget?.isSpent;
-    if (isTooMuch && !this.#running.has(name)) {
-      this.omitted++;
-      return undefined;
-    }
+    if (isTooMuch && !this.#running.has(name)) return undefined;
     return this.#running.run(name, async () => {
       this.#waiting += needs;
       try {
         const coded = await this.#pool.run(() => this.#make(encoding, content, dictionary));
         if (coded) this.#done.set(name, coded, coded.content.size);
         else if (coded === null) this.#useless.set(name, true, 0);
-        else this.omitted++;
-        return coded ?? undefined;
+        return coded;
       } catch {
-        this.omitted++;
         return undefined;
       } finally {
         this.#waiting -= needs;
@@ -5789,7 +5786,7 @@ class Encoder {
     });
   }
 
-  /** @returns `null` when the result would not be smaller; `undefined` when that is not known */
+  /** See `encode`. */
   async #make(
     encoding: Coding,
     content: Source,
@@ -5820,27 +5817,36 @@ class Encoder {
    * good: so small a part of the content that it would hardly gain anything.
    *
    * @param old the client's dictionary
-   * @returns `undefined` for plain
    */
   async smallest(
     accepted: ReadonlySet<Coding>,
     content: Source,
     old?: Source,
-  ): Promise<Coded | undefined> {
-    if (!isCoded(content.size)) return undefined;
+  ): Promise<SmallestForm> {
+    if (!isCoded(content.size)) return { isFinal: true };
     const useOld = old && old.size > 0 && old.size <= MAX_CODED;
     const names = useOld ? withDictionary(accepted) : [];
-    const deltas = await Promise.all(names.map((name) => this.encode(name, content, old)));
-    const delta = deltas.reduce((least, one) => {
-      return one && one.content.size < (least?.content.size ?? Infinity) ? one : least;
-    }, undefined);
+    const forms = await Promise.all(names.map((name) => this.encode(name, content, old)));
+    const [delta] = forms.filter((form) => form != null).sort(bySize);
     const part = content.size <= MAX_BROTLI ? GOOD_DELTA : FAIR_DELTA;
-    if (delta && delta.content.size <= content.size * part) return delta;
-    const encoding = bestWithoutDictionary(accepted, content.size);
-    const whole = encoding && (await this.encode(encoding, content));
-    return delta && delta.content.size < (whole?.content ?? content).size ? delta : whole;
+    if (!delta || delta.content.size > content.size * part) {
+      const encoding = bestWithoutDictionary(accepted, content.size);
+      forms.push(encoding ? await this.encode(encoding, content) : null);
+    }
+    const [coded] = forms.filter((form) => form != null).sort(bySize);
+    return { coded, isFinal: !forms.includes(undefined) };
   }
 }
+
+/** The smallest form of content. */
+interface SmallestForm {
+  /** Absent: plain. */
+  coded?: Coded | undefined;
+  /** Whether there can be no smaller one another time, when the server is less busy. */
+  isFinal: boolean;
+}
+
+const bySize = (a: Coded, b: Coded) => a.content.size - b.content.size;
 
 /** Whether content of that size is encoded at all. */
 function isCoded(size: number): boolean {
@@ -6380,7 +6386,7 @@ class Contents {
     const at = named === undefined ? undefined : this.releases.rootAt(path);
     const old = at?.root.predecessor(at.path, named!);
     const sources = [file, old].map((found) => found && this.#source(found, found.sha256!));
-    return this.encoder.smallest(accepted, sources[0]!, sources[1]).then((coded) => {
+    return this.encoder.smallest(accepted, sources[0]!, sources[1]).then(({ coded }) => {
       if (!coded || !this.inFlight.hasRoomFor(coded.content)) return this.#plain(request, file);
       const { encoding, content, tag } = coded;
       const etag = `"${tag}-${encoding.replace(", ", "+")}"`;
@@ -6686,8 +6692,6 @@ const INLINE = {
   coded: 1024,
   /** Text up to this goes in as it is; without an older file, longer content is not even tried. */
   text: 4096,
-  /** Content, and older content that it is coded with, up to this. */
-  plain: 64 * 1024,
   /** All contents together, as they are in the JSON. */
   total: 16 * 1024,
   /** What is read and coded for that: nobody waits for it longer than a fraction of a second. */
@@ -6741,10 +6745,9 @@ class Inliner {
     if (known) return known;
     if (this.encoder.isSpent) return NOT_INLINE;
     return this.#running.run(key, async () => {
-      const { omitted } = this.encoder;
-      const { contents, size } = await this.#collect(decision, has, accepted);
-      // Another time there may be more.
-      if (this.encoder.omitted > omitted) return NOT_INLINE;
+      const { contents, size, isFinal } = await this.#collect(decision, has, accepted);
+      // Another time there may be more: then nobody keeps a manifest with less.
+      if (!isFinal) return NOT_INLINE;
       const found = { contents, key };
       this.#known.set(key, found, size);
       return found;
@@ -6755,7 +6758,7 @@ class Inliner {
     { target, image }: Decision,
     has: Proven,
     accepted: ReadonlySet<Coding>,
-  ): Promise<{ contents: Map<string, InlineContent>; size: number }> {
+  ): Promise<{ contents: Map<string, InlineContent>; size: number; isFinal: boolean }> {
     const old = has.release?.files;
     // What a device has under another path, it copies.
     const here = new Set([...(old?.values() ?? [])].map(({ sha256 }) => sha256));
@@ -6766,33 +6769,39 @@ class Inliner {
     if (image) wanted.push({ path: image.path, file: image, old: has.image });
     const contents = new Map<string, InlineContent>();
     let [room, work] = [INLINE.total, INLINE.work];
+    let isAllFinal = true;
     for (const { path, file, old } of wanted) {
       // A device needs nobody for what is empty.
       if (file.size === 0 || here.has(file.sha256)) continue;
       here.add(file.sha256);
-      const isShort = (one: IndexedFile | undefined) =>
-        one !== undefined && one.size <= INLINE.plain;
+      const isShort = (one: IndexedFile | undefined) => one !== undefined && one.size <= MAX_INLINE;
       const dictionary = isShort(old) ? old : undefined;
       const cost = file.size + (dictionary?.size ?? 0);
-      if (cost > work || file.size > (dictionary ? INLINE.plain : INLINE.text)) continue;
+      if (cost > work || file.size > (dictionary ? MAX_INLINE : INLINE.text)) continue;
       work -= cost;
-      const inline = await this.#make(file, dictionary, accepted);
+      const { inline, isFinal } = await this.#make(file, dictionary, accepted);
+      isAllFinal &&= isFinal;
       const length = inline ? JSON.stringify(inline).length : 0;
       if (!inline || length > room) continue;
       contents.set(path, inline);
       room -= length;
     }
-    return { contents, size: INLINE.total - room };
+    return { contents, size: INLINE.total - room, isFinal: isAllFinal };
   }
 
-  /** @returns `undefined` when it is too long */
+  /** Absent: it is too long. */
   async #make(
     file: IndexedFile,
     old: IndexedFile | undefined,
     accepted: ReadonlySet<Coding>,
-  ): Promise<InlineContent | undefined> {
+  ): Promise<{ inline: InlineContent | undefined; isFinal: boolean }> {
     const plain = this.source(file);
-    const coded = await this.encoder.smallest(accepted, plain, old && this.source(old));
+    const smallest = await this.encoder.smallest(accepted, plain, old && this.source(old));
+    return { inline: await this.#inline(plain, smallest.coded), isFinal: smallest.isFinal };
+  }
+
+  /** @returns `undefined` when it is too long */
+  async #inline(plain: Source, coded: Coded | undefined): Promise<InlineContent | undefined> {
     if ((coded?.content ?? plain).size >= INLINE.coded) return undefined;
     const isDelta = coded && CODINGS[coded.encoding].needsDictionary;
     if (coded && (isDelta || plain.size > INLINE.text)) {
@@ -9878,6 +9887,7 @@ class Fetcher {
   /** Keys of content that was not on the device at first. */
   readonly #fetched = new Set<string>();
   #progress = (_: number) => {};
+  readonly #slicer = new TimeSlicer();
 
   constructor(
     private readonly journal: Journal,
@@ -9917,6 +9927,8 @@ class Fetcher {
       return this.receiver.withRetries(() => this.#fetchOnce(item, isPlain, signal), signal);
     };
     try {
+      if (this.#slicer.isDue) await this.#slicer.pause();
+      signal.throwIfAborted();
       if (!(await this.#takeInline(item))) await get(false);
     } catch (error) {
       if (!(error instanceof CodingError)) throw error;
@@ -9938,11 +9950,11 @@ class Fetcher {
 
   /** Stages content that came in the manifest, and returns whether it was there and is right. */
   async #takeInline({ inline, path, key, size = Infinity, old }: Download): Promise<boolean> {
-    if (!inline || size > MAX_CODED) return false;
+    if (!inline || size > MAX_INLINE) return false;
     const { files, staging } = this.journal;
     let content: Uint8Array;
     try {
-      const dictionary = old === undefined ? undefined : files.dictionary(old, MAX_CODED);
+      const dictionary = old === undefined ? undefined : files.dictionary(old, MAX_INLINE);
       content = fromInline(inline, size, dictionary);
       const found = sha256(content);
       if (found !== key) throw new Error(`expected ${key}, found ${found}`);
@@ -11094,7 +11106,7 @@ async function airCosts(
     if (inline.contents.has(at)) {
       return costs.push({ name, plain: file.size, size: 0, how: "in the manifest" });
     }
-    const form = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
+    const { coded: form } = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
     const size = form?.content.size ?? file.size;
     return costs.push({ name, plain: file.size, size, how: form?.encoding ?? "plain" });
   };
