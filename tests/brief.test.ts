@@ -478,6 +478,30 @@ describe("content in a manifest that is not what it should be is fetched, once, 
     expect(between.of("/manifest.json").length).toBe(1);
   });
 
+  test("content above 64 KiB is fetched: what is in a manifest costs a device little work", async () => {
+    const zeros = { "flash/short.bin": Buffer.alloc(65536), "flash/long.bin": Buffer.alloc(65537) };
+    await using world = await World.with({ "1.0.0": V1, "1.0.1": zeros }, { on: "1.0.0" });
+    await using between = await Between.start(world, {
+      ask: (headers, { path }) => {
+        if (path === "/manifest.json") headers.set("accept-encoding", "dcz");
+      },
+      answer: (passed, connection) => {
+        if (passed.asked.path !== "/manifest.json") return false;
+        const manifest = JSON.parse(Buffer.from(passed.answer.body).toString()) as SentManifest;
+        for (const entry of manifest.new) {
+          const content = zeros[entry.dst_path.slice(1) as keyof typeof zeros];
+          const coded = zlib.brotliCompressSync(content).toString("base64");
+          Object.assign(entry, { content: coded, coding: "br" });
+        }
+        return answerOther(passed, connection, Buffer.from(JSON.stringify(manifest)));
+      },
+    });
+    const { code, stderr } = await world.client([], between);
+    expect([code, stderr]).toEqual([0, expect.not.stringContaining("not right")]);
+    expect(world.tree()).toEqual(asTree({ ...zeros, ...VERSION_2 }));
+    expect(between.content.map(({ asked }) => asked.path)).toEqual(["/1.0.1/flash/long.bin"]);
+  });
+
   test("also where the device has changed the old file since it asked", async () => {
     await using world = await World.with(BOTH, { on: "1.0.0" });
     await using between = await Between.start(world, {
