@@ -9955,6 +9955,20 @@ function checkStep(manifest: Manifest, step: Step, query: ManifestQuery): void {
   checkNewer(firmware, query);
 }
 
+/**
+ * Checks that a manifest ends in the release that was signed.
+ *
+ * @param has what is really there: files that the manifest does not list stay as they are
+ */
+function checkTarget(target: Target, manifest: Manifest, has: Inventory, step: Step): void {
+  const listed = new Set(listedFiles(manifest).map(({ path }) => path));
+  const files = Object.entries(target.files).map(([path, key]) => {
+    return [path, listed.has(path) ? key : (has.files.get(path) ?? "")] as const;
+  });
+  if (releaseDigest(files) === step.release) return;
+  refuse(`from what is here it does not lead to ${step.to} as it was signed`);
+}
+
 /** A clock that says less than this is wrong: when this version of the tool was made. */
 const TOOL_DATE = "2026-11-27T00:00:00Z";
 
@@ -10022,6 +10036,14 @@ function checkNewer(
 // ──── Manifest client ─────────────────────────────────────────────────────────────────────────────
 // Getting a manifest: whole, and from whom the device trusts.
 
+/** The path of a manifest, with its query. */
+function manifestPath(query: ManifestQuery): string {
+  const search = Object.entries(query).map(([name, value]) => {
+    return `${name}=${encodeURIComponent(value!)}`;
+  });
+  return `/manifest.json?${search.join("&")}`;
+}
+
 class ManifestClient {
   /**
    * @param trust absent: anybody
@@ -10050,10 +10072,7 @@ class ManifestClient {
       ...(isBrief && { brief: "1" }),
       ...(trust && { reqid: crypto.randomUUID(), signed: "1" }),
     };
-    const search = Object.entries(query).map(([name, value]) => {
-      return `${name}=${encodeURIComponent(value!)}`;
-    });
-    const path = `/manifest.json?${search.join("&")}`;
+    const path = manifestPath(query);
     // Contents in a manifest may be coded with what the device has; those in a list are not wanted.
     const accept = codings(isBrief && asked.list === undefined);
     const { body, headers } = await this.receiver.withRetries(() => this.#read(path, accept));
@@ -10188,22 +10207,31 @@ class Survey {
     note(this.options, `${count} are missing here or have other content: ${paths}`);
   }
 
-  async query(has: Inventory): Promise<ManifestQuery> {
-    const query: ManifestQuery = {
+  /** What the device is, and what it is on: all that a report says. */
+  async standing(): Promise<ManifestQuery> {
+    const failed = this.journal.state.failed.at(-1);
+    const { model } = this.options;
+    return {
       current_ver: this.current,
       firmware_ver: this.#files.firmware?.version ?? "",
+      devid: await this.#id(),
+      ...(model !== undefined && { model }),
+      ...(failed && { failed: failed.firmware ?? failed.version }),
+    };
+  }
+
+  /** What the device asks for an update with. */
+  async query(has: Inventory): Promise<ManifestQuery> {
+    const query: ManifestQuery = {
+      ...(await this.standing()),
       ...(has.image !== undefined && { firmware_sha256: has.image }),
       hash: "sha256",
-      devid: await this.#id(),
     };
     // Without a version the answer is the full list.
     if (this.options.repair) delete query.current_ver;
     else if (has.installed) query.base = releaseDigest(has.files);
     // A signed step is proved by the whole release that it ends in: it must not add to unknown files.
     else if (this.options.verify && this.current !== "") query.base = releaseDigest([]);
-    if (this.options.model !== undefined) query.model = this.options.model;
-    const failed = this.journal.state.failed.at(-1);
-    if (failed) query.failed = failed.firmware ?? failed.version;
     return query;
   }
 
@@ -10244,20 +10272,6 @@ function isEmpty(manifest: Manifest, current: string): boolean {
 }
 
 /**
- * Checks that a manifest ends in the release that was signed.
- *
- * @param has what is really there: files that the manifest does not list stay as they are
- */
-function checkTarget(target: Target, manifest: Manifest, has: Inventory, step: Step): void {
-  const listed = new Set(listedFiles(manifest).map(({ path }) => path));
-  const files = Object.entries(target.files).map(([path, key]) => {
-    return [path, listed.has(path) ? key : (has.files.get(path) ?? "")] as const;
-  });
-  if (releaseDigest(files) === step.release) return;
-  refuse(`from what is here it does not lead to ${step.to} as it was signed`);
-}
-
-/**
  * A device. One `update` is one transaction:
  *
  *  1. Open the journal, which finishes what was interrupted; a release on trial is tried.
@@ -10267,9 +10281,10 @@ function checkTarget(target: Target, manifest: Manifest, has: Inventory, step: S
  *  5. Commit: the journal makes the change whole or not at all.
  *  6. Try: the check decides. Good: confirmed. Bad: back to the release before, and this one is
  *     remembered and not tried again until a different one is offered.
+ *  7. Report what the device is on now, where the transport can. That fails without consequence.
  *
- * A transport implements `connect` and `getData`, `disconnect` where there is something to end, and
- * throws `TransferError` when it fails.
+ * A transport implements `connect` and `getData`, `disconnect` where there is something to end,
+ * `report` where the server is to know at once, and throws `TransferError` when it fails.
  */
 export abstract class OTA {
   readonly root: string;
@@ -10288,13 +10303,14 @@ export abstract class OTA {
   }
 
   /**
-   * Gets ready to carry bytes: joins the network, opens the port.
+   * Gets ready to carry bytes: joins the network, opens the port. An update connects once to fetch,
+   * and once more to report: in between the application restarts, which may need the line itself.
    *
    * @throws {TransferError}
    */
   abstract connect(): Promise<void>;
 
-  /** Undoes `connect`, once everything is fetched or has failed. */
+  /** Undoes `connect`, once everything is fetched or reported, or that has failed. */
   async disconnect(): Promise<void> {}
 
   /**
@@ -10306,6 +10322,16 @@ export abstract class OTA {
   abstract getData(path: string, want: TransferRequest): Promise<TransferResponse>;
 
   /**
+   * Tells the server what the device is on, right after an update or a rollback: over HTTP by a
+   * `HEAD`. It is tried once. Without this method the server learns it from the next request.
+   *
+   * @param path that of the manifest, with its query; nothing is to be got from there
+   * @param signal aborts when it is no longer waited for
+   * @throws {TransferError}
+   */
+  report?(path: string, signal: AbortSignal): Promise<void>;
+
+  /**
    * Brings the device to the newest release.
    *
    * @throws {OTAError} when it failed for any reason; the device is as it was
@@ -10315,7 +10341,10 @@ export abstract class OTA {
     const trial = new HealthCheck(journal, this.options);
     if (!this.options.repair) journal.refuseDamage();
     const bad = await trial.resume();
-    if (bad) return bad;
+    if (bad) {
+      await this.#tell(journal);
+      return bad;
+    }
 
     const survey = new Survey(journal, this.options);
     await this.connect();
@@ -10325,9 +10354,41 @@ export abstract class OTA {
     } finally {
       await this.disconnect();
     }
-    if ("result" in staged) return staged;
-    const outcome = await this.#commit(journal, trial, staged, survey.current);
-    return { ...outcome, traffic: staged.traffic };
+    const outcome =
+      "result" in staged ? staged : await this.#commit(journal, trial, staged, survey.current);
+    // Where nothing changed the request said it all; but one for a repair does not name the version.
+    const isSaid = ["up to date", "not tried"].includes(outcome.result) && !this.options.repair;
+    if (!isSaid) await this.#tell(journal);
+    return outcome;
+  }
+
+  /**
+   * Reports what the device is on now, if the transport can. The update is over and stands: whatever
+   * goes wrong here, bugs included, is a note.
+   */
+  async #tell(journal: Journal): Promise<void> {
+    if (!this.report) return;
+    // What `--ver` says was for the time before the update.
+    const { ver: _, ...options } = this.options;
+    const { timeout = 30, signal = NEVER } = options;
+    const over = new AbortController();
+    try {
+      signal.throwIfAborted();
+      const path = manifestPath(await new Survey(journal, options).standing());
+      await this.connect();
+      try {
+        const telling = this.report(path, AbortSignal.any([signal, over.signal]));
+        const told = telling.then(() => true);
+        if (!(await within(timeout, told, signal)))
+          throw new TransferError(`nothing came for ${timeout} s`, false);
+      } finally {
+        over.abort();
+        await this.disconnect();
+      }
+    } catch (error) {
+      const why = signal.aborted ? "interrupted" : errorText(error);
+      note(options, `the server may not know yet what this device is on: ${why}`);
+    }
   }
 
   /** Asks for a manifest, and stages all content that it needs. */
@@ -10383,7 +10444,7 @@ export abstract class OTA {
   async #commit(
     journal: Journal,
     trial: HealthCheck,
-    { plan, has, failure, issued }: Staged,
+    { plan, has, failure, traffic, issued }: Staged,
     current: string,
   ): Promise<Outcome> {
     const { check, restart } = this.options;
@@ -10397,7 +10458,7 @@ export abstract class OTA {
     };
     const latest = issued ?? before?.issued;
     if (latest !== undefined) installed.issued = latest;
-    const outcome: Outcome = { result: "updated", from: current || "0", to: version };
+    const outcome: Outcome = { result: "updated", from: current || "0", to: version, traffic };
     if (put.size + remove.length === 0 && !firmware) {
       await journal.record(installed);
       return isSame ? { ...outcome, result: "up to date" } : outcome;
@@ -10458,10 +10519,19 @@ export class HttpOTA extends OTA {
   /** Nothing to do: connections are made as they are needed. */
   override async connect(): Promise<void> {}
 
+  /** A `HEAD` of the manifest. */
+  override async report(path: string, signal: AbortSignal): Promise<void> {
+    const response = await this.#get(this.#locate(path), { signal }, "HEAD");
+    if (!response.ok) throw await refusal(response);
+  }
+
+  /** A path is looked for below the server's address, as with `--url http://cdn/fleet`. */
+  #locate(path: string): URL {
+    return new URL(path.startsWith("/") ? this.#server.href.replace(/\/+$/, "") + path : path);
+  }
+
   override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
-    // A path is looked for below the server's address, as with `--url http://cdn/fleet`.
-    const base = this.#server.href.replace(/\/+$/, "");
-    const response = await this.#get(new URL(path.startsWith("/") ? base + path : path), want);
+    const response = await this.#get(this.#locate(path), want);
     const { status, headers } = response;
     if (status === 416 && want.offset) {
       // The content is now shorter than what was received of it.
@@ -10469,18 +10539,7 @@ export class HttpOTA extends OTA {
       const { offset: _, etag: __, ...whole } = want;
       return this.getData(path, whole);
     }
-    if (status !== 200 && status !== 206) {
-      await response.body?.cancel();
-      const again = status >= 500 || [408, 416, 425, 429].includes(status);
-      const pause = Math.min(Number(headers.get("retry-after")) || 0, 60);
-      const where = new URL(response.url);
-      const why = status === 401 ? ": it requires a token, see --token" : "";
-      throw new TransferError(
-        `${where.origin}${where.pathname} answered ${status}${why}`,
-        again,
-        pause,
-      );
-    }
+    if (status !== 200 && status !== 206) throw await refusal(response);
     const encoding = encodingOf(headers.get("content-encoding"));
     if (encoding === undefined) {
       await response.body?.cancel();
@@ -10500,7 +10559,7 @@ export class HttpOTA extends OTA {
   }
 
   /** Follows a few redirects, all to the same origin. */
-  async #get(url: URL, want: TransferRequest): Promise<Response> {
+  async #get(url: URL, want: TransferRequest, method = "GET"): Promise<Response> {
     const headers: Record<string, string> = {
       // Else Bun offers every coding that it knows.
       "Accept-Encoding": acceptEncoding(want.accept ?? ["identity"]),
@@ -10521,6 +10580,7 @@ export class HttpOTA extends OTA {
       let response: Response;
       try {
         response = await fetch(at, {
+          method,
           headers,
           signal: want.signal,
           redirect: "manual",
@@ -10541,6 +10601,16 @@ export class HttpOTA extends OTA {
     }
     throw new TransferError(`${url} redirects more than ${MAX_REDIRECTS} times`, false);
   }
+}
+
+/** The error that a response is which has not what was asked for. */
+async function refusal({ url, status, headers, body }: Response): Promise<TransferError> {
+  await body?.cancel();
+  const again = status >= 500 || [408, 416, 425, 429].includes(status);
+  const pause = Math.min(Number(headers.get("retry-after")) || 0, 60);
+  const { origin, pathname } = new URL(url);
+  const why = status === 401 ? ": it requires a token, see --token" : "";
+  return new TransferError(`${origin}${pathname} answered ${status}${why}`, again, pause);
 }
 
 /** A tag with which a transfer can be resumed: present, and not weak. */

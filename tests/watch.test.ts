@@ -1044,8 +1044,9 @@ describe.concurrent("a device that gets other content than its manifest says", (
       expect((await unlucky.update()).result).toBe("updated");
       const edited = { ...V2, "flash/main.py": content };
       expect(world.tree()).toMatchObject(asTree(edited));
-      // What 1.0.0 consists of, and what is new, twice.
-      expect(world.server.requests.filter(({ path }) => path === "/manifest.json").length).toBe(3);
+      // What 1.0.0 consists of, what is new, twice, and the report.
+      const asked = world.server.requests.filter(({ path }) => path === "/manifest.json");
+      expect(asked.map(({ method }) => method)).toEqual(["GET", "GET", "GET", "HEAD"]);
       expect(world.server.requests.map(({ status }) => status)).toContain(503);
     });
   }
