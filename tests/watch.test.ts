@@ -618,7 +618,7 @@ test.concurrent("what did not change is not read again", async () => {
   layTree(world.releases, { "firmware_1.0.0.bin": "image" });
   const options = ["-f", "--seccomp-bpf", "-qq", "-s", "300", "-e", "trace=open,openat,openat2"];
   const prefix = [need("strace"), ...options, "-o", world.at("calls")];
-  const args = ["--root", world.releases, "--host", "127.0.0.1"];
+  const args = ["--root", world.releases, "--host", "127.0.0.1", "--no-fleet"];
   await using tool = await Serving.start(args, { prefix });
   const { url } = tool;
 
