@@ -37,7 +37,7 @@
 // V    Fleet: who is on what, and what happened to whom.
 //      Device reports · Device records · Offers and failures · Fleet answers · Store schema
 //      Store opening · Store writes · Store reads · Merging · Fleet store · Store thread
-//      Fleet writer · Fleet · Serving
+//      Fleet writer · Fleet · Admin access · Fleet requests · Fleet API · Serving
 // VI   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -48,15 +48,17 @@
 // VIII Transports: bytes from somewhere, and nothing else.
 //      HTTP · Directory
 // IX   Command line: the way in.
-//      Options · Output · Costs · Server commands · Device commands · Fleet tables
-//      Fleet summary · Fleet commands · Commands and main
+//      Options · Output · Costs · Server commands · Release commands · Device commands
+//      Fleet tables · Fleet summary · Fleet commands · Commands and main
 
 import { Database } from "bun:sqlite";
 import {
+  createHmac,
   createPrivateKey,
   createPublicKey,
   generateKeyPairSync,
   type KeyObject,
+  randomBytes,
   sign,
   timingSafeEqual,
   verify,
@@ -6495,8 +6497,13 @@ function plainAddress(address: string): string {
 }
 
 /** The last value of a header that proxies append to. */
+function lastOf(headers: Headers, name: string): string | undefined {
+  return headers.get(name)?.split(",").at(-1)?.trim();
+}
+
+/** What a proxy says of how it was asked. */
 function forwardedScheme(headers: Headers): "http" | "https" | undefined {
-  const scheme = headers.get("x-forwarded-proto")?.split(",").at(-1)?.trim().toLowerCase();
+  const scheme = lastOf(headers, "x-forwarded-proto")?.toLowerCase();
   return scheme === "http" || scheme === "https" ? scheme : undefined;
 }
 
@@ -6532,6 +6539,8 @@ export interface ServeOptions extends ReleasesOptions {
   fleet?: string | false;
   /** Silence after an offer that is usual for every device, in seconds; 3600. */
   silent?: number;
+  /** Opens the fleet's interface; absent: one that is made at random, and kept with the fleet. */
+  adminToken?: string | undefined;
   /** Called when a version or an image came, changed or went. */
   changed?: (releases: Releases) => void;
   /** Called with one line for the owner of the root. */
@@ -6586,30 +6595,40 @@ function parseTarget(url: string, prefix: string): RequestTarget {
   return { path, query: search === "" ? {} : parseQuery(search), length };
 }
 
+function refuseLong({ length }: RequestTarget): Answer | undefined {
+  return length > LIMITS.target ? plain(414, "the address is too long") : undefined;
+}
+
 /** Refuses a request that is wrong whatever it asks for. */
 function refuseRequest(
   { method, headers }: Request,
-  { query, length }: RequestTarget,
+  target: RequestTarget,
   token: string | undefined,
 ): Answer | undefined {
-  if (length > LIMITS.target) return plain(414, "the address is too long");
-  if (token !== undefined && !isSameSecret(givenToken(headers, query), token)) {
+  const tooLong = refuseLong(target);
+  if (tooLong) return tooLong;
+  if (token !== undefined && !isSameSecret(givenToken(headers, target.query), token)) {
     return plain(401, "a token is needed", { "WWW-Authenticate": "Bearer" });
   }
   if (method !== "GET" && method !== "HEAD") {
     return plain(405, `only ${METHODS}`, { Allow: METHODS });
   }
-  const hasBody = Number(headers.get("content-length") ?? 0) > 0;
-  if (hasBody || headers.has("transfer-encoding")) {
-    return plain(413, "a request has no body here", { Connection: "close" });
-  }
+  if (hasBody(headers)) return plain(413, "a request has no body here", { Connection: "close" });
   return undefined;
+}
+
+function hasBody(headers: Headers): boolean {
+  return Number(headers.get("content-length") ?? 0) > 0 || headers.has("transfer-encoding");
 }
 
 /** The token of a request, `""` for none. */
 function givenToken(headers: Headers, query: ManifestQuery): string {
-  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
-  return bearer ?? query.token ?? "";
+  return bearerOf(headers) ?? query.token ?? "";
+}
+
+/** The token in `Authorization`. */
+function bearerOf(headers: Headers): string | undefined {
+  return /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
 }
 
 /** Whether a Host header holds a name or address with an optional port, and nothing else. */
@@ -6928,8 +6947,8 @@ type Route = (request: Request, contact: Contact) => Answer | Promise<Answer>;
 interface Extension extends AsyncDisposable {
   /** Called with each contact. */
   note(contact: Contact): void;
-  /** Paths below `/-/`. */
-  readonly routes: ReadonlyMap<string, Route>;
+  /** Answers for all paths below `/-/` but the server's own, with a secret of its own. */
+  readonly answer: Route;
   /** A file directly in the root that it writes; with others whose names begin so. */
   readonly ownFile: string | undefined;
   /**
@@ -6977,7 +6996,6 @@ class Service {
       ["/manifest.json", (request, contact) => manifests.answer(request, contact, metrics)],
       ["/-/health", () => this.#health()],
       ["/-/metrics", () => this.#metricsAnswer()],
-      ...(extension?.routes ?? []),
     ]);
   }
 
@@ -7034,14 +7052,18 @@ class Service {
       } else ended(true);
       return toResponse(request, answer);
     };
-    const refused = refuseRequest(request, target, this.options.token);
-    const answer = refused ?? this.#answer(request, contact);
+    const answer = this.#answer(request, target, contact);
     return answer instanceof Promise ? answer.then(finish) : finish(answer);
   }
 
-  #answer(request: Request, contact: Contact): Answer | Promise<Answer> {
-    const { path } = contact;
+  #answer(request: Request, target: RequestTarget, contact: Contact): Answer | Promise<Answer> {
+    const { path } = target;
     const route = this.#routes.get(this.releases.isManifest(path) ? "/manifest.json" : path);
+    if (!route && this.extension && path.startsWith("/-/")) {
+      return refuseLong(target) ?? this.extension.answer(request, contact);
+    }
+    const refused = refuseRequest(request, target, this.options.token);
+    if (refused) return refused;
     if (route) return route(request, contact);
     const found = this.releases.locate(path);
     return found ? this.#contents.answer(request, path, found) : plain(404, "not found");
@@ -8364,19 +8386,20 @@ async function labelsOf(
   db: Connection,
   ids: readonly string[],
 ): Promise<Map<string, Record<string, string>>> {
-  const labels = new Map<string, Record<string, string>>();
+  const found = new Map<string, [key: string, value: string][]>();
   for (const some of chunks(ids)) {
     const list = placeholders(1, some.length);
     const text =
       `SELECT device, key, value FROM ota_labels WHERE device IN ${list} AND value <> '' ` +
       "ORDER BY device, key";
     for (const { device, key, value } of await db.query(text, some)) {
-      const known = labels.get(String(device)) ?? {};
-      labels.set(String(device), known);
-      known[String(key)] = String(value);
+      const known = found.get(String(device));
+      if (known) known.push([String(key), String(value)]);
+      else found.set(String(device), [[String(key), String(value)]]);
     }
   }
-  return labels;
+  // An operator may call a label `__proto__`, which an assignment would lose.
+  return new Map([...found].map(([id, labels]) => [id, Object.fromEntries(labels)]));
 }
 
 function deviceOf(row: SQLRow, labels: Map<string, Record<string, string>>): FleetDevice {
@@ -8611,8 +8634,9 @@ function checkEdit({ name, labels = {} }: DeviceEdit): void {
   const entries = Object.entries(labels);
   if (entries.length > MAX_LABELS) throw new OTAError(`at most ${MAX_LABELS} labels`, 2);
   for (const [key, value] of entries) {
-    if (saidText(key) === null)
-      throw new OTAError(`a label's key has 1 character or more, ${rule}`, 2);
+    if (saidText(key) === null || key.includes("=")) {
+      throw new OTAError(`a label's key has 1 character or more, ${rule}, and no "="`, 2);
+    }
     if (value && saidText(value) === null) throw new OTAError(`the label ${key} has ${rule}`, 2);
   }
 }
@@ -8822,6 +8846,17 @@ class FleetStore {
   async setSetting(name: string, value: string): Promise<void> {
     await this.#transaction((tx) => setMeta(tx, { [`setting ${name}`]: value }));
   }
+
+  async settingOr(name: string, value: string): Promise<string> {
+    return await this.#transaction(async (tx) => {
+      const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
+      await tx.query(text, [`setting ${name}`, value]);
+      const [row] = await tx.query("SELECT value FROM ota_meta WHERE name = $1", [
+        `setting ${name}`,
+      ]);
+      return String(row!["value"]);
+    });
+  }
 }
 
 // ──── Store thread ────────────────────────────────────────────────────────────────────────────────
@@ -8846,6 +8881,7 @@ type StoreCalls = {
       | "merge"
       | "setting"
       | "setSetting"
+      | "settingOr"
       | "close"
   ]: FleetStore[name];
 };
@@ -9352,9 +9388,512 @@ export class Fleet implements AsyncDisposable {
     await this.#ask("setSetting", name, value);
   }
 
+  /** What is kept under a name: this value, unless another server was first. */
+  async settingOr(name: string, value: string): Promise<string> {
+    return await this.#ask("settingOr", name, value);
+  }
+
   /** Writes what waits, within two seconds, and ends. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#writer.close();
+  }
+}
+
+// ──── Admin access ────────────────────────────────────────────────────────────────────────────────
+// Who may see and change the fleet: whoever has the admin token, or a cookie that was made with it.
+// A cookie holds no token, only proof that its browser had it; nothing is kept for it here, so that
+// all servers of a fleet accept it, also after a restart. Browsers send it by themselves, whatever
+// page they are on: a change by cookie must come from a page of this server.
+
+/** Limits of access. */
+const ADMIN = {
+  /** Seconds for which a cookie is good. */
+  session: 30 * 86_400,
+  /** Milliseconds that a wrong token costs. */
+  wrong: 1000,
+  /** Wrong tokens that one address, and all together, may be waiting for. */
+  fromOne: 4,
+  fromAll: 1000,
+  /** Milliseconds between two tries to read the token, at first and at most. */
+  retry: 500,
+  pause: 30_000,
+  /** Bytes of a body. */
+  body: 64 * 1024,
+  /** Fewer characters are guessed. */
+  strong: 12,
+};
+
+/** What every answer to an operator says: it is for him, now, and is what it says that it is. */
+const ADMIN_HEADERS = {
+  "Cache-Control": "no-store",
+  "X-Content-Type-Options": "nosniff",
+  "Referrer-Policy": "no-referrer",
+};
+
+/** The setting that holds the token that was made at random. */
+const TOKEN_SETTING = "admin token";
+
+function jsonAnswer(status: number, value: unknown, headers: Record<string, string> = {}): Answer {
+  const answer = content("application/json", new Blob([`${JSON.stringify(value)}\n`]));
+  return { ...answer, status, headers: { ...answer.headers, ...ADMIN_HEADERS, ...headers } };
+}
+
+/** A short text: for programs as JSON, for people as it is. */
+function adminText(
+  { path }: Contact,
+  status: number,
+  message: string,
+  headers: Record<string, string> = {},
+): Answer {
+  if (path.startsWith("/-/api")) return jsonAnswer(status, { error: message }, headers);
+  return plain(status, message, { ...ADMIN_HEADERS, ...headers });
+}
+
+/** The token of a server, for who prints it. */
+export interface AdminToken {
+  /** Whether it is known; until then, nobody gets in. */
+  readonly isKnown: boolean;
+  /** Resolves once it is. */
+  readonly known: Promise<void>;
+  /** The token, if it was made at random; who chose one knows it. */
+  readonly made: string | undefined;
+}
+
+/** Lets requests in. */
+class AdminAccess implements AdminToken, Disposable {
+  made: string | undefined;
+  readonly #known = Promise.withResolvers<void>();
+  readonly #proxies: Proxies;
+  readonly #scheme: string;
+  readonly #base: URL | undefined;
+  #token: string | undefined;
+  #timer: Timer | undefined;
+  #isClosed = false;
+  /** Address → its wrong tokens of the last second. */
+  readonly #wrong = new Map<string, number>();
+  #wrongs = 0;
+
+  /** @throws {OTAError} exit code 2 when the options have a token that cannot be one */
+  constructor({ adminToken, token, url, tls, trustProxy = [], warn }: ServeOptions) {
+    this.#proxies = new Proxies(trustProxy);
+    this.#scheme = tls ? "https" : "http";
+    this.#base = url === undefined ? undefined : new URL(baseURL(url));
+    if (adminToken === undefined) return;
+    if (!/^[!-~]+$/.test(adminToken)) {
+      throw new OTAError("--admin-token expects printable ASCII without spaces", 2);
+    }
+    if (adminToken === token) {
+      const why = "every device has that one";
+      throw new OTAError(`--admin-token must not be the --token of the devices: ${why}`, 2);
+    }
+    if (adminToken.length < ADMIN.strong) {
+      warn?.(`the admin token has only ${adminToken.length} characters: it can be guessed`);
+    }
+    this.#token = adminToken;
+    this.#known.resolve();
+  }
+
+  get isKnown(): boolean {
+    return this.#token !== undefined;
+  }
+
+  get known(): Promise<void> {
+    return this.#known.promise;
+  }
+
+  /**
+   * Finds the token, or makes one that all servers of the fleet have. While the store does not
+   * answer, it is tried again.
+   */
+  async open(fleet: Fleet, pause = ADMIN.retry): Promise<void> {
+    if (this.#token !== undefined || this.#isClosed) return;
+    try {
+      const made = await fleet.settingOr(TOKEN_SETTING, randomBytes(24).toString("base64url"));
+      this.#token = this.made = made;
+      this.#known.resolve();
+    } catch {
+      if (this.#isClosed) return;
+      const next = Math.min(2 * pause, ADMIN.pause);
+      this.#timer = setTimeout(() => void this.open(fleet, next), pause);
+    }
+  }
+
+  /** Answers a request that may not see what it asks for, or not do what it wants. */
+  check(request: Request, contact: Contact): Promise<Answer | undefined> | Answer | undefined {
+    const given = bearerOf(request.headers);
+    if (given !== undefined) return this.#try(given, contact);
+    if (!this.#hasCookie(request.headers)) return this.#refuse(contact);
+    const { method } = request;
+    if (method === "GET" || method === "HEAD") return undefined;
+    const origin = request.headers.get("origin");
+    if (origin !== null && this.#origins(request.headers, contact.peer).includes(origin)) {
+      return undefined;
+    }
+    const found = origin === null ? "no Origin" : `Origin: ${printable(origin)}`;
+    const proxy = "behind a proxy, serve needs --trust-proxy or --url";
+    const what = `a change by cookie must come from a page of this server, found ${found}`;
+    return adminText(contact, 403, `${what} (${proxy})`);
+  }
+
+  /** Answers who opened the link that `serve` has printed: with a cookie, and without the token. */
+  async enter({ headers }: Request, contact: Contact): Promise<Answer> {
+    const refused = await this.#try(contact.query.token ?? "", contact);
+    if (refused) return refused;
+    const expires = Math.floor(Date.now() / 1000) + ADMIN.session;
+    const cookie = [
+      `${this.#cookieName}=${expires}.${this.#proof(`session ${expires}`)}`,
+      `Max-Age=${ADMIN.session}`,
+      "HttpOnly",
+      "SameSite=Strict",
+      ...(this.#isSecure(headers, contact.peer) ? ["Secure"] : []),
+    ];
+    // No Path, and a relative Location: only the browser knows what a proxy puts before `/-/`.
+    return plain(303, "see /-/", {
+      ...ADMIN_HEADERS,
+      Location: "./",
+      "Set-Cookie": cookie.join("; "),
+    });
+  }
+
+  #refuse(contact: Contact, status: 401 | 429 | 503 = 401): Answer {
+    if (status === 503)
+      return adminText(contact, 503, "the fleet's store does not answer: try again");
+    if (status === 429) {
+      return adminText(contact, 429, "too many wrong tokens: try again", { "Retry-After": "1" });
+    }
+    const link = "open the link with /-/?token=... that serve prints at its start";
+    const how = `${link} (and reload, if another page led here), or send Authorization: Bearer`;
+    return adminText(contact, 401, `this needs the admin token: ${how}`, {
+      "WWW-Authenticate": "Bearer",
+    });
+  }
+
+  /**
+   * Refuses a wrong token, after a second. Who hangs up before does not try any faster: until then,
+   * few more tokens from the same address are looked at. So there is little to remember, too.
+   */
+  async #try(given: string, contact: Contact): Promise<Answer | undefined> {
+    if (this.#token === undefined) return this.#refuse(contact, 503);
+    const { address } = contact;
+    const wrong = this.#wrong.get(address) ?? 0;
+    if (wrong >= ADMIN.fromOne || this.#wrongs >= ADMIN.fromAll) return this.#refuse(contact, 429);
+    if (isSameSecret(given, this.#token)) return undefined;
+    this.#count(address, 1);
+    await Bun.sleep(ADMIN.wrong);
+    this.#count(address, -1);
+    return this.#refuse(contact);
+  }
+
+  #count(address: string, change: 1 | -1): void {
+    this.#wrongs += change;
+    const count = (this.#wrong.get(address) ?? 0) + change;
+    if (count > 0) this.#wrong.set(address, count);
+    else this.#wrong.delete(address);
+  }
+
+  /** What only who has the token can make. */
+  #proof(of: string): string {
+    return createHmac("sha256", this.#token!).update(`ota.ts ${of}`).digest("base64url");
+  }
+
+  /** Browsers send cookies to all ports of a host: servers with other tokens use other names. */
+  get #cookieName(): string {
+    return `ota-${this.#proof("cookie").slice(0, 8)}`;
+  }
+
+  #hasCookie(headers: Headers): boolean {
+    if (this.#token === undefined) return false;
+    const begin = `${this.#cookieName}=`;
+    const cookies = (headers.get("cookie") ?? "").split(";").map((one) => one.trim());
+    const [, expires, proof] =
+      cookies
+        .filter((one) => one.startsWith(begin))
+        .map((one) => /^(\d{1,12})\.(.+)$/.exec(one.slice(begin.length)))
+        .find((found) => found !== null) ?? [];
+    if (expires === undefined || proof === undefined) return false;
+    return (
+      isSameSecret(proof, this.#proof(`session ${expires}`)) && Number(expires) * 1000 > Date.now()
+    );
+  }
+
+  /**
+   * The origins that a browser may have for this server: of the address that it asked, which a
+   * trusted proxy may know better, and of `--url`.
+   */
+  #origins(headers: Headers, peer: string): string[] {
+    const isTrusted = this.#proxies.trusts(peer);
+    const scheme = (isTrusted ? forwardedScheme(headers) : undefined) ?? this.#scheme;
+    const forwarded = isTrusted ? lastOf(headers, "x-forwarded-host") : undefined;
+    const host = forwarded ?? headers.get("host") ?? "";
+    const asked = isHost(host) ? parseHttpURL(`${scheme}://${host}`) : undefined;
+    return [asked, this.#base].filter((url) => url !== undefined).map(({ origin }) => origin);
+  }
+
+  /** Whether the browser asks by HTTPS. */
+  #isSecure(headers: Headers, peer: string): boolean {
+    const [asked, base] = this.#origins(headers, peer);
+    // A proxy that is not trusted, but known: it asks for the host of `--url`.
+    return [asked, base].some((origin) => {
+      return origin?.startsWith("https:") && new URL(origin).host === new URL(asked!).host;
+    });
+  }
+
+  [Symbol.dispose](): void {
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+  }
+}
+
+// ──── Fleet requests ──────────────────────────────────────────────────────────────────────────────
+// What an operator's requests say. Everything in them is checked before the store sees it: what is
+// wrong with a request is never the server's failure.
+
+/** @throws {OTAError} exit code 2: a request is wrong, and how */
+function refuseInput(message: string): never {
+  throw new OTAError(message, 2);
+}
+
+/**
+ * Reads the parameters of a request.
+ *
+ * @throws {OTAError} exit code 2 when there is one that is unknown, there twice, or malformed
+ */
+function readParameters<Name extends string>(
+  { url }: Request,
+  names: readonly Name[],
+): { [name in Name]?: string } {
+  const mark = url.indexOf("?");
+  const search = mark < 0 ? "" : url.slice(mark + 1);
+  const found = new Map<string, string>();
+  for (const pair of search.split("&")) {
+    if (pair === "") continue;
+    const at = pair.indexOf("=");
+    const name = decodeParameter(at < 0 ? pair : pair.slice(0, at)) as Name;
+    const value = at < 0 ? "" : decodeParameter(pair.slice(at + 1));
+    if (!names.includes(name)) {
+      const known = names.length === 0 ? "there are none here" : `known are ${names.join(", ")}`;
+      refuseInput(`unknown parameter ${printable(name)}: ${known}`);
+    }
+    if (found.has(name)) refuseInput(`${name}: once at most`);
+    // A label is two texts.
+    for (const text of name === "label" ? value.split(/=(.*)/s) : [value]) {
+      if (text === "" || saidText(text) !== null) continue;
+      refuseInput(`${name}: at most ${MAX_TEXT} characters, and no control characters`);
+    }
+    found.set(name, value);
+  }
+  return Object.fromEntries(found) as { [name in Name]?: string };
+}
+
+function decodeParameter(text: string): string {
+  try {
+    return decodeURIComponent(text.replaceAll("+", " "));
+  } catch {
+    return refuseInput(`${printable(text)}: expected UTF-8 in percent-encoding`);
+  }
+}
+
+/** Which devices a request wants. @throws {OTAError} exit code 2 */
+function readFilter(request: Request): DeviceFilter {
+  const names = ["state", "version", "model", "label", "q", "limit", "after"] as const;
+  const { state, label, limit, ...texts } = readParameters(request, names);
+  const known = DEVICE_STATES.find((name) => name === state);
+  if (state !== undefined && !known) refuseInput(`state: one of ${DEVICE_STATES.join(", ")}`);
+  if (limit !== undefined && !(/^\d{1,4}$/.test(limit) && +limit >= 1 && +limit <= MAX_PAGE)) {
+    refuseInput(`limit: a whole number from 1 to ${MAX_PAGE}`);
+  }
+  const [, key, value] = /^([^=]+)=(.+)$/s.exec(label ?? "") ?? [];
+  if (label !== undefined && key === undefined) refuseInput("label: expected KEY=VALUE");
+  return {
+    ...texts,
+    ...(known && { state: known }),
+    ...(key !== undefined && { label: [key, value!] }),
+    ...(limit !== undefined && { limit: Number(limit) }),
+  };
+}
+
+/** A change of a device. @throws {OTAError} exit code 1 or 2 when it is none */
+function readEdit(body: Uint8Array): DeviceEdit {
+  let text: string;
+  try {
+    text = new TextDecoder("utf-8", { fatal: true }).decode(body);
+  } catch {
+    return refuseInput("the body: expected UTF-8");
+  }
+  const edit = asObject(parseJSON(text), "the body");
+  const asGiven = (value: unknown, name: string) => (value === null ? null : asText(value, name));
+  for (const field of Object.keys(edit)) {
+    if (field !== "name" && field !== "labels") refuseInput(`unknown field ${printable(field)}`);
+  }
+  const { name, labels: given = {} } = edit;
+  const labels = Object.entries(asObject(given, "labels")).map(([key, value]) => {
+    return [key, asGiven(value, `labels.${printable(key)}`)] as const;
+  });
+  return {
+    ...(name !== undefined && { name: asGiven(name, "name") }),
+    labels: Object.fromEntries(labels),
+  };
+}
+
+/** Reads a body; `undefined` when it is longer than that. Rejects when not all of it comes. */
+async function readBody({ headers, body }: Request, most: number): Promise<Uint8Array | undefined> {
+  if (Number(headers.get("content-length") ?? 0) > most) return undefined;
+  const pieces: Uint8Array[] = [];
+  let size = 0;
+  for await (const piece of body ?? []) {
+    size += piece.byteLength;
+    if (size > most) return undefined;
+    pieces.push(piece);
+  }
+  return Buffer.concat(pieces);
+}
+
+// ──── Fleet API ───────────────────────────────────────────────────────────────────────────────────
+// The fleet over HTTP, below `/-/api`, in JSON.
+
+/** A release, as the fleet's interface lists it. */
+interface ListedRelease {
+  /** Of a model with a root of its own; absent for the releases of the root. */
+  model?: string;
+  /** `null`: firmware alone. */
+  version: string | null;
+  /** Of the version. */
+  files: number;
+  /** Of these and the image. */
+  bytes: number;
+  /** The image of the same version. */
+  firmware: string | null;
+}
+
+/** A version whose content changes is another object: its size is added up once. */
+const versionBytes = new WeakMap<Release, number>();
+
+function bytesOf(release: Release): number {
+  const known = versionBytes.get(release);
+  if (known !== undefined) return known;
+  const bytes = [...release.files.values()].reduce((sum, { size }) => sum + size, 0);
+  versionBytes.set(release, bytes);
+  return bytes;
+}
+
+/** The releases on offer: of each root, in the order of their versions. */
+function listReleases({ roots }: Releases): ListedRelease[] {
+  return roots.flatMap(({ model, versions, firmware }) => {
+    const both = versions.map((release) => {
+      const image = firmware.find(({ version }) => version.compare(release.version) === 0);
+      return { release, image, order: release.version };
+    });
+    const alone = firmware
+      .filter((image) => both.every((one) => one.image !== image))
+      .map((image) => ({ release: undefined, image, order: image.version }));
+    const ordered = [...both, ...alone].toSorted((a, b) => a.order.compare(b.order));
+    return ordered.map(({ release, image }) => ({
+      ...(model !== "" && { model }),
+      version: release?.name ?? null,
+      files: release?.files.size ?? 0,
+      bytes: (release ? bytesOf(release) : 0) + (image?.size ?? 0),
+      firmware: image?.name ?? null,
+    }));
+  });
+}
+
+/** Answers for the paths of the fleet. */
+class FleetAPI {
+  constructor(
+    private readonly fleet: Fleet,
+    private readonly releases: Releases,
+    private readonly access: AdminAccess,
+  ) {}
+
+  async answer(request: Request, contact: Contact): Promise<Answer> {
+    const { path, method } = contact;
+    const isReading = method === "GET" || method === "HEAD";
+    if (path === "/-/" && contact.query.token !== undefined && isReading) {
+      return await this.access.enter(request, contact);
+    }
+    const refused = await this.access.check(request, contact);
+    if (refused) return refused;
+    const methods = this.#methods(path);
+    if (!methods) return adminText(contact, 404, "not found");
+    if (!methods.split(", ").includes(method)) {
+      return adminText(contact, 405, `only ${methods}`, { Allow: methods });
+    }
+    if (method !== "POST" && hasBody(request.headers)) {
+      return adminText(contact, 413, "only a POST has a body", { Connection: "close" });
+    }
+    try {
+      return await this.#answer(request, contact);
+    } catch (error) {
+      if (!(error instanceof OTAError)) throw error;
+      const isWrong = error instanceof FormatError || error.exitCode === 2;
+      return adminText(contact, isWrong ? 400 : 503, error.message);
+    }
+  }
+
+  /** What can be done with a path; `undefined`: nothing. */
+  #methods(path: string): string | undefined {
+    if (/^\/-\/api\/devices\/[^/]*$/.test(path)) return "GET, HEAD, POST, DELETE";
+    return ["/-/", "/-/api/fleet", "/-/api/devices"].includes(path) ? METHODS : undefined;
+  }
+
+  async #answer(request: Request, contact: Contact): Promise<Answer> {
+    const { path } = contact;
+    if (path === "/-/api/devices") {
+      return jsonAnswer(200, await this.fleet.devices(readFilter(request)));
+    }
+    if (path.startsWith("/-/api/devices/")) return await this.#device(request, contact);
+    readParameters(request, []);
+    if (path === "/-/") return plain(200, this.#overview(), ADMIN_HEADERS);
+    const summary = await this.fleet.summary();
+    return jsonAnswer(200, { ...summary, releases: listReleases(this.releases) });
+  }
+
+  async #device(request: Request, contact: Contact): Promise<Answer> {
+    const id = this.#idOf(request, contact.path);
+    // The store need not be asked for what is no id.
+    const isId = saidText(id) !== null;
+    const unknown = () => adminText(contact, 404, `no device ${printable(id)}`);
+    if (contact.method === "DELETE") {
+      const isGone = isId && (await this.fleet.forget(id));
+      return isGone ? jsonAnswer(200, { forgotten: id }) : unknown();
+    }
+    if (contact.method === "POST") {
+      const body = await readBody(request, ADMIN.body).catch(() =>
+        refuseInput("the body was cut off"),
+      );
+      if (!body) {
+        const what = `a body has at most ${ADMIN.body} bytes`;
+        return adminText(contact, 413, what, { Connection: "close" });
+      }
+      const edit = readEdit(body);
+      if (!isId || !(await this.fleet.edit(id, edit))) return unknown();
+    }
+    const device = isId ? await this.fleet.device(id) : undefined;
+    return device ? jsonAnswer(200, device) : unknown();
+  }
+
+  /** The id of the device that a request is about. */
+  #idOf(request: Request, path: string): string {
+    const part = path.slice("/-/api/devices/".length);
+    // Clients take `.` and `..` out of paths, even percent-encoded: such ids must be parameters.
+    const { id = "" } = part === "" ? readParameters(request, ["id"]) : {};
+    if (part !== "") readParameters(request, []);
+    else if (id === "") refuseInput("expected /-/api/devices/ID");
+    try {
+      return (id || decodeURIComponent(part)).toLowerCase();
+    } catch {
+      return refuseInput("the id: expected UTF-8 in percent-encoding");
+    }
+  }
+
+  #overview(): string {
+    return `ota.ts ${TOOL_VERSION}, the fleet in ${this.fleet.place}
+
+/-/api/fleet         devices by version, state and model; the releases
+/-/api/devices       devices: ?state= version= model= label=KEY=VALUE q= limit= after=
+/-/api/devices/ID    one device and its history; POST names and labels it, DELETE forgets it
+/-/health            whether the server is well
+/-/metrics           numbers for Prometheus`;
   }
 }
 
@@ -9365,6 +9904,8 @@ export class Fleet implements AsyncDisposable {
 export interface FleetServer extends OTAServer {
   /** Absent: it takes nothing down. */
   readonly fleet: Fleet | undefined;
+  /** Who may see and change it. */
+  readonly admin: AdminToken | undefined;
 }
 
 /**
@@ -9380,15 +9921,22 @@ export async function serve(options: ServeOptions = {}): Promise<FleetServer> {
   for (const secret of secrets) {
     if (fs.existsSync(secret)) refuseInside(releases.root, secret);
   }
-  if (url === false) return { ...serveReleases(releases, options), fleet: undefined };
+  if (url === false) {
+    return { ...serveReleases(releases, options), fleet: undefined, admin: undefined };
+  }
+  const access = new AdminAccess(options);
   const ownFile = ownFileOf(url, releases.root);
   const { silent, warn } = options;
   const fleet = await Fleet.open({
     ...{ url, serving: true, ...(silent && { silent }), ...(warn && { warn }) },
     newest: () => newestOf(releases),
   });
+  const api = new FleetAPI(fleet, releases, access);
   try {
-    return { ...serveReleases(releases, options, fleetExtension(fleet, ownFile)), fleet };
+    const server = serveReleases(releases, options, fleetExtension(fleet, ownFile, access, api));
+    // Devices are served meanwhile: a store that is away takes its time.
+    await access.open(fleet);
+    return { ...server, fleet, admin: access };
   } catch (error) {
     await fleet[Symbol.asyncDispose]();
     throw error;
@@ -9421,13 +9969,21 @@ function ownFileOf(url: string, root: string): string | undefined {
 }
 
 /** What a fleet adds to its server. */
-function fleetExtension(fleet: Fleet, ownFile: string | undefined): Extension {
+function fleetExtension(
+  fleet: Fleet,
+  ownFile: string | undefined,
+  access: AdminAccess,
+  api: FleetAPI,
+): Extension {
   return {
     ownFile,
-    routes: new Map(),
+    answer: (request, contact) => api.answer(request, contact),
     note: (contact) => fleet.note(contact),
     metrics: (label) => fleetMetrics(fleet, label),
-    [Symbol.asyncDispose]: () => fleet[Symbol.asyncDispose](),
+    [Symbol.asyncDispose]: () => {
+      access[Symbol.dispose]();
+      return fleet[Symbol.asyncDispose]();
+    },
   };
 }
 
@@ -13103,6 +13659,11 @@ const OPTIONS = {
   "list --model": { type: "string", value: "M", help: "those of this model" },
   label: { type: "string", value: "K=V", help: "those with this label" },
   csv: { type: "boolean", help: "print CSV, for a spreadsheet" },
+  "admin-token": {
+    type: "string",
+    value: "T",
+    help: "opens the fleet's interface (or OTA_ADMIN_TOKEN)",
+  },
   ca: { type: "string", value: "FILE", help: "trust this certificate authority, PEM" },
   verify: {
     type: "string",
@@ -13493,7 +14054,7 @@ async function airCosts(
 }
 
 // ──── Server commands ─────────────────────────────────────────────────────────────────────────────
-// The commands `serve`, `manifest`, `keygen` and `sign`.
+// The command `serve`.
 
 /** Characters of log lines that are buffered; the buffer is also written every 100 ms. */
 const LOG_BUFFER = 64 * 1024;
@@ -13541,6 +14102,8 @@ async function runServe(given: Given): Promise<number> {
     interruption("stopped").addEventListener("abort", done, { once: true });
   });
   for await (const line of describeServer(server, given)) log(line);
+  const { admin } = server;
+  if (admin && !admin.isKnown) void admin.known.then(() => log(adminLine(server, given)));
   await warn(server.releases);
   await flush();
   await stopped;
@@ -13576,25 +14139,40 @@ function tokenOption(given: Given): string | undefined {
 }
 
 /** Where `serve` keeps its fleet: by default in the root, in a file that is never served. */
-function fleetOptions(given: Given): Pick<ServeOptions, "fleet" | "silent"> {
-  const { fleet, root = ".", "no-fleet": none, silent } = given;
-  if (none && fleet !== undefined)
-    throw new OTAError("--fleet and --no-fleet exclude each other", 2);
+function fleetOptions(given: Given): Pick<ServeOptions, "fleet" | "silent" | "adminToken"> {
+  const { fleet, root = ".", "no-fleet": none, silent, "admin-token": adminToken } = given;
+  for (const [name, value] of Object.entries({ fleet, "admin-token": adminToken })) {
+    if (none && value !== undefined)
+      throw new OTAError(`--${name} and --no-fleet exclude each other`, 2);
+  }
   return {
     fleet: !none && (fleet ?? resolve(root, ".fleet.db")),
+    adminToken: adminToken ?? (process.env.OTA_ADMIN_TOKEN || undefined),
     ...(silent !== undefined && { silent: parseDuration("silent", silent) }),
   };
 }
 
+/** The address of a server on this machine. */
+function ownAddress(url: URL, { host }: Given): string {
+  const isAny = host === undefined || host === "0.0.0.0" || host === "::";
+  return isAny ? `${url.protocol}//127.0.0.1:${url.port}` : url.origin;
+}
+
+/** Where the fleet is to be seen; with the token, if nobody else knows it. */
+function adminLine({ url, admin }: FleetServer, given: Given): string {
+  const page = `fleet    ${ownAddress(url, given)}/-/`;
+  if (admin?.made !== undefined) return `${page}?token=${admin.made}`;
+  return admin?.isKnown
+    ? `${page}?token=... (with the admin token)`
+    : `${page} (its token follows when the store answers)`;
+}
+
 /** The lines that `serve` prints once it listens. */
-async function* describeServer(
-  { url, releases, fleet }: FleetServer,
-  given: Given,
-): AsyncGenerator<string> {
-  const local = `${url.protocol}//127.0.0.1:${url.port}`;
-  const isAny = given.host === undefined || given.host === "0.0.0.0" || given.host === "::";
-  const address = given.url ?? (isAny ? local : url.origin);
-  yield `ota.ts ${TOOL_VERSION} serves ${releases.root} at ${isAny ? local : url.origin}`;
+async function* describeServer(server: FleetServer, given: Given): AsyncGenerator<string> {
+  const { url, releases, fleet } = server;
+  const own = ownAddress(url, given);
+  const address = given.url ?? own;
+  yield `ota.ts ${TOOL_VERSION} serves ${releases.root} at ${own}`;
   for (const root of releases.roots) {
     if (root.model !== "") yield `model    ${printable(root.model)}, at ${address}${root.urlPath}`;
     yield* describeRoot(root, fleet && basename(fleet.place));
@@ -13609,6 +14187,7 @@ async function* describeServer(
   for (const name of releases.unsettled) {
     yield `changing ${printable(name)}: counts once quiet for a second`;
   }
+  if (server.admin) yield adminLine(server, given);
   const some = releases.roots.find(({ versions, firmware }) => versions[0] ?? firmware[0]);
   const { urlPath, versions, firmware } = some ?? releases;
   const oldest = versions[0]?.name ?? firmware[0]?.name ?? "1.0.0";
@@ -13637,6 +14216,9 @@ function* describeRoot(
   const more = ignored.length - MAX_SHOWN;
   if (more > 0) yield `ignored  and ${more} more`;
 }
+
+// ──── Release commands ────────────────────────────────────────────────────────────────────────────
+// The commands `manifest`, `keygen` and `sign`.
 
 async function runManifest(given: Given): Promise<number> {
   const { root = ".", ignore } = given;
@@ -14352,12 +14934,12 @@ const COMMANDS: Record<string, Command> = {
     options: [
       ...(["root", "port", "host", "url", "ignore", "latest", "only-releases"] as const),
       ...(["sign", "token", "tls-cert", "tls-key", "trust-proxy"] as const),
-      ...(["fleet", "no-fleet", "silent"] as const),
+      ...(["fleet", "no-fleet", "silent", "admin-token"] as const),
     ],
     notes:
       "The root is the current directory by default. On Ctrl-C, running responses are finished.\n" +
       `Limits: ${LIMITS.target} characters of path and query, ${LIMITS.query} of them in the query, ` +
-      `${LIMITS.version} in\ncurrent_ver; no request bodies; ${LIMITS.idle} s without a byte.`,
+      `${LIMITS.version} in\ncurrent_ver; no request bodies (but 64 KiB for the fleet's interface); ${LIMITS.idle} s without a byte.`,
     run: runServe,
   },
   fleet: {

@@ -31,6 +31,7 @@ const COMMANDS: Record<string, string[]> = {
       "fleet",
       "no-fleet",
       "silent",
+      "admin-token",
     ],
   ],
   fleet: [...["root", "fleet", "json", "state", "version", "model", "label", "csv"]],
