@@ -38,7 +38,16 @@ const LIBRARY = [
     "ota_http",
     "ota_image",
   ],
-  ...["ota_manifest", "ota_part", "ota_patch", "ota_reader", "ota_riscv", "ota_sha512", "ota_slot"],
+  ...[
+    "ota_manifest",
+    "ota_part",
+    "ota_patch",
+    "ota_query",
+    "ota_reader",
+    "ota_riscv",
+    "ota_sha512",
+    "ota_slot",
+  ],
   ...["ota_thumb", "ota_trust", "ota_update", "ota_xtensa"],
 ].map((name) => `lib/${name}.py`);
 
