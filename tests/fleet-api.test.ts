@@ -17,6 +17,7 @@ import { copyFileSync, mkdirSync, writeFileSync } from "node:fs";
 import { createServer, type Server as TCPServer, type Socket } from "node:net";
 import { serve, type FleetDevice, type FleetServer, type ServeOptions } from "../ota.ts";
 import { certify } from "./helpers/pki.ts";
+import { Postgres } from "./helpers/postgres.ts";
 import { Random, seeded } from "./helpers/random.ts";
 import { parseResponse, rawRequest } from "./helpers/raw.ts";
 import { layTree, Temp, type Tree } from "./helpers/temp.ts";
@@ -1027,9 +1028,22 @@ describe("a change", () => {
   });
 });
 
-test("two servers on one store: what one is told, the other tells", async () => {
-  await using one = await Fleeted.start();
-  await using other = await Fleeted.start({ fleet: one.at("fleet.db") });
+describe("two servers on one store", () => {
+  test("a SQLite file: what one is told, the other tells", async () => {
+    using place = new Temp();
+    await tellEachOther(place.at("fleet.db"));
+  });
+
+  test("PostgreSQL: what one is told, the other tells", async () => {
+    await using postgres = await Postgres.start();
+    await tellEachOther(await postgres.database());
+  });
+});
+
+/** Whatever one of two servers is told, the other one tells within two seconds. */
+async function tellEachOther(fleet: string): Promise<void> {
+  await using one = await Fleeted.start({ fleet });
+  await using other = await Fleeted.start({ fleet });
   // The device asks the one; the other hears of it without being told.
   await fetch(`${one.url}/manifest.json?devid=a&current_ver=1.0.0`);
   const asked = performance.now();
@@ -1053,7 +1067,7 @@ test("two servers on one store: what one is told, the other tells", async () => 
   await until("it is forgotten", count, (devices) => devices === 0, 30);
   expect(performance.now() - gone).toBeLessThan(2000);
   expect((await one.ask(DEVICE)).status).toBe(404);
-});
+}
 
 test("servers that start at the same time on a new store have one token", async () => {
   using temp = new Temp();
@@ -1068,6 +1082,73 @@ test("servers that start at the same time on a new store have one token", async 
   } finally {
     for (const one of servers) await one[Symbol.asyncDispose]();
   }
+});
+
+describe("/-/metrics", () => {
+  /** The samples of a name, by their label. */
+  const samples = async ({ url }: Fleeted, name: string) => {
+    const text = await (await fetch(`${url}/-/metrics`)).text();
+    const found = text.matchAll(new RegExp(`^${name}\\{\\w+="(.*)"\\} (\\d+)$`, "gm"));
+    return Object.fromEntries([...found].map(([, label, count]) => [label!, Number(count)]));
+  };
+
+  test("counts devices by state, and by version: those on offer, and others", async () => {
+    await using one = await Fleeted.start({}, { ...TREE, "lopy4/2.0.0/flash/main.py": "three\n" });
+    const made = Array.from({ length: 300 }, (_, i) => ({
+      ...{ devid: `made-up-${i}`, current_ver: `7.${i}"} 1\\` },
+    }));
+    await one.visit(
+      { devid: "a" },
+      { devid: "b", current_ver: "1.00.0" },
+      { devid: "c", current_ver: "1.0.1" },
+      { devid: "d", current_ver: "2.0.0", model: "LoPy4" },
+      { devid: "e", current_ver: "" },
+      ...made,
+    );
+    const states = await samples(one, "ota_devices");
+    expect(Object.keys(states)).toEqual(["current", "behind", "offered", "silent", "failed"]);
+    expect(Object.values(states).reduce((a, b) => a + b)).toBe(305);
+    const versions = await samples(one, "ota_devices_by_version");
+    const { none, other, ...known } = versions;
+    expect([none, none! + other!]).toEqual([1, 305 - Object.values(known).reduce((a, b) => a + b)]);
+    for (const version of Object.keys(known))
+      expect(["1.0.0", "1.0.1", "2.0.0"]).toContain(version);
+    expect(known["1.0.0"]).toBeGreaterThan(0);
+  });
+
+  test("tells of the rest while the store is away", async () => {
+    await using one = await Fleeted.start({ fleet: "postgres://nobody@127.0.0.1:1/none" });
+    const text = await (await fetch(`${one.url}/-/metrics`)).text();
+    expect(text).toContain("\nota_releases 2\n");
+    expect(text).toContain("\nota_fleet_dropped_total 0\n");
+    expect(text).not.toContain("ota_devices");
+  });
+});
+
+test("a fleet's file in the root is no content, and writing it starts no scan", async () => {
+  await using one = await Fleeted.start();
+  await one.serve({ fleet: one.at("root/.fleet.db") });
+  const scan = async () => {
+    const text = await (await fetch(`${one.url}/-/metrics`)).text();
+    return /^ota_scan_seconds (.*)$/m.exec(text)![1]!;
+  };
+  // There is one more after the start.
+  let [last, before] = ["", await scan()];
+  while (last !== before) {
+    await Bun.sleep(1000);
+    [last, before] = [before, await scan()];
+  }
+  for (let i = 0; i < 5; i++) {
+    await one.visit({ devid: `m${i}` });
+    await Bun.sleep(300);
+  }
+  // The time that the last scan took is the same number only if there was none since.
+  expect(await scan()).toBe(before);
+  for (const name of [".fleet.db", ".fleet.db-wal", ".fleet.db-shm"]) {
+    expect((await fetch(`${one.url}/${name}`)).status).toBe(404);
+  }
+  writeFileSync(one.at("root/1.0.1/flash/main.py"), "two, edited\n");
+  await until("a change of content is seen", scan, (now) => now !== before, 30);
 });
 
 describe("a store that is away", () => {

@@ -102,7 +102,9 @@ export class Van implements AsyncDisposable {
   ) {}
 
   static async open(root: string, more: string[] = []): Promise<Van> {
-    const process = await Serving.start(["--root", root, ...more]);
+    // The example is not to remember the boards of earlier tests.
+    const fleet = more.includes("--fleet") ? [] : ["--no-fleet"];
+    const process = await Serving.start(["--root", root, ...fleet, ...more]);
     return new Van(root, new Link(Number(new URL(process.url).port)), process);
   }
 
