@@ -11716,7 +11716,7 @@ export class Journal implements Disposable {
 // ════ VII Update ═════════════════════════════════════════════════════════════════════════════════
 // How a device gets to another release: it finds out what it has (Device survey), asks for a
 // manifest (Manifest client), plans the change (Target release, Plan and space), stages and
-// verifies all content (Receiving and retries, Fetching content), commits it (part V), and lets
+// verifies all content (Receiving and retries, Fetching content), commits it (part VI), and lets
 // the health check decide. Until the commit nothing but `.ota` is touched; a failure at any point
 // leaves the device as it was. `OTA` (Device) is these steps in order.
 

@@ -1,6 +1,6 @@
 # Updates this board over the air: its files and, where the board can, its
 # firmware. OTA knows what an update is, WiFiOTA how to get bytes over WiFi; for
-# another way write a class with the same three methods as WiFiOTA has.
+# another way write a class with the same methods; report() may be left out.
 #
 #     from OTA import WiFiOTA
 #
