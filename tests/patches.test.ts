@@ -642,10 +642,10 @@ describe.concurrent("the threads that make patches", () => {
   const SERVE = "servePatches(threads.parentPort!);\n}";
   const faults: Record<string, [from: string, to: string]> = {
     "cannot start": [
-      "new threads.Worker(new URL(import.meta.url)",
-      'new threads.Worker(new URL("file:///nowhere/ota.ts")',
+      "new URL(import.meta.url), { workerData: PATCH_WORKER }",
+      'new URL("file:///nowhere/ota.ts"), { workerData: PATCH_WORKER }',
     ],
-    "cannot be made": ["new threads.Worker(new URL", "new (null!)(new URL"],
+    "cannot be made": ["const worker = new threads.Worker(", "const worker = new (null!)("],
     "ends at once": [SERVE, "process.exit(3);\n}"],
     "fails at once": [SERVE, 'throw new Error("out of memory");\n}'],
     "ends with a job": [SERVE, 'threads.parentPort!.on("message", () => process.exit(3));\n}'],

@@ -6,6 +6,7 @@
 
 import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import {
+  cpSync,
   existsSync,
   mkdirSync,
   readdirSync,
@@ -73,9 +74,11 @@ function stepsOf(session: Block): { typed: string; answer: string[] }[] {
 class Clone extends Temp {
   constructor() {
     super();
-    for (const name of ["ota.ts", "examples", "node_modules"]) {
+    for (const name of ["ota.ts", "node_modules"]) {
       symlinkSync(`${REPOSITORY}/${name}`, this.at(name));
     }
+    // A server writes its fleet there.
+    cpSync(`${REPOSITORY}/examples`, this.at("examples"), { recursive: true });
   }
 
   /** Runs lines for a shell, with this Bun; what it shows is stderr, and then stdout. */
