@@ -126,6 +126,34 @@ describe("PostgreSQL", () => {
     }
   });
 
+  test("on a full disk is written when there is room again", async () => {
+    await using small = await stores.postgres.small("32m");
+    const { path } = small.mount;
+    await using world = await FleetWorld.open(small.url, { tick: 1 });
+    world.say("first", "1.0.0");
+    await world.fleet.flush();
+    const { bavail, bsize } = fs.statfsSync(path);
+    fs.writeFileSync(`${path}/other`, Buffer.alloc(bavail * bsize - 200_000));
+    for (let i = 0; i < 5000; i++) world.say(`meter-${i}`, "1.0.0", { to: "1.0.1" });
+    await world.warned(/cannot be written .*No space left/);
+    expect((await world.fleet.device("first"))?.version).toBe("1.0.0");
+    small.mount.remount("size=64m");
+    await world.warned(/is written again$/);
+    await world.fleet.flush();
+    expect((await world.summary()).devices).toBe(5001);
+  });
+
+  test("that lacks one of its tables costs the fleet, not the server", async () => {
+    const url = await postgresql.place();
+    await using world = await FleetWorld.open(url, { tick: 1 });
+    await postgresql.query(url, "ALTER TABLE ota_cohorts RENAME TO lost");
+    world.say("a", "1.0.0");
+    await world.warned(/cannot be written .*ota_cohorts.*: up to 100000 reports wait in memory/);
+    await postgresql.query(url, "ALTER TABLE lost RENAME TO ota_cohorts");
+    await world.warned(/is written again$/);
+    expect((await world.look("a")).state).toBe("behind");
+  });
+
   test("whose answer to a COMMIT is lost counts nothing twice", async () => {
     const url = new URL(await postgresql.place());
     using proxy = new LossyProxy(Number(url.port));

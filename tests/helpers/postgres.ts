@@ -2,8 +2,15 @@
 
 import * as fs from "node:fs";
 import { createServer } from "node:net";
+import { Mount } from "./mount.ts";
 import { Temp } from "./temp.ts";
 import { eventually, need } from "./tool.ts";
+
+/** A database on a file system of its own. */
+export interface SmallDatabase extends AsyncDisposable {
+  readonly url: string;
+  readonly mount: Mount;
+}
 
 /** A PostgreSQL that can be stopped, started again, and made to hang. */
 export class Postgres implements AsyncDisposable {
@@ -44,6 +51,28 @@ export class Postgres implements AsyncDisposable {
     await using sql = new Bun.SQL(this.#url("postgres"), { max: 1 });
     await sql.unsafe(`CREATE DATABASE ${name} TEMPLATE template0`);
     return this.#url(name);
+  }
+
+  /** Makes an empty database on a file system of its own, which can get full. */
+  async small(size: string): Promise<SmallDatabase> {
+    const name = `small_${++this.#databases}`;
+    const owner = isRoot() ? `,uid=${idOf("-u")},gid=${idOf("-g")}` : "";
+    const mount = new Mount(this.#temp.at(name), `size=${size},mode=700${owner}`);
+    const sql = new Bun.SQL(this.#url("postgres"), { max: 1 });
+    const end = async () => {
+      await sql.unsafe(`DROP DATABASE IF EXISTS ${name} WITH (FORCE)`);
+      await sql.unsafe(`DROP TABLESPACE IF EXISTS ${name}`);
+      await sql.close();
+      mount[Symbol.dispose]();
+    };
+    try {
+      await sql.unsafe(`CREATE TABLESPACE ${name} LOCATION '${mount.path}'`);
+      await sql.unsafe(`CREATE DATABASE ${name} TEMPLATE template0 TABLESPACE ${name}`);
+      return { url: this.#url(name), mount, [Symbol.asyncDispose]: end };
+    } catch (error) {
+      await end();
+      throw error;
+    }
   }
 
   #url(database: string): string {
