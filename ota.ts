@@ -7985,6 +7985,8 @@ async function bringUp(db: Connection, place: StorePlace): Promise<void> {
   const asHere = (text: string) =>
     place.file === undefined ? text.replaceAll(" TEXT", ' TEXT COLLATE "C"') : text;
   await db.transaction(async (tx) => {
+    // Two servers at once would both find no table, and one of them fail. Any number does.
+    if (place.file === undefined) await tx.query("SELECT pg_advisory_xact_lock(1869898100)");
     const meta = "CREATE TABLE IF NOT EXISTS ota_meta (name TEXT NOT NULL PRIMARY KEY, value TEXT)";
     await tx.query(asHere(meta));
     // Each event has it twice in a file: 96 bits are enough.
@@ -8026,6 +8028,11 @@ const MAX_DEVICES = 1_000_000;
 const MAX_HISTORY = 1000;
 /** How many more. */
 const SPARE_HISTORY = 100;
+/**
+ * Servers behind one address hear the same device, and write in any order. What one of them heard is
+ * late when another one, that wrote within this time, heard the device since: in milliseconds.
+ */
+const TOGETHER = 120_000;
 /** For how much up-time it is known what a server wrote last, in milliseconds. */
 const BATCH_MEMORY = 24 * 3600_000;
 
@@ -8082,6 +8089,8 @@ async function readMeta(db: Connection) {
   }
   return { source: meta.get("source")!, up: number("up"), events: number("events"), batches };
 }
+
+type StoreMeta = Awaited<ReturnType<typeof readMeta>>;
 
 /** How many devices come to cohorts and leave them, in one transaction. */
 class CohortChanges {
@@ -8169,6 +8178,25 @@ async function writeEvents(
     });
     await tx.query(`INSERT INTO ota_events VALUES ${placeholders(some.length, 7)}`, values);
   }
+}
+
+/**
+ * The reports without those that are late: see `TOGETHER`. That is told by the clock, which servers
+ * have in common. Where only one writes, the order is right anyway, and the clock may jump.
+ *
+ * @param before what is kept of those devices
+ */
+function withoutLate(
+  reports: readonly DeviceReport[],
+  before: ReadonlyMap<string, DeviceRecord>,
+  { server, up, batches }: Pick<WriteMoment, "server"> & Pick<StoreMeta, "up" | "batches">,
+): readonly DeviceReport[] {
+  const hasOthers = [...batches].some(([one, [, then]]) => one !== server && up - then < TOGETHER);
+  if (!hasOthers) return reports;
+  return reports.filter(({ id, at }) => {
+    const ahead = (before.get(id)?.last_seen ?? 0) - at;
+    return ahead <= 0 || ahead >= TOGETHER;
+  });
 }
 
 /** Drops the oldest events of a device, when some have come since the last time. */
@@ -8733,13 +8761,13 @@ class FleetStore {
   async #apply(
     tx: Connection,
     reports: readonly DeviceReport[],
-    now: WriteMoment & { up: number; source: string; events: number },
+    now: WriteMoment & StoreMeta,
   ): Promise<number> {
     const rows = await readRows(tx, [...new Set(reports.map(({ id }) => id))]);
     const before = new Map(rows.map((row) => [String(row["id"]), recordOf(row)]));
     const records = new Map<string, DeviceRecord>();
     const events: [string, FleetEvent][] = [];
-    for (const report of reports) {
+    for (const report of withoutLate(reports, before, now)) {
       const { id, elapsed } = report;
       const then = { up: now.up - Math.max(0, now.elapsed - elapsed), silent: now.silent };
       const after = applyReport(records.get(id) ?? before.get(id), report, then);

@@ -143,6 +143,15 @@ describe("PostgreSQL", () => {
     expect((await world.summary()).devices).toBe(5001);
   });
 
+  test("that many servers open at once is made once, and none of them complains", async () => {
+    const url = await postgresql.place();
+    const servers = Array.from({ length: 6 }, () => FleetWorld.open(url));
+    for (const world of await Promise.all(servers)) {
+      expect(world.warnings).toEqual([]);
+      await world[Symbol.asyncDispose]();
+    }
+  });
+
   test("that lacks one of its tables costs the fleet, not the server", async () => {
     const url = await postgresql.place();
     await using world = await FleetWorld.open(url, { tick: 1 });

@@ -401,6 +401,29 @@ describe("several servers on one PostgreSQL", () => {
     expect(await one.summary()).toEqual(await other.summary());
   });
 
+  test("what one heard first and writes last changes nothing", async () => {
+    const url = await stores.postgresql.place();
+    await using one = await FleetWorld.open(url);
+    await using other = await FleetWorld.open(url);
+    for (const world of [one, other]) {
+      world.say("elsewhere", "1.0.0");
+      await world.fleet.flush();
+    }
+    // A load balancer gives its request to the one, and its report to the other.
+    one.say("a", "1.0.0", { to: "1.0.1" });
+    one.say("b", "1.0.0", { to: "1.0.1" });
+    other.pass(500);
+    other.say("a", "1.0.1", { method: "HEAD" });
+    await other.fleet.flush();
+    await one.fleet.flush();
+    expect((await other.look("a")).state).toBe("current");
+    expect((await other.look("b")).state).toBe("offered");
+    // A clock that is behind by more is one that was set, and its server is believed.
+    one.now -= 24 * HOUR;
+    one.say("a", "1.0.2");
+    expect((await one.look("a")).history.at(-1)).toBe("updated 1.0.1 -> 1.0.2");
+  });
+
   test("both write at once, and each report counts once", async () => {
     const url = await stores.postgresql.place();
     await using one = await FleetWorld.open(url);
