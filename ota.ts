@@ -34,24 +34,31 @@
 //      Encoding · Responses and headers · Log and metrics · Bodies in flight · File answers
 //      Certificates and proxies · Request checks · Contents in manifests · Manifest answers
 //      Request handling · Listening
-// V    Device disk: files changed as one transaction.
+// V    Fleet: who is on what, and what happened to whom.
+//      Device reports · Device records · Offers and failures · Fleet answers · Store schema
+//      Store opening · Store writes · Store reads · Merging · Fleet store · Store thread
+//      Fleet writer · Fleet · Admin access · Fleet requests · Fleet API · Serving
+// VI   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
-// VI   Update: the workflow of a device.
+// VII  Update: the workflow of a device.
 //      Update options · Time-outs · Health check · Status · Target release · Plan and space
 //      Receiving and retries · Download attempts · Fetching content · Verification
 //      Manifest client · Device survey · Device
-// VII  Transports: bytes from somewhere, and nothing else.
+// VIII Transports: bytes from somewhere, and nothing else.
 //      HTTP · Directory
-// VIII Command line: the way in.
-//      Options · Output · Costs · Server commands · Device commands · Commands and main
+// IX   Command line: the way in.
+//      Options · Output · Costs · Server commands · Release commands · Device commands
+//      Fleet tables · Fleet summary · Fleet commands · Commands and main
 
 import { Database } from "bun:sqlite";
 import {
+  createHmac,
   createPrivateKey,
   createPublicKey,
   generateKeyPairSync,
   type KeyObject,
+  randomBytes,
   sign,
   timingSafeEqual,
   verify,
@@ -59,6 +66,7 @@ import {
 } from "node:crypto";
 import * as fs from "node:fs";
 import { BlockList, isIP } from "node:net";
+import { setPriority, tmpdir } from "node:os";
 import { basename, dirname, extname, relative, resolve } from "node:path";
 import { parseArgs, promisify } from "node:util";
 import * as threads from "node:worker_threads";
@@ -195,6 +203,12 @@ function cpuTime(): number {
 
 /** How long work may block the event loop, in milliseconds. */
 const TURN = 8;
+
+/**
+ * Whether a worker can run this very file. Bundled into another program, this file is that program,
+ * which must not be started again.
+ */
+const canRunWorkers = import.meta.main || import.meta.url.endsWith("/ota.ts");
 
 /** Splits long work on the event loop into slices, so that requests are answered in between. */
 class TimeSlicer {
@@ -2852,11 +2866,6 @@ class PatchThreads {
   }
 }
 
-/**
- * Whether a worker can run this very file. Bundled into another program, it is that program, which
- * must not be started again: then there are no patches.
- */
-const hasPatchWorkers = import.meta.main || import.meta.url.endsWith("/ota.ts");
 /** Size of the cache of patches that are not compressed yet, in bytes. */
 const PATCH_BUDGET = 8 * 1024 * 1024;
 
@@ -2868,7 +2877,7 @@ class Patches {
 
   /** Does what `encodePatch` does; see there. Rejects when its thread fails. */
   async make(old: Uint8Array, content: Uint8Array): Promise<Uint8Array | undefined> {
-    if (!hasPatchWorkers) return undefined;
+    if (!canRunWorkers) return undefined;
     const key = `${sha256(old)} ${sha256(content)}`;
     const done = this.#done.get(key);
     if (done) return done.patch;
@@ -5470,6 +5479,8 @@ interface WatchEvents {
   changed: () => void;
   /** Called with one line when changes may be noticed late. */
   warn?: ((line: string) => void) | undefined;
+  /** A file directly in the root whose changes do not count, nor those of files beginning so. */
+  ownFile?: string | undefined;
 }
 
 /** Scans a root whenever files change, until disposed. */
@@ -5505,7 +5516,10 @@ class RootWatch implements Disposable {
     this.#watched = this.releases.place;
     this.#blindness = undefined;
     try {
-      this.#watcher = fs.watch(this.releases.root, { recursive: true }, this.soon);
+      this.#watcher = fs.watch(this.releases.root, { recursive: true }, (_, name) => {
+        const { ownFile } = this.events;
+        if (ownFile === undefined || !name?.startsWith(ownFile)) this.soon();
+      });
       this.#watcher.on("error", (error) => this.#goBlind(error));
     } catch (error) {
       this.#goBlind(error);
@@ -6055,10 +6069,26 @@ interface Contact {
   milliseconds: number;
   coding?: Answer["coding"];
   /**
-   * Of a request for a manifest: labels of the releases that the device is on and gets, and the model
+   * Of a GET of a manifest: labels of the releases that the device is on and gets, and the model
    * whose root these are in.
    */
   offer?: { from: string; to: string; model: string };
+  /** Of a request for a manifest. */
+  asked?: {
+    /** The model whose root answers; empty: the root itself. */
+    model: string;
+    /** Whether the root has the version that it names; looked up only where it could matter. */
+    isKnown: boolean;
+    /** What a GET is offered. */
+    offer: Offered | null;
+  };
+}
+
+/** A release on offer. */
+interface Offered {
+  /** `null`: firmware alone. */
+  version: string | null;
+  firmware: string | null;
 }
 
 /**
@@ -6566,8 +6596,13 @@ function plainAddress(address: string): string {
 }
 
 /** The last value of a header that proxies append to. */
+function lastOf(headers: Headers, name: string): string | undefined {
+  return headers.get(name)?.split(",").at(-1)?.trim();
+}
+
+/** What a proxy says of how it was asked. */
 function forwardedScheme(headers: Headers): "http" | "https" | undefined {
-  const scheme = headers.get("x-forwarded-proto")?.split(",").at(-1)?.trim().toLowerCase();
+  const scheme = lastOf(headers, "x-forwarded-proto")?.toLowerCase();
   return scheme === "http" || scheme === "https" ? scheme : undefined;
 }
 
@@ -6596,6 +6631,15 @@ export interface ServeOptions extends ReleasesOptions {
   coding?: number;
   /** Called with one line for each request. */
   log?: (line: string) => void;
+  /**
+   * Where the fleet is kept: the path of a SQLite file, or `postgres://…`; `false`, which is the
+   * default here, for none.
+   */
+  fleet?: string | false;
+  /** Silence after an offer that is usual for every device, in seconds; 3600. */
+  silent?: number;
+  /** Opens the fleet's interface; absent: one that is made at random, and kept with the fleet. */
+  adminToken?: string | undefined;
   /** Called when a version or an image came, changed or went. */
   changed?: (releases: Releases) => void;
   /** Called with one line for the owner of the root. */
@@ -6650,30 +6694,40 @@ function parseTarget(url: string, prefix: string): RequestTarget {
   return { path, query: search === "" ? {} : parseQuery(search), length };
 }
 
+function refuseLong({ length }: RequestTarget): Answer | undefined {
+  return length > LIMITS.target ? plain(414, "the address is too long") : undefined;
+}
+
 /** Refuses a request that is wrong whatever it asks for. */
 function refuseRequest(
   { method, headers }: Request,
-  { query, length }: RequestTarget,
+  target: RequestTarget,
   token: string | undefined,
 ): Answer | undefined {
-  if (length > LIMITS.target) return plain(414, "the address is too long");
-  if (token !== undefined && !isSameSecret(givenToken(headers, query), token)) {
+  const tooLong = refuseLong(target);
+  if (tooLong) return tooLong;
+  if (token !== undefined && !isSameSecret(givenToken(headers, target.query), token)) {
     return plain(401, "a token is needed", { "WWW-Authenticate": "Bearer" });
   }
   if (method !== "GET" && method !== "HEAD") {
     return plain(405, `only ${METHODS}`, { Allow: METHODS });
   }
-  const hasBody = Number(headers.get("content-length") ?? 0) > 0;
-  if (hasBody || headers.has("transfer-encoding")) {
-    return plain(413, "a request has no body here", { Connection: "close" });
-  }
+  if (hasBody(headers)) return plain(413, "a request has no body here", { Connection: "close" });
   return undefined;
+}
+
+function hasBody(headers: Headers): boolean {
+  return Number(headers.get("content-length") ?? 0) > 0 || headers.has("transfer-encoding");
 }
 
 /** The token of a request, `""` for none. */
 function givenToken(headers: Headers, query: ManifestQuery): string {
-  const bearer = /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
-  return bearer ?? query.token ?? "";
+  return bearerOf(headers) ?? query.token ?? "";
+}
+
+/** The token in `Authorization`. */
+function bearerOf(headers: Headers): string | undefined {
+  return /^Bearer +(.+)$/i.exec(headers.get("authorization") ?? "")?.[1];
 }
 
 /** Whether a Host header holds a name or address with an optional port, and nothing else. */
@@ -6877,7 +6931,7 @@ class Manifests {
 
   /** @param contact gets what is offered */
   answer({ headers }: Request, contact: Contact, metrics: Metrics): Answer | Promise<Answer> {
-    const { query } = contact;
+    const { query, method } = contact;
     const { current_ver = "", reqid = "", token } = query;
     if (current_ver.length > LIMITS.version || hasControls(current_ver)) {
       return plain(400, `current_ver: at most ${LIMITS.version} characters, none of them controls`);
@@ -6892,13 +6946,17 @@ class Manifests {
     const decision = root.decide(query);
     const target = decision?.target !== decision?.has ? decision?.target : undefined;
     const to = target?.name ?? (decision?.image ? "firmware" : "none");
-    contact.offer = { from: metrics.label(current_ver, root), to, model: root.model };
+    const { model } = root;
+    // A HEAD is a report: it says what a GET would get, and offers nothing.
+    if (method === "GET") contact.offer = { from: metrics.label(current_ver, root), to, model };
+    const isKnown = query.sysname === undefined || root.find(current_ver) !== undefined;
+    contact.asked = { model, isKnown, offer: offeredBy(target, decision?.image) };
     const form = formOf(query, base + root.urlPath, suffix);
     const accepted = acceptedCodings(headers.get("accept-encoding"));
     if (query.brief !== "1" || !decision) return this.#compose(decision, query, form, accepted);
     const answer = (inline: InlineContents) => {
       // What follows from a path does so below the address that was asked.
-      const isElsewhere = root.model !== "" && contact.path === "/manifest.json";
+      const isElsewhere = model !== "" && contact.path === "/manifest.json";
       const hasURLs = this.#base !== undefined || suffix !== "" || isElsewhere;
       const short = briefForm(form, decision, inline, hasURLs);
       return this.#compose(decision, query, short, accepted);
@@ -6976,11 +7034,32 @@ class Manifests {
   }
 }
 
+function offeredBy(target: Release | undefined, image: FirmwareImage | undefined): Offered | null {
+  if (!target && !image) return null;
+  return { version: target?.name ?? null, firmware: image?.name ?? null };
+}
+
 // ──── Request handling ────────────────────────────────────────────────────────────────────────────
 // From a request to a response, and to a contact once it has ended.
 
 /** Handles requests for one path. */
 type Route = (request: Request, contact: Contact) => Answer | Promise<Answer>;
+
+/** What the parts below add to a server. */
+interface Extension extends AsyncDisposable {
+  /** Called with each contact. */
+  note(contact: Contact): void;
+  /** Answers for all paths below `/-/` but the server's own, with a secret of its own. */
+  readonly answer: Route;
+  /** A file directly in the root that it writes; with others whose names begin so. */
+  readonly ownFile: string | undefined;
+  /**
+   * Lines of Prometheus' text format.
+   *
+   * @param label see `Metrics.label`
+   */
+  metrics(label: (version: string) => string): Promise<readonly string[]>;
+}
 
 /** Answers requests. */
 class Service {
@@ -7001,6 +7080,7 @@ class Service {
   constructor(
     readonly releases: Releases,
     readonly options: ServeOptions,
+    private readonly extension?: Extension,
   ) {
     const { url, log, coding = CODING.seconds, trustProxy = [] } = options;
     this.#prefix = `${url ? new URL(baseURL(url)).pathname.replace(/\/$/, "") : ""}/`;
@@ -7011,12 +7091,13 @@ class Service {
     this.#metrics = metrics;
     this.#listeners.push((contact) => metrics.count(contact));
     if (log) this.#listeners.push((contact) => log(logLine(contact)));
+    if (extension) this.#listeners.push((contact) => extension.note(contact));
     const inliner = new Inliner(encoder, (file) => this.#contents.source(file));
     const manifests = new Manifests(releases, options, this.#proxies, this.#inFlight, inliner);
     this.#routes = new Map<string, Route>([
       ["/manifest.json", (request, contact) => manifests.answer(request, contact, metrics)],
       ["/-/health", () => this.#health()],
-      ["/-/metrics", () => content("text/plain; version=0.0.4", new Blob([metrics.text()]))],
+      ["/-/metrics", () => this.#metricsAnswer()],
     ]);
   }
 
@@ -7073,17 +7154,36 @@ class Service {
       } else ended(true);
       return toResponse(request, answer);
     };
-    const refused = refuseRequest(request, target, this.options.token);
-    const answer = refused ?? this.#answer(request, contact);
+    const answer = this.#answer(request, target, contact);
     return answer instanceof Promise ? answer.then(finish) : finish(answer);
   }
 
-  #answer(request: Request, contact: Contact): Answer | Promise<Answer> {
-    const { path } = contact;
+  #answer(request: Request, target: RequestTarget, contact: Contact): Answer | Promise<Answer> {
+    const { path } = target;
     const route = this.#routes.get(this.releases.isManifest(path) ? "/manifest.json" : path);
+    if (!route && this.extension && path.startsWith("/-/")) {
+      return refuseLong(target) ?? this.extension.answer(request, contact);
+    }
+    const refused = refuseRequest(request, target, this.options.token);
+    if (refused) return refused;
     if (route) return route(request, contact);
     const found = this.releases.locate(path);
     return found ? this.#contents.answer(request, path, found) : plain(404, "not found");
+  }
+
+  #metricsAnswer(): Answer | Promise<Answer> {
+    const metrics = this.#metrics;
+    const answer = (more: readonly string[]) => {
+      const lines = more.map((line) => `${line}\n`).join("");
+      return content("text/plain; version=0.0.4", new Blob([metrics.text() + lines]));
+    };
+    if (!this.extension) return answer([]);
+    // Devices of all models are counted together.
+    const label = (version: string) => {
+      const labels = this.releases.roots.map((root) => metrics.label(version, root));
+      return labels.find((one) => one !== "other") ?? "other";
+    };
+    return this.extension.metrics(label).then(answer);
   }
 
   #health(): Answer {
@@ -7115,19 +7215,18 @@ export interface OTAServer extends AsyncDisposable {
 }
 
 /**
- * Serves a release root, and keeps up with it.
+ * See `serve`.
  *
- * @throws {OTAError} exit code 1 when the address cannot be listened on, 2 when the root or an
- *   option is wrong
+ * @param releases the opened root
+ * @param extension is disposed of when the server stops
  */
-export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
-  const { root = ".", port = 8000, host = "0.0.0.0", tls } = options;
-  const secrets = [options.sign, tls?.key].filter((file) => file !== undefined);
-  const releases = await Releases.open(root, { ...options, secrets });
-  const service = new Service(releases, options);
-  for (const secret of secrets) {
-    if (fs.existsSync(secret)) refuseInside(releases.root, secret);
-  }
+function serveReleases(
+  releases: Releases,
+  options: ServeOptions,
+  extension?: Extension,
+): OTAServer {
+  const { port = 8000, host = "0.0.0.0", tls } = options;
+  const service = new Service(releases, options, extension);
   let certificate = tls && readServerCertificate(tls);
   let server: Bun.Server<undefined>;
   try {
@@ -7145,7 +7244,8 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
     service.noteAltered(releases.altered);
     options.changed?.(releases);
   };
-  const watch = new RootWatch(releases, { changed, warn: options.warn });
+  const { warn } = options;
+  const watch = new RootWatch(releases, { changed, warn, ownFile: extension?.ownFile });
   service.onMismatch = watch.soon;
   /** Servers that no longer listen, but may still be sending. */
   const former = new Set<Bun.Server<undefined>>();
@@ -7162,10 +7262,10 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
       throw error;
     }
     certificate = renewed;
-    options.warn?.(`the certificate in ${tls!.cert} is new, and in use`);
+    warn?.(`the certificate in ${tls!.cert} is new, and in use`);
   };
   const complain = (error: unknown) => {
-    options.warn?.(`the certificate stays the one before: ${errorText(error)}`);
+    warn?.(`the certificate stays the one before: ${errorText(error)}`);
   };
   const renewal = tls && watchCertificate(tls, renew, complain);
   const stop = async (force = false) => {
@@ -7173,6 +7273,7 @@ export async function serve(options: ServeOptions = {}): Promise<OTAServer> {
     renewal?.[Symbol.dispose]();
     await Promise.all([server, ...former].map((one) => one.stop(force)));
     service.close();
+    await extension?.[Symbol.asyncDispose]();
   };
   return { url, releases, stop, [Symbol.asyncDispose]: () => stop(true) };
 }
@@ -7195,7 +7296,2871 @@ function listen(
   });
 }
 
-// ════ V Device disk ══════════════════════════════════════════════════════════════════════════════
+// ════ V Fleet ════════════════════════════════════════════════════════════════════════════════════
+// Who is on what, and what happened to whom. A request only adds to a map in memory; a thread of its
+// own, which alone touches the database, writes that map once a second. A database that is slow,
+// locked, full or away therefore costs no request anything.
+
+// ──── Device reports ──────────────────────────────────────────────────────────────────────────────
+// What a device says of itself by asking for a manifest. All of it comes from strangers: a text that
+// is too long or has control characters counts as not said.
+
+/** What a device said of itself, and what it was answered. */
+interface DeviceReport {
+  /** In lower case; `ip:ADDRESS` for a device that does not say who it is. */
+  id: string;
+  /** When, by the server's clock. */
+  at: number;
+  /** The same by a clock that never jumps: see `FleetClock`. */
+  elapsed: number;
+  /** How many equal ones in a row this stands for. */
+  count: number;
+  model: string | null;
+  /** `null` for none, `undefined` when it did not say. */
+  version: string | null | undefined;
+  firmware: string | null | undefined;
+  /** The release that it says has failed. */
+  failed: string | null;
+  address: string;
+  /** What it was offered, `null` for nothing; absent: it did not ask. */
+  offer?: Offered | null;
+}
+
+/** Begins the ids of devices that do not say who they are. */
+const BY_ADDRESS = "ip:";
+/** Characters of an id, a version and the like. */
+const MAX_TEXT = 128;
+
+/** The text, if it is one that we keep. */
+function saidText(text: string | undefined): string | null {
+  if (text === undefined || text === "" || text.length > MAX_TEXT) return null;
+  return hasControls(text) || !text.isWellFormed() ? null : text;
+}
+
+/** The id by which a device is known: the same board by two libraries is one device. */
+function deviceId({ devid, wmac }: ManifestQuery, address: string): string {
+  const id = saidText((devid || wmac)?.toLowerCase());
+  return id === null || id.startsWith(BY_ADDRESS) ? `${BY_ADDRESS}${address}` : id;
+}
+
+/** What a contact says of a device; `undefined` for one that says nothing. */
+function reportOf(contact: Contact, at: number, elapsed: number): DeviceReport | undefined {
+  const { query, address, status, asked } = contact;
+  // Lists are for devices that learn what they have; errors are no answers.
+  if (!asked || status >= 400 || query.list !== undefined) return undefined;
+  const isGet = contact.method === "GET";
+  const current = query.current_ver === "0" ? "" : query.current_ver;
+  let version = saidText(current) ?? (isGet || current !== undefined ? null : undefined);
+  let firmware = query.firmware_ver === undefined ? undefined : saidText(query.firmware_ver);
+  // Pybytes' boards send their firmware as their version.
+  if (version && !asked.isKnown && query.sysname !== undefined && firmware === undefined) {
+    [version, firmware] = [undefined, version];
+  }
+  return {
+    id: deviceId(query, address),
+    at,
+    elapsed,
+    count: 1,
+    model: asked.model || (saidText(query.model) ?? saidText(query.sysname)),
+    version,
+    firmware,
+    failed: saidText(query.failed),
+    address,
+    // What was not sent whole was not offered.
+    ...(isGet && contact.sent !== undefined && { offer: asked.offer }),
+  };
+}
+
+/** Whether two reports say the same, so that a count is enough. */
+function saysTheSame(a: DeviceReport, b: DeviceReport): boolean {
+  return (
+    a.version === b.version &&
+    a.firmware === b.firmware &&
+    a.model === b.model &&
+    a.failed === b.failed &&
+    a.offer?.version === b.offer?.version &&
+    a.offer?.firmware === b.offer?.firmware &&
+    (a.offer === null) === (b.offer === null)
+  );
+}
+
+/** Reports of one device that wait at most; the oldest of them go first. */
+const MAX_OF_ONE = 8;
+
+/** Reports that are written in one transaction. */
+interface ReportBatch {
+  /** Tells it from the others of its server: what is written twice counts once. */
+  number: number;
+  reports: readonly DeviceReport[];
+}
+
+/** Reports that wait to be written, by device. */
+class WaitingReports {
+  readonly #reports = new Map<string, DeviceReport[]>();
+  #batch: ReportBatch | undefined;
+  #batches = 0;
+  /** How many wait. */
+  size = 0;
+  /** How many went before they were written. */
+  dropped = 0;
+
+  /** @param limit of reports that wait */
+  constructor(private readonly limit: number) {}
+
+  /** Adds one, which is newer than those that wait. */
+  add(report: DeviceReport): void {
+    const waiting = this.#reports.get(report.id);
+    const last = waiting?.at(-1);
+    if (!waiting || !last) this.#reports.set(report.id, [report]);
+    else if (saysTheSame(last, report)) {
+      const count = last.count + report.count;
+      waiting[waiting.length - 1] = { ...report, count };
+      return;
+    } else waiting.push(report);
+    this.size++;
+    if (waiting && waiting.length > MAX_OF_ONE) this.#drop(waiting.shift());
+    while (this.size > this.limit && this.#reports.size > 0) this.#dropOldest();
+  }
+
+  #dropOldest(): void {
+    const [id, waiting] = this.#reports.entries().next().value!;
+    this.#drop(waiting.shift());
+    if (waiting.length === 0) this.#reports.delete(id);
+  }
+
+  #drop(report: DeviceReport | undefined): void {
+    if (report === undefined) return;
+    this.size--;
+    this.dropped += report.count;
+  }
+
+  /**
+   * The batch to write: those of some devices, oldest first. Until `written` it is the same one,
+   * and none of it is dropped: it may be in the store although nobody said so.
+   */
+  batch(limit: number): ReportBatch {
+    if (this.#batch) return this.#batch;
+    const reports: DeviceReport[] = [];
+    for (const [id, waiting] of this.#reports) {
+      if (reports.length + waiting.length > limit && reports.length > 0) break;
+      reports.push(...waiting);
+      this.#reports.delete(id);
+    }
+    return (this.#batch = { number: ++this.#batches, reports });
+  }
+
+  /** Says that the batch is in the store. */
+  written(): void {
+    this.size -= this.#batch?.reports.length ?? 0;
+    this.#batch = undefined;
+  }
+}
+
+// ──── Device records ──────────────────────────────────────────────────────────────────────────────
+// What is kept of a device, and how a report changes it: pure functions. Time passes twice here. What
+// people see is the clock's, which may jump. Silence and intervals are counted in time that a server
+// of this fleet was up: else a server that runs ten minutes a day would take every device for silent.
+
+/** What is kept of a device: a row of `ota_devices`, but for what the operator gave it. */
+interface DeviceRecord {
+  id: string;
+  model: string | null;
+  version: string | null;
+  firmware: string | null;
+  address: string | null;
+  first_seen: number;
+  last_seen: number;
+  /** Reports so far. */
+  seen: number;
+  /** Up-time of the fleet when it was last heard. */
+  seen_up: number;
+  /** The last intervals between two visits, in up-time: milliseconds with commas. */
+  intervals: string;
+  /** Silence that is usual for it: three times the median of `intervals`. */
+  patience: number;
+  /** The release that it was offered and is not on. */
+  offered: string | null;
+  offered_firmware: string | null;
+  offered_at: number | null;
+  /** How many times. */
+  offers: number;
+  /** What is known of that offer. */
+  standing: Standing;
+  /** The release that failed, as it says or as we see. */
+  failed: string | null;
+  /** Events so far. */
+  events: number;
+  /** `cohortOf` it. */
+  cohort: string;
+}
+
+/**
+ * `said` and `seen` both mean that a release failed: the device says so; or it went back to an older
+ * version, or does not come on the one that it is offered. `offered`: the last that was heard of it
+ * was that it was offered one.
+ */
+type Standing = "none" | "offered" | "said" | "seen";
+
+/** What happened to a device. */
+export interface FleetEvent {
+  /** By the clock of the server that noticed. */
+  at: number;
+  kind: "first seen" | "offered" | "updated" | "failed" | "rolled back" | "back after silence";
+  from: string | null;
+  to: string | null;
+}
+
+/** When a report is applied. */
+interface Moment {
+  /** Up-time of the fleet when the report was made. */
+  up: number;
+  /** Silence that is usual for every device, in milliseconds. */
+  silent: number;
+}
+
+/** So many offers of one release, and a device is not on it: it does not get there. */
+const MAX_OFFERS = 3;
+/** Reports within this time, in milliseconds, are one visit. */
+const VISIT = 60_000;
+const MAX_INTERVALS = 5;
+
+/** Keys of versions: a fleet has few, and asks for them with each report. */
+const versionKeys = new Map<string, string>();
+
+/**
+ * A text that sorts, byte by byte, as `LooseVersion` does; `""` for none.
+ *
+ * @param text without control characters: one ends each string, so that `a` sorts before `ab`
+ */
+function versionKey(text: string | null): string {
+  if (text === null) return "";
+  const known = versionKeys.get(text);
+  if (known !== undefined) return known;
+  const keyOf = (part: bigint | string) => {
+    if (typeof part === "string") return `2${part}\u0001`;
+    const digits = String(part);
+    return `1${String(digits.length).padStart(3, "0")}${digits}`;
+  };
+  const key = new LooseVersion(text).parts.map(keyOf).join("");
+  // Strangers may make up any number of them.
+  if (versionKeys.size >= 1000) versionKeys.clear();
+  versionKeys.set(text, key);
+  return key;
+}
+
+/** Whether two texts name the same release. */
+function isSameRelease(a: string | null, b: string | null): boolean {
+  return a !== null && b !== null && versionKey(a) === versionKey(b);
+}
+
+/** A release in words: firmware alone is `firmware 1.0.1`. */
+function releaseText(offer: Offered | null): string | null {
+  if (!offer) return null;
+  return offer.version ?? (offer.firmware === null ? null : `firmware ${offer.firmware}`);
+}
+
+/** What a state depends on. Devices that are alike in it are a cohort, and are counted by it. */
+type Cohort = Pick<DeviceRecord, "model" | "version" | "firmware" | "standing">;
+
+/** A text that only devices which are alike have in common. */
+function cohortOf({ model, version, firmware, standing }: Cohort): string {
+  const text = JSON.stringify([model, version, firmware, standing]);
+  return new Bun.CryptoHasher("sha256").update(text).digest("base64url").slice(0, 16);
+}
+
+/** A device of which nothing is known yet. */
+function strangerOf({ id, at }: DeviceReport, up: number): DeviceRecord {
+  return {
+    ...{ id, model: null, version: null, firmware: null, address: null },
+    ...{ first_seen: at, last_seen: at, seen: 0, seen_up: up, intervals: "", patience: 0 },
+    ...{ offered: null, offered_firmware: null, offered_at: null, offers: 0 },
+    ...{ standing: "none", failed: null, events: 0, cohort: "" },
+  };
+}
+
+/** Where a device went since the last report, if it did. */
+interface Movement {
+  kind: "updated" | "rolled back";
+  from: string | null;
+  to: string | null;
+}
+
+/** How a device moved between two reports: by its version, else by its firmware. */
+function movementOf(known: DeviceRecord, record: DeviceRecord): Movement | undefined {
+  const kindOf = (from: string | null, to: string | null): Movement["kind"] | undefined => {
+    const [before, after] = [versionKey(from), versionKey(to)];
+    return after === before ? undefined : after > before ? "updated" : "rolled back";
+  };
+  const { version, firmware } = record;
+  const kind = kindOf(known.version, version);
+  if (kind) return { kind, from: known.version, to: version };
+  // A device that did not tell its firmware before has not moved.
+  if (known.firmware === null || firmware === null) return undefined;
+  const flashed = kindOf(known.firmware, firmware);
+  const words = (image: string) => `firmware ${image}`;
+  return flashed && { kind: flashed, from: words(known.firmware), to: words(firmware) };
+}
+
+// ──── Offers and failures ─────────────────────────────────────────────────────────────────────────
+// What became of the releases that a device was offered.
+
+/** The release that a device was offered and is not on. */
+function offerOf({ offered, offered_firmware }: DeviceRecord): Offered | null {
+  if (offered === null && offered_firmware === null) return null;
+  return { version: offered, firmware: offered_firmware };
+}
+
+function isSameOffer(a: Offered | null, b: Offered | null): boolean {
+  return versionKey(releaseText(a)) === versionKey(releaseText(b));
+}
+
+/** Whether a device is on a release that it was offered, or on a later one. */
+function isOn({ version, firmware }: DeviceRecord, offer: Offered): boolean {
+  if (offer.version !== null) return versionKey(version) >= versionKey(offer.version);
+  return versionKey(firmware) >= versionKey(offer.firmware);
+}
+
+/** The offer that stands after a report. */
+function offerAfter(
+  known: DeviceRecord,
+  record: DeviceRecord,
+  report: DeviceReport,
+): Pick<DeviceRecord, "offered" | "offered_firmware" | "offered_at" | "offers"> {
+  const none = { offered: null, offered_firmware: null, offered_at: null, offers: 0 };
+  const before = offerOf(known);
+  // A report that asks for nothing is offered nothing: what stood stands until it is on it.
+  const offer = report.offer === undefined ? before : report.offer;
+  if (offer === null || isOn(record, offer)) return none;
+  const isSame = isSameOffer(offer, before);
+  return {
+    offered: offer.version,
+    offered_firmware: offer.firmware,
+    offered_at: isSame ? known.offered_at : report.at,
+    offers: (isSame ? known.offers : 0) + (report.offer ? report.count : 0),
+  };
+}
+
+function hasFailed({ standing }: DeviceRecord): boolean {
+  return standing === "said" || standing === "seen";
+}
+
+/**
+ * The release that failed on a device, if one has: it stands as long as that release is on offer, or
+ * until the device is on another version.
+ *
+ * @param moved where it went since the last report
+ */
+function failureAfter(
+  known: DeviceRecord,
+  record: DeviceRecord,
+  report: DeviceReport,
+  moved: Movement | undefined,
+): { release: string | null; standing: "said" | "seen" } | undefined {
+  const offer = offerOf(record);
+  const asksAndGetsNothing = report.offer !== undefined && offer === null;
+  if (moved?.kind === "rolled back") return { release: moved.from, standing: "seen" };
+  const { failed } = report;
+  const isOffered = (release: string | null) =>
+    offer !== null &&
+    (isSameRelease(release, offer.version) ||
+      isSameRelease(release, offer.firmware) ||
+      release === releaseText(offer));
+  if (failed !== null && !asksAndGetsNothing && !isSameRelease(failed, record.version)) {
+    if (offer === null || isOffered(failed)) return { release: failed, standing: "said" };
+  }
+  if (offer && record.offers >= MAX_OFFERS) {
+    return { release: releaseText(offer), standing: "seen" };
+  }
+  if (!hasFailed(known) || moved || asksAndGetsNothing) return undefined;
+  // It asks, and no longer says so.
+  if (report.offer !== undefined && known.standing === "said") return undefined;
+  if (report.offer !== undefined && !isOffered(known.failed)) return undefined;
+  return { release: known.failed, standing: known.standing as "said" | "seen" };
+}
+
+/** The intervals between visits, with one more. */
+function intervalsAfter(
+  { intervals, patience }: DeviceRecord,
+  interval: number,
+): Pick<DeviceRecord, "intervals" | "patience"> {
+  if (interval < VISIT) return { intervals, patience };
+  const earlier = intervals === "" ? [] : intervals.split(",").map(Number);
+  const last = [...earlier, Math.round(interval)].slice(-MAX_INTERVALS);
+  const median = last.toSorted((a, b) => a - b)[last.length >> 1]!;
+  return { intervals: last.join(), patience: 3 * median };
+}
+
+/**
+ * Applies a report to what is kept of a device.
+ *
+ * @param before absent: it was never heard of
+ * @returns what is kept from now on, and what has happened
+ */
+function applyReport(
+  before: DeviceRecord | undefined,
+  report: DeviceReport,
+  { up, silent }: Moment,
+): { record: DeviceRecord; events: FleetEvent[] } {
+  const { at } = report;
+  const known = before ?? strangerOf(report, up);
+  const record = { ...known, ...saidOf(known, report) };
+  // Devices that share an address would seem to go up and down.
+  const isProof = !record.id.startsWith(BY_ADDRESS);
+  const events: FleetEvent[] = [];
+  const happened = (kind: FleetEvent["kind"], from: string | null, to: string | null) => {
+    if (isProof || kind === "first seen") events.push({ at, kind, from, to });
+  };
+  if (!before) happened("first seen", null, record.version);
+  const silence = Math.max(0, up - known.seen_up);
+  if (known.standing === "offered" && silence > Math.max(silent, known.patience)) {
+    happened("back after silence", known.version, record.version);
+  }
+  const moved = before && isProof ? movementOf(known, record) : undefined;
+  if (moved) happened(moved.kind, moved.from, moved.to);
+  Object.assign(record, offerAfter(known, record, report));
+  const offer = offerOf(record);
+  if (report.offer && offer && !isSameOffer(offer, offerOf(known))) {
+    happened("offered", record.version, releaseText(offer));
+  }
+  const failure = isProof ? failureAfter(known, record, report, moved) : undefined;
+  record.standing = failure?.standing ?? (report.offer && offer ? "offered" : "none");
+  record.failed = failure?.release ?? report.failed;
+  const isNew = !hasFailed(known) || !isSameRelease(known.failed, record.failed);
+  if (failure && isNew && moved?.kind !== "rolled back") {
+    happened("failed", record.version, failure.release);
+  }
+  if (before) Object.assign(record, intervalsAfter(known, silence / report.count));
+  record.seen_up = Math.max(known.seen_up, up);
+  record.events += events.length;
+  record.cohort = cohortOf(record);
+  return { record, events };
+}
+
+/** What a report itself tells. */
+function saidOf(known: DeviceRecord, report: DeviceReport): Partial<DeviceRecord> {
+  const version = report.version === undefined ? known.version : report.version;
+  const firmware = report.firmware === undefined ? known.firmware : report.firmware;
+  return {
+    ...{ version, firmware, model: report.model ?? known.model },
+    address: report.address,
+    // As the clock says, even when that has jumped back: what was said last is what counts.
+    last_seen: report.at,
+    first_seen: Math.min(known.first_seen, report.at),
+    seen: known.seen + report.count,
+  };
+}
+
+// ──── Fleet answers ───────────────────────────────────────────────────────────────────────────────
+// What a fleet can be asked, and what it answers; the API has the same field names.
+
+/** What a device is, seen from its releases. */
+export type DeviceState = "current" | "behind" | "offered" | "silent" | "failed";
+
+/** All states, the best first. */
+export const DEVICE_STATES = ["current", "behind", "offered", "silent", "failed"] as const;
+
+/** A device of a fleet. Times are in milliseconds, by the clock of the server that heard it. */
+export interface FleetDevice {
+  id: string;
+  /** What the operator calls it. */
+  name: string | null;
+  model: string | null;
+  version: string | null;
+  firmware: string | null;
+  state: DeviceState;
+  /** The release that it was offered and is not on. */
+  offered: string | null;
+  /** The release that failed, as it says or as the server sees. */
+  failed: string | null;
+  address: string | null;
+  first_seen: number;
+  last_seen: number;
+  /** What the operator noted. */
+  labels: Record<string, string>;
+}
+
+/** How many devices there are, by version, state and model. */
+export interface FleetSummary {
+  devices: number;
+  /** The most frequent ones; `none` for devices without one, `other` for the rest. */
+  versions: Record<string, number>;
+  states: Record<DeviceState, number>;
+  models: Record<string, number>;
+}
+
+/** Which devices to list; what is absent does not matter. */
+export interface DeviceFilter {
+  state?: DeviceState;
+  version?: string;
+  model?: string;
+  label?: [key: string, value: string];
+  /** A part of the id, name, model or address; letters' case aside. */
+  q?: string;
+  /** At most 1,000; 100. */
+  limit?: number;
+  /** The id after which to begin. */
+  after?: string;
+}
+
+/** The newest release that a device may have; `null` where there is none. */
+export interface NewestRelease {
+  version: string | null;
+  firmware: string | null;
+}
+
+/** The newest releases that devices may have. */
+export interface NewestReleases extends NewestRelease {
+  /** Those of models with a root of their own, by its name. */
+  models?: Record<string, NewestRelease>;
+}
+
+/** What servers leave in the store, so that commands see the states that they see. */
+export interface FleetServed {
+  /** When a server last wrote to the store. */
+  written: number;
+  /** As the server had them whose releases changed last. */
+  newest: NewestReleases;
+  /** See `FleetOptions`; in milliseconds. */
+  silent: number;
+}
+
+// ──── Store schema ────────────────────────────────────────────────────────────────────────────────
+// The tables, and opening a database with them: a SQLite file or a PostgreSQL. One text of SQL serves
+// both: TEXT, BIGINT, and what both understand. Whoever changes the tables adds to `SCHEMAS`.
+
+/** A row as a database gives it: PostgreSQL's BIGINT is a text. */
+type SQLRow = Record<string, string | number | null>;
+
+/** What SQL is sent to: a database that is open, or a transaction. */
+class Connection {
+  constructor(
+    private readonly sql: Bun.SQL,
+    private readonly isSQLite: boolean,
+  ) {}
+
+  /** Sends SQL with `$1`, `$2`, … for the values. */
+  async query(text: string, values: readonly unknown[] = []): Promise<SQLRow[]> {
+    // To SQLite, $2 is the second parameter that it meets, whatever it is called; ?2 is as we mean
+    // it. Nothing that we send has a $ elsewhere.
+    const numbered = this.isSQLite ? text.replaceAll("$", "?") : text;
+    return (await this.sql.unsafe(numbered, [...values])) as SQLRow[];
+  }
+
+  /**
+   * Runs a transaction. Each that writes begins with `lock`; then none overlaps another one, and it
+   * reads what the one before it wrote.
+   */
+  transaction<T>(work: (tx: Connection) => Promise<T>): Promise<T> {
+    return this.sql.begin((tx) => work(new Connection(tx, this.isSQLite)));
+  }
+
+  /** For how long SQLite waits for others, in milliseconds. */
+  async waitFor(milliseconds: number): Promise<void> {
+    if (this.isSQLite) await this.query(`PRAGMA busy_timeout = ${milliseconds}`);
+  }
+
+  /** Waits until no other transaction writes. */
+  async lock(): Promise<void> {
+    await this.query("UPDATE ota_meta SET value = value WHERE name = 'lock'");
+  }
+
+  async close(seconds = 0): Promise<void> {
+    await this.sql.close({ timeout: seconds });
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.close();
+  }
+}
+
+/** Rows in one statement at most, and in a power of two: see `chunks`. */
+const CHUNK_ROWS = 256;
+
+/**
+ * Items for statements of some rows each. A database keeps each statement that it has met, so there
+ * are few lengths: powers of two.
+ */
+function* chunks<T>(items: readonly T[]): Generator<T[]> {
+  let size = CHUNK_ROWS;
+  for (let at = 0; at < items.length; at += size) {
+    while (size > items.length - at) size /= 2;
+    yield items.slice(at, at + size);
+  }
+}
+
+/** Those that were made so far: there are few, some of them long. */
+const madePlaceholders = new Map<string, string>();
+
+/** Placeholders for rows of a statement: `($1, $2), ($3, $4)`. */
+function placeholders(rows: number, columns: number): string {
+  const key = `${rows} ${columns}`;
+  const made = madePlaceholders.get(key);
+  if (made !== undefined) return made;
+  const row = (i: number) =>
+    `(${Array.from({ length: columns }, (_, k) => `$${i * columns + k + 1}`).join(", ")})`;
+  const text = Array.from({ length: rows }, (_, i) => row(i)).join(", ");
+  madePlaceholders.set(key, text);
+  return text;
+}
+
+/**
+ * What brings a store from each schema to the next one; the first makes schema 1.
+ *
+ * `ota_meta` has the schema's number, the store's own name (`source`), its up-time, how many events
+ * it has made, which batch each server wrote last (`batch SERVER`), and settings. Its row `lock` is
+ * what writers wait for: each transaction that writes begins by updating it, and so reads what the
+ * one before it wrote, on both databases.
+ *
+ * `ota_cohorts` counts devices: see `Cohort`. There are some dozens of them however many devices
+ * there are, so that what is counted or sought by state, version or model begins there.
+ */
+const SCHEMAS: readonly string[][] = [
+  [
+    `CREATE TABLE ota_devices (
+      id TEXT NOT NULL PRIMARY KEY, name TEXT, name_at BIGINT NOT NULL DEFAULT 0, model TEXT,
+      version TEXT, firmware TEXT, address TEXT, first_seen BIGINT NOT NULL,
+      last_seen BIGINT NOT NULL, seen BIGINT NOT NULL, seen_up BIGINT NOT NULL,
+      intervals TEXT NOT NULL, patience BIGINT NOT NULL, offered TEXT, offered_firmware TEXT,
+      offered_at BIGINT, offers BIGINT NOT NULL, standing TEXT NOT NULL, failed TEXT,
+      events BIGINT NOT NULL, cohort TEXT NOT NULL)`,
+    // With all that tells which of those that were offered a release are silent.
+    "CREATE INDEX ota_devices_cohort ON ota_devices (cohort, id, seen_up, patience)",
+    "CREATE INDEX ota_devices_once ON ota_devices (seen_up) WHERE seen = 1 AND name IS NULL",
+    `CREATE TABLE ota_cohorts (
+      id TEXT NOT NULL PRIMARY KEY, model TEXT, version TEXT, version_key TEXT NOT NULL,
+      firmware TEXT, firmware_key TEXT NOT NULL, standing TEXT NOT NULL, devices BIGINT NOT NULL)`,
+    `CREATE TABLE ota_labels (
+      device TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL, at BIGINT NOT NULL,
+      PRIMARY KEY (device, key))`,
+    "CREATE INDEX ota_labels_value ON ota_labels (key, value, device)",
+    // Known by source and number; the device stands in front to find its history.
+    `CREATE TABLE ota_events (
+      device TEXT NOT NULL, source TEXT NOT NULL, number BIGINT NOT NULL, at BIGINT NOT NULL,
+      kind TEXT NOT NULL, from_ TEXT, to_ TEXT, PRIMARY KEY (device, source, number))`,
+  ],
+];
+
+// ──── Store opening ───────────────────────────────────────────────────────────────────────────────
+// From what `--fleet` names to a database whose tables are there, and are of this tool.
+
+/** Where a fleet is kept. */
+interface StorePlace {
+  /** Absent: PostgreSQL. */
+  file?: string;
+  /** In messages: without a password. */
+  name: string;
+  url: string;
+}
+
+/** Reads what `--fleet` names: `postgres://…`, or the path of a SQLite file. */
+function storePlace(url: string): StorePlace {
+  if (/^postgres(ql)?:\/\//.test(url)) {
+    return { url, name: url.replace(/^(\w+:\/\/)[^/?#]*@/, "$1") };
+  }
+  if (/^\w+:\/\//.test(url)) {
+    const what = "the path of a SQLite file, or postgres://USER@HOST/DATABASE";
+    throw new OTAError(`--fleet expects ${what}, found ${url.replace(/\/\/.*@/, "//")}`, 2);
+  }
+  const file = url === ":memory:" ? url : resolve(url);
+  return { url, file, name: file };
+}
+
+/** How long a database may take for one statement, and to be connected to, in milliseconds. */
+const STORE_PATIENCE = 5000;
+
+/**
+ * What may be done to a store. `make`: what is missing is made. `keep`: it has to be there; one of an
+ * older tool is brought up. `read`: it has to be there, and stays as it is.
+ */
+type StoreAccess = "make" | "keep" | "read";
+
+function connect({ file, url }: StorePlace, access: StoreAccess): Connection {
+  if (file !== undefined) {
+    // The operator's token is in it: nobody else may read it. What SQLite adds takes after it.
+    if (access === "make" && file !== ":memory:") {
+      ignoreErrors(() => fs.closeSync(fs.openSync(file, "a", 0o600)));
+    }
+    const may =
+      access === "read" ? { readonly: true } : { readwrite: true, create: access === "make" };
+    return new Connection(new Bun.SQL({ adapter: "sqlite", filename: file, ...may }), true);
+  }
+  const sql = new Bun.SQL(url, {
+    max: 2,
+    connectionTimeout: STORE_PATIENCE / 1000,
+    // A server that has vanished must not hold the lock, nor one that hangs a server.
+    connection: {
+      lock_timeout: `${STORE_PATIENCE}`,
+      idle_in_transaction_session_timeout: `${STORE_PATIENCE}`,
+      // A plan made while a table was empty would read all of it for ever.
+      plan_cache_mode: "force_custom_plan",
+    },
+  });
+  return new Connection(sql, false);
+}
+
+/** SQLite's errors that a file itself causes, and that no waiting cures. */
+const USELESS_FILE = /^SQLITE_(NOTADB|CORRUPT|CANTOPEN|READONLY|PERM|AUTH|IOERR|FULL)/;
+
+/** Whether an error means that this file cannot be used, now or later. */
+function isUseless(error: unknown): boolean {
+  const code = errorCode(error) ?? "";
+  return USELESS_FILE.test(code);
+}
+
+/**
+ * Connects to a store and, where it may, brings its tables up to date.
+ *
+ * @throws {OTAError} exit code 1 when a newer tool made it, or it is not there and has to be; else
+ *   what the database throws
+ */
+async function openStore(place: StorePlace, access: StoreAccess): Promise<Connection> {
+  const { file, name } = place;
+  const isHere = file === undefined || file === ":memory:" || fs.existsSync(file);
+  if (!isHere && access !== "make") throw noFleet(name);
+  try {
+    return await openTables(place, access);
+  } catch (error) {
+    const isLocked = /^SQLITE_(CANTOPEN|READONLY)/.test(errorCode(error) ?? "");
+    if (!isLocked || access === "make" || fs.existsSync(`${file}-wal`)) throw error;
+    return await openCopy(place, file!);
+  }
+}
+
+/** Opens a copy: a medium that is read-only has no place for what readers share. */
+async function openCopy(place: StorePlace, file: string): Promise<Connection> {
+  const directory = fs.mkdtempSync(resolve(tmpdir(), "ota-fleet-"));
+  try {
+    const copy = resolve(directory, "fleet.db");
+    fs.copyFileSync(file, copy);
+    return await openTables({ ...place, file: copy }, "read");
+  } finally {
+    // It stays until it is closed.
+    fs.rmSync(directory, { recursive: true, force: true });
+  }
+}
+
+async function openTables(place: StorePlace, access: StoreAccess): Promise<Connection> {
+  const { file, name } = place;
+  const db = connect(place, access);
+  try {
+    if (file !== undefined) {
+      await db.waitFor(1000);
+      // So that commands can read and write beside a server. A kill loses nothing of it.
+      if (access === "make") await db.query("PRAGMA journal_mode = WAL");
+      await db.query("PRAGMA synchronous = NORMAL");
+    }
+    const schema = await schemaOf(db, place);
+    if (schema === 0 && access === "keep") throw noFleet(name);
+    if (schema === 0 && access === "read") throw new Error("it has no fleet");
+    if (schema < SCHEMAS.length && access === "read") {
+      throw new OTAError(`${name} is of an older ota.ts: ota.ts fleet --fleet FILE brings it up`);
+    }
+    if (schema < SCHEMAS.length) await bringUp(db, place);
+    return db;
+  } catch (error) {
+    await db.close().catch(() => {});
+    throw error;
+  }
+}
+
+function noFleet(name: string): OTAError {
+  const remedy = "ota.ts serve makes it; --root DIR or --fleet URL names another one";
+  return new OTAError(`there is no fleet in ${name}: ${remedy}`);
+}
+
+/** The number of a store's schema, 0 for a new one. */
+async function schemaOf(db: Connection, { name }: StorePlace): Promise<number> {
+  const rows = await db.query("SELECT value FROM ota_meta WHERE name = 'schema'").catch((error) => {
+    if (/no such table|does not exist/.test(errorText(error))) return [];
+    throw error;
+  });
+  const schema = Number(rows[0]?.["value"] ?? 0);
+  if (schema <= SCHEMAS.length) return schema;
+  throw new OTAError(
+    `the fleet in ${name} was written by a newer ota.ts (schema ${schema}, this one knows ` +
+      `${SCHEMAS.length}): upgrade this one, or name another store with --fleet`,
+  );
+}
+
+async function bringUp(db: Connection, place: StorePlace): Promise<void> {
+  // By bytes in PostgreSQL, too, whatever its locale is: SQLite sorts so.
+  const asHere = (text: string) =>
+    place.file === undefined ? text.replaceAll(" TEXT", ' TEXT COLLATE "C"') : text;
+  await db.transaction(async (tx) => {
+    // Two servers at once would both find no table, and one of them fail. Any number does.
+    if (place.file === undefined) await tx.query("SELECT pg_advisory_xact_lock(1869898100)");
+    const meta = "CREATE TABLE IF NOT EXISTS ota_meta (name TEXT NOT NULL PRIMARY KEY, value TEXT)";
+    await tx.query(asHere(meta));
+    // Each event has it twice in a file: 96 bits are enough.
+    const source = Buffer.from(crypto.getRandomValues(new Uint8Array(12))).toString("base64url");
+    for (const [name, value] of Object.entries({ lock: "", schema: "0", source })) {
+      const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
+      await tx.query(text, [name, value]);
+    }
+    await tx.lock();
+    for (const statements of SCHEMAS.slice(await schemaOf(tx, place))) {
+      for (const text of statements) await tx.query(asHere(text));
+    }
+    await setMeta(tx, { schema: String(SCHEMAS.length) });
+  });
+}
+
+async function setMeta(tx: Connection, values: Record<string, string>): Promise<void> {
+  const entries = Object.entries(values);
+  await tx.query(
+    `INSERT INTO ota_meta VALUES ${placeholders(entries.length, 2)} ` +
+      "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+    entries.flat(),
+  );
+}
+
+/** What tells a file from one that takes its place. */
+function fileIdentity({ file }: StorePlace): string | undefined {
+  if (file === undefined || file === ":memory:") return undefined;
+  const found = fs.statSync(file, { throwIfNoEntry: false });
+  return found && `${found.dev} ${found.ino}`;
+}
+
+// ──── Store writes ─────────────────────────────────────────────────────────────────────────────────
+// Writing: reports become rows and events, all of a second in one transaction.
+
+/** Devices beyond this number go: first those that were seen once and never again. */
+const MAX_DEVICES = 1_000_000;
+/** Events of one device that are kept: the last ones, and at times some more. */
+const MAX_HISTORY = 1000;
+/** How many more. */
+const SPARE_HISTORY = 100;
+/**
+ * Servers behind one address hear the same device, and write in any order. What one of them heard is
+ * late when another one, that wrote within this time, heard the device since: in milliseconds.
+ */
+const TOGETHER = 120_000;
+/** For how much up-time it is known what a server wrote last, in milliseconds. */
+const BATCH_MEMORY = 24 * 3600_000;
+
+const RECORD_COLUMNS = [
+  ...(["id", "model", "version", "firmware", "address", "first_seen", "last_seen"] as const),
+  ...(["seen", "seen_up", "intervals", "patience", "offered", "offered_firmware"] as const),
+  ...(["offered_at", "offers", "standing", "failed", "events", "cohort"] as const),
+] satisfies (keyof DeviceRecord)[];
+
+/** What a write is told beside the reports. */
+interface WriteMoment {
+  /** Who writes; tells its batches from those of others. */
+  server: string;
+  /** Milliseconds that the server was up since `since`. */
+  gained: number;
+  /** The fleet's up-time then; `null` when it is not known. */
+  since: number | null;
+  /** See `FleetClock`. */
+  elapsed: number;
+  /** See `Moment`. */
+  silent: number;
+  /** By the clock; absent when no server writes. */
+  at?: number;
+  /** Absent: as it was. */
+  served?: Omit<FleetServed, "written">;
+}
+
+/** A row as a record: numbers are numbers. */
+function recordOf(row: SQLRow): DeviceRecord {
+  const number = (name: keyof DeviceRecord) => Number(row[name]);
+  return {
+    ...(row as unknown as DeviceRecord),
+    first_seen: number("first_seen"),
+    last_seen: number("last_seen"),
+    seen: number("seen"),
+    seen_up: number("seen_up"),
+    patience: number("patience"),
+    offers: number("offers"),
+    events: number("events"),
+    offered_at: row["offered_at"] === null ? null : number("offered_at"),
+  };
+}
+
+/** What `ota_meta` says of the store itself. */
+async function readMeta(db: Connection) {
+  const rows = await db.query("SELECT name, value FROM ota_meta WHERE name NOT LIKE 'setting %'");
+  const meta = new Map(rows.map(({ name, value }) => [String(name), String(value)]));
+  const number = (name: string) => Number(meta.get(name) ?? 0);
+  /** For each server: the number of its last batch, and the up-time then. */
+  const batches = new Map<string, [number: number, up: number]>();
+  for (const [name, value] of meta) {
+    const [last = 0, up = 0] = value.split(" ").map(Number);
+    if (name.startsWith("batch ")) batches.set(name.slice("batch ".length), [last, up]);
+  }
+  return { source: meta.get("source")!, up: number("up"), events: number("events"), batches };
+}
+
+type StoreMeta = Awaited<ReturnType<typeof readMeta>>;
+
+/** How many devices come to cohorts and leave them, in one transaction. */
+class CohortChanges {
+  readonly #changes = new Map<string, { of: Cohort; devices: number }>();
+
+  add(of: Cohort & { cohort: string }, devices: 1 | -1): void {
+    const known = this.#changes.get(of.cohort);
+    if (known) known.devices += devices;
+    else this.#changes.set(of.cohort, { of, devices });
+  }
+
+  async write(tx: Connection): Promise<void> {
+    const changes = [...this.#changes].filter(([, { devices }]) => devices !== 0);
+    for (const some of chunks(changes)) {
+      const values = some.flatMap(([id, { of, devices }]) => {
+        const { model, version, firmware, standing } = of;
+        const keyed = [version, versionKey(version), firmware, versionKey(firmware)];
+        return [id, model, ...keyed, standing, devices];
+      });
+      await tx.query(
+        `INSERT INTO ota_cohorts VALUES ${placeholders(some.length, 8)}
+          ON CONFLICT (id) DO UPDATE SET devices = ota_cohorts.devices + excluded.devices`,
+        values,
+      );
+    }
+    const left = changes.filter(([, { devices }]) => devices < 0).map(([id]) => id);
+    for (const some of chunks(left)) {
+      const list = placeholders(1, some.length);
+      await tx.query(`DELETE FROM ota_cohorts WHERE id IN ${list} AND devices <= 0`, some);
+    }
+  }
+}
+
+/** The rows of those devices that have one. */
+async function readRows(tx: Connection, ids: readonly string[]): Promise<SQLRow[]> {
+  const rows: SQLRow[] = [];
+  for (const some of chunks(ids)) {
+    const text = `SELECT * FROM ota_devices WHERE id IN ${placeholders(1, some.length)}`;
+    for (const row of await tx.query(text, some)) rows.push(row);
+  }
+  return rows;
+}
+
+/** @param before what was kept of those that are known already, by their ids */
+async function writeRecords(
+  tx: Connection,
+  records: readonly DeviceRecord[],
+  before: ReadonlyMap<string, DeviceRecord>,
+): Promise<void> {
+  const sets = RECORD_COLUMNS.slice(1).map((name) => `${name} = excluded.${name}`);
+  for (const some of chunks(records)) {
+    const values = some.flatMap((record) => {
+      return RECORD_COLUMNS.map((name) => {
+        const value = record[name];
+        return typeof value === "number" ? Math.round(value) : value;
+      });
+    });
+    await tx.query(
+      `INSERT INTO ota_devices (${RECORD_COLUMNS.join(", ")})
+        VALUES ${placeholders(some.length, RECORD_COLUMNS.length)}
+        ON CONFLICT (id) DO UPDATE SET ${sets.join(", ")}`,
+      values,
+    );
+  }
+  const changes = new CohortChanges();
+  for (const record of records) {
+    const known = before.get(record.id);
+    if (known) changes.add(known, -1);
+    changes.add(record, 1);
+  }
+  await changes.write(tx);
+}
+
+/** @param last the number of the last event of this source */
+async function writeEvents(
+  tx: Connection,
+  source: string,
+  last: number,
+  events: readonly [device: string, event: FleetEvent][],
+): Promise<void> {
+  let number = last;
+  for (const some of chunks(events)) {
+    const values = some.flatMap(([device, { at, kind, from, to }]) => {
+      return [device, source, ++number, at, kind, from, to];
+    });
+    await tx.query(`INSERT INTO ota_events VALUES ${placeholders(some.length, 7)}`, values);
+  }
+}
+
+/**
+ * The reports without those that are late: see `TOGETHER`. That is told by the clock, which servers
+ * have in common. Where only one writes, the order is right anyway, and the clock may jump.
+ *
+ * @param before what is kept of those devices
+ */
+function withoutLate(
+  reports: readonly DeviceReport[],
+  before: ReadonlyMap<string, DeviceRecord>,
+  { server, up, batches }: Pick<WriteMoment, "server"> & Pick<StoreMeta, "up" | "batches">,
+): readonly DeviceReport[] {
+  const hasOthers = [...batches].some(([one, [, then]]) => one !== server && up - then < TOGETHER);
+  if (!hasOthers) return reports;
+  return reports.filter(({ id, at }) => {
+    const ahead = (before.get(id)?.last_seen ?? 0) - at;
+    return ahead <= 0 || ahead >= TOGETHER;
+  });
+}
+
+/** Drops the oldest events of a device, when some have come since the last time. */
+async function trimHistory(tx: Connection, { id, events }: DeviceRecord, before: number) {
+  const rounds = (count: number) => Math.floor((count - MAX_HISTORY) / SPARE_HISTORY);
+  if (events <= MAX_HISTORY || rounds(events) === rounds(before)) return;
+  await tx.query(
+    `DELETE FROM ota_events WHERE device = $1 AND at < (SELECT at FROM ota_events
+      WHERE device = $1 ORDER BY at DESC LIMIT 1 OFFSET ${MAX_HISTORY - 1})`,
+    [id],
+  );
+}
+
+/** Forgets devices beyond a number: first those seen once, long ago; then those not seen longest. */
+async function evict(tx: Connection, maxDevices: number): Promise<void> {
+  const [row] = await tx.query("SELECT SUM(devices) AS n FROM ota_cohorts");
+  const excess = Number(row!["n"]) - maxDevices;
+  if (excess <= 0) return;
+  // Some more, so that this is not done in every transaction.
+  let wanted = excess + Math.floor(maxDevices / 100);
+  for (const which of ["WHERE seen = 1 AND name IS NULL", ""]) {
+    const text = `SELECT id FROM ota_devices ${which} ORDER BY seen_up LIMIT ${wanted}`;
+    const ids = (await tx.query(text)).map(({ id }) => String(id));
+    await removeDevices(tx, ids);
+    wanted -= ids.length;
+    if (wanted <= 0) break;
+  }
+}
+
+/** @returns how many there were */
+async function removeDevices(tx: Connection, ids: readonly string[]): Promise<number> {
+  const changes = new CohortChanges();
+  let removed = 0;
+  for (const some of chunks(ids)) {
+    const list = placeholders(1, some.length);
+    await tx.query(`DELETE FROM ota_labels WHERE device IN ${list}`, some);
+    await tx.query(`DELETE FROM ota_events WHERE device IN ${list}`, some);
+    const text = `DELETE FROM ota_devices WHERE id IN ${list} RETURNING *`;
+    const rows = await tx.query(text, some);
+    for (const row of rows) changes.add(recordOf(row), -1);
+    removed += rows.length;
+  }
+  await changes.write(tx);
+  return removed;
+}
+
+// ──── Store reads ───────────────────────────────────────────────────────────────────────────────
+// Reading. States are computed in SQL and never stored: what is newest and how long is silent can
+// change at any time.
+
+/** What states depend on, beside the records. */
+interface StateBasis {
+  newest: NewestReleases;
+  /** The fleet's up-time. */
+  up: number;
+  silent: number;
+}
+
+/** Versions and models in a summary at most. */
+const MAX_GROUPS = 100;
+/** Devices on a page at most. */
+const MAX_PAGE = 1000;
+
+/** The values of a statement; `$` adds one and returns its placeholder. */
+class SQLValues {
+  readonly all: unknown[] = [];
+  readonly $ = (value: string | number): string => `$${this.all.push(value)}`;
+}
+
+/** Letters A to Z in lower case, as SQL's LOWER has them in both databases. */
+function asciiLower(text: string): string {
+  return text.replace(/[A-Z]/g, (letter) => letter.toLowerCase());
+}
+
+/** SQL for the state of a cohort: `offered` may be `silent`, which depends on the device. */
+function cohortStateSQL({ newest }: StateBasis, { $ }: SQLValues): string {
+  const keyFor = (of: (one: NewestRelease) => string | null) => {
+    const models = Object.entries(newest.models ?? {});
+    const all = $(versionKey(of(newest)));
+    if (models.length === 0) return all;
+    const cases = models.map(([name, one]) => {
+      return `WHEN ${$(asciiLower(name))} THEN ${$(versionKey(of(one)))}`;
+    });
+    return `CASE LOWER(ota_cohorts.model) ${cases.join(" ")} ELSE ${all} END`;
+  };
+  const version = keyFor((one) => one.version);
+  const firmware = keyFor((one) => one.firmware);
+  // Of a board that only tells its firmware, only that counts.
+  const isCurrent =
+    `(version_key >= ${version} OR ` +
+    `(ota_cohorts.version IS NULL AND firmware_key <> '' AND ${firmware} <> ''))` +
+    ` AND (firmware_key = '' OR firmware_key >= ${firmware})`;
+  return (
+    `CASE WHEN ota_cohorts.standing IN ('said', 'seen') THEN 'failed' ` +
+    `WHEN ota_cohorts.standing = 'offered' THEN 'offered' ` +
+    `WHEN ${isCurrent} THEN 'current' ELSE 'behind' END`
+  );
+}
+
+/** SQL for whether a device that was offered a release is silent. */
+function silentSQL({ up, silent }: StateBasis, { $ }: SQLValues): string {
+  const usual = $(silent);
+  return (
+    `(${$(Math.round(up))} - seen_up > CASE WHEN patience > ${usual} THEN patience ` +
+    `ELSE ${usual} END AND ota_devices.id NOT LIKE '${BY_ADDRESS}%')`
+  );
+}
+
+/** SQL that selects devices with their states. */
+function devicesSQL(basis: StateBasis, values: SQLValues): string {
+  const state = cohortStateSQL(basis, values);
+  const isSilent = `ota_cohorts.standing = 'offered' AND ${silentSQL(basis, values)}`;
+  return (
+    `SELECT ota_devices.*, CASE WHEN ${isSilent} THEN 'silent' ELSE ${state} END AS state ` +
+    "FROM ota_devices JOIN ota_cohorts ON ota_cohorts.id = ota_devices.cohort"
+  );
+}
+
+/** Counts devices: cohorts, but for those devices that were offered a release. */
+async function summarize(db: Connection, basis: StateBasis): Promise<FleetSummary> {
+  const values = new SQLValues();
+  const state = cohortStateSQL(basis, values);
+  const states = Object.fromEntries(
+    DEVICE_STATES.map((name) => [name, 0]),
+  ) as FleetSummary["states"];
+  const byState = `SELECT ${state} AS name, SUM(devices) AS n FROM ota_cohorts GROUP BY 1`;
+  for (const { name, n } of await db.query(byState, values.all)) {
+    states[name as DeviceState] = Number(n);
+  }
+  const devices = Object.values(states).reduce((sum, count) => sum + count, 0);
+  if (states.offered > 0) {
+    const values = new SQLValues();
+    const [row] = await db.query(
+      `SELECT COUNT(*) AS n FROM ota_devices WHERE ${silentSQL(basis, values)} AND cohort IN
+        (SELECT ota_cohorts.id FROM ota_cohorts WHERE ota_cohorts.standing = 'offered')`,
+      values.all,
+    );
+    // Some may have come between the two.
+    states.silent = Math.min(states.offered, Number(row!["n"]));
+    states.offered -= states.silent;
+  }
+  const grouped = async (column: "version" | "model") => {
+    const text =
+      `SELECT ${column} AS name, SUM(devices) AS n FROM ota_cohorts ` +
+      `GROUP BY ${column} ORDER BY n DESC, name LIMIT ${MAX_GROUPS}`;
+    const groups = await db.query(text);
+    const counts: Record<string, number> = Object.fromEntries(
+      groups.map(({ name, n }) => [name ?? "none", Number(n)]),
+    );
+    const rest = devices - Object.values(counts).reduce((sum, count) => sum + count, 0);
+    if (rest > 0) counts["other"] = (counts["other"] ?? 0) + rest;
+    return counts;
+  };
+  return { devices, versions: await grouped("version"), states, models: await grouped("model") };
+}
+
+/** SQL for which devices a filter takes. */
+function filterSQL(filter: DeviceFilter, basis: StateBasis, values: SQLValues): string {
+  const { $ } = values;
+  const { state, version, model, label, q, after } = filter;
+  const cohorts: string[] = [];
+  const where: string[] = [];
+  if (state !== undefined) {
+    const isOfCohort = state === "silent" ? "offered" : state;
+    cohorts.push(`${cohortStateSQL(basis, values)} = ${$(isOfCohort)}`);
+    if (state === "silent") where.push(silentSQL(basis, values));
+    if (state === "offered") where.push(`NOT ${silentSQL(basis, values)}`);
+  }
+  if (version !== undefined) cohorts.push(`version_key = ${$(versionKey(version))}`);
+  if (model !== undefined) cohorts.push(`LOWER(model) = ${$(asciiLower(model))}`);
+  if (cohorts.length > 0) {
+    where.push(`cohort IN (SELECT id FROM ota_cohorts WHERE ${cohorts.join(" AND ")})`);
+  }
+  if (label !== undefined) {
+    const [key, value] = [$(label[0]), $(label[1])];
+    where.push(`id IN (SELECT device FROM ota_labels WHERE key = ${key} AND value = ${value})`);
+  }
+  if (q !== undefined && q !== "") {
+    const part = $(`%${asciiLower(q).replace(/[\\%_]/g, "\\$&")}%`);
+    const columns = ["id", "name", "model", "address"].map((column) => {
+      return `LOWER(${column}) LIKE ${part} ESCAPE '\\'`;
+    });
+    where.push(`(${columns.join(" OR ")})`);
+  }
+  if (after !== undefined) where.push(`id > ${$(after)}`);
+  return where.length > 0 ? `WHERE ${where.join(" AND ")}` : "";
+}
+
+/** Lists devices in the order of their ids. */
+async function listDevices(
+  db: Connection,
+  filter: DeviceFilter,
+  basis: StateBasis,
+): Promise<{ devices: FleetDevice[]; next: string | null }> {
+  const limit = Math.min(Math.max(1, filter.limit ?? 100), MAX_PAGE);
+  const values = new SQLValues();
+  const select = devicesSQL(basis, values);
+  // The ids first, of which an index has all that is needed; then only the rows of this page.
+  const ids =
+    `SELECT ota_devices.id FROM ota_devices ${filterSQL(filter, basis, values)} ` +
+    `ORDER BY ota_devices.id LIMIT ${limit + 1}`;
+  const text = `${select} WHERE ota_devices.id IN (${ids}) ORDER BY ota_devices.id`;
+  const rows = await db.query(text, values.all);
+  const page = rows.slice(0, limit);
+  const labels = await labelsOf(
+    db,
+    page.map(({ id }) => String(id)),
+  );
+  const devices = page.map((row) => deviceOf(row, labels));
+  return { devices, next: rows.length > limit ? devices.at(-1)!.id : null };
+}
+
+/** The labels of devices, by id. A label that is empty was removed. */
+async function labelsOf(
+  db: Connection,
+  ids: readonly string[],
+): Promise<Map<string, Record<string, string>>> {
+  const found = new Map<string, [key: string, value: string][]>();
+  for (const some of chunks(ids)) {
+    const list = placeholders(1, some.length);
+    const text =
+      `SELECT device, key, value FROM ota_labels WHERE device IN ${list} AND value <> '' ` +
+      "ORDER BY device, key";
+    for (const { device, key, value } of await db.query(text, some)) {
+      const known = found.get(String(device));
+      if (known) known.push([String(key), String(value)]);
+      else found.set(String(device), [[String(key), String(value)]]);
+    }
+  }
+  // An operator may call a label `__proto__`, which an assignment would lose.
+  return new Map([...found].map(([id, labels]) => [id, Object.fromEntries(labels)]));
+}
+
+function deviceOf(row: SQLRow, labels: Map<string, Record<string, string>>): FleetDevice {
+  const record = recordOf(row);
+  const { id, model, version, firmware, failed, address, first_seen, last_seen } = record;
+  return {
+    ...{ id, name: row["name"] as string | null, model, version, firmware },
+    ...{ state: row["state"] as DeviceState, offered: releaseText(offerOf(record)) },
+    ...{ failed, address, first_seen, last_seen, labels: { ...labels.get(id) } },
+  };
+}
+
+/** One device with its history, oldest first. */
+async function findDevice(
+  db: Connection,
+  id: string,
+  basis: StateBasis,
+): Promise<(FleetDevice & { history: FleetEvent[] }) | undefined> {
+  const values = new SQLValues();
+  const text = `${devicesSQL(basis, values)} WHERE ota_devices.id = ${values.$(id)}`;
+  const [row] = await db.query(text, values.all);
+  if (!row) return undefined;
+  const device = deviceOf(row, await labelsOf(db, [id]));
+  const events = await db.query(
+    `SELECT * FROM ota_events WHERE device = $1 ORDER BY at DESC LIMIT ${MAX_HISTORY}`,
+    [id],
+  );
+  return { ...device, history: historyOf(events) };
+}
+
+/**
+ * Puts events in order: of one source by their numbers, since its clock may have jumped back; of
+ * several by their times as far as that allows.
+ */
+function historyOf(rows: readonly SQLRow[]): FleetEvent[] {
+  const bySource = Map.groupBy(rows, ({ source }) => source);
+  const queues = [...bySource.values()].map((events) => {
+    return events.toSorted((a, b) => Number(a["number"]) - Number(b["number"]));
+  });
+  const history: FleetEvent[] = [];
+  while (history.length < rows.length) {
+    const waiting = queues.filter((queue) => queue.length > 0);
+    const first = waiting.reduce((a, b) => (Number(b[0]!["at"]) < Number(a[0]!["at"]) ? b : a));
+    const { at, kind, from_, to_ } = first.shift()!;
+    history.push({
+      at: Number(at),
+      kind: kind as FleetEvent["kind"],
+      from: from_ as string | null,
+      to: to_ as string | null,
+    });
+  }
+  return history;
+}
+
+// ──── Merging ───────────────────────────────────────────────────────────────────────────────
+// What another van has seen. Of two reports of a device the newer counts, of two names or labels the
+// one given last; events add up, and are the same ones by source and number: twice is as good as
+// once, and the order of merging does not matter.
+
+/** What operators give a device. */
+interface GivenName {
+  name: string | null;
+  name_at: number;
+}
+
+type MergedRecord = DeviceRecord & GivenName;
+
+function mergedOf(row: SQLRow): MergedRecord {
+  return { ...recordOf(row), name: row["name"] as string | null, name_at: Number(row["name_at"]) };
+}
+
+/** The later of two; of two at the same time, either, but always the same one. */
+function laterOf<T>(a: T, b: T, at: (one: T) => number, text: (one: T) => string): T {
+  const order = at(a) - at(b) || compareCodePoints(text(a), text(b));
+  return order >= 0 ? a : b;
+}
+
+/** What two stores know of a device. */
+function mergeRecords(mine: MergedRecord | undefined, theirs: MergedRecord): MergedRecord {
+  if (!mine) return theirs;
+  // What is said of one report, whoever heard it.
+  const reported = ({ name, name_at, seen_up, first_seen, seen, events, ...rest }: MergedRecord) =>
+    rest;
+  const later = laterOf(
+    mine,
+    theirs,
+    ({ last_seen }) => last_seen,
+    (one) => JSON.stringify(reported(one)),
+  );
+  const named = laterOf(
+    mine,
+    theirs,
+    ({ name_at }) => name_at,
+    ({ name }) => name ?? "",
+  );
+  return {
+    ...later,
+    first_seen: Math.min(mine.first_seen, theirs.first_seen),
+    // Adding would count the same reports twice.
+    seen: Math.max(mine.seen, theirs.seen),
+    events: Math.max(mine.events, theirs.events),
+    ...{ name: named.name, name_at: named.name_at },
+  };
+}
+
+/** Rows of another store, in the order of a key, some at a time. */
+async function* rowsOf(
+  db: Connection,
+  table: string,
+  keys: readonly string[],
+): AsyncGenerator<SQLRow[]> {
+  const order = keys.join(", ");
+  for (let last: SQLRow | undefined; ;) {
+    const values = last ? keys.map((key) => last![key]) : [];
+    const after = last ? `WHERE (${order}) > ${placeholders(1, keys.length)}` : "";
+    const text = `SELECT * FROM ${table} ${after} ORDER BY ${order} LIMIT 1000`;
+    const rows = await db.query(text, values);
+    if (rows.length === 0) return;
+    yield rows;
+    last = rows.at(-1);
+  }
+}
+
+/** What a merge did. */
+export interface FleetMerge {
+  /** Devices that were not known. */
+  added: number;
+  /** Known devices of which more is known now. */
+  updated: number;
+  /** Known devices that were heard of later here than there. */
+  newer: number;
+  /** Events that were not known. */
+  events: number;
+  /** Whether one store began as a copy of the other: what both noted since counts once. */
+  isCopy: boolean;
+}
+
+/**
+ * Merges devices.
+ *
+ * @param shift from their up-time to ours
+ */
+async function mergeDevices(
+  tx: Connection,
+  rows: readonly SQLRow[],
+  shift: number,
+): Promise<Pick<FleetMerge, "added" | "updated" | "newer">> {
+  const ids = rows.map(({ id }) => String(id));
+  const mine = new Map((await readRows(tx, ids)).map((row) => [String(row["id"]), mergedOf(row)]));
+  const changed: MergedRecord[] = [];
+  let [updated, newer] = [0, 0];
+  for (const row of rows) {
+    const theirs = mergedOf(row);
+    const known = mine.get(theirs.id);
+    const isNewer = known && known.last_seen > theirs.last_seen;
+    if (isNewer) newer++;
+    const record = mergeRecords(known, { ...theirs, seen_up: theirs.seen_up + shift });
+    if (known && Bun.deepEquals(record, known)) continue;
+    changed.push(record);
+    if (known && !isNewer) updated++;
+  }
+  await writeRecords(tx, changed, mine);
+  for (const { id, name, name_at } of changed.filter(({ name_at }) => name_at > 0)) {
+    const text = "UPDATE ota_devices SET name = $1, name_at = $2 WHERE id = $3";
+    await tx.query(text, [name, name_at, id]);
+  }
+  return { added: rows.length - mine.size, updated, newer };
+}
+
+/** Merges labels. */
+async function mergeLabels(tx: Connection, rows: readonly SQLRow[]): Promise<void> {
+  for (const some of chunks(rows)) {
+    const values = some.flatMap(({ device, key, value, at }) => [device, key, value, Number(at)]);
+    await tx.query(
+      `INSERT INTO ota_labels (device, key, value, at) VALUES ${placeholders(some.length, 4)}
+        ON CONFLICT (device, key) DO UPDATE SET value = excluded.value, at = excluded.at
+        WHERE excluded.at > ota_labels.at
+          OR (excluded.at = ota_labels.at AND excluded.value > ota_labels.value)`,
+      values,
+    );
+  }
+}
+
+/** Merges events. @returns how many are new */
+async function mergeEvents(tx: Connection, rows: readonly SQLRow[]): Promise<number> {
+  let added = 0;
+  for (const some of chunks(rows)) {
+    const values = some.flatMap(({ device, source, number, at, kind, from_, to_ }) => {
+      return [device, source, Number(number), Number(at), kind, from_, to_];
+    });
+    const text =
+      `INSERT INTO ota_events VALUES ${placeholders(some.length, 7)} ` +
+      "ON CONFLICT (device, source, number) DO NOTHING RETURNING number";
+    added += (await tx.query(text, values)).length;
+  }
+  return added;
+}
+
+/**
+ * Opens the store that is to be merged; it may be in use, and stays as it is.
+ *
+ * @throws {OTAError} when there is none
+ */
+async function openOther(file: string): Promise<Connection> {
+  if (!fs.existsSync(file)) throw new OTAError(`there is no ${file} to merge`);
+  const place = storePlace(file);
+  try {
+    return await openStore(place, "read");
+  } catch (error) {
+    if (error instanceof OTAError) throw error;
+    const what = `expected the SQLite file of another fleet, found ${file}`;
+    throw new OTAError(`${what} (${errorText(error)})`, 1, { cause: error });
+  }
+}
+
+// ──── Fleet store ─────────────────────────────────────────────────────────────────────────────────
+// A database that is open, and what can be asked of it.
+
+/** A change by the operator; `null` removes. */
+export interface DeviceEdit {
+  name?: string | null;
+  labels?: Record<string, string | null>;
+}
+
+/** Labels of one device at most. */
+const MAX_LABELS = 64;
+
+/** @throws {OTAError} exit code 2 when a text is none that we keep */
+function checkEdit({ name, labels = {} }: DeviceEdit): void {
+  const rule = `at most ${MAX_TEXT} characters, and no control characters`;
+  if (name && saidText(name) === null) throw new OTAError(`a name has ${rule}`, 2);
+  const entries = Object.entries(labels);
+  if (entries.length > MAX_LABELS) throw new OTAError(`at most ${MAX_LABELS} labels`, 2);
+  for (const [key, value] of entries) {
+    if (saidText(key) === null || key.includes("=")) {
+      throw new OTAError(`a label's key has 1 character or more, ${rule}, and no "="`, 2);
+    }
+    if (value && saidText(value) === null) throw new OTAError(`the label ${key} has ${rule}`, 2);
+  }
+}
+
+/** What is read of a store when it is opened. */
+interface StoreGlance {
+  /** The fleet's up-time. */
+  up: number;
+  served: FleetServed | undefined;
+}
+
+async function glance(db: Connection): Promise<StoreGlance> {
+  const { up } = await readMeta(db);
+  const text =
+    "SELECT name, value FROM ota_meta WHERE name IN ('setting served', 'setting written')";
+  const rows = await db.query(text);
+  const values = Object.fromEntries(rows.map(({ name, value }) => [name, value]));
+  const served = parseJSON(String(values["setting served"] ?? ""));
+  if (!isObject(served)) return { up, served: undefined };
+  const { newest, silent } = served as unknown as FleetServed;
+  return { up, served: { written: Number(values["setting written"]), newest, silent } };
+}
+
+/** The fleet in a database that is open. */
+class FleetStore {
+  readonly #identity: string | undefined;
+
+  private constructor(
+    private readonly place: StorePlace,
+    private readonly db: Connection,
+    private readonly maxDevices: number,
+  ) {
+    this.#identity = fileIdentity(place);
+  }
+
+  /** See `openStore`. */
+  static async open(
+    url: string,
+    access: StoreAccess,
+    maxDevices = MAX_DEVICES,
+  ): Promise<FleetStore> {
+    const place = storePlace(url);
+    return new FleetStore(place, await openStore(place, access), maxDevices);
+  }
+
+  /** Whether its file was removed or replaced: what is written to it then is lost. */
+  get isGone(): boolean {
+    return fileIdentity(this.place) !== this.#identity;
+  }
+
+  async close(): Promise<void> {
+    await this.db.close(1);
+  }
+
+  /** Runs a transaction that no other one that writes overlaps. */
+  #transaction<T>(work: (tx: Connection) => Promise<T>): Promise<T> {
+    return this.db.transaction(async (tx) => {
+      await tx.lock();
+      return await work(tx);
+    });
+  }
+
+  /**
+   * Applies reports, and lets the fleet's up-time go on. A batch that is in the store already
+   * changes nothing: a write may be done although no answer came.
+   *
+   * @returns the up-time of the fleet, in milliseconds
+   */
+  async write({ number, reports }: ReportBatch, moment: WriteMoment): Promise<number> {
+    return await this.#transaction(async (tx) => {
+      const { gained, since, server } = moment;
+      const meta = await readMeta(tx);
+      // Servers that run at the same time do not add up: each one only knows how long it ran.
+      const up = Math.round(since === null ? meta.up + gained : Math.max(meta.up, since + gained));
+      const [last] = meta.batches.get(server) ?? [0];
+      const isNew = reports.length > 0 && number > last;
+      const events = isNew ? await this.#apply(tx, reports, { ...moment, ...meta, up }) : 0;
+      const { at, served } = moment;
+      await setMeta(tx, {
+        ...{ up: `${up}`, events: `${meta.events + events}` },
+        ...(isNew && { [`batch ${server}`]: `${number} ${up}` }),
+        ...(at !== undefined && { "setting written": `${at}` }),
+        ...(served && { "setting served": JSON.stringify(served) }),
+      });
+      for (const [other, [, then]] of meta.batches) {
+        if (up - then < BATCH_MEMORY || other === server) continue;
+        await tx.query("DELETE FROM ota_meta WHERE name = $1", [`batch ${other}`]);
+      }
+      return up;
+    });
+  }
+
+  /** @returns how many events there were */
+  async #apply(
+    tx: Connection,
+    reports: readonly DeviceReport[],
+    now: WriteMoment & StoreMeta,
+  ): Promise<number> {
+    const rows = await readRows(tx, [...new Set(reports.map(({ id }) => id))]);
+    const before = new Map(rows.map((row) => [String(row["id"]), recordOf(row)]));
+    const records = new Map<string, DeviceRecord>();
+    const events: [string, FleetEvent][] = [];
+    for (const report of withoutLate(reports, before, now)) {
+      const { id, elapsed } = report;
+      const then = { up: now.up - Math.max(0, now.elapsed - elapsed), silent: now.silent };
+      const after = applyReport(records.get(id) ?? before.get(id), report, then);
+      records.set(id, after.record);
+      for (const event of after.events) events.push([id, event]);
+    }
+    await writeRecords(tx, [...records.values()], before);
+    await writeEvents(tx, now.source, now.events, events);
+    for (const [id, record] of records) {
+      await trimHistory(tx, record, before.get(id)?.events ?? 0);
+    }
+    await evict(tx, this.maxDevices);
+    return events.length;
+  }
+
+  /** Sees to it that the store can be written. */
+  async ready(): Promise<StoreGlance> {
+    return await this.#transaction((tx) => glance(tx));
+  }
+
+  /** The same without waiting for those who write. */
+  async look(): Promise<StoreGlance> {
+    return await glance(this.db);
+  }
+
+  /** See `Fleet.summary`; this and what follows. */
+  async summary(basis: StateBasis): Promise<FleetSummary> {
+    return await summarize(this.db, basis);
+  }
+
+  async devices(filter: DeviceFilter, basis: StateBasis) {
+    return await listDevices(this.db, filter, basis);
+  }
+
+  async device(id: string, basis: StateBasis) {
+    return await findDevice(this.db, id, basis);
+  }
+
+  async edit(id: string, { name, labels = {} }: DeviceEdit, at: number): Promise<boolean> {
+    return await this.#transaction(async (tx) => {
+      const [known] = await tx.query("SELECT id FROM ota_devices WHERE id = $1", [id]);
+      if (!known) return false;
+      if (name !== undefined) {
+        const text = "UPDATE ota_devices SET name = $1, name_at = $2 WHERE id = $3";
+        await tx.query(text, [name || null, at, id]);
+      }
+      for (const [key, value] of Object.entries(labels)) {
+        // A label that was removed stays, empty: a merge must not bring it back.
+        await tx.query(
+          `INSERT INTO ota_labels (device, key, value, at) VALUES ($1, $2, $3, $4)
+            ON CONFLICT (device, key) DO UPDATE SET value = excluded.value, at = excluded.at`,
+          [id, key, value ?? "", at],
+        );
+      }
+      const [row] = await tx.query("SELECT COUNT(*) AS n FROM ota_labels WHERE device = $1", [id]);
+      if (Number(row!["n"]) <= MAX_LABELS) return true;
+      throw new OTAError(`a device has at most ${MAX_LABELS} labels, removed ones among them`, 2);
+    });
+  }
+
+  async forget(id: string): Promise<boolean> {
+    return await this.#transaction(async (tx) => (await removeDevices(tx, [id])) > 0);
+  }
+
+  async merge(file: string): Promise<FleetMerge> {
+    if (fileIdentity(storePlace(file)) === this.#identity && this.#identity !== undefined) {
+      throw new OTAError(`${file} is the fleet itself: there is nothing to merge`);
+    }
+    const other = await openOther(file);
+    try {
+      // Nobody else waits for this connection: the server beside it may take its time.
+      await this.db.waitFor(STORE_PATIENCE);
+      const theirs = await readMeta(other);
+      const isCopy = theirs.source === (await readMeta(this.db)).source;
+      const total = { added: 0, updated: 0, newer: 0, events: 0, isCopy };
+      // One transaction for some rows at a time: a server writes in between.
+      for await (const rows of rowsOf(other, "ota_devices", ["id"])) {
+        const found = await this.#transaction(async (tx) => {
+          const { up } = await readMeta(tx);
+          return await mergeDevices(tx, rows, up - theirs.up);
+        });
+        for (const name of ["added", "updated", "newer"] as const) total[name] += found[name];
+      }
+      for await (const rows of rowsOf(other, "ota_labels", ["device", "key"])) {
+        await this.#transaction((tx) => mergeLabels(tx, rows));
+      }
+      for await (const rows of rowsOf(other, "ota_events", ["device", "source", "number"])) {
+        total.events += await this.#transaction((tx) => mergeEvents(tx, rows));
+      }
+      // Last, since what goes takes its labels and events with it.
+      await this.#transaction((tx) => evict(tx, this.maxDevices));
+      return total;
+    } finally {
+      await other.close();
+    }
+  }
+
+  async setting(name: string): Promise<string | undefined> {
+    const text = "SELECT value FROM ota_meta WHERE name = $1";
+    const [row] = await this.db.query(text, [`setting ${name}`]);
+    return row ? String(row["value"]) : undefined;
+  }
+
+  async setSetting(name: string, value: string): Promise<void> {
+    await this.#transaction((tx) => setMeta(tx, { [`setting ${name}`]: value }));
+  }
+
+  async settingOr(name: string, value: string): Promise<string> {
+    return await this.#transaction(async (tx) => {
+      const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
+      await tx.query(text, [`setting ${name}`, value]);
+      const [row] = await tx.query("SELECT value FROM ota_meta WHERE name = $1", [
+        `setting ${name}`,
+      ]);
+      return String(row!["value"]);
+    });
+  }
+}
+
+// ──── Store thread ────────────────────────────────────────────────────────────────────────────────
+// The database is used in a thread of its own: SQLite blocks the thread that calls it, for as long as
+// the disk takes. A thread that hangs is ended, and another one takes its place.
+
+/** Marks the thread of a fleet, to this file in it. */
+const FLEET_WORKER = "ota.ts: fleet";
+
+/** What can be asked of the thread. */
+type StoreCalls = {
+  [
+    name in
+      | "write"
+      | "ready"
+      | "look"
+      | "summary"
+      | "devices"
+      | "device"
+      | "edit"
+      | "forget"
+      | "merge"
+      | "setting"
+      | "setSetting"
+      | "settingOr"
+      | "close"
+  ]: FleetStore[name];
+};
+
+/** A call on its way to the thread. */
+interface StoreRequest {
+  nth: number;
+  name: keyof StoreCalls;
+  args: unknown[];
+}
+
+/** What comes back. Errors lose what is ours on their way between threads. */
+interface StoreReply {
+  nth: number;
+  result?: unknown;
+  error?: { message: string; code: string | undefined; exitCode: 1 | 2 | 3 | undefined };
+}
+
+/** What the thread of a fleet is started with. */
+interface StoreSettings {
+  kind: typeof FLEET_WORKER;
+  url: string;
+  access: StoreAccess;
+  maxDevices: number;
+}
+
+/** An error of the database, with its code. */
+class StoreError extends Error {
+  override name = "StoreError";
+  constructor(
+    message: string,
+    readonly code: string | undefined,
+  ) {
+    super(message);
+  }
+}
+
+/** The end of the thread that the server uses. */
+class StoreThread {
+  readonly #port: { postMessage(request: StoreRequest): void };
+  readonly #stop: () => void;
+  readonly #calls = new Map<number, PromiseWithResolvers<unknown>>();
+  #nth = 0;
+  isEnded = false;
+
+  constructor(settings: StoreSettings) {
+    const settle = (reply: StoreReply) => this.#settle(reply);
+    if (!canRunWorkers) {
+      // Then it is this thread, too.
+      const { port1, port2 } = new threads.MessageChannel();
+      serveStore(port2, settings);
+      this.#port = port1.on("message", settle);
+      this.#stop = () => port1.close();
+      return;
+    }
+    const worker = new threads.Worker(new URL(import.meta.url), { workerData: settings });
+    worker.on("message", settle);
+    worker.on("error", (error) => this.end(errorText(error)));
+    worker.on("exit", () => this.end("the thread of the fleet has ended"));
+    this.#port = worker;
+    this.#stop = () => void worker.terminate().catch(() => {});
+  }
+
+  #settle({ nth, result, error }: StoreReply): void {
+    const call = this.#calls.get(nth);
+    this.#calls.delete(nth);
+    if (!error) call?.resolve(result);
+    else if (error.exitCode) call?.reject(new OTAError(error.message, error.exitCode));
+    else call?.reject(new StoreError(error.message, error.code));
+  }
+
+  /** @param patience after which the thread counts as hanging, in milliseconds */
+  async call<N extends keyof StoreCalls>(
+    patience: number,
+    name: N,
+    ...args: Parameters<StoreCalls[N]>
+  ): Promise<Awaited<ReturnType<StoreCalls[N]>>> {
+    const nth = ++this.#nth;
+    const call = Promise.withResolvers<unknown>();
+    this.#calls.set(nth, call);
+    const late = `no answer within ${Math.round(patience / 1000)} s`;
+    const timer = setTimeout(() => this.end(late), patience);
+    if (this.isEnded) this.end("the thread of the fleet has ended");
+    else this.#port.postMessage({ nth, name, args });
+    try {
+      return (await call.promise) as Awaited<ReturnType<StoreCalls[N]>>;
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+
+  /** Ends the thread, whatever it does; a transaction that it is in is undone. */
+  end(why = "the fleet is closed"): void {
+    this.isEnded = true;
+    for (const call of this.#calls.values()) call.reject(new StoreError(why, "ENDED"));
+    this.#calls.clear();
+    this.#stop();
+  }
+}
+
+/** As nice(1) has it: beside the server, a quarter to a third of a processor that is busy. */
+const STORE_NICENESS = 5;
+
+/** What the thread does. A connection that failed is made anew for the next call. */
+function serveStore(port: threads.MessagePort, settings: StoreSettings): void {
+  const { url, access, maxDevices } = settings;
+  // Requests come first where there are more threads than processors. Linux has this for a thread.
+  if (process.platform === "linux" && canRunWorkers) {
+    ignoreErrors(() => setPriority(STORE_NICENESS));
+  }
+  let store: Promise<FleetStore> | undefined;
+  const answer = async ({ nth, name, args }: StoreRequest): Promise<StoreReply> => {
+    const opened = (store ??= FleetStore.open(url, access, maxDevices));
+    try {
+      const one = await opened;
+      if (one.isGone) throw new Error("its file was removed or replaced");
+      const call = one[name] as (...args: unknown[]) => Promise<unknown>;
+      return { nth, result: await call.apply(one, args) };
+    } catch (error) {
+      // What is kept in memory is gone when its connection is.
+      if (!(error instanceof OTAError) && url !== ":memory:" && store === opened) {
+        store = undefined;
+        void opened.then((one) => one.close()).catch(() => {});
+      }
+      const exitCode = error instanceof OTAError ? error.exitCode : undefined;
+      return { nth, error: { message: errorText(error), code: errorCode(error), exitCode } };
+    }
+  };
+  port.on("message", (request: StoreRequest) => {
+    void answer(request).then((reply) => port.postMessage(reply));
+  });
+  port.on("close", () => void store?.then((one) => one.close()).catch(() => {}));
+}
+
+// ──── Fleet writer ────────────────────────────────────────────────────────────────────────────────
+// Reports from memory to the store, once a second, and what happens when it is away.
+
+/** Where time comes from. */
+export interface FleetClock {
+  /** Milliseconds since 1970; may jump. */
+  now(): number;
+  /** Milliseconds since some moment; never jumps. */
+  elapsed(): number;
+}
+
+/** What `Fleet.open` needs. */
+export interface FleetOptions {
+  /** The path of a SQLite file, `:memory:`, or `postgres://…`. */
+  url: string;
+  /**
+   * Whether this is a server: its time counts as up-time, and a store that is away is waited for; a
+   * file that cannot be used is left alone, and the fleet kept in memory. Else all that is an error.
+   */
+  serving?: boolean;
+  /** Whether the store has to be there already; else it is made. */
+  existing?: boolean;
+  /** Silence after an offer that is usual, in seconds; as its servers say, else 3600. */
+  silent?: number;
+  /** The newest releases; absent: as its servers say, else every device is on the newest. */
+  newest?: () => NewestReleases;
+  /** Called with one line for the operator. */
+  warn?: (line: string) => void;
+  clock?: FleetClock;
+  /** Milliseconds between two writes; 1000. With 0, only `flush` writes. */
+  tick?: number;
+  /** Reports that wait in memory at most; 100,000. */
+  maxWaiting?: number;
+  /** Devices at most; 1,000,000. */
+  maxDevices?: number;
+}
+
+/** Limits of what waits, and for how long. */
+const FLEET = {
+  silent: 3600,
+  tick: 1000,
+  waiting: 100_000,
+  /** Reports in one transaction. */
+  batch: 10_000,
+  /** Milliseconds between two tries while the store is away, at most. */
+  pause: 60_000,
+  /** Milliseconds between two writes of the up-time when nothing else is written. */
+  idle: 60_000,
+  /** Milliseconds for a write, a read, a merge; and for the last write. */
+  write: 15_000,
+  read: 5000,
+  merge: 600_000,
+  last: 2000,
+  /** Milliseconds for which a summary is as good as new. */
+  summary: 1000,
+};
+
+/** Writes reports, and calls the thread for others. */
+class FleetWriter {
+  readonly waiting: WaitingReports;
+  readonly silent: number;
+  readonly clock: FleetClock;
+  /** In messages. */
+  name: string;
+  readonly #options: FleetOptions;
+  readonly #server = crypto.randomUUID();
+  readonly #opened: number;
+  #settings: StoreSettings;
+  #thread: StoreThread;
+  /** The fleet's up-time, and `elapsed` then. */
+  #base: { up: number; elapsed: number } | undefined;
+  #lastWrite: number;
+  #writing: Promise<void> = Promise.resolve();
+  /** Tries in a row that failed. */
+  #failures = 0;
+  #timer: Timer | undefined;
+  /** The newest releases, as the store has them from us. */
+  #told = "";
+  /** As it was when the store was opened. */
+  served: FleetServed | undefined;
+  isClosed = false;
+
+  constructor(options: FleetOptions) {
+    const { url, clock, silent = FLEET.silent } = options;
+    const { maxWaiting = FLEET.waiting, maxDevices = MAX_DEVICES, existing = false } = options;
+    this.#options = options;
+    this.clock = clock ?? { now: () => Date.now(), elapsed: () => performance.now() };
+    this.silent = 1000 * silent;
+    this.waiting = new WaitingReports(maxWaiting);
+    this.#opened = this.#lastWrite = this.clock.elapsed();
+    this.name = storePlace(url).name;
+    const access = existing ? "keep" : "make";
+    this.#settings = { kind: FLEET_WORKER, url, access, maxDevices };
+    this.#thread = new StoreThread(this.#settings);
+  }
+
+  /** Opens the store: see `Fleet.open`. */
+  async open(): Promise<void> {
+    const { serving = false, warn } = this.#options;
+    try {
+      await this.#ready();
+    } catch (error) {
+      if (error instanceof OTAError) throw error;
+      const why = `the fleet's store ${this.name} cannot be used (${errorText(error)})`;
+      if (!serving) throw new OTAError(`${why}; --fleet names another one`, 1, { cause: error });
+      if (isUseless(error)) {
+        warn?.(`${why}: it is left alone, and devices are forgotten when this server stops`);
+        this.#thread.end();
+        this.#settings = { ...this.#settings, url: ":memory:" };
+        this.name = "memory";
+        await this.#ready();
+      } else {
+        this.#failures = 1;
+        warn?.(`${why}: devices are kept in memory until it can`);
+      }
+    }
+    this.#plan();
+  }
+
+  async #ready(): Promise<void> {
+    const { up, served } = await this.call(FLEET.read, this.#options.existing ? "look" : "ready");
+    this.#base ??= { up, elapsed: this.#opened };
+    this.served = served;
+  }
+
+  /** The fleet's up-time, as far as is known here. */
+  get up(): number {
+    return (this.#base?.up ?? 0) + this.#gained(this.clock.elapsed());
+  }
+
+  /** For how long this server was up since the store last knew. */
+  #gained(elapsed: number): number {
+    if (!this.#options.serving) return 0;
+    return Math.max(0, elapsed - (this.#base?.elapsed ?? this.#opened));
+  }
+
+  /**
+   * Calls the thread, or one that takes its place.
+   *
+   * @param patience in milliseconds, after which the thread is ended
+   */
+  async call<N extends keyof StoreCalls>(
+    patience: number,
+    name: N,
+    ...args: Parameters<StoreCalls[N]>
+  ): Promise<Awaited<ReturnType<StoreCalls[N]>>> {
+    if (this.#thread.isEnded && !this.isClosed) this.#thread = new StoreThread(this.#settings);
+    return await this.#thread.call(patience, name, ...args);
+  }
+
+  /** Writes all that waits. Rejects when that is not possible now. */
+  async flush(): Promise<void> {
+    do {
+      const write = this.#writing.then(() => this.#write());
+      this.#writing = write.catch(() => {});
+      await write;
+    } while (this.waiting.size > 0);
+  }
+
+  async #write(): Promise<void> {
+    if (this.waiting.size === 0 && !this.#options.serving) return;
+    const batch = this.waiting.batch(FLEET.batch);
+    const elapsed = this.clock.elapsed();
+    const { silent } = this;
+    const { serving, newest } = this.#options;
+    const served = serving && newest ? { newest: newest(), silent } : undefined;
+    const told = JSON.stringify(served?.newest ?? "");
+    const up = await this.call(FLEET.write, "write", batch, {
+      server: this.#server,
+      gained: this.#gained(elapsed),
+      since: this.#base?.up ?? null,
+      ...{ elapsed, silent },
+      ...(serving && { at: this.clock.now() }),
+      // Of servers that differ, the one whose releases changed last is right.
+      ...(served && told !== this.#told && { served }),
+    });
+    this.#told = told;
+    this.waiting.written();
+    this.#base = { up, elapsed };
+    this.#lastWrite = elapsed;
+  }
+
+  #plan(): void {
+    const { tick = FLEET.tick } = this.#options;
+    if (tick === 0 || this.isClosed) return;
+    const pause = Math.min(tick * 2 ** this.#failures, Math.max(tick, FLEET.pause));
+    this.#timer = setTimeout(() => void this.#tick(), pause);
+  }
+
+  async #tick(): Promise<void> {
+    const { warn, serving, newest, maxWaiting = FLEET.waiting } = this.#options;
+    const isLongAgo = this.clock.elapsed() - this.#lastWrite >= FLEET.idle;
+    const isDue = serving && (isLongAgo || this.#told !== JSON.stringify(newest?.() ?? ""));
+    try {
+      if (this.waiting.size > 0 || this.#failures > 0 || isDue) await this.flush();
+      if (this.#failures > 0) {
+        const { dropped } = this.waiting;
+        const lost = dropped > 0 ? `; ${dropped} reports were lost so far` : "";
+        warn?.(`the fleet's store ${this.name} is written again${lost}`);
+      }
+      this.#failures = 0;
+    } catch (error) {
+      if (this.#failures++ === 0 && !this.isClosed) {
+        const what = `the fleet's store ${this.name} cannot be written (${errorText(error)})`;
+        warn?.(`${what}: up to ${maxWaiting} reports wait in memory until it can`);
+      }
+    }
+    this.#plan();
+  }
+
+  async #finish(): Promise<void> {
+    await this.flush();
+    // A SQLite file is then whole without its `-wal`, and can be carried to another fleet.
+    if (this.#base) await this.call(FLEET.last, "close");
+  }
+
+  /** Writes what waits, once, within two seconds; and ends. */
+  async close(): Promise<void> {
+    if (this.isClosed) return;
+    this.isClosed = true;
+    clearTimeout(this.#timer);
+    const late = Promise.withResolvers<void>();
+    const timer = setTimeout(late.resolve, FLEET.last);
+    await Promise.race([this.#finish().catch(() => {}), late.promise]);
+    clearTimeout(timer);
+    const { size } = this.waiting;
+    if (size > 0) this.#options.warn?.(`${size} reports of the fleet could not be written`);
+    this.#thread.end();
+  }
+}
+
+// ──── Fleet ───────────────────────────────────────────────────────────────────────────────────────
+// What the server and the commands use.
+
+/**
+ * The devices of a server, or of several on one PostgreSQL.
+ *
+ * @example
+ * await using fleet = await Fleet.open({ url: ".fleet.db" });
+ * console.log(await fleet.summary());
+ */
+export class Fleet implements AsyncDisposable {
+  readonly #options: FleetOptions;
+  readonly #writer: FleetWriter;
+  #summary: { at: number; of: Promise<FleetSummary> } | undefined;
+
+  private constructor(options: FleetOptions) {
+    this.#options = options;
+    this.#writer = new FleetWriter(options);
+  }
+
+  /**
+   * Opens a fleet.
+   *
+   * @throws {OTAError} exit code 1 when a newer tool wrote the store or, unless `serving`, when it
+   *   cannot be used; 2 when `url` is wrong
+   */
+  static async open(options: FleetOptions): Promise<Fleet> {
+    const fleet = new Fleet(options);
+    try {
+      await fleet.#writer.open();
+      return fleet;
+    } catch (error) {
+      await fleet[Symbol.asyncDispose]();
+      throw error;
+    }
+  }
+
+  /** In words, without a password: a path, an address, or `memory`. */
+  get place(): string {
+    return this.#writer.name;
+  }
+
+  /** What servers had left in the store when it was opened; `undefined` when none has served yet. */
+  get served(): FleetServed | undefined {
+    return this.#writer.served;
+  }
+
+  /** How many reports went before they could be written. */
+  get dropped(): number {
+    return this.#writer.waiting.dropped;
+  }
+
+  /** Takes down what a contact says of a device. Never throws; written within a second. */
+  note(contact: Contact): void {
+    try {
+      const { clock, waiting, isClosed } = this.#writer;
+      const report = isClosed ? undefined : reportOf(contact, clock.now(), clock.elapsed());
+      if (report) waiting.add(report);
+    } catch (error) {
+      this.#options.warn?.(`the fleet missed a report: ${errorText(error)}`);
+    }
+  }
+
+  /** Writes what waits. Rejects when that is not possible now. */
+  async flush(): Promise<void> {
+    await this.#writer.flush();
+  }
+
+  /** What states depend on now. */
+  get #basis(): StateBasis {
+    const { up, served, silent } = this.#writer;
+    const newest = this.#options.newest?.() ?? served?.newest ?? { version: null, firmware: null };
+    return { newest, up, silent: this.#options.silent ? silent : (served?.silent ?? silent) };
+  }
+
+  /** Calls the thread for somebody who waits. */
+  async #ask<N extends keyof StoreCalls>(
+    name: N,
+    ...args: Parameters<StoreCalls[N]>
+  ): Promise<Awaited<ReturnType<StoreCalls[N]>>> {
+    const patience = name === "merge" ? FLEET.merge : FLEET.read;
+    const end = performance.now() + FLEET.read;
+    for (;;) {
+      try {
+        return await this.#writer.call(patience, name, ...args);
+      } catch (error) {
+        if (error instanceof OTAError) throw error;
+        // Another process writes, and SQLite waits for a second only.
+        const isBusy = errorCode(error)?.startsWith("SQLITE_BUSY");
+        if (isBusy && name !== "merge" && performance.now() < end) continue;
+        const what = `the fleet's store ${this.#writer.name} does not answer (${errorText(error)})`;
+        const remedy = isUseless(error) ? "" : "; try again";
+        throw new OTAError(what + remedy, 1, { cause: error });
+      }
+    }
+  }
+
+  /** Counts the devices; up to a second old. */
+  async summary(): Promise<FleetSummary> {
+    const at = this.#writer.clock.elapsed();
+    if (!this.#summary || at - this.#summary.at >= FLEET.summary) {
+      const summary = { at, of: this.#ask("summary", this.#basis) };
+      this.#summary = summary;
+      summary.of.catch(() => {
+        if (this.#summary === summary) this.#summary = undefined;
+      });
+    }
+    return await this.#summary.of;
+  }
+
+  /** A page of devices in the order of their ids; `next` is the `after` of the next page. */
+  async devices(
+    filter: DeviceFilter = {},
+  ): Promise<{ devices: FleetDevice[]; next: string | null }> {
+    return await this.#ask("devices", filter, this.#basis);
+  }
+
+  /** A device and what happened to it, oldest first; `undefined` when it is not known. */
+  async device(id: string): Promise<(FleetDevice & { history: FleetEvent[] }) | undefined> {
+    return await this.#ask("device", id, this.#basis);
+  }
+
+  /**
+   * Names and labels a device; `null` removes.
+   *
+   * @returns whether the device is known
+   * @throws {OTAError} exit code 2 when a text is too long or has control characters
+   */
+  async edit(id: string, change: DeviceEdit): Promise<boolean> {
+    checkEdit(change);
+    return await this.#ask("edit", id, change, this.#writer.clock.now());
+  }
+
+  /** Forgets a device and its history. @returns whether it was known */
+  async forget(id: string): Promise<boolean> {
+    return await this.#ask("forget", id);
+  }
+
+  /**
+   * Adds what another SQLite store knows.
+   *
+   * @throws {OTAError} when the file is no store, a newer tool's, or this one
+   */
+  async merge(file: string): Promise<FleetMerge> {
+    return await this.#ask("merge", resolve(file));
+  }
+
+  /** What was kept under a name; for all servers of the fleet. */
+  async setting(name: string): Promise<string | undefined> {
+    return await this.#ask("setting", name);
+  }
+
+  async setSetting(name: string, value: string): Promise<void> {
+    await this.#ask("setSetting", name, value);
+  }
+
+  /** What is kept under a name: this value, unless another server was first. */
+  async settingOr(name: string, value: string): Promise<string> {
+    return await this.#ask("settingOr", name, value);
+  }
+
+  /** Writes what waits, within two seconds, and ends. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#writer.close();
+  }
+}
+
+// ──── Admin access ────────────────────────────────────────────────────────────────────────────────
+// Who may see and change the fleet: whoever has the admin token, or a cookie that was made with it.
+// A cookie holds no token, only proof that its browser had it; nothing is kept for it here, so that
+// all servers of a fleet accept it, also after a restart. Browsers send it by themselves, whatever
+// page they are on: a change by cookie must come from a page of this server.
+
+/** Limits of access. */
+const ADMIN = {
+  /** Seconds for which a cookie is good. */
+  session: 30 * 86_400,
+  /** Milliseconds that a wrong token costs. */
+  wrong: 1000,
+  /** Wrong tokens that one address, and all together, may be waiting for. */
+  fromOne: 4,
+  fromAll: 1000,
+  /** Milliseconds between two tries to read the token, at first and at most. */
+  retry: 500,
+  pause: 30_000,
+  /** Bytes of a body. */
+  body: 64 * 1024,
+  /** Fewer characters are guessed. */
+  strong: 12,
+};
+
+/** What every answer to an operator says: it is for him, now, and is what it says that it is. */
+const ADMIN_HEADERS = {
+  "Cache-Control": "no-store",
+  "X-Content-Type-Options": "nosniff",
+  "Referrer-Policy": "no-referrer",
+};
+
+/** The setting that holds the token that was made at random. */
+const TOKEN_SETTING = "admin token";
+
+function jsonAnswer(status: number, value: unknown, headers: Record<string, string> = {}): Answer {
+  const answer = content("application/json", new Blob([`${JSON.stringify(value)}\n`]));
+  return { ...answer, status, headers: { ...answer.headers, ...ADMIN_HEADERS, ...headers } };
+}
+
+/** A short text: for programs as JSON, for people as it is. */
+function adminText(
+  { path }: Contact,
+  status: number,
+  message: string,
+  headers: Record<string, string> = {},
+): Answer {
+  if (path.startsWith("/-/api")) return jsonAnswer(status, { error: message }, headers);
+  return plain(status, message, { ...ADMIN_HEADERS, ...headers });
+}
+
+/** The token of a server, for who prints it. */
+export interface AdminToken {
+  /** Whether it is known; until then, nobody gets in. */
+  readonly isKnown: boolean;
+  /** Resolves once it is. */
+  readonly known: Promise<void>;
+  /** The token, if it was made at random; who chose one knows it. */
+  readonly made: string | undefined;
+}
+
+/** Lets requests in. */
+class AdminAccess implements AdminToken, Disposable {
+  made: string | undefined;
+  readonly #known = Promise.withResolvers<void>();
+  readonly #proxies: Proxies;
+  readonly #scheme: string;
+  readonly #base: URL | undefined;
+  #token: string | undefined;
+  #timer: Timer | undefined;
+  #isClosed = false;
+  /** Address → its wrong tokens of the last second. */
+  readonly #wrong = new Map<string, number>();
+  #wrongs = 0;
+
+  /** @throws {OTAError} exit code 2 when the options have a token that cannot be one */
+  constructor({ adminToken, token, url, tls, trustProxy = [], warn }: ServeOptions) {
+    this.#proxies = new Proxies(trustProxy);
+    this.#scheme = tls ? "https" : "http";
+    this.#base = url === undefined ? undefined : new URL(baseURL(url));
+    if (adminToken === undefined) return;
+    if (!/^[!-~]+$/.test(adminToken)) {
+      throw new OTAError("--admin-token expects printable ASCII without spaces", 2);
+    }
+    if (adminToken === token) {
+      const why = "every device has that one";
+      throw new OTAError(`--admin-token must not be the --token of the devices: ${why}`, 2);
+    }
+    if (adminToken.length < ADMIN.strong) {
+      warn?.(`the admin token has only ${adminToken.length} characters: it can be guessed`);
+    }
+    this.#token = adminToken;
+    this.#known.resolve();
+  }
+
+  get isKnown(): boolean {
+    return this.#token !== undefined;
+  }
+
+  get known(): Promise<void> {
+    return this.#known.promise;
+  }
+
+  /**
+   * Finds the token, or makes one that all servers of the fleet have. While the store does not
+   * answer, it is tried again.
+   */
+  async open(fleet: Fleet, pause = ADMIN.retry): Promise<void> {
+    if (this.#token !== undefined || this.#isClosed) return;
+    try {
+      const made = await fleet.settingOr(TOKEN_SETTING, randomBytes(24).toString("base64url"));
+      this.#token = this.made = made;
+      this.#known.resolve();
+    } catch {
+      if (this.#isClosed) return;
+      const next = Math.min(2 * pause, ADMIN.pause);
+      this.#timer = setTimeout(() => void this.open(fleet, next), pause);
+    }
+  }
+
+  /** Answers a request that may not see what it asks for, or not do what it wants. */
+  check(request: Request, contact: Contact): Promise<Answer | undefined> | Answer | undefined {
+    const given = bearerOf(request.headers);
+    if (given !== undefined) return this.#try(given, contact);
+    if (!this.#hasCookie(request.headers)) return this.#refuse(contact);
+    const { method } = request;
+    if (method === "GET" || method === "HEAD") return undefined;
+    const origin = request.headers.get("origin");
+    if (origin !== null && this.#origins(request.headers, contact.peer).includes(origin)) {
+      return undefined;
+    }
+    const found = origin === null ? "no Origin" : `Origin: ${printable(origin)}`;
+    const proxy = "behind a proxy, serve needs --trust-proxy or --url";
+    const what = `a change by cookie must come from a page of this server, found ${found}`;
+    return adminText(contact, 403, `${what} (${proxy})`);
+  }
+
+  /** Answers who opened the link that `serve` has printed: with a cookie, and without the token. */
+  async enter({ headers }: Request, contact: Contact): Promise<Answer> {
+    const refused = await this.#try(contact.query.token ?? "", contact);
+    if (refused) return refused;
+    const expires = Math.floor(Date.now() / 1000) + ADMIN.session;
+    const cookie = [
+      `${this.#cookieName}=${expires}.${this.#proof(`session ${expires}`)}`,
+      `Max-Age=${ADMIN.session}`,
+      "HttpOnly",
+      "SameSite=Strict",
+      ...(this.#isSecure(headers, contact.peer) ? ["Secure"] : []),
+    ];
+    // No Path, and a relative Location: only the browser knows what a proxy puts before `/-/`.
+    return plain(303, "see /-/", {
+      ...ADMIN_HEADERS,
+      Location: "./",
+      "Set-Cookie": cookie.join("; "),
+    });
+  }
+
+  #refuse(contact: Contact, status: 401 | 429 | 503 = 401): Answer {
+    if (status === 503)
+      return adminText(contact, 503, "the fleet's store does not answer: try again");
+    if (status === 429) {
+      return adminText(contact, 429, "too many wrong tokens: try again", { "Retry-After": "1" });
+    }
+    const link = "open the link with /-/?token=... that serve prints at its start";
+    const how = `${link} (and reload, if another page led here), or send Authorization: Bearer`;
+    return adminText(contact, 401, `this needs the admin token: ${how}`, {
+      "WWW-Authenticate": "Bearer",
+    });
+  }
+
+  /**
+   * Refuses a wrong token, after a second. Who hangs up before does not try any faster: until then,
+   * few more tokens from the same address are looked at. So there is little to remember, too.
+   */
+  async #try(given: string, contact: Contact): Promise<Answer | undefined> {
+    if (this.#token === undefined) return this.#refuse(contact, 503);
+    const { address } = contact;
+    const wrong = this.#wrong.get(address) ?? 0;
+    if (wrong >= ADMIN.fromOne || this.#wrongs >= ADMIN.fromAll) return this.#refuse(contact, 429);
+    if (isSameSecret(given, this.#token)) return undefined;
+    this.#count(address, 1);
+    await Bun.sleep(ADMIN.wrong);
+    this.#count(address, -1);
+    return this.#refuse(contact);
+  }
+
+  #count(address: string, change: 1 | -1): void {
+    this.#wrongs += change;
+    const count = (this.#wrong.get(address) ?? 0) + change;
+    if (count > 0) this.#wrong.set(address, count);
+    else this.#wrong.delete(address);
+  }
+
+  /** What only who has the token can make. */
+  #proof(of: string): string {
+    return createHmac("sha256", this.#token!).update(`ota.ts ${of}`).digest("base64url");
+  }
+
+  /** Browsers send cookies to all ports of a host: servers with other tokens use other names. */
+  get #cookieName(): string {
+    return `ota-${this.#proof("cookie").slice(0, 8)}`;
+  }
+
+  #hasCookie(headers: Headers): boolean {
+    if (this.#token === undefined) return false;
+    const begin = `${this.#cookieName}=`;
+    const cookies = (headers.get("cookie") ?? "").split(";").map((one) => one.trim());
+    const [, expires, proof] =
+      cookies
+        .filter((one) => one.startsWith(begin))
+        .map((one) => /^(\d{1,12})\.(.+)$/.exec(one.slice(begin.length)))
+        .find((found) => found !== null) ?? [];
+    if (expires === undefined || proof === undefined) return false;
+    return (
+      isSameSecret(proof, this.#proof(`session ${expires}`)) && Number(expires) * 1000 > Date.now()
+    );
+  }
+
+  /**
+   * The origins that a browser may have for this server: of the address that it asked, which a
+   * trusted proxy may know better, and of `--url`.
+   */
+  #origins(headers: Headers, peer: string): string[] {
+    const isTrusted = this.#proxies.trusts(peer);
+    const scheme = (isTrusted ? forwardedScheme(headers) : undefined) ?? this.#scheme;
+    const forwarded = isTrusted ? lastOf(headers, "x-forwarded-host") : undefined;
+    const host = forwarded ?? headers.get("host") ?? "";
+    const asked = isHost(host) ? parseHttpURL(`${scheme}://${host}`) : undefined;
+    return [asked, this.#base].filter((url) => url !== undefined).map(({ origin }) => origin);
+  }
+
+  /** Whether the browser asks by HTTPS. */
+  #isSecure(headers: Headers, peer: string): boolean {
+    const [asked, base] = this.#origins(headers, peer);
+    // A proxy that is not trusted, but known: it asks for the host of `--url`.
+    return [asked, base].some((origin) => {
+      return origin?.startsWith("https:") && new URL(origin).host === new URL(asked!).host;
+    });
+  }
+
+  [Symbol.dispose](): void {
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+  }
+}
+
+// ──── Fleet requests ──────────────────────────────────────────────────────────────────────────────
+// What an operator's requests say. Everything in them is checked before the store sees it: what is
+// wrong with a request is never the server's failure.
+
+/** @throws {OTAError} exit code 2: a request is wrong, and how */
+function refuseInput(message: string): never {
+  throw new OTAError(message, 2);
+}
+
+/**
+ * Reads the parameters of a request.
+ *
+ * @throws {OTAError} exit code 2 when there is one that is unknown, there twice, or malformed
+ */
+function readParameters<Name extends string>(
+  { url }: Request,
+  names: readonly Name[],
+): { [name in Name]?: string } {
+  const mark = url.indexOf("?");
+  const search = mark < 0 ? "" : url.slice(mark + 1);
+  const found = new Map<string, string>();
+  for (const pair of search.split("&")) {
+    if (pair === "") continue;
+    const at = pair.indexOf("=");
+    const name = decodeParameter(at < 0 ? pair : pair.slice(0, at)) as Name;
+    const value = at < 0 ? "" : decodeParameter(pair.slice(at + 1));
+    if (!names.includes(name)) {
+      const known = names.length === 0 ? "there are none here" : `known are ${names.join(", ")}`;
+      refuseInput(`unknown parameter ${printable(name)}: ${known}`);
+    }
+    if (found.has(name)) refuseInput(`${name}: once at most`);
+    // A label is two texts.
+    for (const text of name === "label" ? value.split(/=(.*)/s) : [value]) {
+      if (text === "" || saidText(text) !== null) continue;
+      refuseInput(`${name}: at most ${MAX_TEXT} characters, and no control characters`);
+    }
+    found.set(name, value);
+  }
+  return Object.fromEntries(found) as { [name in Name]?: string };
+}
+
+function decodeParameter(text: string): string {
+  try {
+    return decodeURIComponent(text.replaceAll("+", " "));
+  } catch {
+    return refuseInput(`${printable(text)}: expected UTF-8 in percent-encoding`);
+  }
+}
+
+/** Which devices a request wants. @throws {OTAError} exit code 2 */
+function readFilter(request: Request): DeviceFilter {
+  const names = ["state", "version", "model", "label", "q", "limit", "after"] as const;
+  const { state, label, limit, ...texts } = readParameters(request, names);
+  const known = DEVICE_STATES.find((name) => name === state);
+  if (state !== undefined && !known) refuseInput(`state: one of ${DEVICE_STATES.join(", ")}`);
+  if (limit !== undefined && !(/^\d{1,4}$/.test(limit) && +limit >= 1 && +limit <= MAX_PAGE)) {
+    refuseInput(`limit: a whole number from 1 to ${MAX_PAGE}`);
+  }
+  const [, key, value] = /^([^=]+)=(.+)$/s.exec(label ?? "") ?? [];
+  if (label !== undefined && key === undefined) refuseInput("label: expected KEY=VALUE");
+  return {
+    ...texts,
+    ...(known && { state: known }),
+    ...(key !== undefined && { label: [key, value!] }),
+    ...(limit !== undefined && { limit: Number(limit) }),
+  };
+}
+
+/** A change of a device. @throws {OTAError} exit code 1 or 2 when it is none */
+function readEdit(body: Uint8Array): DeviceEdit {
+  let text: string;
+  try {
+    text = new TextDecoder("utf-8", { fatal: true }).decode(body);
+  } catch {
+    return refuseInput("the body: expected UTF-8");
+  }
+  const edit = asObject(parseJSON(text), "the body");
+  const asGiven = (value: unknown, name: string) => (value === null ? null : asText(value, name));
+  for (const field of Object.keys(edit)) {
+    if (field !== "name" && field !== "labels") refuseInput(`unknown field ${printable(field)}`);
+  }
+  const { name, labels: given = {} } = edit;
+  const labels = Object.entries(asObject(given, "labels")).map(([key, value]) => {
+    return [key, asGiven(value, `labels.${printable(key)}`)] as const;
+  });
+  return {
+    ...(name !== undefined && { name: asGiven(name, "name") }),
+    labels: Object.fromEntries(labels),
+  };
+}
+
+/** Reads a body; `undefined` when it is longer than that. Rejects when not all of it comes. */
+async function readBody({ headers, body }: Request, most: number): Promise<Uint8Array | undefined> {
+  if (Number(headers.get("content-length") ?? 0) > most) return undefined;
+  const pieces: Uint8Array[] = [];
+  let size = 0;
+  for await (const piece of body ?? []) {
+    size += piece.byteLength;
+    if (size > most) return undefined;
+    pieces.push(piece);
+  }
+  return Buffer.concat(pieces);
+}
+
+// ──── Fleet API ───────────────────────────────────────────────────────────────────────────────────
+// The fleet over HTTP, below `/-/api`, in JSON.
+
+/** A release, as the fleet's interface lists it. */
+interface ListedRelease {
+  /** Of a model with a root of its own; absent for the releases of the root. */
+  model?: string;
+  /** `null`: firmware alone. */
+  version: string | null;
+  /** Of the version. */
+  files: number;
+  /** Of these and the image. */
+  bytes: number;
+  /** The image of the same version. */
+  firmware: string | null;
+}
+
+/** A version whose content changes is another object: its size is added up once. */
+const versionBytes = new WeakMap<Release, number>();
+
+function bytesOf(release: Release): number {
+  const known = versionBytes.get(release);
+  if (known !== undefined) return known;
+  const bytes = [...release.files.values()].reduce((sum, { size }) => sum + size, 0);
+  versionBytes.set(release, bytes);
+  return bytes;
+}
+
+/** The releases on offer: of each root, in the order of their versions. */
+function listReleases({ roots }: Releases): ListedRelease[] {
+  return roots.flatMap(({ model, versions, firmware }) => {
+    const both = versions.map((release) => {
+      const image = firmware.find(({ version }) => version.compare(release.version) === 0);
+      return { release, image, order: release.version };
+    });
+    const alone = firmware
+      .filter((image) => both.every((one) => one.image !== image))
+      .map((image) => ({ release: undefined, image, order: image.version }));
+    const ordered = [...both, ...alone].toSorted((a, b) => a.order.compare(b.order));
+    return ordered.map(({ release, image }) => ({
+      ...(model !== "" && { model }),
+      version: release?.name ?? null,
+      files: release?.files.size ?? 0,
+      bytes: (release ? bytesOf(release) : 0) + (image?.size ?? 0),
+      firmware: image?.name ?? null,
+    }));
+  });
+}
+
+/** Answers for the paths of the fleet. */
+class FleetAPI {
+  constructor(
+    private readonly fleet: Fleet,
+    private readonly releases: Releases,
+    private readonly access: AdminAccess,
+  ) {}
+
+  async answer(request: Request, contact: Contact): Promise<Answer> {
+    const { path, method } = contact;
+    const isReading = method === "GET" || method === "HEAD";
+    if (path === "/-/" && contact.query.token !== undefined && isReading) {
+      return await this.access.enter(request, contact);
+    }
+    const refused = await this.access.check(request, contact);
+    if (refused) return refused;
+    const methods = this.#methods(path);
+    if (!methods) return adminText(contact, 404, "not found");
+    if (!methods.split(", ").includes(method)) {
+      return adminText(contact, 405, `only ${methods}`, { Allow: methods });
+    }
+    if (method !== "POST" && hasBody(request.headers)) {
+      return adminText(contact, 413, "only a POST has a body", { Connection: "close" });
+    }
+    try {
+      return await this.#answer(request, contact);
+    } catch (error) {
+      if (!(error instanceof OTAError)) throw error;
+      const isWrong = error instanceof FormatError || error.exitCode === 2;
+      return adminText(contact, isWrong ? 400 : 503, error.message);
+    }
+  }
+
+  /** What can be done with a path; `undefined`: nothing. */
+  #methods(path: string): string | undefined {
+    if (/^\/-\/api\/devices\/[^/]*$/.test(path)) return "GET, HEAD, POST, DELETE";
+    return ["/-/", "/-/api/fleet", "/-/api/devices"].includes(path) ? METHODS : undefined;
+  }
+
+  async #answer(request: Request, contact: Contact): Promise<Answer> {
+    const { path } = contact;
+    if (path === "/-/api/devices") {
+      return jsonAnswer(200, await this.fleet.devices(readFilter(request)));
+    }
+    if (path.startsWith("/-/api/devices/")) return await this.#device(request, contact);
+    readParameters(request, []);
+    if (path === "/-/") return plain(200, this.#overview(), ADMIN_HEADERS);
+    const summary = await this.fleet.summary();
+    return jsonAnswer(200, { ...summary, releases: listReleases(this.releases) });
+  }
+
+  async #device(request: Request, contact: Contact): Promise<Answer> {
+    const id = this.#idOf(request, contact.path);
+    // The store need not be asked for what is no id.
+    const isId = saidText(id) !== null;
+    const unknown = () => adminText(contact, 404, `no device ${printable(id)}`);
+    if (contact.method === "DELETE") {
+      const isGone = isId && (await this.fleet.forget(id));
+      return isGone ? jsonAnswer(200, { forgotten: id }) : unknown();
+    }
+    if (contact.method === "POST") {
+      const body = await readBody(request, ADMIN.body).catch(() =>
+        refuseInput("the body was cut off"),
+      );
+      if (!body) {
+        const what = `a body has at most ${ADMIN.body} bytes`;
+        return adminText(contact, 413, what, { Connection: "close" });
+      }
+      const edit = readEdit(body);
+      if (!isId || !(await this.fleet.edit(id, edit))) return unknown();
+    }
+    const device = isId ? await this.fleet.device(id) : undefined;
+    return device ? jsonAnswer(200, device) : unknown();
+  }
+
+  /** The id of the device that a request is about. */
+  #idOf(request: Request, path: string): string {
+    const part = path.slice("/-/api/devices/".length);
+    // Clients take `.` and `..` out of paths, even percent-encoded: such ids must be parameters.
+    const { id = "" } = part === "" ? readParameters(request, ["id"]) : {};
+    if (part !== "") readParameters(request, []);
+    else if (id === "") refuseInput("expected /-/api/devices/ID");
+    try {
+      return (id || decodeURIComponent(part)).toLowerCase();
+    } catch {
+      return refuseInput("the id: expected UTF-8 in percent-encoding");
+    }
+  }
+
+  #overview(): string {
+    return `ota.ts ${TOOL_VERSION}, the fleet in ${this.fleet.place}
+
+/-/api/fleet         devices by version, state and model; the releases
+/-/api/devices       devices: ?state= version= model= label=KEY=VALUE q= limit= after=
+/-/api/devices/ID    one device and its history; POST names and labels it, DELETE forgets it
+/-/health            whether the server is well
+/-/metrics           numbers for Prometheus`;
+  }
+}
+
+// ──── Serving ─────────────────────────────────────────────────────────────────────────────────────
+// A server, with its fleet if it has one.
+
+/** A server, and its fleet. */
+export interface FleetServer extends OTAServer {
+  /** Absent: it takes nothing down. */
+  readonly fleet: Fleet | undefined;
+  /** Who may see and change it. */
+  readonly admin: AdminToken | undefined;
+}
+
+/**
+ * Serves a release root, and keeps up with it.
+ *
+ * @throws {OTAError} exit code 1 when the address cannot be listened on, 2 when the root or an
+ *   option is wrong
+ */
+export async function serve(options: ServeOptions = {}): Promise<FleetServer> {
+  const { root = ".", tls, fleet: url = false } = options;
+  const secrets = [options.sign, tls?.key].filter((file) => file !== undefined);
+  const releases = await Releases.open(root, { ...options, secrets });
+  for (const secret of secrets) {
+    if (fs.existsSync(secret)) refuseInside(releases.root, secret);
+  }
+  if (url === false) {
+    return { ...serveReleases(releases, options), fleet: undefined, admin: undefined };
+  }
+  const access = new AdminAccess(options);
+  const ownFile = ownFileOf(url, releases.root);
+  const { silent, warn } = options;
+  const fleet = await Fleet.open({
+    ...{ url, serving: true, ...(silent && { silent }), ...(warn && { warn }) },
+    newest: () => newestOf(releases),
+  });
+  const api = new FleetAPI(fleet, releases, access);
+  try {
+    const server = serveReleases(releases, options, fleetExtension(fleet, ownFile, access, api));
+    // Devices are served meanwhile: a store that is away takes its time.
+    await access.open(fleet);
+    return { ...server, fleet, admin: access };
+  } catch (error) {
+    await fleet[Symbol.asyncDispose]();
+    throw error;
+  }
+}
+
+/** The newest releases that are offered. */
+function newestOf({ roots }: Releases): NewestReleases {
+  const newest = roots.map(({ model, versions, firmware }) => {
+    const [version, image] = [versions.at(-1), firmware.at(-1)];
+    return [model, { version: version?.name ?? null, firmware: image?.name ?? null }] as const;
+  });
+  const { "": own, ...models } = Object.fromEntries(newest);
+  return { ...own!, models };
+}
+
+/**
+ * The name of the fleet's file, if it is directly in the root.
+ *
+ * @throws {OTAError} exit code 2 when the server would serve it
+ */
+function ownFileOf(url: string, root: string): string | undefined {
+  const { file } = storePlace(url);
+  if (file === undefined || file === ":memory:" || !fs.existsSync(dirname(file))) return undefined;
+  const path = relative(root, resolve(fs.realpathSync(dirname(file)), basename(file)));
+  if (path.startsWith("../") || path.startsWith("/")) return undefined;
+  if (path.startsWith(".") && !path.includes("/")) return path;
+  const remedy = `name it .${basename(file)} directly in the root, or keep it elsewhere`;
+  throw new OTAError(`the fleet ${file} is inside the root, and would be served: ${remedy}`, 2);
+}
+
+/** What a fleet adds to its server. */
+function fleetExtension(
+  fleet: Fleet,
+  ownFile: string | undefined,
+  access: AdminAccess,
+  api: FleetAPI,
+): Extension {
+  return {
+    ownFile,
+    answer: (request, contact) => api.answer(request, contact),
+    note: (contact) => fleet.note(contact),
+    metrics: (label) => fleetMetrics(fleet, label),
+    [Symbol.asyncDispose]: () => {
+      access[Symbol.dispose]();
+      return fleet[Symbol.asyncDispose]();
+    },
+  };
+}
+
+/** Metrics of a fleet; of devices none while its store does not answer. */
+async function fleetMetrics(fleet: Fleet, label: (version: string) => string): Promise<string[]> {
+  const lines = [
+    "# HELP ota_fleet_dropped_total Reports of devices that were lost before they were written",
+    "# TYPE ota_fleet_dropped_total counter",
+    `ota_fleet_dropped_total ${fleet.dropped}`,
+  ];
+  const summary = await fleet.summary().catch(() => undefined);
+  if (!summary) return lines;
+  lines.push("# HELP ota_devices Devices by state", "# TYPE ota_devices gauge");
+  for (const state of DEVICE_STATES) {
+    lines.push(`ota_devices{state="${state}"} ${summary.states[state]}`);
+  }
+  const versions = new Map<string, number>();
+  for (const [version, count] of Object.entries(summary.versions)) {
+    const name = version === "none" ? version : label(version);
+    versions.set(name, (versions.get(name) ?? 0) + count);
+  }
+  lines.push(
+    "# HELP ota_devices_by_version Devices by the version that they are on",
+    "# TYPE ota_devices_by_version gauge",
+  );
+  for (const [name, count] of versions) {
+    lines.push(`ota_devices_by_version{version="${name}"} ${count}`);
+  }
+  return lines;
+}
+
+// ════ VI Device disk ═════════════════════════════════════════════════════════════════════════════
 // The files of a device, and what it remembers of them below `.ota`. `Journal` changes them as one
 // transaction: after a crash at any point they are the old release or the new one. Nothing here
 // talks to a network.
@@ -8893,10 +11858,10 @@ export class Journal implements Disposable {
   }
 }
 
-// ════ VI Update ══════════════════════════════════════════════════════════════════════════════════
+// ════ VII Update ═════════════════════════════════════════════════════════════════════════════════
 // How a device gets to another release: it finds out what it has (Device survey), asks for a
 // manifest (Manifest client), plans the change (Target release, Plan and space), stages and
-// verifies all content (Receiving and retries, Fetching content), commits it (part V), and lets
+// verifies all content (Receiving and retries, Fetching content), commits it (part VI), and lets
 // the health check decide. Until the commit nothing but `.ota` is touched; a failure at any point
 // leaves the device as it was. `OTA` (Device) is these steps in order.
 
@@ -10063,6 +13028,20 @@ function checkStep(manifest: Manifest, step: Step, query: ManifestQuery): void {
   checkNewer(firmware, query);
 }
 
+/**
+ * Checks that a manifest ends in the release that was signed.
+ *
+ * @param has what is really there: files that the manifest does not list stay as they are
+ */
+function checkTarget(target: Target, manifest: Manifest, has: Inventory, step: Step): void {
+  const listed = new Set(listedFiles(manifest).map(({ path }) => path));
+  const files = Object.entries(target.files).map(([path, key]) => {
+    return [path, listed.has(path) ? key : (has.files.get(path) ?? "")] as const;
+  });
+  if (releaseDigest(files) === step.release) return;
+  refuse(`from what is here it does not lead to ${step.to} as it was signed`);
+}
+
 /** A clock that says less than this is wrong: when this version of the tool was made. */
 const TOOL_DATE = "2026-11-27T00:00:00Z";
 
@@ -10130,6 +13109,14 @@ function checkNewer(
 // ──── Manifest client ─────────────────────────────────────────────────────────────────────────────
 // Getting a manifest: whole, and from whom the device trusts.
 
+/** The path of a manifest, with its query. */
+function manifestPath(query: ManifestQuery): string {
+  const search = Object.entries(query).map(([name, value]) => {
+    return `${name}=${encodeURIComponent(value!)}`;
+  });
+  return `/manifest.json?${search.join("&")}`;
+}
+
 class ManifestClient {
   /**
    * @param trust absent: anybody
@@ -10158,10 +13145,7 @@ class ManifestClient {
       ...(isBrief && { brief: "1" }),
       ...(trust && { reqid: crypto.randomUUID(), signed: "1" }),
     };
-    const search = Object.entries(query).map(([name, value]) => {
-      return `${name}=${encodeURIComponent(value!)}`;
-    });
-    const path = `/manifest.json?${search.join("&")}`;
+    const path = manifestPath(query);
     // Contents in a manifest may be coded with what the device has; those in a list are not wanted.
     const accept = codings(isBrief && asked.list === undefined);
     const { body, headers } = await this.receiver.withRetries(() => this.#read(path, accept));
@@ -10296,22 +13280,31 @@ class Survey {
     note(this.options, `${count} are missing here or have other content: ${paths}`);
   }
 
-  async query(has: Inventory): Promise<ManifestQuery> {
-    const query: ManifestQuery = {
+  /** What the device is, and what it is on: all that a report says. */
+  async standing(): Promise<ManifestQuery> {
+    const failed = this.journal.state.failed.at(-1);
+    const { model } = this.options;
+    return {
       current_ver: this.current,
       firmware_ver: this.#files.firmware?.version ?? "",
+      devid: await this.#id(),
+      ...(model !== undefined && { model }),
+      ...(failed && { failed: failed.firmware ?? failed.version }),
+    };
+  }
+
+  /** What the device asks for an update with. */
+  async query(has: Inventory): Promise<ManifestQuery> {
+    const query: ManifestQuery = {
+      ...(await this.standing()),
       ...(has.image !== undefined && { firmware_sha256: has.image }),
       hash: "sha256",
-      devid: await this.#id(),
     };
     // Without a version the answer is the full list.
     if (this.options.repair) delete query.current_ver;
     else if (has.installed) query.base = releaseDigest(has.files);
     // A signed step is proved by the whole release that it ends in: it must not add to unknown files.
     else if (this.options.verify && this.current !== "") query.base = releaseDigest([]);
-    if (this.options.model !== undefined) query.model = this.options.model;
-    const failed = this.journal.state.failed.at(-1);
-    if (failed) query.failed = failed.firmware ?? failed.version;
     return query;
   }
 
@@ -10352,20 +13345,6 @@ function isEmpty(manifest: Manifest, current: string): boolean {
 }
 
 /**
- * Checks that a manifest ends in the release that was signed.
- *
- * @param has what is really there: files that the manifest does not list stay as they are
- */
-function checkTarget(target: Target, manifest: Manifest, has: Inventory, step: Step): void {
-  const listed = new Set(listedFiles(manifest).map(({ path }) => path));
-  const files = Object.entries(target.files).map(([path, key]) => {
-    return [path, listed.has(path) ? key : (has.files.get(path) ?? "")] as const;
-  });
-  if (releaseDigest(files) === step.release) return;
-  refuse(`from what is here it does not lead to ${step.to} as it was signed`);
-}
-
-/**
  * A device. One `update` is one transaction:
  *
  *  1. Open the journal, which finishes what was interrupted; a release on trial is tried.
@@ -10375,9 +13354,10 @@ function checkTarget(target: Target, manifest: Manifest, has: Inventory, step: S
  *  5. Commit: the journal makes the change whole or not at all.
  *  6. Try: the check decides. Good: confirmed. Bad: back to the release before, and this one is
  *     remembered and not tried again until a different one is offered.
+ *  7. Report what the device is on now, where the transport can. That fails without consequence.
  *
- * A transport implements `connect` and `getData`, `disconnect` where there is something to end, and
- * throws `TransferError` when it fails.
+ * A transport implements `connect` and `getData`, `disconnect` where there is something to end,
+ * `report` where the server is to know at once, and throws `TransferError` when it fails.
  */
 export abstract class OTA {
   readonly root: string;
@@ -10396,13 +13376,14 @@ export abstract class OTA {
   }
 
   /**
-   * Gets ready to carry bytes: joins the network, opens the port.
+   * Gets ready to carry bytes: joins the network, opens the port. An update connects once to fetch,
+   * and once more to report: in between the application restarts, which may need the line itself.
    *
    * @throws {TransferError}
    */
   abstract connect(): Promise<void>;
 
-  /** Undoes `connect`, once everything is fetched or has failed. */
+  /** Undoes `connect`, once everything is fetched or reported, or that has failed. */
   async disconnect(): Promise<void> {}
 
   /**
@@ -10414,6 +13395,16 @@ export abstract class OTA {
   abstract getData(path: string, want: TransferRequest): Promise<TransferResponse>;
 
   /**
+   * Tells the server what the device is on, right after an update or a rollback: over HTTP by a
+   * `HEAD`. It is tried once. Without this method the server learns it from the next request.
+   *
+   * @param path that of the manifest, with its query; nothing is to be got from there
+   * @param signal aborts when it is no longer waited for
+   * @throws {TransferError}
+   */
+  report?(path: string, signal: AbortSignal): Promise<void>;
+
+  /**
    * Brings the device to the newest release.
    *
    * @throws {OTAError} when it failed for any reason; the device is as it was
@@ -10423,7 +13414,10 @@ export abstract class OTA {
     const trial = new HealthCheck(journal, this.options);
     if (!this.options.repair) journal.refuseDamage();
     const bad = await trial.resume();
-    if (bad) return bad;
+    if (bad) {
+      await this.#tell(journal);
+      return bad;
+    }
 
     const survey = new Survey(journal, this.options);
     await this.connect();
@@ -10433,9 +13427,41 @@ export abstract class OTA {
     } finally {
       await this.disconnect();
     }
-    if ("result" in staged) return staged;
-    const outcome = await this.#commit(journal, trial, staged, survey.current);
-    return { ...outcome, traffic: staged.traffic };
+    const outcome =
+      "result" in staged ? staged : await this.#commit(journal, trial, staged, survey.current);
+    // Where nothing changed the request said it all; but one for a repair does not name the version.
+    const isSaid = ["up to date", "not tried"].includes(outcome.result) && !this.options.repair;
+    if (!isSaid) await this.#tell(journal);
+    return outcome;
+  }
+
+  /**
+   * Reports what the device is on now, if the transport can. The update is over and stands: whatever
+   * goes wrong here, bugs included, is a note.
+   */
+  async #tell(journal: Journal): Promise<void> {
+    if (!this.report) return;
+    // What `--ver` says was for the time before the update.
+    const { ver: _, ...options } = this.options;
+    const { timeout = 30, signal = NEVER } = options;
+    const over = new AbortController();
+    try {
+      signal.throwIfAborted();
+      const path = manifestPath(await new Survey(journal, options).standing());
+      await this.connect();
+      try {
+        const telling = this.report(path, AbortSignal.any([signal, over.signal]));
+        const told = telling.then(() => true);
+        if (!(await within(timeout, told, signal)))
+          throw new TransferError(`nothing came for ${timeout} s`, false);
+      } finally {
+        over.abort();
+        await this.disconnect();
+      }
+    } catch (error) {
+      const why = signal.aborted ? "interrupted" : errorText(error);
+      note(options, `the server may not know yet what this device is on: ${why}`);
+    }
   }
 
   /** Asks for a manifest, and stages all content that it needs. */
@@ -10491,7 +13517,7 @@ export abstract class OTA {
   async #commit(
     journal: Journal,
     trial: HealthCheck,
-    { plan, has, failure, issued }: Staged,
+    { plan, has, failure, traffic, issued }: Staged,
     current: string,
   ): Promise<Outcome> {
     const { check, restart } = this.options;
@@ -10505,7 +13531,7 @@ export abstract class OTA {
     };
     const latest = issued ?? before?.issued;
     if (latest !== undefined) installed.issued = latest;
-    const outcome: Outcome = { result: "updated", from: current || "0", to: version };
+    const outcome: Outcome = { result: "updated", from: current || "0", to: version, traffic };
     if (put.size + remove.length === 0 && !firmware) {
       await journal.record(installed);
       return isSame ? { ...outcome, result: "up to date" } : outcome;
@@ -10524,7 +13550,7 @@ export abstract class OTA {
   }
 }
 
-// ════ VII Transports ═════════════════════════════════════════════════════════════════════════════
+// ════ VIII Transports ════════════════════════════════════════════════════════════════════════════
 // How bytes reach a device: over HTTP, or from a directory. Another transport is a class in a file
 // of its own; see `examples/lora-transport.ts`.
 
@@ -10566,10 +13592,19 @@ export class HttpOTA extends OTA {
   /** Nothing to do: connections are made as they are needed. */
   override async connect(): Promise<void> {}
 
+  /** A `HEAD` of the manifest. */
+  override async report(path: string, signal: AbortSignal): Promise<void> {
+    const response = await this.#get(this.#locate(path), { signal }, "HEAD");
+    if (!response.ok) throw await refusal(response);
+  }
+
+  /** A path is looked for below the server's address, as with `--url http://cdn/fleet`. */
+  #locate(path: string): URL {
+    return new URL(path.startsWith("/") ? this.#server.href.replace(/\/+$/, "") + path : path);
+  }
+
   override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
-    // A path is looked for below the server's address, as with `--url http://cdn/fleet`.
-    const base = this.#server.href.replace(/\/+$/, "");
-    const response = await this.#get(new URL(path.startsWith("/") ? base + path : path), want);
+    const response = await this.#get(this.#locate(path), want);
     const { status, headers } = response;
     if (status === 416 && want.offset) {
       // The content is now shorter than what was received of it.
@@ -10577,18 +13612,7 @@ export class HttpOTA extends OTA {
       const { offset: _, etag: __, ...whole } = want;
       return this.getData(path, whole);
     }
-    if (status !== 200 && status !== 206) {
-      await response.body?.cancel();
-      const again = status >= 500 || [408, 416, 425, 429].includes(status);
-      const pause = Math.min(Number(headers.get("retry-after")) || 0, 60);
-      const where = new URL(response.url);
-      const why = status === 401 ? ": it requires a token, see --token" : "";
-      throw new TransferError(
-        `${where.origin}${where.pathname} answered ${status}${why}`,
-        again,
-        pause,
-      );
-    }
+    if (status !== 200 && status !== 206) throw await refusal(response);
     const encoding = encodingOf(headers.get("content-encoding"));
     if (encoding === undefined) {
       await response.body?.cancel();
@@ -10608,7 +13632,7 @@ export class HttpOTA extends OTA {
   }
 
   /** Follows a few redirects, all to the same origin. */
-  async #get(url: URL, want: TransferRequest): Promise<Response> {
+  async #get(url: URL, want: TransferRequest, method = "GET"): Promise<Response> {
     const headers: Record<string, string> = {
       // Else Bun offers every coding that it knows.
       "Accept-Encoding": acceptEncoding(want.accept ?? ["identity"]),
@@ -10629,6 +13653,7 @@ export class HttpOTA extends OTA {
       let response: Response;
       try {
         response = await fetch(at, {
+          method,
           headers,
           signal: want.signal,
           redirect: "manual",
@@ -10649,6 +13674,16 @@ export class HttpOTA extends OTA {
     }
     throw new TransferError(`${url} redirects more than ${MAX_REDIRECTS} times`, false);
   }
+}
+
+/** The error that a response is which has not what was asked for. */
+async function refusal({ url, status, headers, body }: Response): Promise<TransferError> {
+  await body?.cancel();
+  const again = status >= 500 || [408, 416, 425, 429].includes(status);
+  const pause = Math.min(Number(headers.get("retry-after")) || 0, 60);
+  const { origin, pathname } = new URL(url);
+  const why = status === 401 ? ": it requires a token, see --token" : "";
+  return new TransferError(`${origin}${pathname} answered ${status}${why}`, again, pause);
 }
 
 /** A tag with which a transfer can be resumed: present, and not weak. */
@@ -10720,7 +13755,7 @@ function isReal({ file, size }: ServedFile): boolean {
   }
 }
 
-// ════ VIII Command line ══════════════════════════════════════════════════════════════════════════
+// ════ IX Command line ════════════════════════════════════════════════════════════════════════════
 // Options, output and commands. A command only calls what the parts above export, so a program can
 // do whatever the command line does.
 
@@ -10762,6 +13797,25 @@ const OPTIONS = {
   },
   "tls-cert": { type: "string", value: "FILE", help: "the certificate for HTTPS, PEM" },
   "tls-key": { type: "string", value: "FILE", help: "the key of that certificate, PEM" },
+  fleet: { type: "string", value: "URL", help: "keep devices in this SQLite file or postgres://…" },
+  "no-fleet": { type: "boolean", help: "keep nothing of devices" },
+  silent: { type: "string", value: "DURATION", help: "after an offer, when silence tells (1h)" },
+  "fleet --root": { type: "string", value: "DIR", help: "the root of its server (.)" },
+  "fleet --fleet": {
+    type: "string",
+    value: "URL",
+    help: "the fleet: a SQLite file or postgres://… (ROOT/.fleet.db)",
+  },
+  state: { type: "string", value: "S", help: "those in this state" },
+  "list --version": { type: "string", value: "V", help: "those on this version" },
+  "list --model": { type: "string", value: "M", help: "those of this model" },
+  label: { type: "string", value: "K=V", help: "those with this label" },
+  csv: { type: "boolean", help: "print CSV, for a spreadsheet" },
+  "admin-token": {
+    type: "string",
+    value: "T",
+    help: "opens the fleet's interface (or OTA_ADMIN_TOKEN)",
+  },
   ca: { type: "string", value: "FILE", help: "trust this certificate authority, PEM" },
   verify: {
     type: "string",
@@ -10812,20 +13866,25 @@ type Given = {
       : string;
 };
 
-/** @throws {OTAError} when an option is unknown, lacks its value, or has one too many */
+/**
+ * Reads what stands after the name of a command: options, and words that are none.
+ *
+ * @throws {OTAError} when an option is unknown, lacks its value, or has one too many
+ */
 function parseOptions(
   name: string,
   allowed: readonly OptionName[],
   args: readonly string[],
-): Given {
-  const names: readonly OptionName[] = [...allowed, "help", "version"];
+): { given: Given; words: string[] } {
+  const own = new Set(allowed.map((option) => flagOf(option)));
+  const general = (["help", "version"] as const).filter((option) => !own.has(option));
+  const names: readonly OptionName[] = [...allowed, ...general];
   const options = Object.fromEntries(names.map((option) => [flagOf(option), OPTIONS[option]]));
   const long = args.map((arg) => (arg === "-h" ? "--help" : arg));
   const { values, tokens } = parseArgs({ args: long, options, strict: false, tokens: true });
+  const words: string[] = [];
   for (const token of tokens) {
-    if (token.kind === "positional") {
-      throw new OTAError(`${name} takes no argument ${token.value}; see ${name} --help`, 2);
-    }
+    if (token.kind === "positional") words.push(token.value);
     if (token.kind !== "option") continue;
     const isKnown = Object.hasOwn(options, token.name);
     const spec = isKnown ? (options[token.name] as OptionSpec) : undefined;
@@ -10841,7 +13900,28 @@ function parseOptions(
       throw new OTAError(`--${token.name} takes no value, found ${token.value}`, 2);
     }
   }
-  return Object.fromEntries(names.map((option) => [option, values[flagOf(option)]])) as Given;
+  const given = Object.fromEntries(
+    names.map((option) => [option, values[flagOf(option)]]),
+  ) as Given;
+  return { given, words };
+}
+
+/** The index of the first argument that is no option, nor the value of one; -1 for none. */
+function firstWord(allowed: readonly OptionName[], args: readonly string[]): number {
+  const isValued = (arg: string) =>
+    allowed.some((option) => `--${flagOf(option)}` === arg && OPTIONS[option].type === "string");
+  return args.findIndex((arg, i) => !arg.startsWith("-") && !isValued(args[i - 1] ?? ""));
+}
+
+/** @throws {OTAError} when words are missing, or too many: `takes` names them, as the help does */
+function checkWords(name: string, takes: string, words: readonly string[]): void {
+  const wanted = takes === "" ? [] : takes.split(" ");
+  const missing = wanted[words.length]?.replace("...", "");
+  if (missing !== undefined) throw new OTAError(`${name} needs ${missing}: ${name} ${takes}`, 2);
+  const extra = takes.endsWith("...") ? undefined : words[wanted.length];
+  if (extra === undefined) return;
+  const what = takes === "" ? "no argument" : `${takes} (quoted, if there are spaces), and no`;
+  throw new OTAError(`${name} takes ${what} ${extra}; see ${name} --help`, 2);
 }
 
 /** The name of an option without command and dashes: `check` of `status --check`. */
@@ -10900,11 +13980,11 @@ function releaseOption(given: Given, name: "ver" | "latest" | "firmware"): strin
 const SECONDS = { "": 1, s: 1, m: 60, h: 3600, d: 86400 };
 
 /** Reads `90`, `90s`, `10m`, `1h` or `365d` as seconds. */
-function parseDuration(name: "every" | "expires", text: string): number {
+function parseDuration(name: "every" | "expires" | "silent", text: string): number {
   const [, amount, unit] = /^(\d+)(s|m|h|d|)$/.exec(text) ?? [];
   const seconds = Number(amount) * SECONDS[unit as keyof typeof SECONDS];
   if (seconds >= 1 && seconds <= 100 * 365 * SECONDS.d) return seconds;
-  const examples = name === "every" ? "30s, 10m or 1h" : "365d or 12h";
+  const examples = name === "expires" ? "365d or 12h" : "30s, 10m or 1h";
   throw new OTAError(`--${name} expects a duration such as ${examples}, found ${text}`, 2);
 }
 
@@ -10921,19 +14001,25 @@ function interruption(reason: string): AbortSignal {
 // work: for a result there is a message, and exit code 1 if the result was all that was asked for.
 // (To Bun, a stream that is closed from the start is /dev/null.)
 
+/** Writes a part of a result to stdout. */
+async function put(text: string): Promise<"written" | "closed" | "failed"> {
+  const error = await new Promise<Error | null | undefined>((done) => {
+    process.stdout.write(text, done);
+  });
+  if (!error) return "written";
+  // The reader closed the pipe on purpose, as `head` does.
+  if (errorCode(error) === "EPIPE") return "closed";
+  tell(`ota.ts: cannot write to stdout: ${error.message}`);
+  return "failed";
+}
+
 /**
  * Prints a result.
  *
  * @returns the exit code of a command that only prints: 1 when that failed
  */
 async function say(text: string): Promise<0 | 1> {
-  const error = await new Promise<Error | null | undefined>((done) => {
-    process.stdout.write(`${text}\n`, done);
-  });
-  // The reader closed the pipe on purpose, as `head` does.
-  if (!error || errorCode(error) === "EPIPE") return 0;
-  tell(`ota.ts: cannot write to stdout: ${error.message}`);
-  return 1;
+  return (await put(`${text}\n`)) === "failed" ? 1 : 0;
 }
 
 /** Prints a line on stderr. (`console.error` would colour it red on a terminal.) */
@@ -11120,7 +14206,7 @@ async function airCosts(
 }
 
 // ──── Server commands ─────────────────────────────────────────────────────────────────────────────
-// The commands `serve`, `manifest`, `keygen` and `sign`.
+// The command `serve`.
 
 /** Characters of log lines that are buffered; the buffer is also written every 100 ms. */
 const LOG_BUFFER = 64 * 1024;
@@ -11157,6 +14243,7 @@ async function runServe(given: Given): Promise<number> {
     token: tokenOption(given),
     ...(cert && key && { tls: { cert, key } }),
     trustProxy: given["trust-proxy"],
+    ...fleetOptions(given),
     changed: (releases) => {
       for (const root of releases.changed) log(changeLine(releases, root));
       void warn(releases);
@@ -11167,6 +14254,8 @@ async function runServe(given: Given): Promise<number> {
     interruption("stopped").addEventListener("abort", done, { once: true });
   });
   for await (const line of describeServer(server, given)) log(line);
+  const { admin } = server;
+  if (admin && !admin.isKnown) void admin.known.then(() => log(adminLine(server, given)));
   await warn(server.releases);
   await flush();
   await stopped;
@@ -11201,15 +14290,44 @@ function tokenOption(given: Given): string | undefined {
   return given.token ?? (process.env.OTA_TOKEN || undefined);
 }
 
+/** Where `serve` keeps its fleet: by default in the root, in a file that is never served. */
+function fleetOptions(given: Given): Pick<ServeOptions, "fleet" | "silent" | "adminToken"> {
+  const { fleet, root = ".", "no-fleet": none, silent, "admin-token": adminToken } = given;
+  for (const [name, value] of Object.entries({ fleet, "admin-token": adminToken })) {
+    if (none && value !== undefined)
+      throw new OTAError(`--${name} and --no-fleet exclude each other`, 2);
+  }
+  return {
+    fleet: !none && (fleet ?? resolve(root, ".fleet.db")),
+    adminToken: adminToken ?? (process.env.OTA_ADMIN_TOKEN || undefined),
+    ...(silent !== undefined && { silent: parseDuration("silent", silent) }),
+  };
+}
+
+/** The address of a server on this machine. */
+function ownAddress(url: URL, { host }: Given): string {
+  const isAny = host === undefined || host === "0.0.0.0" || host === "::";
+  return isAny ? `${url.protocol}//127.0.0.1:${url.port}` : url.origin;
+}
+
+/** Where the fleet is to be seen; with the token, if nobody else knows it. */
+function adminLine({ url, admin }: FleetServer, given: Given): string {
+  const page = `fleet    ${ownAddress(url, given)}/-/`;
+  if (admin?.made !== undefined) return `${page}?token=${admin.made}`;
+  return admin?.isKnown
+    ? `${page}?token=... (with the admin token)`
+    : `${page} (its token follows when the store answers)`;
+}
+
 /** The lines that `serve` prints once it listens. */
-async function* describeServer({ url, releases }: OTAServer, given: Given): AsyncGenerator<string> {
-  const local = `${url.protocol}//127.0.0.1:${url.port}`;
-  const isAny = given.host === undefined || given.host === "0.0.0.0" || given.host === "::";
-  const address = given.url ?? (isAny ? local : url.origin);
-  yield `ota.ts ${TOOL_VERSION} serves ${releases.root} at ${isAny ? local : url.origin}`;
+async function* describeServer(server: FleetServer, given: Given): AsyncGenerator<string> {
+  const { url, releases, fleet } = server;
+  const own = ownAddress(url, given);
+  const address = given.url ?? own;
+  yield `ota.ts ${TOOL_VERSION} serves ${releases.root} at ${own}`;
   for (const root of releases.roots) {
     if (root.model !== "") yield `model    ${printable(root.model)}, at ${address}${root.urlPath}`;
-    yield* describeRoot(root);
+    yield* describeRoot(root, fleet && basename(fleet.place));
   }
   const beside = (await releases.beside()).map(({ path, files }) => {
     if (!path.endsWith("/")) return printable(path);
@@ -11221,6 +14339,7 @@ async function* describeServer({ url, releases }: OTAServer, given: Given): Asyn
   for (const name of releases.unsettled) {
     yield `changing ${printable(name)}: counts once quiet for a second`;
   }
+  if (server.admin) yield adminLine(server, given);
   const some = releases.roots.find(({ versions, firmware }) => versions[0] ?? firmware[0]);
   const { urlPath, versions, firmware } = some ?? releases;
   const oldest = versions[0]?.name ?? firmware[0]?.name ?? "1.0.0";
@@ -11231,7 +14350,10 @@ async function* describeServer({ url, releases }: OTAServer, given: Given): Asyn
 const MAX_SHOWN = 20;
 
 /** What was found in a root, and what is ignored. */
-function* describeRoot({ versions, firmware, ignored }: ReleaseRoot): Generator<string> {
+function* describeRoot(
+  { versions, firmware, ignored: all }: ReleaseRoot,
+  ownFile: string | undefined,
+): Generator<string> {
   for (const { name, files } of versions) {
     const bytes = [...files.values()].reduce((sum, { size }) => sum + size, 0);
     yield `version  ${name.padEnd(12)} ${files.size} files, ${formatBytes(bytes)}`;
@@ -11239,12 +14361,16 @@ function* describeRoot({ versions, firmware, ignored }: ReleaseRoot): Generator<
   for (const { name, path, size } of firmware) {
     yield `firmware ${name.padEnd(12)} ${path}, ${formatBytes(size)}`;
   }
+  const ignored = all.filter(({ path }) => !ownFile || !path.startsWith(ownFile));
   for (const { path, reason } of ignored.slice(0, MAX_SHOWN)) {
     yield `ignored  ${printable(path)}: ${reason}`;
   }
   const more = ignored.length - MAX_SHOWN;
   if (more > 0) yield `ignored  and ${more} more`;
 }
+
+// ──── Release commands ────────────────────────────────────────────────────────────────────────────
+// The commands `manifest`, `keygen` and `sign`.
 
 async function runManifest(given: Given): Promise<number> {
   const { root = ".", ignore } = given;
@@ -11455,19 +14581,504 @@ async function runStatus(given: Given): Promise<number> {
   return (await say(lines.join("\n"))) || (differing ? 1 : 0);
 }
 
+// ──── Fleet tables ────────────────────────────────────────────────────────────────────────────────
+// Devices in lines: for people, as JSON, as CSV. What is said of them comes from strangers, or from
+// the file of another van: nothing of it may steer a terminal or be run by a spreadsheet.
+
+/** What a terminal might obey, or not show: controls, directions, separators of lines. */
+const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
+
+/** Text for a terminal: as it is, but for what a terminal might obey. */
+function shown(text: string): string {
+  return text.replace(UNSEEN, (character) => `\\u{${character.codePointAt(0)!.toString(16)}}`);
+}
+
+/** JSON for a terminal: the same value, with escapes for what a terminal might obey. */
+function safeJSON(value: unknown, indent?: number): string {
+  const escape = (unit: string) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`;
+  return JSON.stringify(value, null, indent).replace(UNSEEN, (character) => {
+    return character === "\n" ? character : character.replaceAll(/[^]/g, escape);
+  });
+}
+
+/** Text of at most so many columns. */
+function fit(text: string, columns: number): string {
+  if (Bun.stringWidth(text) <= columns) return text;
+  let short = "";
+  for (const character of text) {
+    if (Bun.stringWidth(short + character) >= columns) break;
+    short += character;
+  }
+  return `${short}…`;
+}
+
+/** Text with spaces up to so many columns. */
+function pad(text: string, columns: number): string {
+  return text + " ".repeat(Math.max(0, columns - Bun.stringWidth(text)));
+}
+
+/** Lines with columns that align. */
+class Table {
+  readonly #widths: number[] = [];
+
+  /** Formats rows; columns are at least as wide as in the rows before. */
+  lines(rows: readonly (readonly string[])[]): string[] {
+    for (const row of rows) {
+      for (const [i, cell] of row.entries()) {
+        this.#widths[i] = Math.max(this.#widths[i] ?? 0, Bun.stringWidth(cell));
+      }
+    }
+    return rows.map((row) => {
+      return row
+        .map((cell, i) => pad(cell, this.#widths[i]!))
+        .join("  ")
+        .trimEnd();
+    });
+  }
+}
+
+/** `3 devices`, `1 device`. */
+function counted(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+/** How long ago something was: `2 min ago`. */
+function agoText(at: number, now: number): string {
+  const seconds = Math.round(Math.abs(now - at) / 1000);
+  const [unit, size] =
+    seconds < 60 ? ["s", 1] : seconds < 3600 ? ["min", 60] : seconds < 172_800 ? ["h", 3600] : [];
+  const amount = unit
+    ? `${Math.floor(seconds / size!)} ${unit}`
+    : `${Math.floor(seconds / 86_400)} days`;
+  if (seconds < 1) return "just now";
+  // By the clock of another server, or one that was set back.
+  return at > now ? `in ${amount}` : `${amount} ago`;
+}
+
+/** A time that a machine reads, and people can. */
+function isoText(at: number): string {
+  const date = new Date(at);
+  return Number.isNaN(date.getTime()) ? "" : date.toISOString();
+}
+
+/** What a device is on; a board may only tell its firmware. */
+function versionText({ version, firmware }: FleetDevice): string {
+  return shown(version ?? (firmware === null ? "-" : `firmware ${firmware}`));
+}
+
+/** What is the matter with a device: what failed, what it was offered. */
+function matterText({ state, failed, offered }: FleetDevice): string {
+  if (state === "failed") return failed === null ? "" : `${shown(failed)} failed`;
+  return offered === null ? "" : `offered ${shown(offered)}`;
+}
+
+function labelsText({ labels }: FleetDevice, separator: string): string {
+  return Object.entries(labels)
+    .map(([key, value]) => shown(`${key}=${value}`))
+    .join(separator);
+}
+
+/** The line of a device in a list. */
+function deviceRow(device: FleetDevice, now: number): string[] {
+  const { id, name, model, state, last_seen } = device;
+  const notes = [matterText(device), labelsText(device, " ")].filter((text) => text !== "");
+  const known = [shown(id), shown(name ?? "-"), shown(model ?? "-"), versionText(device)];
+  return [...known, state, agoText(last_seen, now), notes.join(", ")];
+}
+
+const DEVICE_COLUMNS = ["ID", "NAME", "MODEL", "VERSION", "STATE", "SEEN", ""];
+
+const CSV_COLUMNS = [
+  ...(["id", "name", "model", "version", "firmware", "state", "offered", "failed"] as const),
+  ...(["address", "first_seen", "last_seen", "labels"] as const),
+];
+
+/** A line of CSV, as RFC 4180 has it. */
+function csvLine(cells: readonly string[]): string {
+  const quoted = cells.map((cell) => {
+    // A spreadsheet would run it; some split at semicolons, too.
+    const harmless = shown(cell).replace(/(^|[;,])(\s*[=+\-@＝＋－＠])/g, "$1'$2");
+    return /[",;]/.test(harmless) ? `"${harmless.replaceAll('"', '""')}"` : harmless;
+  });
+  return `${quoted.join()}\r\n`;
+}
+
+function csvCells(device: FleetDevice): string[] {
+  return CSV_COLUMNS.map((column) => {
+    if (column === "labels") return labelsText(device, "; ");
+    const value = device[column];
+    return typeof value === "number" ? isoText(value) : (value ?? "");
+  });
+}
+
+/** Pages of devices in one of three forms, as parts of a text. */
+async function* deviceTexts(
+  pages: AsyncIterable<FleetDevice[]>,
+  form: "table" | "json" | "csv",
+): AsyncGenerator<string> {
+  const table = new Table();
+  const heads = { json: '{"devices":[', csv: csvLine(CSV_COLUMNS), table: "" };
+  yield heads[form];
+  let isFirst = true;
+  for await (const devices of pages) {
+    const now = Date.now();
+    if (form === "csv") yield devices.map((device) => csvLine(csvCells(device))).join("");
+    else if (form === "json") {
+      const lines = devices.map((device) => safeJSON(device));
+      yield `${isFirst ? "" : ","}\n${lines.join(",\n")}`;
+    } else {
+      const rows = devices.map((device) => deviceRow(device, now));
+      const lines = table.lines([...(isFirst ? [DEVICE_COLUMNS] : []), ...rows]);
+      yield `${lines.join("\n")}\n`;
+    }
+    isFirst = false;
+  }
+  if (form === "json") yield '\n],"next":null}\n';
+}
+
+// ──── Fleet summary ───────────────────────────────────────────────────────────────────────────────
+// How a fleet stands, on one screen.
+
+const STATE_WORDS: Record<DeviceState, string> = {
+  failed: "a release failed on it, or it does not get onto it",
+  silent: "offered a release, and not heard of since for unusually long",
+  offered: "offered a release, and not heard of since",
+  behind: "on an older release, and not offered the newest one yet",
+  current: "on the newest release that it may have",
+};
+
+/** Columns of a screen. */
+const SCREEN = 80;
+/** Devices, versions and models that a summary shows at most: it fits 24 lines. */
+const IN_SUMMARY = { devices: 3, versions: 5, models: 4 };
+
+/** How a fleet stands: the most urgent first. */
+async function* summaryLines(
+  fleet: Fleet,
+  { devices, states, versions, models }: FleetSummary,
+  where: string,
+): AsyncGenerator<string> {
+  const now = Date.now();
+  const { served } = fleet;
+  const written = served ? `, written ${agoText(served.written, now)}` : "";
+  yield `${counted(devices, "device")}${written}, in ${shown(fleet.place)}`;
+  yield `newest: ${served ? newestText(served.newest) : "not known, since no server has told yet"}`;
+  if (devices === 0) return yield "no device has asked yet";
+  yield "";
+  const digits = String(devices).length;
+  for (const state of DEVICE_STATES.toReversed()) {
+    const count = states[state];
+    yield `${state.padEnd(8)} ${String(count).padStart(digits)}  ${STATE_WORDS[state]}`;
+    if (count === 0 || (state !== "failed" && state !== "silent")) continue;
+    const some = await fleet.devices({ state, limit: IN_SUMMARY.devices });
+    const cells = (device: FleetDevice) => {
+      const { id, name, last_seen } = device;
+      const texts = [fit(shown(id), 20), fit(shown(name ?? "-"), 16), fit(versionText(device), 12)];
+      return ["", ...texts, fit(matterText(device), 16), agoText(last_seen, now)];
+    };
+    yield* new Table().lines(some.devices.map(cells));
+    const more = count - some.devices.length;
+    if (more <= 0) continue;
+    const line = `  and ${more} more: ota.ts fleet list --state ${state}`;
+    // A command that is cut off would be none.
+    yield Bun.stringWidth(line + where) <= SCREEN ? line + where : line;
+  }
+  yield "";
+  yield* versionLines(versions, digits);
+  const names = Object.entries(models).sort(([, a], [, b]) => b - a);
+  if (names.length < 2) return;
+  const shownModels = names.slice(0, IN_SUMMARY.models).map(([name, count]) => {
+    return `${fit(shown(name), 16)} ${count}`;
+  });
+  const rest = names.length - shownModels.length;
+  yield `models: ${shownModels.join(", ")}${rest > 0 ? ` and ${rest} more` : ""}`;
+}
+
+function newestText({ models = {}, ...own }: NewestReleases): string {
+  const text = ({ version, firmware }: NewestRelease) => {
+    const image = firmware === null ? [] : [`firmware ${firmware}`];
+    return [...(version === null ? [] : [version]), ...image].join(", ") || "none";
+  };
+  const others = Object.entries(models).map(([name, one]) => `; ${name}: ${text(one)}`);
+  return shown(text(own) + others.join(""));
+}
+
+/** How many are on which version: the newest, and those that most are on; newest first. */
+function* versionLines(versions: Record<string, number>, digits: number): Generator<string> {
+  const { none, other = 0, ...named } = versions;
+  const all = Object.entries(named).sort(([a], [b]) => (versionKey(a) < versionKey(b) ? 1 : -1));
+  if (none !== undefined) all.push(["no version", none]);
+  const [newest, ...older] = all;
+  const frequent = older.toSorted(([, a], [, b]) => b - a).slice(0, IN_SUMMARY.versions - 2);
+  const chosen = all.length <= IN_SUMMARY.versions ? all : [newest, ...frequent];
+  const most = Math.max(...chosen.map((one) => one![1]));
+  let rest = other + all.reduce((sum, [, count]) => sum + count, 0);
+  for (const one of all.filter((each) => chosen.includes(each))) {
+    const [name, count] = one;
+    const bar = "#".repeat(Math.max(1, Math.round((30 * count) / most)));
+    yield `${pad(fit(shown(name), 20), 20)} ${String(count).padStart(digits)}  ${bar}`;
+    rest -= count;
+  }
+  if (rest > 0) yield `${pad("other versions", 20)} ${String(rest).padStart(digits)}`;
+}
+
+// ──── Fleet commands ──────────────────────────────────────────────────────────────────────────────
+// `fleet` and its commands. They use the store itself, beside whatever server writes it, and know
+// the newest releases from that.
+
+/** The store that the options name. */
+function fleetURL(given: Given): string {
+  const { "fleet --fleet": url, "fleet --root": root } = given;
+  if (url !== undefined && root !== undefined) {
+    throw new OTAError("--fleet and --root exclude each other: DIR means DIR/.fleet.db", 2);
+  }
+  return url ?? resolve(root ?? ".", ".fleet.db");
+}
+
+/** Runs a command on a fleet that is there. */
+async function withFleet(
+  given: Given,
+  command: (fleet: Fleet) => Promise<number>,
+): Promise<number> {
+  await using fleet = await Fleet.open({ url: fleetURL(given), existing: true });
+  return await command(fleet);
+}
+
+/** The same options again, in a command that we tell of. */
+function sameFleet({ "fleet --fleet": url, "fleet --root": root }: Given): string {
+  if (url !== undefined) return ` --fleet ${storePlace(url).name}`;
+  return root === undefined ? "" : ` --root ${root}`;
+}
+
+function runFleet(given: Given): Promise<number> {
+  return withFleet(given, async (fleet) => {
+    const summary = await fleet.summary();
+    if (given.json) return say(safeJSON({ ...summary, ...fleet.served }, 2));
+    const lines = await Array.fromAsync(summaryLines(fleet, summary, sameFleet(given)));
+    return say(lines.map((line) => fit(line, SCREEN)).join("\n"));
+  });
+}
+
+function runFleetList(given: Given): Promise<number> {
+  const { state, "list --version": version, "list --model": model, label, json, csv } = given;
+  if (json && csv) throw new OTAError("--json and --csv exclude each other", 2);
+  const filter: DeviceFilter = {
+    limit: MAX_PAGE,
+    ...(state !== undefined && { state: stateOption(state) }),
+    ...(version !== undefined && { version }),
+    ...(model !== undefined && { model }),
+    ...(label !== undefined && { label: labelOf(label) }),
+  };
+  return withFleet(given, async (fleet) => {
+    const form = json ? "json" : csv ? "csv" : "table";
+    let isEmpty = true;
+    for await (const text of deviceTexts(devicePages(fleet, filter), form)) {
+      if (text === "") continue;
+      isEmpty = false;
+      const done = await put(text);
+      if (done !== "written") return done === "closed" ? 0 : 1;
+    }
+    if (isEmpty) tell("no such device");
+    return 0;
+  });
+}
+
+function stateOption(text: string): DeviceState {
+  const state = DEVICE_STATES.find((one) => one === text);
+  if (state) return state;
+  const states = DEVICE_STATES.join(", ");
+  throw new OTAError(
+    `--state expects one of ${states}, found ${text}${hint(text, DEVICE_STATES)}`,
+    2,
+  );
+}
+
+/** Reads `K=V`; K begins nowhere else. */
+function labelOf(text: string): [key: string, value: string] {
+  const [, key, value] = /^([^=]+)=(.*)$/s.exec(text) ?? [];
+  if (key !== undefined && value !== undefined) return [key, value];
+  throw new OTAError(`a label is K=V, found ${text}`, 2);
+}
+
+/** All devices that match, a page at a time: there may be a million. */
+async function* devicePages(fleet: Fleet, filter: DeviceFilter): AsyncGenerator<FleetDevice[]> {
+  for (let after: string | null | undefined; after !== null;) {
+    const page = await fleet.devices({ ...filter, ...(after !== undefined && { after }) });
+    if (page.devices.length > 0) yield page.devices;
+    after = page.next;
+  }
+}
+
+/**
+ * The device that a person means: by its id, else by its name, else by how its id begins.
+ *
+ * @param isWhole whether the beginning of an id is too little
+ * @throws {OTAError} when there is none, or more than one
+ */
+async function meantDevice(fleet: Fleet, text: string, isWhole = false) {
+  const id = text.toLowerCase();
+  const exact = (await fleet.device(text)) ?? (await fleet.device(id));
+  if (exact) return exact;
+  const named: string[] = [];
+  const begun: string[] = [];
+  for await (const page of devicePages(fleet, { q: text, limit: MAX_PAGE })) {
+    for (const device of page) {
+      if (device.name?.toLowerCase() === id) named.push(device.id);
+      if (!isWhole && text !== "" && device.id.startsWith(id)) begun.push(device.id);
+    }
+  }
+  const found = named.length > 0 ? named : begun;
+  const [only] = found;
+  const device = found.length === 1 ? await fleet.device(only!) : undefined;
+  if (device) return device;
+  const what = shown(text) || '""';
+  if (found.length < 2) throw new OTAError(`no device ${what} in ${fleet.place}; see fleet list`);
+  const some = found.slice(0, 5).map((one) => shown(one));
+  const more = found.length > some.length ? ` and ${found.length - some.length} more` : "";
+  throw new OTAError(`${what} may be ${some.join(", ")}${more}: which one?`);
+}
+
+function runFleetShow(given: Given, [id = ""]: readonly string[]): Promise<number> {
+  return withFleet(given, async (fleet) => {
+    const device = await meantDevice(fleet, id);
+    return say(given.json ? safeJSON(device, 2) : deviceLines(device).join("\n"));
+  });
+}
+
+/** All that is known of a device. */
+function deviceLines(device: FleetDevice & { history: FleetEvent[] }): string[] {
+  const now = Date.now();
+  const { name, model, version, firmware, state, offered, failed, address } = device;
+  const time = (at: number) => `${isoText(at)} (${agoText(at, now)})`;
+  const known = Object.entries({
+    ...{ id: device.id, name, model, version, firmware },
+    state: `${state}: ${STATE_WORDS[state]}`,
+    ...{ offered, failed, address },
+    "first seen": time(device.first_seen),
+    "last seen": time(device.last_seen),
+    labels: labelsText(device, " ") || null,
+  });
+  const events = device.history.map(({ at, kind, from, to }) => {
+    const way = from === null || kind === "first seen" ? (to ?? "") : `${from} -> ${to ?? "none"}`;
+    return [isoText(at), kind, shown(way)];
+  });
+  const facts = known.map(([key, value]) => [`${key}:`, shown(value ?? "-")]);
+  return [...new Table().lines(facts), "", ...new Table().lines(events)];
+}
+
+function runFleetName(given: Given, [id = "", text = ""]: readonly string[]): Promise<number> {
+  return withFleet(given, async (fleet) => {
+    const device = await meantDevice(fleet, id);
+    await fleet.edit(device.id, { name: text || null });
+    return say(`${shown(device.id)} ${text ? `is called ${shown(text)}` : "has no name"}`);
+  });
+}
+
+function runFleetLabel(given: Given, [id = "", ...texts]: readonly string[]): Promise<number> {
+  const changes = texts.map((text) => labelOf(text));
+  return withFleet(given, async (fleet) => {
+    const device = await meantDevice(fleet, id);
+    const labels = Object.fromEntries(changes.map(([key, value]) => [key, value || null]));
+    await fleet.edit(device.id, { labels });
+    const now = (await fleet.device(device.id)) ?? device;
+    return say(`${shown(device.id)} has ${labelsText(now, " ") || "no label"}`);
+  });
+}
+
+function runFleetForget(given: Given, [id = ""]: readonly string[]): Promise<number> {
+  return withFleet(given, async (fleet) => {
+    const device = await meantDevice(fleet, id, true);
+    await fleet.forget(device.id);
+    const name = device.name === null ? "" : ` (${shown(device.name)})`;
+    const events = counted(device.history.length, "event");
+    return say(`forgot ${shown(device.id)}${name} and ${events}; it is back when it asks again`);
+  });
+}
+
+async function runFleetMerge(given: Given, [file = ""]: readonly string[]): Promise<number> {
+  const url = fleetURL(given);
+  // Before a store is made for it.
+  await (await openOther(file)).close();
+  await using fleet = await Fleet.open({ url });
+  const { added, updated, newer, events, isCopy } = await fleet.merge(file);
+  if (isCopy) {
+    tell(`${file} began as a copy of this fleet: events that both noted since count once`);
+  }
+  const changes = updated > 0 ? `; ${updated} brought up to date` : "";
+  const rest = newer > 0 ? `; ${newer} ${newer === 1 ? "was" : "were"} newer here` : "";
+  return say(`${counted(added, "device")}, ${counted(events, "event")} added${changes}${rest}`);
+}
+
 // ──── Commands and main ───────────────────────────────────────────────────────────────────────────
 // The table of commands, their help, and `main`.
 
 interface Command {
   summary: string;
+  /** What it takes besides options: `ID TEXT`, `ID K=V...`; absent: nothing. */
+  takes?: string;
   options: readonly OptionName[];
   /** Further help: defaults, limits, exit codes. */
   notes: string;
-  run: (given: Given) => number | Promise<number>;
+  /** Commands of its own, named after it. */
+  commands?: Record<string, Command>;
+  run: (given: Given, words: readonly string[]) => number | Promise<number>;
 }
 
 const EXIT_CODES = `Exit codes: 0 updated, or nothing newer; 1 failed, and the device is as it was;
 2 usage; 3 the release failed its check (now, or before and was not tried again).`;
+
+/** Options of every command of a fleet. */
+const FLEET_PLACE = ["fleet --root", "fleet --fleet"] as const;
+const FLEET_NOTES =
+  "The root is the current directory by default. Exit codes: 0; 1 failed; 2 usage.";
+const MEANT = "ID may also be the name of a device";
+
+const FLEET_COMMANDS: Record<string, Command> = {
+  list: {
+    summary: "a line for each device",
+    options: [
+      ...FLEET_PLACE,
+      ...(["state", "list --version", "list --model", "label", "json", "csv"] as const),
+    ],
+    notes: `States: ${DEVICE_STATES.join(", ")}.\n${FLEET_NOTES}`,
+    run: runFleetList,
+  },
+  show: {
+    summary: "one device, and what happened to it",
+    takes: "ID",
+    options: [...FLEET_PLACE, "json"],
+    notes: `${MEANT}, or the beginning of one id alone.\n${FLEET_NOTES}`,
+    run: runFleetShow,
+  },
+  name: {
+    summary: "call it TEXT; an empty TEXT takes its name away",
+    takes: "ID TEXT",
+    options: FLEET_PLACE,
+    notes: `${MEANT}, or the beginning of one id alone.\n${FLEET_NOTES}`,
+    run: runFleetName,
+  },
+  label: {
+    summary: "note K=V on it; K= removes",
+    takes: "ID K=V...",
+    options: FLEET_PLACE,
+    notes: `${MEANT}, or the beginning of one id alone.\n${FLEET_NOTES}`,
+    run: runFleetLabel,
+  },
+  forget: {
+    summary: "forget it and its history, until it asks again",
+    takes: "ID",
+    options: FLEET_PLACE,
+    notes: `${MEANT}.\n${FLEET_NOTES}`,
+    run: runFleetForget,
+  },
+  merge: {
+    summary: "add what the SQLite file of another server knows",
+    takes: "FILE",
+    options: FLEET_PLACE,
+    notes: `FILE stays as it is. Twice is as good as once.\n${FLEET_NOTES}`,
+    run: runFleetMerge,
+  },
+};
 
 const COMMANDS: Record<string, Command> = {
   serve: {
@@ -11475,12 +15086,20 @@ const COMMANDS: Record<string, Command> = {
     options: [
       ...(["root", "port", "host", "url", "ignore", "latest", "only-releases"] as const),
       ...(["sign", "token", "tls-cert", "tls-key", "trust-proxy"] as const),
+      ...(["fleet", "no-fleet", "silent", "admin-token"] as const),
     ],
     notes:
       "The root is the current directory by default. On Ctrl-C, running responses are finished.\n" +
       `Limits: ${LIMITS.target} characters of path and query, ${LIMITS.query} of them in the query, ` +
-      `${LIMITS.version} in\ncurrent_ver; no request bodies; ${LIMITS.idle} s without a byte.`,
+      `${LIMITS.version} in\ncurrent_ver; no request bodies (but 64 KiB for the fleet's interface); ${LIMITS.idle} s without a byte.`,
     run: runServe,
+  },
+  fleet: {
+    summary: "show who is on what, and what happened to whom",
+    options: [...FLEET_PLACE, "json"],
+    notes: FLEET_NOTES,
+    commands: FLEET_COMMANDS,
+    run: runFleet,
   },
   client: {
     summary: "be a device: fetch, verify, apply, and roll back a bad release",
@@ -11530,24 +15149,69 @@ const COMMANDS: Record<string, Command> = {
   },
 };
 
-/** The help of the tool, or of one command. */
-function help(name?: string): string {
-  const command = name === undefined ? undefined : COMMANDS[name];
-  if (!command) {
-    const names = Object.entries(COMMANDS).map(
-      ([n, { summary }]) => `  ${n.padEnd(10)} ${summary}`,
-    );
-    return (
-      `ota.ts ${TOOL_VERSION}: over-the-air updates, both ends\n\n` +
-      `Usage: bun ota.ts COMMAND [options]\n\n${names.join("\n")}\n\n` +
-      "bun ota.ts COMMAND --help shows the options of a command."
-    );
-  }
-  const lines = [...command.options, "help" as const].map((option) => {
+/** The help of the tool. */
+function help(): string {
+  const names = Object.entries(COMMANDS).map(([n, { summary }]) => `  ${n.padEnd(10)} ${summary}`);
+  return (
+    `ota.ts ${TOOL_VERSION}: over-the-air updates, both ends\n\n` +
+    `Usage: bun ota.ts COMMAND [options]\n\n${names.join("\n")}\n\n` +
+    "bun ota.ts COMMAND --help shows the options of a command."
+  );
+}
+
+/** The help of a command, with all options of its own commands. */
+function helpOf({ name, command }: Pick<CommandLine, "name" | "command">): string {
+  const { takes = "", summary, notes, options, commands = {} } = command;
+  const lines = [...options, ...optionsBelow(command), "help" as const].map((option) => {
     const spec: OptionSpec = OPTIONS[option];
-    return `  ${`--${flagOf(option)} ${spec.value ?? ""}`.padEnd(26)} ${spec.help}`;
+    const users = Object.entries(commands).filter(([, one]) => one.options.includes(option));
+    const only = options.includes(option) ? "" : `${users.map(([user]) => user).join(", ")}: `;
+    const text = option === "help" ? spec.help : `${only}${spec.help}`;
+    return `  ${`--${flagOf(option)} ${spec.value ?? ""}`.padEnd(26)} ${text}`;
   });
-  return `bun ota.ts ${name}: ${command.summary}\n\n` + `${lines.join("\n")}\n\n${command.notes}`;
+  const own = Object.entries(commands).map(([sub, one]) => {
+    return `  ${`${name} ${sub} ${one.takes ?? ""}`.padEnd(26)} ${one.summary}\n`;
+  });
+  const usage = `bun ota.ts ${name}${takes && ` ${takes}`}: ${summary}\n\n`;
+  const list = own.length > 0 ? `${own.join("")}\n` : "";
+  return `${usage}${list}${lines.join("\n")}\n\n${notes}`;
+}
+
+/** The options that only commands of a command have. */
+function optionsBelow({ options, commands = {} }: Command): OptionName[] {
+  const all = new Set(Object.values(commands).flatMap((one) => one.options));
+  return [...all].filter((option) => !options.includes(option));
+}
+
+/** A command line, its command found. */
+interface CommandLine {
+  /** `fleet list`. */
+  name: string;
+  command: Command;
+  /** What stands around the name. */
+  args: string[];
+}
+
+/** @throws {OTAError} when there is no such command */
+function commandLine([name = "", ...args]: readonly string[]): CommandLine {
+  const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
+  if (!command) {
+    throw new OTAError(`no command ${name}${hint(name, Object.keys(COMMANDS))}; see --help`, 2);
+  }
+  const { commands } = command;
+  const at = commands ? firstWord([...command.options, ...optionsBelow(command)], args) : -1;
+  if (!commands) return { name, command, args };
+  if (at < 0) {
+    const stray = optionsBelow(command).find((option) => args.includes(`--${flagOf(option)}`));
+    if (stray === undefined || flagOf(stray) === "version") return { name, command, args };
+    const [owner] = Object.entries(commands).find(([, one]) => one.options.includes(stray))!;
+    throw new OTAError(`${name} has no option --${flagOf(stray)}, but ${name} ${owner} has`, 2);
+  }
+  const [word = ""] = args.splice(at, 1);
+  const sub = Object.hasOwn(commands, word) ? commands[word] : undefined;
+  if (sub) return { name: `${name} ${word}`, command: sub, args };
+  const near = hint(word, Object.keys(commands));
+  throw new OTAError(`${name} has no command ${word}${near}; see ${name} --help`, 2);
 }
 
 /**
@@ -11558,21 +15222,22 @@ function help(name?: string): string {
  */
 export async function main(args: readonly string[]): Promise<number> {
   try {
-    const [name, ...rest] = args;
-    if (name === undefined) {
+    const [first, ...rest] = args;
+    if (first === undefined) {
       tell(help());
       return 2;
     }
-    if (name === "--help" || name === "-h" || name === "help") return await say(help(rest[0]));
-    if (name === "--version") return await say(`ota.ts ${TOOL_VERSION}`);
-    const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
-    if (!command) {
-      throw new OTAError(`no command ${name}${hint(name, Object.keys(COMMANDS))}; see --help`, 2);
+    if (first === "--version") return await say(`ota.ts ${TOOL_VERSION}`);
+    if (first === "--help" || first === "-h" || first === "help") {
+      const isCommand = Object.hasOwn(COMMANDS, rest[0] ?? "");
+      return await say(isCommand ? helpOf(commandLine(rest)) : help());
     }
-    const given = parseOptions(name, command.options, rest);
-    if (given.help) return await say(help(name));
-    if (given.version) return await say(`ota.ts ${TOOL_VERSION}`);
-    return await command.run(given);
+    const { name, command, args: own } = commandLine(args);
+    const { given, words } = parseOptions(name, command.options, own);
+    if (given.help) return await say(helpOf({ name, command }));
+    if (given.version && words.length === 0) return await say(`ota.ts ${TOOL_VERSION}`);
+    checkWords(name, command.takes ?? "", words);
+    return await command.run(given, words);
   } catch (error) {
     if (isBug(error)) throw error;
     tell(`ota.ts: ${errorText(error)}`);
@@ -11582,6 +15247,8 @@ export async function main(args: readonly string[]): Promise<number> {
 
 if (!threads.isMainThread && threads.workerData === PATCH_WORKER) {
   servePatches(threads.parentPort!);
+} else if (!threads.isMainThread && threads.workerData?.kind === FLEET_WORKER) {
+  serveStore(threads.parentPort!, threads.workerData);
 } else if (import.meta.main) {
   // Write errors are handled where they matter; an unhandled one would end the process.
   for (const stream of [process.stdout, process.stderr]) stream.on("error", () => {});

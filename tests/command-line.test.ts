@@ -28,8 +28,13 @@ const COMMANDS: Record<string, string[]> = {
       "tls-cert",
       "tls-key",
       "trust-proxy",
+      "fleet",
+      "no-fleet",
+      "silent",
+      "admin-token",
     ],
   ],
+  fleet: [...["root", "fleet", "json", "state", "version", "model", "label", "csv"]],
   client: [
     ...["ver", "root", "server", "from", "id", "every", "jobs", "timeout", "check"],
     ...["check-timeout", "restart", "check-files", "repair", "retry", "verify"],
@@ -99,12 +104,34 @@ describe.concurrent("--help", () => {
       for (const { code, stdout, stderr } of found) {
         expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
         expect(stdout).toStartWith(`bun ota.ts ${name}: `);
-        const listed = [...stdout.matchAll(/^  --([a-z-]+)( [A-Z]+)? +\S/gm)].map(([, o]) => o);
+        const listed = [...stdout.matchAll(/^  --([a-z-]+)( [A-Z=]+)? +\S/gm)].map(([, o]) => o);
         expect(listed.toSorted()).toEqual([...options, "help"].sort());
         for (const line of stdout.split("\n")) expect(line.length).toBeLessThanOrEqual(100);
       }
     });
   }
+
+  test("of a command of a command has its own options", async () => {
+    const found = await Promise.all(
+      [
+        ["fleet", "list", "--help"],
+        ["fleet", "--help", "list"],
+        ["help", "fleet", "list"],
+      ].map(run),
+    );
+    for (const { code, stdout } of found) {
+      expect([code, stdout]).toEqual([0, expect.stringMatching(/^bun ota\.ts fleet list: /)]);
+      expect(stdout).toContain("--state S");
+    }
+    const { stdout } = await run(["fleet", "forget", "--help"]);
+    expect(stdout).toStartWith("bun ota.ts fleet forget ID: ");
+    expect(stdout).not.toContain("--state");
+    const all = (await run(["fleet", "--help"])).stdout;
+    for (const name of ["list", "show ID", "name ID TEXT", "label ID K=V...", "forget ID"]) {
+      expect(all).toContain(`\n  fleet ${name} `);
+    }
+    expect(all).toContain("\n  fleet merge FILE ");
+  });
 
   test("of client says what the exit codes mean", async () => {
     const { stdout } = await run(["client", "--help"]);
@@ -149,6 +176,42 @@ describe.concurrent("what is not understood", () => {
     expect(said).toEqual(far.map((typed) => `ota.ts: no command ${typed}; see --help\n`));
   });
 
+  test("a command of a command", async () => {
+    const [near, far, elsewhere, missing, extra, half] = await refused(
+      ["fleet", "lst"],
+      ["fleet", "--root", "x", "constructor"],
+      ["fleet", "--state", "silent"],
+      ["fleet", "name", "a"],
+      ["fleet", "show", "a", "b"],
+      ["fleet", "label", "a"],
+    );
+    expect(near).toContain("fleet has no command lst; did you mean list?; see fleet --help");
+    expect(far).toContain("fleet has no command constructor; see fleet --help");
+    expect(elsewhere).toContain("fleet has no option --state, but fleet list has");
+    expect(missing).toContain("fleet name needs TEXT: fleet name ID TEXT");
+    expect(extra).toContain("fleet show takes ID (quoted, if there are spaces), and no b;");
+    expect(half).toContain("fleet label needs K=V: fleet label ID K=V...");
+  });
+
+  test("what a fleet's commands expect", async () => {
+    const [state, label, both, forms, label2, url] = await refused(
+      ["fleet", "list", "--state", "silnt"],
+      ["fleet", "list", "--label", "site"],
+      ["fleet", "--root", ".", "--fleet", "x.db"],
+      ["fleet", "list", "--json", "--csv"],
+      ["fleet", "label", "a", "=x"],
+      ["fleet", "--fleet", "mysql://me:secret@host/x"],
+    );
+    expect(state).toContain("expects one of current, behind, offered, silent, failed, found silnt");
+    expect(state).toContain("did you mean silent?");
+    expect(label).toContain("a label is K=V, found site");
+    expect(both).toContain("--fleet and --root exclude each other");
+    expect(forms).toContain("--json and --csv exclude each other");
+    expect(label2).toContain("a label is K=V, found =x");
+    expect(url).toContain("--fleet expects");
+    expect(url).not.toContain("secret");
+  });
+
   test("an option: the nearest one is named", async () => {
     const near = [
       ["client", "--rot", "--root"],
@@ -191,8 +254,10 @@ describe.concurrent("what is not understood", () => {
       "retry",
       "force",
       "json",
+      "csv",
       "cost",
       "only-releases",
+      "no-fleet",
       "check-files",
     ]);
     const isFlag = (command: string, name: string) =>
@@ -201,8 +266,12 @@ describe.concurrent("what is not understood", () => {
       const named = options.filter((name) => !isFlag(command, name));
       return named.map((name) => [command, name] as const);
     });
+    // Of its commands, this one has all its options.
+    const words = (command: string) => (command === "fleet" ? ["fleet", "list"] : [command]);
     for (const end of ["", "="]) {
-      const said = await refused(...all.map(([command, name]) => [command, `--${name}${end}`]));
+      const said = await refused(
+        ...all.map(([command, name]) => [...words(command), `--${name}${end}`]),
+      );
       all.forEach(([, name], i) => expect(said[i]).toContain(`--${name} needs a value`));
     }
   });

@@ -5,6 +5,7 @@
 
 import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { existsSync, mkdirSync, readFileSync, rmSync, statSync, symlinkSync } from "node:fs";
+import type { Socket } from "node:net";
 import {
   type CommandOptions,
   OTA,
@@ -15,12 +16,13 @@ import {
   type TransferRequest,
   type TransferResponse,
 } from "../ota.ts";
+import { Between } from "./helpers/between.ts";
 import { sha1, sha256 } from "./helpers/content.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import { MemoryDisk } from "./helpers/memory-disk.ts";
 import { freePort } from "./helpers/raw.ts";
 import { asTree, layTree, otaFiles, readTree, type Tree } from "./helpers/temp.ts";
-import { eventually, ota, OTA_TS, Tool } from "./helpers/tool.ts";
+import { eventually, ota, OTA_TS, run, Tool } from "./helpers/tool.ts";
 import { Served, World } from "./helpers/world.ts";
 
 setDefaultTimeout(600_000);
@@ -525,6 +527,173 @@ describe.concurrent("what a device tells the server", () => {
     await world.serve();
     expect((await world.client()).last).toBe("updated 1.0.0 -> 1.0.1");
     expect(world.tree()).toEqual(asTree({ ...V2, ...VERSION_2 }));
+  });
+});
+
+describe.concurrent("a report", () => {
+  const offer = { version: "1.0.1", put: { "flash/main.py": "two" } };
+  const done = { code: 0, stdout: "updated 0 -> 1.0.1\n" };
+  const unsure = "ota.ts: the server may not know yet what this device is on: ";
+  /** The notes on stderr. */
+  const notes = (stderr: string) => stderr.match(/^ota\.ts: .*$/gm) ?? [];
+
+  test("follows an update: which device, and what it is on now", async () => {
+    await using world = await World.with(BOTH, {
+      ...{ beside: { "firmware_1.0.1.bin": IMAGE_2 }, on: "1.0.0", token: "open sesame" },
+    });
+    await using between = await Between.start(world);
+    const named = ["--id", "meter 7&x=1", "--model", "lopy 4", "--token", "open sesame"];
+    const { code, stderr } = await world.client(named, between);
+    expect({ code, notes: notes(stderr) }).toEqual({ code: 0, notes: [] });
+    expect(between.reports).toHaveLength(1);
+    const [{ asked, answer }] = between.reports as [(typeof between.reports)[0]];
+    expect([asked.method, asked.path, answer.status]).toEqual(["HEAD", "/manifest.json", 200]);
+    expect(asked.headers.get("authorization")).toBe("Bearer open sesame");
+    expect(Object.fromEntries(asked.query)).toEqual({
+      ...{ current_ver: "1.0.1", firmware_ver: "1.0.1", devid: "meter 7&x=1", model: "lopy 4" },
+    });
+    expect(world.server.requests.at(-1)).toMatchObject({ method: "HEAD", status: 200 });
+  });
+
+  test("is made once all is in its place, under the name that the device asked by", async () => {
+    using world = new World({}, { device: V1 });
+    await using server = await Double.start((asked, connection) => {
+      return offering(offer, () => server.url)(asked, connection);
+    });
+    const trees: Record<string, string>[] = [];
+    server.report = (_, connection) => {
+      trees.push(world.tree());
+      connection.end(head(200));
+    };
+    const { last } = await world.client(["--ver", "1.0.0", "--check", "true"], server);
+    expect(last).toBe("updated 1.0.0 -> 1.0.1");
+    expect(trees).toEqual([asTree({ ...V1, "flash/main.py": "two", ...VERSION_2 })]);
+    const devid = server.asked[0]?.query.get("devid") ?? "";
+    expect(devid).not.toBe("");
+    expect(server.reports.map(({ query }) => Object.fromEntries(query))).toEqual([
+      { current_ver: "1.0.1", firmware_ver: "", devid },
+    ]);
+  });
+
+  test("follows an update of firmware alone, and one that changes no file", async () => {
+    const files: Tree = { "flash/main.py": "main" };
+    await using world = await World.with(
+      { "1.0.0": files, "1.0.1": files },
+      { beside: { "firmware_1.0.0.bin": IMAGE_1 }, on: "1.0.0" },
+    );
+    await using between = await Between.start(world);
+    const said = () => between.reports.at(-1)?.asked.query;
+    expect((await world.client([], between)).last).toBe("updated 1.0.0 -> 1.0.1");
+    expect([said()?.get("current_ver"), said()?.get("firmware_ver")]).toEqual(["1.0.1", "1.0.0"]);
+    layTree(world.releases, { "firmware_1.0.1.bin": IMAGE_2 });
+    between.server = (await world.serve()).url;
+    expect((await world.client([], between)).last).toEndWith("(firmware 1.0.0 -> 1.0.1)");
+    expect([said()?.get("current_ver"), said()?.get("firmware_ver")]).toEqual(["1.0.1", "1.0.1"]);
+    expect(between.reports).toHaveLength(2);
+  });
+
+  test("is not made by a device that is up to date, that failed, or does not try", async () => {
+    await using world = await World.with(BOTH, { on: "1.0.0" });
+    await using between = await Between.start(world);
+    // Files in the way: it fails before anything is fetched.
+    layTree(world.root, { "flash/deep": "the application's" });
+    expect((await world.client([], between)).code).toBe(1);
+    rmSync(world.at("device/flash/deep"));
+    expect((await world.client(["--check", "false"], between)).code).toBe(3);
+    expect(between.reports.splice(0)).toHaveLength(1);
+    expect((await world.client([], between)).last).toStartWith("not tried 1.0.1");
+    between.server = (await world.serve({ latest: "1.0.0" })).url;
+    expect((await world.client([], between)).last).toBe("up to date 1.0.0");
+    expect(between.reports).toEqual([]);
+  });
+
+  test("follows every repair, since who asks for one does not say what it is on", async () => {
+    await using world = await World.with(BOTH, { on: "1.0.1" });
+    await using between = await Between.start(world);
+    expect((await world.client(["--repair"], between)).last).toBe("up to date 1.0.1");
+    layTree(world.root, { "flash/main.py": "scribbled" });
+    expect((await world.client(["--repair"], between)).last).toBe("repaired 1.0.1");
+    const asked = between.of("/manifest.json").map(({ asked }) => asked.query.get("current_ver"));
+    expect(asked).toEqual([null, null]);
+    const said = between.reports.map(({ asked }) => asked.query.get("current_ver"));
+    expect(said).toEqual(["1.0.1", "1.0.1"]);
+  });
+
+  test("that is refused changes nothing: one note says so", async () => {
+    for (const [status, why] of [
+      [401, " answered 401: it requires a token, see --token"],
+      [404, " answered 404"],
+      // As a plain file server may.
+      [405, " answered 405"],
+      [500, " answered 500"],
+    ] as const) {
+      using world = new World();
+      await using server = await Double.start((asked, connection) => {
+        return offering(offer, () => server.url)(asked, connection);
+      });
+      server.report = (_, connection) => void connection.end(head(status));
+      const { code, stdout, stderr } = await world.client([], server);
+      expect({ code, stdout }).toEqual(done);
+      expect(notes(stderr)).toEqual([`${unsure}${server.url}/manifest.json${why}`]);
+      // It is tried once; and what was refused once is not owed.
+      expect((await world.client([], server)).last).toBe("up to date 1.0.1");
+      expect(server.reports).toHaveLength(1);
+    }
+  });
+
+  test("that fails or is never answered changes nothing: one note says so", async () => {
+    for (const [report, why, args] of [
+      [(_: unknown, connection: Socket) => void connection.destroy(), /cannot reach http:/, []],
+      [(_: unknown, connection: Socket) => void connection.end("lorem"), /cannot reach http:/, []],
+      [() => {}, /nothing came for 1 s$/, ["--timeout", "1"]],
+    ] as const) {
+      using world = new World();
+      await using server = await Double.start((asked, connection) => {
+        return offering(offer, () => server.url)(asked, connection);
+      });
+      server.report = report;
+      const { code, stdout, stderr } = await world.process([...args], server);
+      expect({ code, stdout }).toEqual(done);
+      // A second may be too short for a busy machine elsewhere, too.
+      const ours = notes(stderr).filter((line) => line.startsWith(unsure));
+      expect(ours).toEqual([expect.stringMatching(why)]);
+      expect(server.reports).toHaveLength(1);
+      expect(await world.status()).toMatchObject({ version: "1.0.1", pending: false });
+    }
+  });
+
+  test("that is interrupted changes nothing: the device is not as it was", async () => {
+    using world = new World();
+    await using server = await Double.start((asked, connection) => {
+      return offering(offer, () => server.url)(asked, connection);
+    });
+    server.report = () => {};
+    await using tool = new Tool(world.args([], server));
+    await eventually("a report", () => server.reports.length > 0);
+    tool.kill("SIGINT");
+    const { code, stdout, stderr } = await tool.ended;
+    expect({ code, stdout }).toEqual(done);
+    expect(notes(stderr)).toEqual([`${unsure}interrupted`]);
+  });
+
+  test("is made once by a device that keeps asking, also where it failed", async () => {
+    using world = new World();
+    await using server = await Double.start((asked, connection) => {
+      return offering(offer, () => server.url)(asked, connection);
+    });
+    server.report = (_, connection) => void connection.end(head(405));
+    await using tool = new Tool(world.args(["--every", "1s"], server));
+    await tool.until(/^updated 0 -> 1\.0\.1\n(up to date 1\.0\.1\n){2}/);
+    tool.kill("SIGINT");
+    expect((await tool.ended).code).toBe(0);
+    expect(server.reports).toHaveLength(1);
+  });
+
+  test("is not made to a directory", async () => {
+    using world = new World(BOTH);
+    const from = ["--from", world.releases];
+    const { code, stdout, stderr } = await run(["client", "--root", world.root, ...from]);
+    expect({ code, stdout, notes: notes(stderr) }).toEqual({ ...done, notes: [] });
   });
 });
 

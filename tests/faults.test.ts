@@ -10,7 +10,6 @@ import {
   chownSync,
   copyFileSync,
   cpSync,
-  mkdirSync,
   readFileSync,
   rmSync,
   statfsSync,
@@ -20,6 +19,7 @@ import {
 } from "node:fs";
 import { status } from "../ota.ts";
 import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
+import { Mount } from "./helpers/mount.ts";
 import { ALL, Random, seeded } from "./helpers/random.ts";
 import { asTree, layTree, otaFiles, readTree, sizesIn, Temp, type Tree } from "./helpers/temp.ts";
 import {
@@ -346,32 +346,6 @@ describe.concurrent("two at once", () => {
     await device.expectNextSucceeds();
   });
 });
-
-/** A file system of its own, of some size, below a temporary directory. */
-class Mount implements Disposable {
-  constructor(
-    readonly path: string,
-    options: string,
-  ) {
-    mkdirSync(path, { recursive: true });
-    this.#run([need("mount"), "-t", "tmpfs", "-o", options, "tmpfs", path]);
-  }
-
-  remount(options: string): void {
-    this.#run([need("mount"), "-o", `remount,${options}`, this.path]);
-  }
-
-  [Symbol.dispose](): void {
-    this.#run([need("umount"), "-l", this.path]);
-  }
-
-  #run(command: string[]): void {
-    const { exitCode, stderr } = Bun.spawnSync(command, { stderr: "pipe" });
-    if (exitCode !== 0) {
-      throw new Error(`this test needs to mount file systems, as root: ${stderr.toString()}`);
-    }
-  }
-}
 
 describe.concurrent("no space", () => {
   test("is found before anything is fetched, and both numbers are told", async () => {

@@ -5,8 +5,10 @@
 
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { cpSync, existsSync, readFileSync, rmSync } from "node:fs";
+import type { Socket } from "node:net";
 import type { ServeOptions } from "../ota.ts";
-import { Double, manifestOf, send } from "./helpers/double.ts";
+import { Between } from "./helpers/between.ts";
+import { Double, head, manifestOf, offering, send } from "./helpers/double.ts";
 import { asTree, existing, layTree, type Tree } from "./helpers/temp.ts";
 import { callsOf, eventually, injecting, ota, quoted, Tool, type Ran } from "./helpers/tool.ts";
 import { World } from "./helpers/world.ts";
@@ -197,7 +199,10 @@ describe.concurrent("--check", () => {
       expect({ code, last }).toEqual({ code: 3, last: "rolled back 1.0.1 -> 1.0.0" });
       expect(stderr).toContain("started 3 times and never ended");
       expect(device.logged()).toEqual([]);
-      expect(device.server.requests).toEqual([]);
+      // It asks for nothing, and reports.
+      expect(device.server.requests).toMatchObject([
+        { method: "HEAD", path: "/manifest.json", failed: "1.0.1" },
+      ]);
       await device.expectOn1(["1.0.1"]);
     } finally {
       for (const pid of checks) if (isAlive(pid)) process.kill(pid, "SIGKILL");
@@ -298,6 +303,108 @@ describe.concurrent("a release that failed", () => {
     });
     expect((await device.client()).last).toBe("up to date 1.0.2");
     expect(device.server.requests.at(-1)?.failed).toBeUndefined();
+  });
+});
+
+describe.concurrent("a report", () => {
+  /** What was reported: each time the version, the firmware, and what failed. */
+  const reported = ({ reports }: Between) => {
+    return reports.map(({ asked: { query } }) => {
+      return [query.get("current_ver"), query.get("firmware_ver"), query.get("failed")];
+    });
+  };
+
+  test("follows a rollback, after the last restart: what it is on again, and what failed", async () => {
+    await using device = await Device.on1();
+    await using between = await Between.start(device);
+    const args = ["--check", "false", "--restart", 'echo "restart $OTA_VERSION" >> "$LOG"'];
+    const heard: string[][] = [];
+    between.meddling = {
+      ask: (_, { method }) => void (method === "HEAD" && heard.push(device.logged())),
+    };
+    expect((await device.client(args, between)).code).toBe(3);
+    expect(reported(between)).toEqual([["1.0.0", "1.0.0", "1.0.1"]]);
+    expect(heard).toEqual([["restart 1.0.1", "restart 1.0.0"]]);
+    // It is the device that asked.
+    const [asked] = between.of("/manifest.json");
+    const [report] = between.reports;
+    expect(report?.asked.query.get("devid")).toBe(asked!.asked.query.get("devid"));
+  });
+
+  test("of firmware that failed alone names it", async () => {
+    await using device = await Device.on1();
+    rmSync(device.at("releases/1.0.1"), { recursive: true });
+    await device.serve();
+    await using between = await Between.start(device);
+    expect((await device.client(["--check", "false"], between)).code).toBe(3);
+    expect(reported(between)).toEqual([["1.0.0", "1.0.0", "1.0.1"]]);
+  });
+
+  test("of a new device that went back says that it is on nothing, whatever --ver says", async () => {
+    await using device = await Device.on1();
+    rmSync(device.root, { recursive: true });
+    await using between = await Between.start(device);
+    // Its application writes something.
+    const args = ["--ver", "0.5", "--restart", "echo > flash/log", "--check", "false"];
+    expect((await device.client(args, between)).last).toBe("rolled back 1.0.1 -> 0");
+    expect(reported(between)).toEqual([["", "", "1.0.1"]]);
+  });
+
+  test("follows a rollback at the next start, which asks for nothing", async () => {
+    await using device = await Device.on1();
+    await using between = await Between.start(device);
+    const killed = await device.process(["--check", 'kill -KILL "$PPID"'], between);
+    expect(killed.signal).toBe("SIGKILL");
+    expect(between.reports).toEqual([]);
+    between.passed.length = 0;
+    const { code, last } = await device.client(["--check", "false"], between);
+    expect({ code, last }).toEqual({ code: 3, last: "rolled back 1.0.1 -> 1.0.0" });
+    expect(reported(between)).toEqual([["1.0.0", "1.0.0", "1.0.1"]]);
+    expect(between.passed).toEqual([]);
+  });
+
+  test("is not needed where the next start confirms a release: its request says so", async () => {
+    await using device = await Device.on1();
+    await using between = await Between.start(device);
+    await device.process(["--check", 'kill -KILL "$PPID"'], between);
+    between.passed.length = 0;
+    expect((await device.client(["--check", "true"], between)).last).toBe("up to date 1.0.1");
+    const asked = between.passed.map(({ asked }) => asked.query.get("current_ver"));
+    expect(asked).toEqual(["1.0.1"]);
+    expect(between.reports).toEqual([]);
+  });
+
+  test("that fails changes nothing about a rollback: one note says so", async () => {
+    for (const [report, why, args] of [
+      [(connection: Socket) => void connection.end(head(405)), "answered 405", []],
+      [() => {}, "nothing came for 1 s", ["--timeout", "1"]],
+    ] as const) {
+      for (const isLater of [false, true]) {
+        await using device = await Device.on1();
+        const offer = { version: "1.0.1", put: { "flash/main.py": "print('two')\n" } };
+        await using server = await Double.start((asked, connection) => {
+          return offering(offer, () => server.url)(asked, connection);
+        });
+        server.report = (_, connection) => report(connection);
+        if (isLater) await device.process(["--check", 'kill -KILL "$PPID"'], server);
+        const failing = ["--check", "exit 7", ...args];
+        const { code, stdout, stderr } = await device.process(failing, server);
+        expect({ code, stdout }).toEqual({ code: 3, stdout: "rolled back 1.0.1 -> 1.0.0\n" });
+        expect(stderr.match(/^ota\.ts: .*$/gm)?.at(-1)).toEndWith(why);
+        expect(stderr.match(/may not know yet what this device is on/g)).toHaveLength(1);
+        expect(server.reports).toHaveLength(1);
+        await device.expectOn1(["1.0.1"]);
+      }
+    }
+  });
+
+  test("is not made by rollback and status, which know no server", async () => {
+    await using device = await Device.on1();
+    await device.client();
+    device.server.lines.length = 0;
+    expect((await device.run("rollback")).code).toBe(0);
+    expect((await device.run("status")).code).toBe(0);
+    expect(device.server.requests).toEqual([]);
   });
 });
 

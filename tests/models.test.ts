@@ -721,6 +721,7 @@ describe("what people see", () => {
       "firmware 1.0.1        firmware_1.0.1.bin, 3.0 KB",
       "ignored  plan.txt: neither a version nor a firmware_VERSION.bin",
       "also served: texts/ (1 file), lopy4/plan.txt",
+      expect.stringMatching(/^fleet +http:\S+\/-\/\?token=[\w-]{32}$/),
       `try      curl '${tool.url}/a%20b/manifest.json?current_ver=2.0'`,
     ] as string[]);
     await tool.until(/boards with Pycom's library cannot/, "stderr");

@@ -660,10 +660,13 @@ describe.concurrent("the threads that make patches", () => {
   const SERVE = "servePatches(threads.parentPort!);\n}";
   const faults: Record<string, [from: string, to: string]> = {
     "cannot start": [
-      "new threads.Worker(new URL(import.meta.url)",
-      'new threads.Worker(new URL("file:///nowhere/ota.ts")',
+      "new URL(import.meta.url), { workerData: PATCH_WORKER }",
+      'new URL("file:///nowhere/ota.ts"), { workerData: PATCH_WORKER }',
     ],
-    "cannot be made": ["new threads.Worker(new URL", "new (null!)(new URL"],
+    "cannot be made": [
+      "new threads.Worker(new URL(import.meta.url), { workerData: PATCH_WORKER }",
+      "new (null!)(new URL(import.meta.url), { workerData: PATCH_WORKER }",
+    ],
     "ends at once": [SERVE, "process.exit(3);\n}"],
     "fails at once": [SERVE, 'throw new Error("out of memory");\n}'],
     "ends with a job": [SERVE, 'threads.parentPort!.on("message", () => process.exit(3));\n}'],
@@ -731,7 +734,7 @@ describe.concurrent("the threads that make patches", () => {
     expect(await made()).toBe(2);
   });
 
-  test("bundled into another program, they do not start it again; the tool compiled makes patches", async () => {
+  test("bundled into another program, no thread starts it again; the tool compiled makes patches", async () => {
     using temp = new Temp();
     for (const k of [0, 1] as const) {
       const files = Object.entries(tree(k));
@@ -747,7 +750,7 @@ describe.concurrent("the threads that make patches", () => {
     temp.write({
       "program.ts": `
         import { appendFileSync } from "node:fs";
-        import { serve } from ${JSON.stringify(OTA_TS)};
+        import { Fleet, serve } from ${JSON.stringify(OTA_TS)};
         appendFileSync(${JSON.stringify(temp.at("started"))}, "once");
         const options = { port: 0, host: "127.0.0.1", quiet: 0, log: () => {} };
         const server = await serve({ root: ${JSON.stringify(temp.at("root"))}, ...options });
@@ -757,13 +760,16 @@ describe.concurrent("the threads that make patches", () => {
           console.log(answer.headers.get("content-encoding"));
         }
         await server.stop();
+        await using fleet = await Fleet.open({ url: ${JSON.stringify(temp.at("fleet.db"))} });
+        await fleet.setSetting("kept", "by this thread");
+        console.log(await fleet.setting("kept"));
       `,
     });
     build(temp.at("program.ts"), "--target=bun", "--outfile", temp.at("program.js"));
     const child = Bun.spawn([process.execPath, temp.at("program.js")], {
       stdio: ["ignore", "pipe", "inherit"],
     });
-    expect(await child.stdout.text()).toBe("br\ndcz\n");
+    expect(await child.stdout.text()).toBe("br\ndcz\nby this thread\n");
     expect(await child.exited).toBe(0);
     expect(await Bun.file(temp.at("started")).text()).toBe("once");
 

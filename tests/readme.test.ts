@@ -6,6 +6,7 @@
 
 import { beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import {
+  cpSync,
   existsSync,
   mkdirSync,
   readdirSync,
@@ -16,6 +17,7 @@ import {
 } from "node:fs";
 import { dirname, join } from "node:path";
 import { LIMITS, MAX_CODED, MAX_MANIFEST_BYTES, parseManifest, Releases } from "../ota.ts";
+import { layFleet, type Said } from "./helpers/laid-fleet.ts";
 import { asTree, layTree, readTree, Temp } from "./helpers/temp.ts";
 import { ota, OTA_TS, Tool } from "./helpers/tool.ts";
 
@@ -72,9 +74,11 @@ function stepsOf(session: Block): { typed: string; answer: string[] }[] {
 class Clone extends Temp {
   constructor() {
     super();
-    for (const name of ["ota.ts", "examples", "node_modules"]) {
+    for (const name of ["ota.ts", "node_modules"]) {
       symlinkSync(`${REPOSITORY}/${name}`, this.at(name));
     }
+    // A server writes its fleet there.
+    cpSync(`${REPOSITORY}/examples`, this.at("examples"), { recursive: true });
   }
 
   /** Runs lines for a shell, with this Bun; what it shows is stderr, and then stdout. */
@@ -90,6 +94,19 @@ class Clone extends Temp {
     return { code: exitCode, shown: text === "" ? [] : text.split("\n") };
   }
 }
+
+/** The fleet that README shows. */
+const README_FLEET = (hour: number): Said[] => [
+  ...["0001", "0002", "0003", "0004"].map((end) => {
+    return { id: `240ac4a0${end}`, version: "1.0.1", ago: 30 * hour, query: { model: "LoPy4" } };
+  }),
+  { id: "240ac4a00007", version: "1.0.0", ago: 80 * hour, query: { model: "FiPy" }, to: "1.0.1" },
+  { id: "240ac4a00008", version: "1.0.0", ago: 78 * hour, query: { model: "LoPy4" }, to: "1.0.1" },
+  { id: "240ac4a00008", version: "1.0.1", ago: 77.5 * hour, method: "HEAD" },
+  { id: "240ac4a00008", version: "1.0.0", ago: 76.5 * hour, method: "HEAD" },
+  { id: "240ac4a00009", version: "1.0.0", ago: 5.5 * hour, query: { model: "LoPy4" } },
+  { id: "240ac4a00006", version: "1.0.0", ago: 0.4 * hour, query: { model: "LoPy4" }, to: "1.0.1" },
+];
 
 /** The options that the help of a command lists. */
 const optionsOf = new Map<string, Set<string>>();
@@ -275,7 +292,8 @@ describe("commands", () => {
     const general = (line: string) =>
       line
         .replace(/ serves .*(?=\/examples\/)/, " serves …")
-        .replaceAll(/http:\/\/127\.0\.0\.1:\d+/g, "http://127.0.0.1:…");
+        .replaceAll(/http:\/\/127\.0\.0\.1:\d+/g, "http://127.0.0.1:…")
+        .replace(/token=[\w-]{32}$/, "token=…");
     const [command, ...shown] = served.text.trimEnd().split("\n");
     expect(command).toBe("$ bun ota.ts serve --root examples/smart-meter");
     expect(printed.map(general)).toEqual(shown.slice(0, printed.length).map(general));
@@ -324,6 +342,31 @@ describe("commands", () => {
     using clone = new Clone();
     const block = blockWith("manifest --root");
     expect(clone.run(block.text)).toEqual({ code: 0, shown: outputOf(block) });
+  });
+
+  test("a small fleet is shown as README shows it", async () => {
+    using clone = new Clone();
+    const hour = 3600_000;
+    mkdirSync(clone.at("releases"));
+    await layFleet(clone.at("releases/.fleet.db"), README_FLEET(hour));
+    const general = (line: string) =>
+      line
+        .replace(/ written .*, in .*(?=\/releases\/)/, " written …, in …")
+        .replaceAll(/\d{4}-\d\d-\d\dT[\d:.]+Z/g, "…");
+    const steps = stepsOf(blockWith("$ bun ota.ts fleet --root releases\n"));
+    expect(steps.length).toBe(5);
+    for (const { typed, answer } of steps) {
+      const { shown } = clone.run(typed);
+      expect([typed, shown.map(general)]).toEqual([typed, answer.map(general)]);
+    }
+    const session = blockWith("fleet merge /media/stick/");
+    await layFleet(clone.at("van.db"), [
+      { id: "240ac4b00101", to: "1.0.1" },
+      { id: "240ac4b00102", version: "1.0.1" },
+      { id: "240ac4a00009", ago: 99 * hour },
+    ]);
+    const [{ typed = "", answer = [] } = {}] = stepsOf(session);
+    expect(clone.run(typed.replace("/media/stick/", ""))).toEqual({ code: 0, shown: answer });
   });
 
   test("keygen, and what is done with the keys", async () => {
@@ -589,7 +632,11 @@ describe("systemd's units", () => {
       "flash/a.py": "1\n",
       "flash/OTA_VERSION.py": "VERSION = '1.0.0'\n",
     });
-    const paths = { "/srv/releases": temp.at("releases"), "/srv/meter": temp.at("meter") };
+    const paths = {
+      "/srv/releases": temp.at("releases"),
+      "/var/lib/ota-server/fleet.db": temp.at("fleet.db"),
+      "/srv/meter": temp.at("meter"),
+    };
     const where = ["--port", "0", "--host", "127.0.0.1"];
     await using server = new Tool([...argumentsOf("ota-server.service", paths), ...where]);
     const [, url = ""] = await server.until(/ at (http:\S+)\n/);

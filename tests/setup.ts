@@ -6,6 +6,7 @@
 /** Program → the Debian package that has it. */
 const NEEDED: Record<string, string> = {
   curl: "curl",
+  initdb: "postgresql",
   mount: "mount",
   nginx: "nginx-light",
   openssl: "openssl",
@@ -14,9 +15,13 @@ const NEEDED: Record<string, string> = {
   zstd: "zstd",
 };
 
-const path = `${process.env.PATH ?? ""}:/usr/sbin:/sbin`;
+/** Debian has PostgreSQL's programs below a directory for each version. */
+const path = () => {
+  const versions = new Bun.Glob("/usr/lib/postgresql/*/bin").scanSync({ onlyFiles: false });
+  return [process.env.PATH ?? "", "/usr/sbin", "/sbin", ...versions].join(":");
+};
 const missing = () =>
-  Object.keys(NEEDED).filter((name) => Bun.which(name, { PATH: path }) === null);
+  Object.keys(NEEDED).filter((name) => Bun.which(name, { PATH: path() }) === null);
 
 const packages = missing().map((name) => NEEDED[name]!);
 if (packages.length > 0) {

@@ -7,7 +7,13 @@ import { describe, expect, setDefaultTimeout, test } from "bun:test";
 import { readFileSync } from "node:fs";
 import type { Socket } from "node:net";
 import { gzipSync } from "node:zlib";
-import { OTA, TransferError, type TransferResponse, type TransferRequest } from "../ota.ts";
+import {
+  OTA,
+  type OTAOptions,
+  TransferError,
+  type TransferRequest,
+  type TransferResponse,
+} from "../ota.ts";
 import { noise, sha256 } from "./helpers/content.ts";
 import {
   Double,
@@ -627,6 +633,42 @@ class MapOTA extends OTA {
   }
 }
 
+/** One that reports. What is done with it is in `steps`. */
+class TellingOTA extends MapOTA {
+  readonly steps: string[] = [];
+  readonly notes: string[] = [];
+  /** What becomes of reports, if it is not well. */
+  telling: (signal: AbortSignal) => void | Promise<void> = () => {};
+  /** The step that fails. */
+  failing = "";
+
+  constructor(options: OTAOptions) {
+    super({
+      ...options,
+      report: (event) => void (event.kind === "note" && this.notes.push(event.text)),
+    });
+  }
+
+  #step(name: string): void {
+    this.steps.push(name);
+    if (this.steps.join(" ") === this.failing) throw new TransferError(`no ${name}`, true);
+  }
+
+  override async connect(): Promise<void> {
+    this.#step("connect");
+  }
+
+  override async disconnect(): Promise<void> {
+    this.#step("disconnect");
+  }
+
+  override async report(path: string, signal: AbortSignal): Promise<void> {
+    const { pathname, searchParams } = new URL(path, "map://");
+    this.#step(`${pathname} ${searchParams.get("current_ver")}`);
+    await this.telling(signal);
+  }
+}
+
 /** One that knows how to fail. */
 class ShakyOTA extends MapOTA {
   override async getData(path: string, want: TransferRequest): Promise<TransferResponse> {
@@ -693,6 +735,85 @@ describe("a transport of one's own", () => {
         "/manifest.json 0",
       ],
     ]);
+  });
+
+  const STEPS = ["connect", "disconnect", "connect", "/manifest.json 1.0.1", "disconnect"];
+  const UNSURE = "the server may not know yet what this device is on: ";
+
+  test.concurrent("may report, on a connection of its own after restart and check", async () => {
+    using device = new Device();
+    const transport: TellingOTA = new TellingOTA({
+      root: device.root,
+      ...{ restart: "restart", check: { command: "check", timeout: 9 } },
+      run: async (command) => {
+        transport.steps.push(command);
+        return 0;
+      },
+    });
+    fill(transport, OFFER);
+    expect(await transport.update()).toMatchObject({ result: "updated", to: "1.0.1" });
+    expect(transport.steps).toEqual([
+      ...["connect", "disconnect", "restart", "check"],
+      ...["connect", "/manifest.json 1.0.1", "disconnect"],
+    ]);
+    transport.contents.set(MANIFEST, Buffer.from("null"));
+    transport.steps.length = 0;
+    expect(await transport.update()).toMatchObject({ result: "up to date" });
+    expect(transport.steps).toEqual(["connect", "disconnect"]);
+    expect(transport.notes.filter((text) => text.startsWith(UNSURE))).toEqual([]);
+  });
+
+  test.concurrent(
+    "may fail at any step of a report: the update stands, and a note says so",
+    async () => {
+      for (const last of [2, 3, 4]) {
+        using device = new Device();
+        const transport = new TellingOTA({ root: device.root });
+        fill(transport, OFFER);
+        transport.failing = STEPS.slice(0, last + 1).join(" ");
+        expect(await transport.update()).toMatchObject({ result: "updated", to: "1.0.1" });
+        expect(transport.notes.at(-1)).toBe(`${UNSURE}no ${STEPS[last]}`);
+        // What was connected is disconnected.
+        expect(transport.steps).toEqual(last === 2 ? STEPS.slice(0, 3) : STEPS);
+        expect(device.tree()).toEqual(AFTER);
+      }
+    },
+  );
+
+  test.concurrent("may have a report that is wrong, or never ends: it is left alone", async () => {
+    for (const [telling, why] of [
+      [() => Promise.reject(new RangeError("a mistake in it")), "a mistake in it"],
+      [() => new Promise<void>(() => {}), "nothing came for 1 s"],
+    ] as const) {
+      using device = new Device();
+      const transport = new TellingOTA({ root: device.root, timeout: 1 });
+      fill(transport, OFFER);
+      let told: AbortSignal | undefined;
+      transport.telling = (signal) => {
+        told = signal;
+        return telling();
+      };
+      expect(await transport.update()).toMatchObject({ result: "updated", to: "1.0.1" });
+      expect(transport.notes.at(-1)).toBe(UNSURE + why);
+      expect(transport.steps).toEqual(STEPS);
+      expect(told?.aborted).toBe(true);
+    }
+  });
+
+  test.concurrent("whose report is interrupted has updated", async () => {
+    using device = new Device();
+    const interrupt = new AbortController();
+    const transport = new TellingOTA({ root: device.root, signal: interrupt.signal });
+    fill(transport, OFFER);
+    transport.telling = async (signal) => {
+      const { promise, reject } = Promise.withResolvers<void>();
+      signal.addEventListener("abort", () => reject(signal.reason));
+      interrupt.abort(new Error("the device is as it was"));
+      await promise;
+    };
+    expect(await transport.update()).toMatchObject({ result: "updated", to: "1.0.1" });
+    expect(transport.notes.at(-1)).toBe(`${UNSURE}interrupted`);
+    expect(transport.steps).toEqual(STEPS);
   });
 
   test.concurrent("is tried again where it fails, and goes on where it stopped", async () => {

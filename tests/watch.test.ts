@@ -618,7 +618,7 @@ test.concurrent("what did not change is not read again", async () => {
   layTree(world.releases, { "firmware_1.0.0.bin": "image" });
   const options = ["-f", "--seccomp-bpf", "-qq", "-s", "300", "-e", "trace=open,openat,openat2"];
   const prefix = [need("strace"), ...options, "-o", world.at("calls")];
-  const args = ["--root", world.releases, "--host", "127.0.0.1"];
+  const args = ["--root", world.releases, "--host", "127.0.0.1", "--no-fleet"];
   await using tool = await Serving.start(args, { prefix });
   const { url } = tool;
 
@@ -1044,8 +1044,9 @@ describe.concurrent("a device that gets other content than its manifest says", (
       expect((await unlucky.update()).result).toBe("updated");
       const edited = { ...V2, "flash/main.py": content };
       expect(world.tree()).toMatchObject(asTree(edited));
-      // What 1.0.0 consists of, and what is new, twice.
-      expect(world.server.requests.filter(({ path }) => path === "/manifest.json").length).toBe(3);
+      // What 1.0.0 consists of, what is new, twice, and the report.
+      const asked = world.server.requests.filter(({ path }) => path === "/manifest.json");
+      expect(asked.map(({ method }) => method)).toEqual(["GET", "GET", "GET", "HEAD"]);
       expect(world.server.requests.map(({ status }) => status)).toContain(503);
     });
   }

@@ -4,12 +4,16 @@
  */
 
 import * as fs from "node:fs";
+import { Postgres } from "../helpers/postgres.ts";
 import {
   cpuOf,
+  inRounds,
   mebibytes,
+  median,
   memoryOf,
   milliseconds,
   percentile,
+  ratio,
   scratch,
   serve,
   table,
@@ -26,7 +30,7 @@ const BYTES = 4096;
 /** Milliseconds that a device waits for an answer. */
 const PATIENCE = 30_000;
 
-export async function benchFleet({ quick }: Effort): Promise<void> {
+export async function benchFleet({ quick, rounds }: Effort): Promise<void> {
   const root = scratch("fleet/releases");
   for (const [version, seed] of [
     ["1.0.0", 0],
@@ -59,6 +63,54 @@ export async function benchFleet({ quick }: Effort): Promise<void> {
       `${whole(waking.overflows)} times a connection found the queue of new connections full, ` +
       `which costs a device a second (then it knocks again).\n` +
       `The server's memory: peak ${mebibytes(peak)}, now ${mebibytes(resident)}.`,
+  );
+  await compareStores(root, 2 * rounds);
+}
+
+/** Connections at once where rates are compared: the queue never gets full, which costs a second. */
+const ABREAST = 500;
+
+/** What it costs to take down who asks: the same devices, with a fleet and without one. */
+async function compareStores(root: string, rounds: number): Promise<void> {
+  await using postgres = await Postgres.start([]);
+  const stores: [name: string, options: () => Promise<string[]>][] = [
+    ["without a fleet", async () => ["--no-fleet"]],
+    ["SQLite", async () => ["--fleet", `${scratch("fleet")}/${crypto.randomUUID()}.db`]],
+    ["PostgreSQL", async () => ["--fleet", await postgres.database()]],
+  ];
+  // All are devices never met, and then all are known.
+  const found = stores.map(() => ({
+    met: [] as number[],
+    known: [] as number[],
+    cpu: [] as number[],
+  }));
+  const measure = stores.map(([, options], i) => async () => {
+    await using server = await serve(root, ...(await options()));
+    const before = cpuOf(server.pid);
+    for (const rates of [found[i]!.met, found[i]!.known]) {
+      const wave = await wakeTogether(server, 0, ABREAST);
+      if (wave.errors.size > 0) throw new Error([...wave.errors.keys()].join("\n"));
+      rates.push(wave.count / wave.seconds);
+      // What was written beside the wave is part of it; what is left is not part of the next.
+      await Bun.sleep(1500);
+    }
+    found[i]!.cpu.push(((cpuOf(server.pid) - before) / (2 * DEVICES)) * 1e6);
+  });
+  await inRounds(rounds, measure);
+  const [none] = found;
+  const rows = stores.map(([name], i) => [
+    name,
+    whole(median(found[i]!.met)),
+    ratio(found[i]!.met, none!.met),
+    whole(median(found[i]!.known)),
+    ratio(found[i]!.known, none!.known),
+    `${median(found[i]!.cpu).toFixed(0)} µs`,
+  ]);
+  table(
+    `${whole(DEVICES)} devices ask, ${ABREAST} at once, a connection each: connections a second, and the ` +
+      "ratio to a server that takes nothing down",
+    ["", "never met", "ratio (range)", "known", "ratio (range)", "CPU for each"],
+    rows,
   );
 }
 
@@ -110,14 +162,18 @@ const FILE = "a file";
 const UPDATE = "a whole update";
 
 /** Everybody asks in the same moment: the power is back. */
-async function wakeTogether(server: Serving): Promise<Wave> {
+async function wakeTogether(
+  server: Serving,
+  updating = UPDATING,
+  abreast = openAtOnce(),
+): Promise<Wave> {
   const wave = new Wave("all at once");
-  const gate = new Gate(openAtOnce());
+  const gate = new Gate(abreast);
   const before = cpuOf(server.pid);
   const overflows = overflowsOfQueues();
   const started = performance.now();
   const devices = Array.from({ length: DEVICES }, (_, i) => {
-    const isOld = i % (DEVICES / UPDATING) === 0;
+    const isOld = updating > 0 && i % (DEVICES / updating) === 0;
     return isOld ? update(wave, gate, server, i) : poll(wave, gate, server, i, "1.0.1");
   });
   await Promise.all(devices);

@@ -18,6 +18,7 @@ import { benchDevice } from "./device.ts";
 import { benchFleet } from "./fleet.ts";
 import { OTA, PAIRS, type Effort } from "./harness.ts";
 import { readPairs } from "./pairs.ts";
+import { benchScale } from "./scale.ts";
 import { benchServer } from "./server.ts";
 import { benchSlow } from "./slow.ts";
 import { benchStart } from "./start.ts";
@@ -28,6 +29,7 @@ const PARTS: Record<string, (effort: Effort) => Promise<void>> = {
   device: benchDevice,
   air: benchAir,
   fleet: benchFleet,
+  scale: benchScale,
   slow: benchSlow,
 };
 

@@ -38,7 +38,16 @@ const LIBRARY = [
     "ota_http",
     "ota_image",
   ],
-  ...["ota_manifest", "ota_part", "ota_patch", "ota_reader", "ota_riscv", "ota_sha512", "ota_slot"],
+  ...[
+    "ota_manifest",
+    "ota_part",
+    "ota_patch",
+    "ota_query",
+    "ota_reader",
+    "ota_riscv",
+    "ota_sha512",
+    "ota_slot",
+  ],
   ...["ota_thumb", "ota_trust", "ota_update", "ota_xtensa"],
 ].map((name) => `lib/${name}.py`);
 
@@ -93,7 +102,9 @@ export class Van implements AsyncDisposable {
   ) {}
 
   static async open(root: string, more: string[] = []): Promise<Van> {
-    const process = await Serving.start(["--root", root, ...more]);
+    // The example is not to remember the boards of earlier tests.
+    const fleet = more.includes("--fleet") ? [] : ["--no-fleet"];
+    const process = await Serving.start(["--root", root, ...fleet, ...more]);
     return new Van(root, new Link(Number(new URL(process.url).port)), process);
   }
 

@@ -23,7 +23,13 @@ export interface Meddling {
 
 /** A go-between on a port of its own. */
 export class Between implements AsyncDisposable {
+  /** What went by, without `reports`. */
   readonly passed: Passed[] = [];
+  /**
+   * What devices said that they are on, after an update or a rollback: `HEAD` of the manifest. It is
+   * answered as the server does: nothing is got by it that would be worth a change.
+   */
+  readonly reports: Passed[] = [];
 
   private constructor(
     /** Where it passes on to; exchange it for another server. */
@@ -36,7 +42,7 @@ export class Between implements AsyncDisposable {
   static async start(server: { url: string }, meddling: Meddling = {}): Promise<Between> {
     const double = await Double.start(() => {});
     const between = new Between(server.url, meddling, double);
-    double.reply = (asked, connection) => between.#pass(asked, connection);
+    double.reply = double.report = (asked, connection) => between.#pass(asked, connection);
     return between;
   }
 
@@ -70,6 +76,10 @@ export class Between implements AsyncDisposable {
     // The server has gone, maybe in the middle of the header: so do we.
     if (!Buffer.from(bytes).includes("\r\n\r\n")) return void connection.destroy();
     const passed = { asked, answer: parseResponse(bytes) };
+    if (asked.method === "HEAD") {
+      this.reports.push(passed);
+      return void connection.end(bytes);
+    }
     this.passed.push(passed);
     if (!(await this.meddling.answer?.(passed, connection))) connection.end(bytes);
   }

@@ -24,11 +24,16 @@ export type Reply = (asked: Asked, connection: Socket) => void | Promise<void>;
 
 /** A server on a port of its own. Every connection carries one request. */
 export class Double implements AsyncDisposable {
+  /** What was asked for, without `reports`. */
   readonly asked: Asked[] = [];
+  /** What devices said that they are on, after an update or a rollback: `HEAD` of the manifest. */
+  readonly reports: Asked[] = [];
   /** Exchange it to change how the server behaves. */
   reply: Reply;
   /** Answers who asks what its release consists of, which is not kept in `asked`: not known. */
   list: Reply = (_, connection) => send(connection, "null");
+  /** Answers who reports: heard. */
+  report: Reply = (_, connection) => void connection.end(head(200));
   readonly #server: Server;
   readonly #connections = new Set<Socket>();
 
@@ -86,6 +91,10 @@ export class Double implements AsyncDisposable {
       );
       const asked = { method, target, path, query, headers, before: this.askedFor(path).length };
       if (query.has("list")) return void this.list(asked, connection);
+      if (method === "HEAD") {
+        this.reports.push(asked);
+        return void this.report(asked, connection);
+      }
       this.asked.push(asked);
       void this.reply(asked, connection);
     };

@@ -21,8 +21,9 @@ export class Nginx implements AsyncDisposable {
   /**
    * @param origin the server in front of which it caches
    * @param cache directives of the location beside `proxy_pass` and `proxy_cache`
+   * @param more other locations
    */
-  static async caching(origin: string, port: number, cache: string): Promise<Nginx> {
+  static async caching(origin: string, port: number, cache: string, more = ""): Promise<Nginx> {
     const temp = new Temp();
     mkdirSync(temp.at("logs"));
     const directories = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(
@@ -48,6 +49,7 @@ http {
       ${cache}
       add_header X-Cache $upstream_cache_status always;
     }
+    ${more}
   }
 }
 `,

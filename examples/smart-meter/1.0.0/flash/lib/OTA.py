@@ -1,6 +1,6 @@
 # Updates this board over the air: its files and, where the board can, its
 # firmware. OTA knows what an update is, WiFiOTA how to get bytes over WiFi; for
-# another way write a class with the same three methods as WiFiOTA has.
+# another way write a class with the same methods; report() may be left out.
 #
 #     from OTA import WiFiOTA
 #
@@ -54,6 +54,11 @@ class OTA:
     def get(self, path, take):
         # Calls take(piece) for every piece of what the server has at path.
         raise NotImplementedError
+
+    def report(self, path):
+        # May be left out. Asks the server for HEAD of path if the network is up, and
+        # returns whether it is.
+        return False
 
     def bearer(self):
         # The token, where a header can carry it: in ASCII. Else it is in the query.
@@ -116,17 +121,44 @@ class OTA:
 
     def confirm(self):
         # This release works and stays. Costs little when it was said before.
-        # Raises an OSError when that cannot be recorded.
+        # Raises an OSError when that cannot be recorded. If the network is up, the
+        # server hears of it, or that an update was taken back.
         state = self.state()
-        if state.get("phase") != "trial":
-            return
-        if state.get("slot"):
-            ota_boot.mark_valid()
-        for key in ("phase", "starts", "seen"):
-            state.pop(key, None)
-        ota_boot.save(state)
-        ota_boot.sweep(lambda part, name: part == state["set"])
-        print("OTA: %s is confirmed" % state["version"])
+        phase = state.get("phase")
+        if phase == "trial":
+            if state.get("slot"):
+                ota_boot.mark_valid()
+            for key in ("phase", "starts", "seen"):
+                state.pop(key, None)
+            ota_boot.save(state)
+            ota_boot.sweep(lambda part, name: part == state["set"])
+            print("OTA: %s is confirmed" % state["version"])
+            self.tell(state)
+        elif not phase and state.get("failed") and not state.get("told"):
+            self.tell(state)
+
+    def tell(self, state):
+        # Says once what this board is on. When that fails, or there is no network,
+        # the next update() says it: it asks with the same query.
+        try:
+            import ota_query
+
+            failed = state.get("failed")
+            query = ota_query.query(self, self.version(), state.get("firmware"), failed)
+            if not self.report("/manifest.json?" + query):
+                return
+        except Exception as e:
+            print("OTA: the server was not told:", e)
+        finally:
+            for name in ("ota_query", "ota_http"):
+                sys.modules.pop(name, None)
+            gc.collect()
+        if failed:
+            try:
+                state["told"] = "yes"
+                ota_boot.save(state)
+            except OSError:
+                pass  # then it is said again
 
     def rollback(self):
         # Goes back to the release before this one, and resets the board. Raises an
@@ -191,6 +223,20 @@ class WiFiOTA(OTA):
                 self.wlan.active(False)
         else:
             network.WLAN().deinit()
+            self.wlan = None
+
+    def report(self, path):
+        try:
+            import network
+
+            if hasattr(network, "STA_IF"):
+                self.wlan = network.WLAN(network.STA_IF)
+            if not self.wlan or not self.wlan.isconnected():
+                return False
+        except ImportError:
+            pass  # a computer
+        self.get(path, None)
+        return True
 
     def get(self, path, take, part=None):
         # part says what is there already: part.tag of the first part.at bytes. With

@@ -134,8 +134,8 @@ def received(s, alive):
     raise OSError(110)  # ETIMEDOUT
 
 
-def ask(s, host, port, path, token, part):
-    request = "GET %s HTTP/1.0\r\nHost: %s:%d\r\n" % (path, host, port)
+def ask(s, method, host, port, path, token, part):
+    request = "%s %s HTTP/1.0\r\nHost: %s:%d\r\n" % (method, path, host, port)
     if token:
         request += "Authorization: Bearer %s\r\n" % token
     if part:
@@ -177,13 +177,14 @@ def body(s, head, piece, alive):
 def get(host, port, path, take, alive=lambda: None, token="", ca="", part=None):
     # Calls take(piece) for every piece of the body, and alive() at least every
     # STEP seconds. Raises an OSError for all that the server or the network does.
-    # With ca, the name of a file, it is HTTPS. part is a Part of ota_part.py.
+    # With ca, the name of a file, it is HTTPS. part is a Part of ota_part.py. Where
+    # take is None, only the head is asked for.
     address = socket.getaddrinfo(host, port)[0][-1]
     plain = s = patient(alive, lambda: connected(address))
     try:
         if ca:
             s = secured(s, host, ca)
-        ask(s, host, port, path, token, part)
+        ask(s, "GET" if take else "HEAD", host, port, path, token, part)
         head = Head()
         at = -1
         while at < 0:
@@ -191,6 +192,8 @@ def get(host, port, path, take, alive=lambda: None, token="", ca="", part=None):
             if not piece:
                 raise OSError("the connection was cut")
             at = head.feed(piece)
+        if not take:
+            return
         pieces = body(s, head, piece[at:], alive)
         if part and head.status == b"200" and head.coding not in (b"", b"identity"):
             return part.coded(head.coding, pieces)

@@ -5,10 +5,8 @@ import gc
 import sys
 
 try:
-    import ubinascii as binascii
     import uos as os
 except ImportError:
-    import binascii
     import os
 
 import ota_boot
@@ -136,38 +134,19 @@ def find_slot():
 
 
 def ask(ota, state, current, other, keys):
-    query = "/manifest.json?hash=sha256" + ("&signed=1" if keys else "")
-    for key, value in (
-        ("current_ver", current or None),
-        ("firmware_ver", state.get("firmware", "") if other else None),
-        ("failed", state.get("failed")),
-        ("model", setting("MODEL") or None),
-        ("token", None if ota.bearer() else ota.token or None),
-    ):
-        if value is not None:
-            query += "&%s=%s" % (key, quoted(value))
-    try:
-        import machine
+    import ota_query
 
-        query += "&devid=" + binascii.hexlify(machine.unique_id()).decode()
-    except (ImportError, AttributeError):
-        pass
+    firmware = state.get("firmware", "") if other else None
+    path = "/manifest.json?hash=sha256" + ("&signed=1&" if keys else "&")
+    path += ota_query.query(ota, current, firmware, state.get("failed"))
+    del ota_query, sys.modules["ota_query"]
     ota_boot.makedirs(MANIFEST)
-    tries(query, lambda: get_manifest(ota, query))
+    tries(path, lambda: get_manifest(ota, path))
 
 
-def get_manifest(ota, query):
+def get_manifest(ota, path):
     with open(MANIFEST, "wb") as f:
-        ota.get(query, limited(ota, f.write, LONGEST_MANIFEST))
-
-
-def quoted(text):
-    # As a value in a query.
-    quoted = ""
-    for c in text.encode():
-        plain = c < 128 and (chr(c).isdigit() or chr(c).isalpha() or chr(c) in "-._~")
-        quoted += chr(c) if plain else "%%%02X" % c
-    return quoted
+        ota.get(path, limited(ota, f.write, LONGEST_MANIFEST))
 
 
 def write_plan(ota, new, issued, firmware, slot):
