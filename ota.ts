@@ -1297,7 +1297,7 @@ function stepIn({ payload, payloadType }: Envelope): Step {
 //                  has at least one byte
 //
 // Each copy predicts anew the blocks of old content that it reaches into (Address fields). So that a
-// few bytes cannot keep a board busy for an hour, all copies together predict at most
+// few bytes cannot keep a board busy for hours, all copies together predict at most
 // 64 + (old length + new length) / 64 blocks. A patch is at most 2 × new length + 96 KiB long.
 
 /** `magic` and `version`. */
@@ -5770,8 +5770,8 @@ class Encoder {
   /**
    * Encodes content.
    *
-   * @returns `null` when the result would not be smaller; `undefined` when that is not known, since
-   *   the budget is spent or it failed
+   * @returns `null` when the result would not be smaller, or it failed; `undefined` when that is not
+   *   known, since the budget is spent
    */
   encode(
     encoding: Coding,
@@ -5793,7 +5793,8 @@ class Encoder {
         else if (coded === null) this.#useless.set(name, true, 0);
         return coded;
       } catch {
-        return undefined;
+        // Another time it would fail as well: it is not worth to wait for.
+        return null;
       } finally {
         this.#waiting -= needs;
       }
