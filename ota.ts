@@ -7335,7 +7335,9 @@ const MAX_TEXT = 128;
 /** The text, if it is one that we keep. */
 function saidText(text: string | undefined): string | null {
   if (text === undefined || text === "" || text.length > MAX_TEXT) return null;
-  return hasControls(text) || !text.isWellFormed() ? null : text;
+  if (hasControls(text) || !text.isWellFormed()) return null;
+  // A copy: as a part of the URL it would keep all of that in memory while the store is away.
+  return Buffer.from(text).toString();
 }
 
 /** The id by which a device is known: the same board by two libraries is one device. */
@@ -7955,12 +7957,17 @@ interface StorePlace {
 
 /** Reads what `--fleet` names: `postgres://…`, or the path of a SQLite file. */
 function storePlace(url: string): StorePlace {
-  if (/^postgres(ql)?:\/\//.test(url)) {
-    return { url, name: url.replace(/^(\w+:\/\/)[^/?#]*@/, "$1") };
+  const what = "--fleet expects the path of a SQLite file, or postgres://USER@HOST/DATABASE";
+  if (/^postgres(ql)?:/.test(url)) {
+    const { protocol, host, pathname } = URL.parse(url) ?? {};
+    // There may be a password in it: it is not shown.
+    const why = "; in a name or password, characters such as / and @ are written %2F and %40";
+    if (!host || !url.includes("://"))
+      throw new OTAError(`${what}, found another address${why}`, 2);
+    return { url, name: `${protocol}//${host}${pathname}` };
   }
   if (/^\w+:\/\//.test(url)) {
-    const what = "the path of a SQLite file, or postgres://USER@HOST/DATABASE";
-    throw new OTAError(`--fleet expects ${what}, found ${url.replace(/\/\/.*@/, "//")}`, 2);
+    throw new OTAError(`${what}, found ${url.replace(/\/\/.*@/, "//")}`, 2);
   }
   const file = url === ":memory:" ? url : resolve(url);
   return { url, file, name: file };
@@ -8159,8 +8166,12 @@ interface WriteMoment {
   silent: number;
   /** By the clock; absent when no server writes. */
   at?: number;
-  /** Absent: as it was. */
-  served?: Omit<FleetServed, "written">;
+  /** The fleet's up-time when the server began. */
+  opened: number;
+  /** Settings that are new, by name. */
+  settings: Record<string, string>;
+  /** Those that are put back where the store has lost them: it may be another one by now. */
+  lasting: Record<string, string>;
 }
 
 /** A row as a record: numbers are numbers. */
@@ -8292,9 +8303,11 @@ async function writeEvents(
 function withoutLate(
   reports: readonly DeviceReport[],
   before: ReadonlyMap<string, DeviceRecord>,
-  { server, up, batches }: Pick<WriteMoment, "server"> & Pick<StoreMeta, "up" | "batches">,
+  now: Pick<WriteMoment, "server" | "opened"> & Pick<StoreMeta, "up" | "batches">,
 ): readonly DeviceReport[] {
-  const hasOthers = [...batches].some(([one, [, then]]) => one !== server && up - then < TOGETHER);
+  // What wrote before this server began may be its own last run.
+  const since = Math.max(now.up - TOGETHER, now.opened);
+  const hasOthers = [...now.batches].some(([one, [, then]]) => one !== now.server && then > since);
   if (!hasOthers) return reports;
   return reports.filter(({ id, at }) => {
     const ahead = (before.get(id)?.last_seen ?? 0) - at;
@@ -8313,15 +8326,26 @@ async function trimHistory(tx: Connection, { id, events }: DeviceRecord, before:
   );
 }
 
-/** Forgets devices beyond a number: first those seen once, long ago; then those not seen longest. */
+/**
+ * Forgets devices beyond a number: first those seen once, long ago; then those seen least often, the
+ * last to come first, so that made-up ones go before those of years; last of all those that the
+ * operator has named or labelled.
+ */
 async function evict(tx: Connection, maxDevices: number): Promise<void> {
   const [row] = await tx.query("SELECT SUM(devices) AS n FROM ota_cohorts");
   const excess = Number(row!["n"]) - maxDevices;
   if (excess <= 0) return;
   // Some more, so that this is not done in every transaction.
   let wanted = excess + Math.floor(maxDevices / 100);
-  for (const which of ["WHERE seen = 1 AND name IS NULL", ""]) {
-    const text = `SELECT id FROM ota_devices ${which} ORDER BY seen_up LIMIT ${wanted}`;
+  const isUnknown = `name IS NULL AND NOT EXISTS
+    (SELECT 1 FROM ota_labels WHERE device = ota_devices.id AND value <> '')`;
+  const steps = [
+    `WHERE seen = 1 AND ${isUnknown} ORDER BY seen_up`,
+    `WHERE ${isUnknown} ORDER BY seen, first_seen DESC`,
+    "ORDER BY seen_up",
+  ];
+  for (const which of steps) {
+    const text = `SELECT id FROM ota_devices ${which} LIMIT ${wanted}`;
     const ids = (await tx.query(text)).map(({ id }) => String(id));
     await removeDevices(tx, ids);
     wanted -= ids.length;
@@ -8446,12 +8470,16 @@ async function summarize(db: Connection, basis: StateBasis): Promise<FleetSummar
       `SELECT ${column} AS name, SUM(devices) AS n FROM ota_cohorts ` +
       `GROUP BY ${column} ORDER BY n DESC, name LIMIT ${MAX_GROUPS}`;
     const groups = await db.query(text);
-    const counts: Record<string, number> = Object.fromEntries(
-      groups.map(({ name, n }) => [name ?? "none", Number(n)]),
-    );
-    const rest = devices - Object.values(counts).reduce((sum, count) => sum + count, 0);
-    if (rest > 0) counts["other"] = (counts["other"] ?? 0) + rest;
-    return counts;
+    const counts = new Map<string, number>();
+    // A device may say that its version is "none" or "other".
+    const add = (name: string, n: number) => counts.set(name, (counts.get(name) ?? 0) + n);
+    let rest = devices;
+    for (const { name, n } of groups) {
+      add(String(name ?? "none"), Number(n));
+      rest -= Number(n);
+    }
+    if (rest > 0) add("other", rest);
+    return Object.fromEntries(counts);
   };
   return { devices, versions: await grouped("version"), states, models: await grouped("model") };
 }
@@ -8791,9 +8819,34 @@ async function glance(db: Connection): Promise<StoreGlance> {
   return { up, served: { written: Number(values["setting written"]), newest, silent } };
 }
 
+/** Keeps the latest of the labels that were removed, and bounds the others when some are `set`. */
+async function boundLabels(tx: Connection, id: string, isSet: boolean): Promise<void> {
+  await tx.query(
+    `DELETE FROM ota_labels WHERE device = $1 AND value = '' AND key NOT IN (SELECT key FROM ota_labels
+      WHERE device = $1 AND value = '' ORDER BY at DESC, key LIMIT ${MAX_LABELS})`,
+    [id],
+  );
+  const text = "SELECT COUNT(*) AS n FROM ota_labels WHERE device = $1 AND value <> ''";
+  const [row] = await tx.query(text, [id]);
+  if (isSet && Number(row!["n"]) > MAX_LABELS) {
+    throw new OTAError(`a device has at most ${MAX_LABELS} labels; remove some first`, 2);
+  }
+}
+
+const settingRows = (settings: Record<string, string>) =>
+  Object.fromEntries(Object.entries(settings).map(([name, value]) => [`setting ${name}`, value]));
+
+/** Adds the settings that are not there. */
+async function keepSettings(tx: Connection, settings: Record<string, string>): Promise<void> {
+  const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
+  for (const row of Object.entries(settingRows(settings))) await tx.query(text, row);
+}
+
 /** The fleet in a database that is open. */
 class FleetStore {
   readonly #identity: string | undefined;
+  /** Whether it has what lasts: see `WriteMoment`. */
+  #isKnown = false;
 
   private constructor(
     private readonly place: StorePlace,
@@ -8837,7 +8890,7 @@ class FleetStore {
    * @returns the up-time of the fleet, in milliseconds
    */
   async write({ number, reports }: ReportBatch, moment: WriteMoment): Promise<number> {
-    return await this.#transaction(async (tx) => {
+    const up = await this.#transaction(async (tx) => {
       const { gained, since, server } = moment;
       const meta = await readMeta(tx);
       // Servers that run at the same time do not add up: each one only knows how long it ran.
@@ -8845,12 +8898,13 @@ class FleetStore {
       const [last] = meta.batches.get(server) ?? [0];
       const isNew = reports.length > 0 && number > last;
       const events = isNew ? await this.#apply(tx, reports, { ...moment, ...meta, up }) : 0;
-      const { at, served } = moment;
+      const { at, settings } = moment;
+      if (!this.#isKnown) await keepSettings(tx, moment.lasting);
       await setMeta(tx, {
         ...{ up: `${up}`, events: `${meta.events + events}` },
         ...(isNew && { [`batch ${server}`]: `${number} ${up}` }),
         ...(at !== undefined && { "setting written": `${at}` }),
-        ...(served && { "setting served": JSON.stringify(served) }),
+        ...settingRows(settings),
       });
       for (const [other, [, then]] of meta.batches) {
         if (up - then < BATCH_MEMORY || other === server) continue;
@@ -8858,6 +8912,8 @@ class FleetStore {
       }
       return up;
     });
+    this.#isKnown = true;
+    return up;
   }
 
   /** @returns how many events there were */
@@ -8925,9 +8981,8 @@ class FleetStore {
           [id, key, value ?? "", at],
         );
       }
-      const [row] = await tx.query("SELECT COUNT(*) AS n FROM ota_labels WHERE device = $1", [id]);
-      if (Number(row!["n"]) <= MAX_LABELS) return true;
-      throw new OTAError(`a device has at most ${MAX_LABELS} labels, removed ones among them`, 2);
+      await boundLabels(tx, id, Object.values(labels).some(Boolean));
+      return true;
     });
   }
 
@@ -8980,8 +9035,7 @@ class FleetStore {
 
   async settingOr(name: string, value: string): Promise<string> {
     return await this.#transaction(async (tx) => {
-      const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
-      await tx.query(text, [`setting ${name}`, value]);
+      await keepSettings(tx, { [name]: value });
       const [row] = await tx.query("SELECT value FROM ota_meta WHERE name = $1", [
         `setting ${name}`,
       ]);
@@ -9225,6 +9279,10 @@ class FleetWriter {
   #timer: Timer | undefined;
   /** The newest releases, as the store has them from us. */
   #told = "";
+  /** The fleet's up-time when this server began. */
+  #upAtFirst = 0;
+  /** See `WriteMoment`. */
+  readonly lasting: Record<string, string> = {};
   /** As it was when the store was opened. */
   served: FleetServed | undefined;
   isClosed = false;
@@ -9268,6 +9326,7 @@ class FleetWriter {
 
   async #ready(): Promise<void> {
     const { up, served } = await this.call(FLEET.read, this.#options.existing ? "look" : "ready");
+    if (!this.#base) this.#upAtFirst = up;
     this.#base ??= { up, elapsed: this.#opened };
     this.served = served;
   }
@@ -9312,16 +9371,19 @@ class FleetWriter {
     const elapsed = this.clock.elapsed();
     const { silent } = this;
     const { serving, newest } = this.#options;
-    const served = serving && newest ? { newest: newest(), silent } : undefined;
-    const told = JSON.stringify(served?.newest ?? "");
+    const told = JSON.stringify(newest?.() ?? "");
+    if (serving && newest) this.lasting["served"] = JSON.stringify({ newest: newest(), silent });
+    const { served = "" } = this.lasting;
     const up = await this.call(FLEET.write, "write", batch, {
       server: this.#server,
       gained: this.#gained(elapsed),
       since: this.#base?.up ?? null,
       ...{ elapsed, silent },
       ...(serving && { at: this.clock.now() }),
+      opened: this.#upAtFirst,
       // Of servers that differ, the one whose releases changed last is right.
-      ...(served && told !== this.#told && { served }),
+      settings: served && told !== this.#told ? { served } : {},
+      lasting: this.lasting,
     });
     this.#told = told;
     this.waiting.written();
@@ -9534,9 +9596,14 @@ export class Fleet implements AsyncDisposable {
     await this.#ask("setSetting", name, value);
   }
 
-  /** What is kept under a name: this value, unless another server was first. */
+  /**
+   * What is kept under a name: this value, unless another server was first. A server puts it back
+   * where the store has lost it.
+   */
   async settingOr(name: string, value: string): Promise<string> {
-    return await this.#ask("settingOr", name, value);
+    const kept = await this.#ask("settingOr", name, value);
+    this.#writer.lasting[name] = kept;
+    return kept;
   }
 
   /** Writes what waits, within two seconds, and ends. */

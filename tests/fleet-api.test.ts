@@ -929,6 +929,10 @@ describe("a change", () => {
       ] as never);
     }
     expect(Object.keys((await at(0, 1)).json()["labels"]!)).toHaveLength(64);
+    // Those that were removed take no room.
+    const removed = Object.fromEntries(Array.from({ length: 64 }, (_, i) => [`l${i}`, null]));
+    expect((await fleet.ask("/-/api/devices/many", json({ labels: removed }))).status).toBe(200);
+    expect(Object.keys((await at(100, 64)).json()["labels"]!)).toHaveLength(64);
   });
 
   test("what is no change: 400, and why", async () => {

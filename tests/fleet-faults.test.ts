@@ -293,6 +293,7 @@ describe("a SQLite file", () => {
     const url = await sqlite.place();
     await using world = await FleetWorld.open(url, { tick: 1 });
     world.say("a", "1.0.0");
+    expect(await world.fleet.settingOr("a secret", "of all servers")).toBe("of all servers");
     await until("a device", () => world.fleet.device("a"), Boolean);
     for (const end of ["", "-wal", "-shm"]) fs.rmSync(url + end, { force: true });
     world.say("b", "1.0.0");
@@ -300,6 +301,10 @@ describe("a SQLite file", () => {
     await world.warned(/is written again/);
     await using other = await FleetWorld.open(url);
     expect((await other.everything()).map((device) => device!.id)).toEqual(["b"]);
+    // A command still knows what is newest, and another server has the same secret.
+    await using command = await Fleet.open({ url, existing: true });
+    expect((await command.summary()).states.behind).toBe(1);
+    expect(await command.settingOr("a secret", "of one")).toBe("of all servers");
   });
 });
 

@@ -368,6 +368,57 @@ describe.each(stores.each)("what people ask and change in %s", (_, { place, quer
     expect(await world.fleet.device("made-up-0")).toBeUndefined();
   });
 
+  test("nor when each is made up twice, and never what the operator has named or labelled", async () => {
+    const url = await place();
+    await using world = await FleetWorld.open(url, { maxDevices: 100 });
+    const meters = Array.from({ length: 20 }, (_, i) => `meter-${i}`);
+    for (const id of [...meters, "named", "labelled"]) world.say(id, "1.0.1");
+    await world.fleet.flush();
+    await world.fleet.edit("named", { name: "Pump" });
+    await world.fleet.edit("labelled", { labels: { place: "roof" } });
+    for (let visit = 0; visit < 4; visit++) {
+      world.pass(HOUR);
+      for (const id of meters) world.say(id, "1.0.1");
+      await world.fleet.flush();
+    }
+    for (let i = 0; i < 300; i++) {
+      world.pass(1);
+      for (const _ of [1, 2]) world.say(`made-up-${i}`, "9.0");
+      if (i % 50 === 49) await world.fleet.flush();
+    }
+    expect((await world.summary()).devices).toBeWithin(90, 101);
+    for (const id of [...meters, "named", "labelled"]) {
+      expect([id, (await world.fleet.device(id))?.version]).toEqual([id, "1.0.1"]);
+    }
+  });
+
+  test("a server that starts again with a clock that was set back believes its devices", async () => {
+    const url = await place();
+    {
+      await using before = await FleetWorld.open(url);
+      before.say("a", "1.0.0", { to: "1.0.1" });
+      await before.fleet.flush();
+    }
+    await using world = await FleetWorld.open(url);
+    world.now -= 60_000;
+    world.say("a", "1.0.1", { method: "HEAD" });
+    expect((await world.look("a")).state).toBe("current");
+  });
+
+  test("devices that say that they are on none, or on other, are counted with those", async () => {
+    await using world = await FleetWorld.open(await place());
+    for (const [id, version] of [
+      ["a", "none"],
+      ["b", ""],
+      ["c", "other"],
+      ["d", "1.0.1"],
+    ] as const) {
+      world.say(id, version);
+    }
+    await world.fleet.flush();
+    expect((await world.summary()).versions).toEqual({ none: 2, other: 1, "1.0.1": 1 });
+  });
+
   test("of a device that goes up and down for ever the last events are kept", async () => {
     const url = await place();
     await using world = await FleetWorld.open(url);

@@ -140,10 +140,10 @@ class OTA:
     def tell(self, state):
         # Says once what this board is on. When that fails, or there is no network,
         # the next update() says it: it asks with the same query.
+        failed = state.get("failed")
         try:
             import ota_query
 
-            failed = state.get("failed")
             query = ota_query.query(self, self.version(), state.get("firmware"), failed)
             if not self.report("/manifest.json?" + query):
                 return
