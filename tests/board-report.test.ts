@@ -157,6 +157,27 @@ ${ONLINE}`);
   expect(asked()).toEqual([]);
 });
 
+test("code that cannot be loaded: confirmed all the same", async () => {
+  const board = await van.board("esp32", "1.0.0");
+  await board.start(UPDATE);
+  asked();
+  const { error, output } = await board.start(`
+import sys
+sys.modules["ota_query"] = None
+import builtins
+load = builtins.__import__
+def without(name, *more):
+    if name == "ota_query":
+        raise MemoryError("no room for code")
+    return load(name, *more)
+builtins.__import__ = without
+${ONLINE}`);
+  expect(error).toBe("");
+  expect(output).toContain("OTA: 1.0.1 is confirmed");
+  expect(output).toContain("OTA: the server was not told: no room for code");
+  expect(asked()).toEqual([]);
+});
+
 test("the fleet hears of it", async () => {
   const board = await van.board("esp32", "1.0.0");
   await board.start(UPDATE);
