@@ -36,8 +36,8 @@
 //      Request handling · Listening
 // V    Fleet: who is on what, and what happened to whom.
 //      Device reports · Device records · Offers and failures · Fleet answers · Store schema
-//      Store opening · Store writes · Store reads · Merging · Fleet store · Store thread
-//      Fleet writer · Fleet · Admin access · Fleet requests · Fleet API · Serving
+//      Store opening · Store writes · Store reads · Merging · Names and labels · Fleet store
+//      Store thread · Fleet writer · Fleet · Admin access · Fleet requests · Fleet API · Serving
 // VI   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -8774,8 +8774,8 @@ async function openOther(file: string): Promise<Connection> {
   }
 }
 
-// ──── Fleet store ─────────────────────────────────────────────────────────────────────────────────
-// A database that is open, and what can be asked of it.
+// ──── Names and labels ────────────────────────────────────────────────────────────────────────────
+// What the operator notes of devices.
 
 /** A change by the operator; `null` removes. */
 export interface DeviceEdit {
@@ -8800,6 +8800,48 @@ function checkEdit({ name, labels = {} }: DeviceEdit): void {
   }
 }
 
+/** Changes what the operator noted of a device. @returns whether the device is known */
+async function editDevice(
+  tx: Connection,
+  id: string,
+  { name, labels = {} }: DeviceEdit,
+  at: number,
+): Promise<boolean> {
+  const [known] = await tx.query("SELECT id FROM ota_devices WHERE id = $1", [id]);
+  if (!known) return false;
+  if (name !== undefined) {
+    const text = "UPDATE ota_devices SET name = $1, name_at = $2 WHERE id = $3";
+    await tx.query(text, [name || null, at, id]);
+  }
+  for (const [key, value] of Object.entries(labels)) {
+    // A label that was removed stays, empty: a merge must not bring it back.
+    await tx.query(
+      `INSERT INTO ota_labels (device, key, value, at) VALUES ($1, $2, $3, $4)
+        ON CONFLICT (device, key) DO UPDATE SET value = excluded.value, at = excluded.at`,
+      [id, key, value ?? "", at],
+    );
+  }
+  await boundLabels(tx, id, Object.values(labels).some(Boolean));
+  return true;
+}
+
+/** Keeps the latest of the labels that were removed, and bounds the others when some are `set`. */
+async function boundLabels(tx: Connection, id: string, isSet: boolean): Promise<void> {
+  await tx.query(
+    `DELETE FROM ota_labels WHERE device = $1 AND value = '' AND key NOT IN (SELECT key FROM ota_labels
+      WHERE device = $1 AND value = '' ORDER BY at DESC, key LIMIT ${MAX_LABELS})`,
+    [id],
+  );
+  const text = "SELECT COUNT(*) AS n FROM ota_labels WHERE device = $1 AND value <> ''";
+  const [row] = await tx.query(text, [id]);
+  if (isSet && Number(row!["n"]) > MAX_LABELS) {
+    throw new OTAError(`a device has at most ${MAX_LABELS} labels; remove some first`, 2);
+  }
+}
+
+// ──── Fleet store ─────────────────────────────────────────────────────────────────────────────────
+// A database that is open, and what can be asked of it.
+
 /** What is read of a store when it is opened. */
 interface StoreGlance {
   /** The fleet's up-time. */
@@ -8817,20 +8859,6 @@ async function glance(db: Connection): Promise<StoreGlance> {
   if (!isObject(served)) return { up, served: undefined };
   const { newest, silent } = served as unknown as FleetServed;
   return { up, served: { written: Number(values["setting written"]), newest, silent } };
-}
-
-/** Keeps the latest of the labels that were removed, and bounds the others when some are `set`. */
-async function boundLabels(tx: Connection, id: string, isSet: boolean): Promise<void> {
-  await tx.query(
-    `DELETE FROM ota_labels WHERE device = $1 AND value = '' AND key NOT IN (SELECT key FROM ota_labels
-      WHERE device = $1 AND value = '' ORDER BY at DESC, key LIMIT ${MAX_LABELS})`,
-    [id],
-  );
-  const text = "SELECT COUNT(*) AS n FROM ota_labels WHERE device = $1 AND value <> ''";
-  const [row] = await tx.query(text, [id]);
-  if (isSet && Number(row!["n"]) > MAX_LABELS) {
-    throw new OTAError(`a device has at most ${MAX_LABELS} labels; remove some first`, 2);
-  }
 }
 
 const settingRows = (settings: Record<string, string>) =>
@@ -8965,25 +8993,8 @@ class FleetStore {
     return await findDevice(this.db, id, basis);
   }
 
-  async edit(id: string, { name, labels = {} }: DeviceEdit, at: number): Promise<boolean> {
-    return await this.#transaction(async (tx) => {
-      const [known] = await tx.query("SELECT id FROM ota_devices WHERE id = $1", [id]);
-      if (!known) return false;
-      if (name !== undefined) {
-        const text = "UPDATE ota_devices SET name = $1, name_at = $2 WHERE id = $3";
-        await tx.query(text, [name || null, at, id]);
-      }
-      for (const [key, value] of Object.entries(labels)) {
-        // A label that was removed stays, empty: a merge must not bring it back.
-        await tx.query(
-          `INSERT INTO ota_labels (device, key, value, at) VALUES ($1, $2, $3, $4)
-            ON CONFLICT (device, key) DO UPDATE SET value = excluded.value, at = excluded.at`,
-          [id, key, value ?? "", at],
-        );
-      }
-      await boundLabels(tx, id, Object.values(labels).some(Boolean));
-      return true;
-    });
+  async edit(id: string, change: DeviceEdit, at: number): Promise<boolean> {
+    return await this.#transaction((tx) => editDevice(tx, id, change, at));
   }
 
   async forget(id: string): Promise<boolean> {
