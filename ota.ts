@@ -8692,8 +8692,35 @@ export interface FleetMerge {
   newer: number;
   /** Events that were not known. */
   events: number;
+  /** Rows that are not as this tool writes them, and were left out. */
+  refused: number;
   /** Whether one store began as a copy of the other: what both noted since counts once. */
   isCopy: boolean;
+}
+
+/** Columns with numbers; all others have texts. */
+const NUMBER_COLUMNS = new Set([
+  ...["first_seen", "last_seen", "seen", "seen_up", "patience", "offered_at", "offers", "events"],
+  ...["name_at", "number", "at"],
+]);
+const STANDINGS: readonly unknown[] = ["none", "offered", "said", "seen"] satisfies Standing[];
+
+/** Whether a row of another store is as this tool writes it: the file comes from somewhere. */
+function isSound(row: SQLRow): boolean {
+  const isRight = ([column, value]: [string, string | number | null]) => {
+    if (value === null) return true;
+    if (NUMBER_COLUMNS.has(column)) return Number.isSafeInteger(Number(value));
+    const isText = typeof value === "string" && value.length <= 2 * MAX_TEXT;
+    return isText && !hasControls(value) && value.isWellFormed();
+  };
+  const id = row["id"] ?? row["device"];
+  const isKnownStanding = row["standing"] === undefined || STANDINGS.includes(row["standing"]);
+  return (
+    typeof id === "string" &&
+    id === id.toLowerCase() &&
+    isKnownStanding &&
+    Object.entries(row).every(isRight)
+  );
 }
 
 /**
@@ -8716,6 +8743,7 @@ async function mergeDevices(
     const isNewer = known && known.last_seen > theirs.last_seen;
     if (isNewer) newer++;
     const record = mergeRecords(known, { ...theirs, seen_up: theirs.seen_up + shift });
+    record.cohort = cohortOf(record);
     if (known && Bun.deepEquals(record, known)) continue;
     changed.push(record);
     if (known && !isNewer) updated++;
@@ -9011,20 +9039,25 @@ class FleetStore {
       await this.db.waitFor(STORE_PATIENCE);
       const theirs = await readMeta(other);
       const isCopy = theirs.source === (await readMeta(this.db)).source;
-      const total = { added: 0, updated: 0, newer: 0, events: 0, isCopy };
+      const total = { added: 0, updated: 0, newer: 0, events: 0, refused: 0, isCopy };
+      const sound = (rows: readonly SQLRow[]) => {
+        const left = rows.filter(isSound);
+        total.refused += rows.length - left.length;
+        return left;
+      };
       // One transaction for some rows at a time: a server writes in between.
       for await (const rows of rowsOf(other, "ota_devices", ["id"])) {
         const found = await this.#transaction(async (tx) => {
           const { up } = await readMeta(tx);
-          return await mergeDevices(tx, rows, up - theirs.up);
+          return await mergeDevices(tx, sound(rows), up - theirs.up);
         });
         for (const name of ["added", "updated", "newer"] as const) total[name] += found[name];
       }
       for await (const rows of rowsOf(other, "ota_labels", ["device", "key"])) {
-        await this.#transaction((tx) => mergeLabels(tx, rows));
+        await this.#transaction((tx) => mergeLabels(tx, sound(rows)));
       }
       for await (const rows of rowsOf(other, "ota_events", ["device", "source", "number"])) {
-        total.events += await this.#transaction((tx) => mergeEvents(tx, rows));
+        total.events += await this.#transaction((tx) => mergeEvents(tx, sound(rows)));
       }
       // Last, since what goes takes its labels and events with it.
       await this.#transaction((tx) => evict(tx, this.maxDevices));
@@ -15079,9 +15112,12 @@ async function runFleetMerge(given: Given, [file = ""]: readonly string[]): Prom
   // Before a store is made for it.
   await (await openOther(file)).close();
   await using fleet = await Fleet.open({ url });
-  const { added, updated, newer, events, isCopy } = await fleet.merge(file);
+  const { added, updated, newer, events, refused, isCopy } = await fleet.merge(file);
   if (isCopy) {
     tell(`${file} began as a copy of this fleet: events that both noted since count once`);
+  }
+  if (refused > 0) {
+    tell(`${counted(refused, "row")} of ${file} left out: not as ota.ts writes them`);
   }
   const changes = updated > 0 ? `; ${updated} brought up to date` : "";
   const rest = newer > 0 ? `; ${newer} ${newer === 1 ? "was" : "were"} newer here` : "";

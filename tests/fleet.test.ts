@@ -1,5 +1,6 @@
 /** What is kept of devices, on both stores: states, history, what people ask and change. */
 
+import { Database } from "bun:sqlite";
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import type { DeviceState } from "../ota.ts";
 import { failureOf, FleetWorld, HOUR, Stores } from "./helpers/fleet.ts";
@@ -513,6 +514,35 @@ describe("several servers on one PostgreSQL", () => {
 });
 
 describe("merging", () => {
+  test("rows that no fleet writes are left out, and the others are merged", async () => {
+    const url = await stores.sqlite.place();
+    {
+      await using van = await FleetWorld.open(url);
+      for (const id of ["a", "b", "c", "d", "e"]) van.say(id, "1.0.0");
+      await van.fleet.flush();
+      await van.fleet.edit("a", { labels: { place: "roof" } });
+    }
+    {
+      using file = new Database(url);
+      file.run("UPDATE ota_devices SET id = 'B' WHERE id = 'b'");
+      file.run("UPDATE ota_devices SET last_seen = 'noon' WHERE id = 'c'");
+      file.run("UPDATE ota_devices SET standing = 'proven', cohort = 'x' WHERE id = 'd'");
+      file.run("UPDATE ota_devices SET cohort = 'x' WHERE id = 'e'");
+      file.run("UPDATE ota_events SET to_ = 'a' || char(27) || '[2J' WHERE device = 'a'");
+      file.run("INSERT INTO ota_labels VALUES ('a', 'long', ?, 1)", ["x".repeat(100_000)]);
+    }
+    for (const store of [stores.sqlite, stores.postgresql]) {
+      await using world = await FleetWorld.open(await store.place());
+      expect(await world.fleet.merge(url)).toMatchObject({ added: 2, refused: 5 });
+      const { devices } = await world.fleet.devices();
+      expect(devices.map(({ id, labels }) => [id, labels])).toEqual([
+        ["a", { place: "roof" }],
+        ["e", {}],
+      ]);
+      expect((await world.summary()).versions).toEqual({ "1.0.0": 2 });
+    }
+  });
+
   /** A van: a store of its own, in which some devices have been met. */
   async function van(start: number, says: (world: FleetWorld) => void | Promise<void>) {
     const url = await stores.sqlite.place();
