@@ -2875,15 +2875,18 @@ class Patches {
   readonly #done = new Cache<{ patch: Uint8Array | undefined }>(PATCH_BUDGET);
   readonly #running = new SingleFlight<Uint8Array | undefined>();
 
-  /** Does what `encodePatch` does; see there. Rejects when its thread fails. */
-  async make(old: Uint8Array, content: Uint8Array): Promise<Uint8Array | undefined> {
+  /**
+   * Does what `encodePatch` does; see there. Rejects when its thread fails.
+   *
+   * @param pair tells this pair of contents from all others
+   */
+  async make(old: Uint8Array, content: Uint8Array, pair: string): Promise<Uint8Array | undefined> {
     if (!canRunWorkers) return undefined;
-    const key = `${sha256(old)} ${sha256(content)}`;
-    const done = this.#done.get(key);
+    const done = this.#done.get(pair);
     if (done) return done.patch;
-    return this.#running.run(key, async () => {
+    return this.#running.run(pair, async () => {
       const patch = await this.#threads.encode(old, content);
-      this.#done.set(key, { patch }, patch?.byteLength ?? 0);
+      this.#done.set(pair, { patch }, patch?.byteLength ?? 0);
       return patch;
     });
   }
@@ -2941,8 +2944,12 @@ interface PlainCodec {
 interface DeltaCodec {
   needsDictionary: true;
   isForBoards?: boolean;
-  /** Encodes off the event loop; gives `undefined` where it is not worth its time. */
-  encode(content: Uint8Array, old: Uint8Array): Promise<Uint8Array | undefined>;
+  /**
+   * Encodes off the event loop; gives `undefined` where it is not worth its time.
+   *
+   * @param pair tells this pair of contents from all others
+   */
+  encode(content: Uint8Array, old: Uint8Array, pair: string): Promise<Uint8Array | undefined>;
   /**
    * Decodes.
    *
@@ -3046,8 +3053,8 @@ function patchIn({ encode, decode, isForBoards = false }: PlainCodec): DeltaCode
   return {
     needsDictionary: true,
     isForBoards,
-    async encode(content, old) {
-      const patch = await patches.make(old, content);
+    async encode(content, old, pair) {
+      const patch = await patches.make(old, content, pair);
       return patch && encode(patch, patch.byteLength > MAX_BEST_PATCH ? FAST_QUALITY : undefined);
     },
     decode: (bytes, limit, old) => applyPatch(decode(bytes, maxPatch(limit)), limit, old),
@@ -5793,7 +5800,7 @@ class Encoder {
         else if (coded === null) this.#useless.set(name, true, 0);
         return coded;
       } catch {
-        // Another time it would fail as well: it is not worth to wait for.
+        // Another time it would fail as well: it is not worth waiting for.
         return null;
       } finally {
         this.#waiting -= needs;
@@ -5815,7 +5822,7 @@ class Encoder {
       if (!bytes || (dictionary && !old)) return undefined;
       const codec = CODINGS[encoding];
       const coded = codec.needsDictionary
-        ? old && (await codec.encode(bytes, old))
+        ? old && (await codec.encode(bytes, old, `${dictionary!.key} ${content.key}`))
         : await encodeWell(encoding, codec, bytes);
       if (!coded || coded.byteLength >= content.size) return null;
       const tag = Bun.hash(coded).toString(16).padStart(16, "0");
@@ -5842,14 +5849,13 @@ class Encoder {
     const useOld = old && old.size > 0 && old.size <= MAX_CODED;
     const names = useOld ? withDictionary(accepted) : [];
     const forms = await Promise.all(names.map((name) => this.encode(name, content, old)));
-    const [delta] = forms.filter((form) => form != null).sort(bySize);
+    const delta = smallestOf(forms);
     const part = content.size <= MAX_BROTLI ? GOOD_DELTA : FAIR_DELTA;
     if (!delta || delta.content.size > content.size * part) {
       const encoding = bestWithoutDictionary(accepted, content.size);
       forms.push(encoding ? await this.encode(encoding, content) : null);
     }
-    const [coded] = forms.filter((form) => form != null).sort(bySize);
-    return { coded, isFinal: !forms.includes(undefined) };
+    return { coded: smallestOf(forms), isFinal: !forms.includes(undefined) };
   }
 }
 
@@ -5861,7 +5867,12 @@ interface SmallestForm {
   isFinal: boolean;
 }
 
-const bySize = (a: Coded, b: Coded) => a.content.size - b.content.size;
+function smallestOf(forms: readonly (Coded | null | undefined)[]): Coded | undefined {
+  const [smallest] = forms
+    .filter((form) => form != null)
+    .sort((a, b) => a.content.size - b.content.size);
+  return smallest;
+}
 
 /** Whether content of that size is encoded at all. */
 function isCoded(size: number): boolean {
@@ -6829,8 +6840,7 @@ class Inliner {
       // A device needs nobody for what is empty.
       if (file.size === 0 || here.has(file.sha256)) continue;
       here.add(file.sha256);
-      const isShort = (one: IndexedFile | undefined) => one !== undefined && one.size <= MAX_INLINE;
-      const dictionary = isShort(old) ? old : undefined;
+      const dictionary = old && old.size <= MAX_INLINE ? old : undefined;
       const cost = file.size + (dictionary?.size ?? 0);
       if (cost > work || file.size > (dictionary ? MAX_INLINE : INLINE.text)) continue;
       work -= cost;

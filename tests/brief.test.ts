@@ -435,13 +435,9 @@ describe("content in a manifest that is not what it should be is fetched, once, 
   const tree = (contents: Uint8Array[]): Tree =>
     Object.fromEntries(contents.map((content, i) => [`flash/${i}.bin`, content]));
 
-  test("every kind of that", async () => {
-    const [first, second] = [
-      { ...V1, ...tree(before) },
-      { ...V2, ...tree(after) },
-    ];
-    await using world = await World.with({ "1.0.0": first, "1.0.1": second }, { on: "1.0.0" });
-    await using between = await Between.start(world, {
+  /** A server whose manifest is changed on its way. */
+  const withManifest = (world: World, change: (manifest: SentManifest) => void) =>
+    Between.start(world, {
       ask: (headers, { path }) => {
         // So that the manifest itself comes plain.
         if (path === "/manifest.json") headers.set("accept-encoding", "dcz");
@@ -449,16 +445,26 @@ describe("content in a manifest that is not what it should be is fetched, once, 
       answer: (passed, connection) => {
         if (passed.asked.path !== "/manifest.json") return false;
         const manifest = JSON.parse(Buffer.from(passed.answer.body).toString()) as SentManifest;
-        for (const entry of manifest.update) {
-          const [, number] = /\/(\d+)\.bin$/.exec(entry.dst_path) ?? [];
-          if (number === undefined) continue;
-          delete entry.content;
-          delete entry.coding;
-          const i = Number(number);
-          Object.assign(entry, kinds[names[i]!]!(after[i]!, before[i]!));
-        }
+        change(manifest);
         return answerOther(passed, connection, Buffer.from(JSON.stringify(manifest)));
       },
+    });
+
+  test("every kind of that", async () => {
+    const [first, second] = [
+      { ...V1, ...tree(before) },
+      { ...V2, ...tree(after) },
+    ];
+    await using world = await World.with({ "1.0.0": first, "1.0.1": second }, { on: "1.0.0" });
+    await using between = await withManifest(world, (manifest) => {
+      for (const entry of manifest.update) {
+        const [, number] = /\/(\d+)\.bin$/.exec(entry.dst_path) ?? [];
+        if (number === undefined) continue;
+        delete entry.content;
+        delete entry.coding;
+        const i = Number(number);
+        Object.assign(entry, kinds[names[i]!]!(after[i]!, before[i]!));
+      }
     });
     const { code, stderr } = await world.client([], between);
     expect({ code, stderr }).toEqual({ code: 0, stderr: expect.any(String) });
@@ -484,20 +490,12 @@ describe("content in a manifest that is not what it should be is fetched, once, 
       { "1.0.0": V1, "1.0.1": { ...V1, ...zeros } },
       { on: "1.0.0" },
     );
-    await using between = await Between.start(world, {
-      ask: (headers, { path }) => {
-        if (path === "/manifest.json") headers.set("accept-encoding", "dcz");
-      },
-      answer: (passed, connection) => {
-        if (passed.asked.path !== "/manifest.json") return false;
-        const manifest = JSON.parse(Buffer.from(passed.answer.body).toString()) as SentManifest;
-        for (const entry of manifest.new) {
-          const content = zeros[entry.dst_path.slice(1) as keyof typeof zeros];
-          const coded = zlib.brotliCompressSync(content).toString("base64");
-          Object.assign(entry, { content: coded, coding: "br" });
-        }
-        return answerOther(passed, connection, Buffer.from(JSON.stringify(manifest)));
-      },
+    await using between = await withManifest(world, (manifest) => {
+      for (const entry of manifest.new) {
+        const content = zeros[entry.dst_path.slice(1) as keyof typeof zeros];
+        const coded = zlib.brotliCompressSync(content).toString("base64");
+        Object.assign(entry, { content: coded, coding: "br" });
+      }
     });
     const { code, stderr } = await world.client([], between);
     expect([code, stderr]).toEqual([0, expect.not.stringContaining("not right")]);

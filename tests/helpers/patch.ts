@@ -65,6 +65,12 @@ export function copy(seek: number, length: number): number[] {
   return [0, ...signed(seek), ...number(length * 4)];
 }
 
+/** Copies one byte from each of two blocks in turn, so that each is predicted anew. */
+export function hop(count: number): number[] {
+  const seek = (k: number) => (k === 0 ? 0 : k % 2 ? 2000 : -2002);
+  return Array.from({ length: count }, (_, k) => copy(seek(k), 1)).flat();
+}
+
 /** What a device does with a patch. */
 export interface Applied {
   content: Uint8Array;
