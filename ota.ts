@@ -35,9 +35,13 @@
 //      Certificates and proxies · Request checks · Contents in manifests · Manifest answers
 //      Request handling · Listening
 // V    Fleet: who is on what, and what happened to whom.
-//      Device reports · Device records · Offers and failures · Fleet answers · Store schema
-//      Store opening · Store writes · Store reads · Merging · Names and labels · Fleet store
-//      Store thread · Fleet writer · Fleet · Admin access · Fleet requests · Fleet API · Serving
+//      Device reports · Device records · Offers and failures · Windows · Fleet answers
+//      Rollouts · Rollout rules · Store schema · Store opening · Store writes · Store reads
+//      Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
+//      Rollout progress · Rollout places · Merging · Rollout merging · Names and labels
+//      Fleet store · Store thread · Fleet options · Admission · Fleet writer · Fleet
+//      Admin access · Fleet requests · Rollout words · Rollout API · Fleet API · Rollout notices
+//      Staged versions · Serving
 // VI   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -48,8 +52,9 @@
 // VIII Transports: bytes from somewhere, and nothing else.
 //      HTTP · Directory
 // IX   Command line: the way in.
-//      Options · Output · Costs · Server commands · Release commands · Device commands
-//      Fleet tables · Fleet summary · Fleet commands · Commands and main
+//      Options · Reading options · Output · Costs · Server commands · Release commands
+//      Device commands · Fleet tables · Fleet summary · Fleet commands · Rollout options
+//      Rollout command · Commands · Help and main
 
 import { Database } from "bun:sqlite";
 import {
@@ -4431,23 +4436,20 @@ function digestIn(text: string | undefined): string | undefined {
   return text !== undefined && /^[0-9a-f]{64}$/i.test(text) ? text.toLowerCase() : undefined;
 }
 
-/** The last item that is not above a ceiling; see `decide`. */
-function highest<T extends { version: LooseVersion }>(
-  items: readonly T[],
-  ceiling: string | undefined,
-): T | undefined {
-  if (ceiling === undefined) return items.at(-1);
-  return items.findLast(({ version }) => version.compare(ceiling) <= 0);
+/** The newest version and image that a device may have; `undefined`: none. */
+interface NewestItems {
+  version: Release | undefined;
+  image: FirmwareImage | undefined;
 }
 
 /**
  * Decides what a device gets.
  *
  * @param query what the device said of itself; any text is allowed in any parameter
- * @param ceiling the highest version and firmware that it may have; absent: all that is offered
+ * @param may the newest that it may have; absent: all that is offered
  * @returns `null` when there is nothing for it
  */
-function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision | null {
+function decide(index: Index, query: ManifestQuery, may?: NewestItems): Decision | null {
   const { versions, firmware } = index;
   const nothing = { has: undefined, full: false, image: undefined, base: undefined };
   if (query.list !== undefined) {
@@ -4461,7 +4463,7 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
   const known = index.find(current);
   const device = known?.version ?? new LooseVersion(current);
   const base = digestIn(query.base);
-  const newest = highest(versions, ceiling);
+  const newest = may ? may.version : versions.at(-1);
   const order = newest?.version.compare(device) ?? 0;
   // A step leads only from a release that was there when it was signed.
   const asksForStep = query.signed === "1" && newest && index.signed.has(newest);
@@ -4472,7 +4474,7 @@ function decide(index: Index, query: ManifestQuery, ceiling?: string): Decision 
   const full = (base !== undefined && base !== known?.digest) || (isForeign && order > 0);
   // A device on the newest version may have other files than that version has now.
   const target = order > 0 || (full && newest && newest === known) ? newest : undefined;
-  const image = imageFor(query, device, highest(firmware, ceiling));
+  const image = imageFor(query, device, may ? may.image : firmware.at(-1));
   const previous = current || "0";
   const bound = query.reqid !== undefined && !full ? base : undefined;
   const asked = { previous, base: bound };
@@ -4858,8 +4860,8 @@ export class ReleaseRoot {
   }
 
   /** See the function of that name. */
-  decide(query: ManifestQuery, ceiling?: string): Decision | null {
-    return decide(this.index, query, ceiling);
+  decide(query: ManifestQuery, may?: NewestItems): Decision | null {
+    return decide(this.index, query, may);
   }
 
   /** Globs of the files that releases were signed without. */
@@ -6621,6 +6623,14 @@ function forwardedScheme(headers: Headers): "http" | "https" | undefined {
 // ──── Request checks ──────────────────────────────────────────────────────────────────────────────
 // The options of a server, and the checks that apply to every request.
 
+/** Where time comes from. */
+export interface FleetClock {
+  /** Milliseconds since 1970; may jump. */
+  now(): number;
+  /** Milliseconds since some moment; never jumps. */
+  elapsed(): number;
+}
+
 /** What `serve` needs; every field has the default of the command line. */
 export interface ServeOptions extends ReleasesOptions {
   /** The release root; the current directory. */
@@ -6650,8 +6660,16 @@ export interface ServeOptions extends ReleasesOptions {
   fleet?: string | false;
   /** Silence after an offer that is usual for every device, in seconds; 3600. */
   silent?: number;
+  /** Where the time of the fleet comes from; see `FleetOptions`. */
+  clock?: FleetClock;
+  /** Milliseconds between two writes to the fleet's store; 1000. */
+  tick?: number;
   /** Opens the fleet's interface; absent: one that is made at random, and kept with the fleet. */
   adminToken?: string | undefined;
+  /** Whether each version that appears starts a rollout of its own. */
+  staged?: boolean | undefined;
+  /** An address that is sent JSON when a rollout halts, pauses or is done. */
+  notify?: string | undefined;
   /** Called when a version or an image came, changed or went. */
   changed?: (releases: Releases) => void;
   /** Called with one line for the owner of the root. */
@@ -6934,6 +6952,7 @@ class Manifests {
     private readonly proxies: Proxies,
     private readonly inFlight: InFlight,
     private readonly inliner: Inliner,
+    private readonly newestFor?: Extension["newestFor"],
   ) {
     this.#base = options.url === undefined ? undefined : baseURL(options.url);
     this.#scheme = options.tls ? "https" : "http";
@@ -6954,7 +6973,7 @@ class Manifests {
     const withToken = token !== undefined && this.options.token !== undefined;
     const suffix = withToken ? `?token=${encodeURIComponent(token)}` : "";
     const root = this.releases.forDevice(query, contact.path);
-    const decision = root.decide(query);
+    const decision = root.decide(query, this.newestFor?.(contact, root));
     const target = decision?.target !== decision?.has ? decision?.target : undefined;
     const to = target?.name ?? (decision?.image ? "firmware" : "none");
     const { model } = root;
@@ -7060,6 +7079,8 @@ type Route = (request: Request, contact: Contact) => Answer | Promise<Answer>;
 interface Extension extends AsyncDisposable {
   /** Called with each contact. */
   note(contact: Contact): void;
+  /** The newest that the device of a contact may have; `undefined`: all that is offered. */
+  readonly newestFor: (contact: Contact, root: ReleaseRoot) => NewestItems | undefined;
   /** Answers for all paths below `/-/` but the server's own, with a secret of its own. */
   readonly answer: Route;
   /** A file directly in the root that it writes; with others whose names begin so. */
@@ -7104,7 +7125,10 @@ class Service {
     if (log) this.#listeners.push((contact) => log(logLine(contact)));
     if (extension) this.#listeners.push((contact) => extension.note(contact));
     const inliner = new Inliner(encoder, (file) => this.#contents.source(file));
-    const manifests = new Manifests(releases, options, this.#proxies, this.#inFlight, inliner);
+    const { newestFor } = extension ?? {};
+    const manifests = new Manifests(
+      ...([releases, options, this.#proxies, this.#inFlight, inliner, newestFor] as const),
+    );
     this.#routes = new Map<string, Route>([
       ["/manifest.json", (request, contact) => manifests.answer(request, contact, metrics)],
       ["/-/health", () => this.#health()],
@@ -7763,6 +7787,136 @@ function saidOf(known: DeviceRecord, report: DeviceReport): Partial<DeviceRecord
   };
 }
 
+// ──── Windows ────────────────────────────────────────────────────────────────────────────────────
+// When something may begin: `Mon-Fri 01:00-04:00 Europe/Berlin`. Days and times are those of a clock
+// on the wall there: where clocks are put forward, the hour that there is not is left out, and where
+// they are put back, the hour that comes twice counts twice.
+
+/** A window as an operator wrote it, read. */
+export interface TimeWindow {
+  /** It is open in any of them. */
+  readonly spans: readonly TimeSpan[];
+}
+
+/** A time of day, on some days. */
+export interface TimeSpan {
+  /** Those on which it begins; 0 is Monday. */
+  readonly days: ReadonlySet<number>;
+  /** Minutes since midnight; `to` is not part of it, and is on the day after where it is not later. */
+  readonly from: number;
+  readonly to: number;
+  /** As IANA names it. */
+  readonly zone: string;
+}
+
+const DAY_NAMES = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"];
+const MINUTES_A_DAY = 24 * 60;
+/** Characters of a window. */
+const MAX_WINDOW = 256;
+
+/**
+ * Reads a window: times, with days before and a zone behind where that matters, as in `Mon-Fri
+ * 01:00-04:00 Europe/Berlin`. There may be several, with a comma or `;` between them. Without days it
+ * is every day, and without a zone UTC.
+ *
+ * @throws {OTAError} exit code 2 when the text is no window, or may mean more than one
+ */
+export function parseWindow(text: string): TimeWindow {
+  const refuse = (why: string): never => {
+    const found = text.slice(0, MAX_WINDOW).split(/\s+/).map(printable).join(" ");
+    const what = `a window is like 'Mon-Fri 01:00-04:00 Europe/Berlin', found '${found}'`;
+    throw new OTAError(`${what}: ${why}`, 2);
+  };
+  if (text.length > MAX_WINDOW) refuse(`it has at most ${MAX_WINDOW} characters`);
+  const spans: { days: number[]; from: number; to: number; zone?: string }[] = [];
+  let days: number[] = [];
+  for (const piece of text.replaceAll(/\s*[-–]\s*/g, "-").split(/([,;])/)) {
+    if (piece === ";" && days.length > 0) break;
+    if (piece === "," || piece === ";") continue;
+    const words = piece.split(/\s+/).filter((word) => word !== "");
+    if (words.length === 0) refuse("a time is missing");
+    let span: (typeof spans)[number] | undefined;
+    for (const word of words) {
+      const [named, times] = [daysOf(word), timesOf(word)];
+      if (!span && named) days.push(...named);
+      else if (!span && times) spans.push((span = { days, ...times }));
+      else if (!span) refuse(`${printable(word)} is neither a day nor a time such as 01:00-04:00`);
+      else if (named || times || span.zone) refuse(`before ${printable(word)}, a comma is missing`);
+      else if (!isZone(word)) refuse(`${printable(word)} is no time zone such as Europe/Berlin`);
+      else span.zone = word;
+    }
+    if (span) days = [];
+  }
+  if (days.length > 0) refuse("days need a time, such as 01:00-04:00");
+  // What the others mean cannot be guessed, but for a zone at the end: that is said of all.
+  if (new Set(spans.map((span) => span.days.length > 0)).size > 1) {
+    refuse("say the days of each time (Mon-Sun is every day)");
+  }
+  const zones = spans.flatMap(({ zone }) => zone ?? []);
+  const isOfAll = zones.length === spans.length || (zones.length === 1 && spans.at(-1)?.zone);
+  if (zones.length > 0 && !isOfAll) refuse("say the zone once, at the end, or behind each time");
+  return {
+    spans: spans.map(({ days: of, from, to, zone = zones[0] ?? "UTC" }) => {
+      return { days: new Set(of.length > 0 ? of : DAY_NAMES.keys()), from, to, zone };
+    }),
+  };
+}
+
+/** The days that a word names: `Mon`, `Monday`, `Fri-Mon`; `undefined` for another word. */
+function daysOf(word: string): number[] | undefined {
+  const ends = word.toLowerCase().split("-");
+  const found = ends.map((end) => DAY_NAMES.findIndex((name) => name.startsWith(end)));
+  if (found.some((day, i) => day < 0 || ends[i]!.length < 3) || found.length > 2) return undefined;
+  const [first = 0, last = first] = found;
+  return Array.from({ length: ((last - first + 7) % 7) + 1 }, (_, i) => (first + i) % 7);
+}
+
+/** The minutes of `01:00-04:00`; `undefined` for what is none, or nothing. */
+function timesOf(word: string): { from: number; to: number } | undefined {
+  const [, h1, m1, h2, m2] = /^(\d\d?):([0-5]\d)-(\d\d?):([0-5]\d)$/.exec(word) ?? [];
+  const [from, to] = [Number(h1) * 60 + Number(m1), Number(h2) * 60 + Number(m2)];
+  return from < MINUTES_A_DAY && to <= MINUTES_A_DAY && from !== to ? { from, to } : undefined;
+}
+
+/** Zone → what tells its time: these are slow to make, and an operator has few. */
+const zoneClocks = new Map<string, Intl.DateTimeFormat>();
+
+/** @throws {RangeError} when there is no such zone */
+function clockOf(zone: string): Intl.DateTimeFormat {
+  const known = zoneClocks.get(zone);
+  if (known) return known;
+  const clock = new Intl.DateTimeFormat("en-US", {
+    ...{ timeZone: zone, weekday: "long", hour: "2-digit", minute: "2-digit", hourCycle: "h23" },
+  });
+  if (zoneClocks.size >= 1000) zoneClocks.clear();
+  zoneClocks.set(zone, clock);
+  return clock;
+}
+
+function isZone(text: string): boolean {
+  try {
+    clockOf(text);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Whether a window is open at a moment, in milliseconds since 1970. */
+export function isOpen({ spans }: TimeWindow, at: number): boolean {
+  return spans.some(({ days, from, to, zone }) => {
+    const parts = clockOf(zone).formatToParts(at);
+    const [weekday = "", hour, minute] = (["weekday", "hour", "minute"] as const).map(
+      (type) => parts.find((part) => part.type === type)?.value,
+    );
+    const day = DAY_NAMES.indexOf(weekday.toLowerCase());
+    const now = Number(hour) * 60 + Number(minute);
+    if (from < to) return days.has(day) && now >= from && now < to;
+    // Over midnight: the end is on the day after the one that it is of.
+    return (days.has(day) && now >= from) || (days.has((day + 6) % 7) && now < to);
+  });
+}
+
 // ──── Fleet answers ───────────────────────────────────────────────────────────────────────────────
 // What a fleet can be asked, and what it answers; the API has the same field names.
 
@@ -7799,6 +7953,11 @@ export interface FleetSummary {
   versions: Record<string, number>;
   states: Record<DeviceState, number>;
   models: Record<string, number>;
+  /**
+   * When the last one of those that are `offered` will be silent, if none of them is heard of until
+   * then, and a server runs all the time; `null` when none will be.
+   */
+  silent_at: number | null;
 }
 
 /** Which devices to list; what is absent does not matter. */
@@ -7835,6 +7994,340 @@ export interface FleetServed {
   newest: NewestReleases;
   /** See `FleetOptions`; in milliseconds. */
   silent: number;
+}
+
+// ──── Rollouts ────────────────────────────────────────────────────────────────────────────────────
+// A release that goes to a few devices, then to more: never to more that are unproven than are proven
+// good already. What can be asked for, and what is answered; the API has the same field names.
+
+/** How far a rollout may go, and how fast. */
+export interface RolloutOptions {
+  version: string;
+  /** The model whose root has the version; `null`: the root's own. */
+  model: string | null;
+  /** Devices that may be unproven while fewer than that are proven; 1. */
+  first: number;
+  /** Seconds that a device must be on the version before it is proven; 0. */
+  soak: number;
+  /** Silence that is bad, in seconds; 3600. */
+  silent: number;
+  /** The fraction of devices that may go bad; 0.05. */
+  tolerance: number;
+  /** Fractions of the eligible devices at which it waits for `resume`, ascending. */
+  pauseAt: readonly number[];
+  /** Labels that a device must have; or its `model`, or the `version` that it is on. */
+  only: readonly (readonly [key: string, value: string])[];
+  /** When devices may be offered it: see `parseWindow`; `null` for always. */
+  window: string | null;
+}
+
+/** What holds where nothing is said. */
+export const ROLLOUT_DEFAULTS: Omit<RolloutOptions, "version" | "model"> = {
+  ...{ first: 1, soak: 0, silent: 3600, tolerance: 0.05 },
+  ...{ pauseAt: [0.05, 0.5], only: [], window: null },
+};
+
+/**
+ * `waiting`: the version is not in the root yet. `paused`: nobody new is offered it. `halted`, and
+ * `aborted` for good: nobody who is not on it. `done`: it is a release like any other; but where a
+ * rollout was only for some devices, the others do not get it before another one says so.
+ */
+export type RolloutState = "waiting" | "running" | "paused" | "halted" | "done" | "aborted";
+
+/** What an operator can do with a rollout. */
+export type RolloutAction = "pause" | "resume" | "advance" | "abort";
+
+/** A rollout. Times are in milliseconds since 1970, durations in seconds. */
+export interface Rollout {
+  id: string;
+  version: string;
+  model: string | null;
+  state: RolloutState;
+  /** Why it is in this state, in words and numbers. */
+  reason: string | null;
+  first: number;
+  soak: number;
+  silent: number;
+  tolerance: number;
+  pause_at: number[];
+  only: [key: string, value: string][];
+  window: string | null;
+  /** Devices that are on it, for long enough. */
+  proven: number;
+  /** Devices that were offered it, and of which neither good nor bad is known yet. */
+  offered: number;
+  /** Bad ones, until they are acknowledged. */
+  failed: number;
+  silent_devices: number;
+  /** Bad ones that `resume` has acknowledged. */
+  acknowledged: number;
+  /** All devices that it is for: those that were known when it began, heard in the last 30 days. */
+  eligible: number;
+  created: number;
+  /** When the state last changed. */
+  changed: number;
+}
+
+/** Devices that a rollout would reach, by what they are and are on. */
+export interface RolloutTarget {
+  model: string | null;
+  version: string | null;
+  devices: number;
+}
+
+/** What `serve --staged` knows a version by. */
+function stagedKey({ version, model }: Pick<RolloutOptions, "version" | "model">): string {
+  return `${asciiLower(model ?? "")} ${versionKey(version)}`;
+}
+
+/** A device that was not heard for so long, in milliseconds, is not waited for. */
+const ROLLOUT_MEMORY = 30 * 24 * 3600_000;
+
+/** Conditions of a rollout at most. */
+const MAX_ONLY = 64;
+
+/** @throws {OTAError} exit code 2 when no rollout can be like that */
+function checkRollout(options: RolloutOptions): void {
+  const { version, model, first, soak, silent, tolerance, pauseAt, only, window } = options;
+  const expect = (isRight: boolean, what: string, found: unknown) => {
+    if (isRight) return;
+    const text = printable((JSON.stringify(found) ?? "nothing").replaceAll('"', ""));
+    throw new OTAError(`a rollout expects ${what}, found ${text}`, 2);
+  };
+  const isName = isReleaseName(version);
+  expect(isName, `a version as its directory is named (${RELEASE_NAME_RULE})`, version);
+  expect(model === null || saidText(model) !== null, "the name of a model", model);
+  expect(Number.isSafeInteger(first) && first >= 1, "--first as a whole number from 1", first);
+  expect(soak >= 0 && soak <= 1e9, "--soak as a time", soak);
+  expect(silent > 0 && silent <= 1e9, "--silent as a time above 0", silent);
+  const isShare = tolerance > 0 && tolerance < 1;
+  expect(isShare, "--tolerance between 0 % (0) and 100 % (1)", tolerance);
+  const isStep = (at: number, i: number) => at > (pauseAt[i - 1] ?? 0) && at < 1;
+  const steps = "--pause-at as up to 16 percentages that ascend, between 0 % (0) and 100 % (1)";
+  expect(pauseAt.length <= 16 && pauseAt.every(isStep), steps, pauseAt);
+  const isPair = (pair: readonly [string, string]) => pair.every((text) => saidText(text) !== null);
+  expect(only.length <= MAX_ONLY && only.every(isPair), `up to ${MAX_ONLY} --only KEY=VALUE`, only);
+  if (window !== null) parseWindow(window);
+}
+
+// ──── Rollout rules ───────────────────────────────────────────────────────────────────────────────
+// Who is next, and when it ends: pure functions. Nothing here knows a store, a socket or a clock.
+
+/**
+ * What is known of a device that was offered the version of a rollout. `way`: nothing yet, or it is
+ * on the version, but not for long enough. `acknowledged`: it was bad, and the operator said to go on.
+ * `outside`: one that was not known when the rollout began has come to an end, and proves nothing.
+ */
+type RolloutStanding = "way" | "proven" | "failed" | "silent" | "acknowledged" | "outside";
+
+/** How far a rollout is. Up-times and what is counted in them are in milliseconds. */
+interface RolloutProgress extends Record<RolloutStanding, number> {
+  /** See `Rollout`; and those of them that are neither proven nor acknowledged. */
+  eligible: number;
+  left: number;
+  /** Devices that it would be for if they had not got the version elsewhere. */
+  others: number;
+  /** The usual interval between two visits of a device. */
+  interval: number;
+  /** When these were counted; -1: never. */
+  counted: number;
+  /** Devices with numbers below it may have a free place; and since when it is so. */
+  share: number;
+  shared: number;
+  /** How long the fleet was heard while this ran; and up to when that is counted. */
+  clock: number;
+  clocked: number;
+  /** Whether all devices outside are overdue as well: the clock stands. */
+  isQuiet: boolean;
+  /** Devices that should have been heard by now: nobody new goes after them if they are many. */
+  late: number;
+  /** How many may have had a place by now, and since when that is so: see `paceAfter`. */
+  most: number;
+  paced: number;
+  /** How many of `pauseAt` are behind. */
+  pauses: number;
+  /** Whether it is for everyone at once. */
+  isOpen: boolean;
+  /** Whether no device was known when it began: then all count. */
+  isFirst: boolean;
+  /** How often a device's standing was written: tells servers what is new. */
+  seq: number;
+}
+
+function newProgress(up: number, isFirst: boolean): RolloutProgress {
+  return {
+    ...{ way: 0, proven: 0, failed: 0, silent: 0, acknowledged: 0, outside: 0 },
+    ...{ eligible: 0, left: 0, others: 0, interval: 0, counted: -1, share: 0, shared: up },
+    ...{
+      clock: 0,
+      clocked: up,
+      isQuiet: false,
+      late: 0,
+      most: 0,
+      paced: up,
+      pauses: 0,
+      isOpen: false,
+      isFirst,
+      seq: 0,
+    },
+  };
+}
+
+/**
+ * The chance that of `n` devices at least `k` are bad when each is with the chance `p`: the tail of a
+ * binomial distribution, summed exactly.
+ */
+export function binomialTail(k: number, n: number, p: number): number {
+  if (k <= 0) return 1;
+  if (k > n) return 0;
+  // From the side on which terms only get smaller: on the other one the first may be too small.
+  if (k <= n * p) return 1 - binomialTail(n - k + 1, n, 1 - p);
+  // The first term in logarithms: the factorials are beyond what a number holds.
+  let log = (n - k) * Math.log1p(-p) + k * Math.log(p);
+  const chosen = Math.min(k, n - k);
+  for (let i = 1; i <= chosen; i++) log += Math.log((n - chosen + i) / i);
+  let term = Math.exp(log);
+  let sum = 0;
+  for (let i = k; i <= n && term > sum * 1e-17; i++) {
+    sum += term;
+    term *= ((n - i) / (i + 1)) * (p / (1 - p));
+  }
+  return Math.min(1, sum);
+}
+
+/** Below this chance, what is seen is not within the tolerance. */
+const SIGNIFICANCE = 0.01;
+
+/**
+ * Whether it would be halted if those that are late were bad. Silence is certain only after long, and
+ * meanwhile those that are well would open it to ever more: so it waits until they are heard, or are
+ * silent.
+ */
+function areTooManyLate(
+  { tolerance }: Pick<RolloutOptions, "tolerance">,
+  { late, proven, failed, silent }: RolloutProgress,
+): boolean {
+  const bad = late + failed + silent;
+  return late > 0 && bad >= 2 && binomialTail(bad, proven + bad, tolerance) < SIGNIFICANCE;
+}
+
+/** Places of a rollout that is open: more than there are devices. */
+const ALL_PLACES = Number.MAX_SAFE_INTEGER;
+
+/**
+ * The number of a device in a rollout, from 0 to below 1. Each rollout has another order, so that it
+ * is not always the same devices that go first.
+ */
+export function rolloutNumber(rollout: string, device: string): number {
+  const text = `ota-rollout-1\0${rollout}\0${device}`;
+  const digest = new Bun.CryptoHasher("sha256").update(text).digest();
+  // The first 53 bits: as many as a number has.
+  return (digest.readUInt32BE(0) * 2 ** 21 + (digest.readUInt32BE(4) >>> 11)) / 2 ** 53;
+}
+
+/** Devices are late after their usual interval, and this part of it. */
+const LATENESS = 0.25;
+
+/**
+ * How many may have had a place from now on: at most as many more as are proven, until those that went
+ * before have had the time to be late. Boards that say at once that they are well would open it to all
+ * before anybody misses those that are dead.
+ */
+function paceAfter(
+  { first, tolerance }: RolloutOptions,
+  progress: RolloutProgress,
+  up: number,
+): Pick<RolloutProgress, "most" | "paced"> {
+  const { way, proven, failed, silent, acknowledged, interval, most, paced } = progress;
+  if (up - paced < (1 + LATENESS) * interval || areTooManyLate({ tolerance }, progress)) {
+    return { most, paced };
+  }
+  const taken = way + proven + failed + silent + acknowledged;
+  return { most: taken + Math.max(first, proven), paced: up };
+}
+
+/** How many more devices may be offered it now. */
+function freePlaces(
+  { first, pauseAt, tolerance }: RolloutOptions,
+  progress: RolloutProgress,
+): number {
+  const { way, proven, failed, silent, acknowledged, isOpen, pauses, eligible } = progress;
+  if (isOpen) return ALL_PLACES;
+  if (areTooManyLate({ tolerance }, progress)) return 0;
+  const taken = way + proven + failed + silent + acknowledged;
+  const places = Math.max(first, proven) - (way + failed + silent);
+  const free = Math.min(places, Math.max(first, progress.most) - taken);
+  const pause = pauseAt[pauses];
+  if (pause === undefined) return Math.max(0, free);
+  return Math.max(0, Math.min(free, pauseDevices(pause, eligible) - taken));
+}
+
+/** How many devices have it when a rollout pauses. */
+function pauseDevices(pause: number, eligible: number): number {
+  return Math.max(1, Math.ceil(pause * eligible));
+}
+
+/**
+ * The share after some time: twice the free places over the eligible devices, beyond those that have
+ * had a place; and twice that with every usual interval that leaves a place free.
+ */
+function shareAfter(
+  options: RolloutOptions,
+  progress: RolloutProgress,
+  up: number,
+): Pick<RolloutProgress, "share" | "shared"> {
+  const { way, proven, failed, silent, acknowledged, eligible, isOpen } = progress;
+  const { share, shared, interval } = progress;
+  if (isOpen) return { share: 1, shared };
+  const free = freePlaces(options, progress);
+  if (free === 0) return { share, shared: up };
+  const taken = way + proven + failed + silent + acknowledged;
+  const least = eligible === 0 ? 1 : Math.min(1, (taken + 2 * free) / eligible);
+  const doublings = interval > 0 ? Math.max(0, Math.floor((up - shared) / interval)) : 0;
+  const doubled = Math.min(1, Math.max(share, doublings > 0 ? least : 0) * 2 ** doublings);
+  return { share: Math.max(least, doubled), shared: shared + doublings * interval };
+}
+
+const countText = (count: number, what: string) => `${count} ${what}${count === 1 ? "" : "s"}`;
+
+const percent = (fraction: number) => `${Number((100 * fraction).toPrecision(3))} %`;
+
+/** Why a rollout has to be halted, in words and numbers; `undefined`: it need not be. */
+function haltReason(options: RolloutOptions, progress: RolloutProgress): string | undefined {
+  const { way, proven, failed, silent, isOpen } = progress;
+  const bad = failed + silent;
+  if (bad === 0) return undefined;
+  const kinds = [failed > 0 && `${failed} failed`, silent > 0 && `${silent} silent`];
+  const badText = `${countText(bad, "device")} bad (${kinds.filter(Boolean).join(", ")})`;
+  if (proven === 0) return `${badText}, and none is proven`;
+  const chance = binomialTail(bad, proven + bad, options.tolerance);
+  if (bad >= 2 && chance < SIGNIFICANCE) {
+    const within = `within a tolerance of ${percent(options.tolerance)}`;
+    return `${badText} of ${proven + bad}: ${within} that has a chance of ${percent(chance)}`;
+  }
+  const places = Math.max(options.first, proven);
+  if (!isOpen && way === 0 && bad >= places) {
+    return `${badText} hold all ${countText(places, "place")} that ${proven} proven allow`;
+  }
+  return undefined;
+}
+
+/** Why nobody new is offered it, although it runs. */
+function heldReason(options: RolloutOptions, progress: RolloutProgress): string | null {
+  if (progress.isQuiet) return "held: the fleet is quiet";
+  if (progress.isOpen || !areTooManyLate(options, progress)) return null;
+  return `held: ${countText(progress.late, "device")} should have been heard by now`;
+}
+
+/** Why a rollout has to wait for the operator. */
+function pauseReason({ pauseAt }: RolloutOptions, progress: RolloutProgress): string | undefined {
+  const { way, proven, failed, silent, acknowledged, eligible, pauses, isOpen } = progress;
+  const pause = pauseAt[pauses];
+  const taken = proven + failed + silent + acknowledged;
+  if (pause === undefined || isOpen || way > 0 || eligible === 0) return undefined;
+  if (taken < pauseDevices(pause, eligible)) return undefined;
+  const bad = failed + silent + acknowledged;
+  return `at ${percent(pause)}: ${proven} of ${eligible} proven, ${bad === 0 ? "none" : bad} bad`;
 }
 
 // ──── Store schema ────────────────────────────────────────────────────────────────────────────────
@@ -7924,6 +8417,9 @@ function placeholders(rows: number, columns: number): string {
  * what writers wait for: each transaction that writes begins by updating it, and so reads what the
  * one before it wrote, on both databases.
  *
+ * Its `rollouts` and `labels` count what servers have to read again, `lease` and `wanted` are about
+ * who gives places of rollouts away.
+ *
  * `ota_cohorts` counts devices: see `Cohort`. There are some dozens of them however many devices
  * there are, so that what is counted or sought by state, version or model begins there.
  */
@@ -7950,6 +8446,19 @@ const SCHEMAS: readonly string[][] = [
     `CREATE TABLE ota_events (
       device TEXT NOT NULL, source TEXT NOT NULL, number BIGINT NOT NULL, at BIGINT NOT NULL,
       kind TEXT NOT NULL, from_ TEXT, to_ TEXT, PRIMARY KEY (device, source, number))`,
+  ],
+  [
+    // Options and progress as JSON: only this tool reads them, and never seeks by them.
+    `CREATE TABLE ota_rollouts (
+      id TEXT NOT NULL PRIMARY KEY, version TEXT NOT NULL, model TEXT, state TEXT NOT NULL,
+      reason TEXT, options TEXT NOT NULL, digest TEXT, created BIGINT NOT NULL,
+      changed BIGINT NOT NULL, progress TEXT NOT NULL)`,
+    `CREATE TABLE ota_rollout_devices (
+      rollout TEXT NOT NULL, device TEXT NOT NULL, standing TEXT NOT NULL,
+      offered_up BIGINT NOT NULL, on_up BIGINT, heard BIGINT NOT NULL, known BIGINT NOT NULL,
+      seq BIGINT NOT NULL, PRIMARY KEY (rollout, device))`,
+    "CREATE INDEX ota_rollout_devices_heard ON ota_rollout_devices (rollout, standing, heard)",
+    "CREATE INDEX ota_rollout_devices_seq ON ota_rollout_devices (rollout, seq)",
   ],
 ];
 
@@ -8123,12 +8632,42 @@ async function bringUp(db: Connection, place: StorePlace): Promise<void> {
   });
 }
 
+/** Runs a transaction that no other one that writes overlaps. */
+function locked<T>(db: Connection, work: (tx: Connection) => Promise<T>): Promise<T> {
+  return db.transaction(async (tx) => {
+    await tx.lock();
+    return await work(tx);
+  });
+}
+
 async function setMeta(tx: Connection, values: Record<string, string>): Promise<void> {
   const entries = Object.entries(values);
   await tx.query(
     `INSERT INTO ota_meta VALUES ${placeholders(entries.length, 2)} ` +
       "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
     entries.flat(),
+  );
+}
+
+/** Changes a value, unless it is another one by now. @returns whether it did */
+async function swapMeta(
+  tx: Connection,
+  name: string,
+  from: string | undefined,
+  to: string,
+): Promise<boolean> {
+  const [row] = await tx.query("SELECT value FROM ota_meta WHERE name = $1", [name]);
+  if ((row && String(row["value"])) !== from) return false;
+  await setMeta(tx, { [name]: to });
+  return true;
+}
+
+/** Counts up what servers read again when it is another number. */
+async function bumpMeta(tx: Connection, name: "rollouts" | "labels"): Promise<void> {
+  await tx.query(
+    `INSERT INTO ota_meta VALUES ($1, '1') ON CONFLICT (name)
+      DO UPDATE SET value = CAST(CAST(ota_meta.value AS BIGINT) + 1 AS TEXT)`,
+    [name],
   );
 }
 
@@ -8156,6 +8695,9 @@ const TOGETHER = 120_000;
 /** For how much up-time it is known what a server wrote last, in milliseconds. */
 const BATCH_MEMORY = 24 * 3600_000;
 
+/** By how much up-times of servers that run at the same time may differ, in milliseconds. */
+const LATE = 1000;
+
 const RECORD_COLUMNS = [
   ...(["id", "model", "version", "firmware", "address", "first_seen", "last_seen"] as const),
   ...(["seen", "seen_up", "intervals", "patience", "offered", "offered_firmware"] as const),
@@ -8182,6 +8724,16 @@ interface WriteMoment {
   settings: Record<string, string>;
   /** Those that are put back where the store has lost them: it may be another one by now. */
   lasting: Record<string, string>;
+  /** Absent: it does not serve. */
+  rollouts?: RolloutAsk;
+}
+
+/** What a write comes back with. */
+interface WriteResult {
+  /** The up-time of the fleet, in milliseconds. */
+  up: number;
+  /** Where it was asked for. */
+  news?: RolloutNews;
 }
 
 /** A row as a record: numbers are numbers. */
@@ -8376,6 +8928,7 @@ async function removeDevices(tx: Connection, ids: readonly string[]): Promise<nu
     for (const row of rows) changes.add(recordOf(row), -1);
     removed += rows.length;
   }
+  if (removed > 0) await bumpMeta(tx, "labels");
   await changes.write(tx);
   return removed;
 }
@@ -8452,7 +9005,27 @@ function devicesSQL(basis: StateBasis, values: SQLValues): string {
   );
 }
 
-/** Counts devices: cohorts, but for those devices that were offered a release. */
+/** Of devices that were offered a release: how many are silent, and when all others will be. */
+async function readSilence(
+  db: Connection,
+  basis: StateBasis,
+): Promise<{ silent: number; until: number | null }> {
+  const values = new SQLValues();
+  const isSilent = silentSQL(basis, values);
+  const usual = values.$(basis.silent);
+  const [row] = await db.query(
+    `SELECT SUM(CASE WHEN ${isSilent} THEN 1 ELSE 0 END) AS n,
+        MAX(CASE WHEN ${isSilent} OR id LIKE '${BY_ADDRESS}%' THEN NULL ELSE
+          seen_up + CASE WHEN patience > ${usual} THEN patience ELSE ${usual} END END) AS until
+      FROM ota_devices WHERE cohort IN
+        (SELECT ota_cohorts.id FROM ota_cohorts WHERE ota_cohorts.standing = 'offered')`,
+    values.all,
+  );
+  const { n, until } = row!;
+  return { silent: Number(n), until: until === null ? null : Number(until) };
+}
+
+/** A summary as the store knows it: `silent_at` is in the fleet's up-time. */
 async function summarize(db: Connection, basis: StateBasis): Promise<FleetSummary> {
   const values = new SQLValues();
   const state = cohortStateSQL(basis, values);
@@ -8464,16 +9037,13 @@ async function summarize(db: Connection, basis: StateBasis): Promise<FleetSummar
     states[name as DeviceState] = Number(n);
   }
   const devices = Object.values(states).reduce((sum, count) => sum + count, 0);
+  let silent_at: number | null = null;
   if (states.offered > 0) {
-    const values = new SQLValues();
-    const [row] = await db.query(
-      `SELECT COUNT(*) AS n FROM ota_devices WHERE ${silentSQL(basis, values)} AND cohort IN
-        (SELECT ota_cohorts.id FROM ota_cohorts WHERE ota_cohorts.standing = 'offered')`,
-      values.all,
-    );
+    const { silent, until } = await readSilence(db, basis);
     // Some may have come between the two.
-    states.silent = Math.min(states.offered, Number(row!["n"]));
+    states.silent = Math.min(states.offered, silent);
     states.offered -= states.silent;
+    silent_at = until;
   }
   const grouped = async (column: "version" | "model") => {
     const text =
@@ -8491,8 +9061,12 @@ async function summarize(db: Connection, basis: StateBasis): Promise<FleetSummar
     if (rest > 0) add("other", rest);
     return Object.fromEntries(counts);
   };
-  return { devices, versions: await grouped("version"), states, models: await grouped("model") };
+  const versions = await grouped("version");
+  return { devices, versions, states, models: await grouped("model"), silent_at };
 }
+
+// ──── Store lists ────────────────────────────────────────────────────────────────────────────────
+// Reading devices: those that a filter takes, or one with its history.
 
 /** SQL for which devices a filter takes. */
 function filterSQL(filter: DeviceFilter, basis: StateBasis, values: SQLValues): string {
@@ -8621,6 +9195,813 @@ function historyOf(rows: readonly SQLRow[]): FleetEvent[] {
     });
   }
   return history;
+}
+
+// ──── Rollout records ─────────────────────────────────────────────────────────────────────────────
+// Rollouts and the devices that were offered them, as they are in the store.
+
+/** A row of `ota_rollouts`. */
+interface RolloutRecord {
+  id: string;
+  state: RolloutState;
+  reason: string | null;
+  options: RolloutOptions;
+  /** `rolloutDigest` of the release that it is bound to; `null`: none yet. */
+  digest: string | null;
+  created: number;
+  changed: number;
+  progress: RolloutProgress;
+}
+
+/** A row of `ota_rollout_devices`. */
+interface RolloutDevice {
+  device: string;
+  standing: RolloutStanding;
+  /** Up-time when it was offered, and when it was first heard on the version. */
+  offered_up: number;
+  on_up: number | null;
+  /** The rollout's clock when it was last heard. */
+  heard: number;
+  /** Whether it was known before the rollout. */
+  known: boolean;
+}
+
+/** States in which a rollout can still go on. */
+const isGoing = (state: RolloutState) => state !== "done" && state !== "aborted";
+
+function rolloutRecordOf(row: SQLRow): RolloutRecord {
+  return {
+    id: String(row["id"]),
+    state: row["state"] as RolloutState,
+    reason: row["reason"] as string | null,
+    options: parseJSON(String(row["options"])) as unknown as RolloutOptions,
+    digest: row["digest"] as string | null,
+    created: Number(row["created"]),
+    changed: Number(row["changed"]),
+    progress: parseJSON(String(row["progress"])) as unknown as RolloutProgress,
+  };
+}
+
+/** All rollouts, newest first. */
+async function readRollouts(db: Connection): Promise<RolloutRecord[]> {
+  const rows = await db.query("SELECT * FROM ota_rollouts ORDER BY created DESC, id");
+  return rows.map(rolloutRecordOf);
+}
+
+const rolloutKey = ({ version, model }: RolloutOptions) =>
+  JSON.stringify([versionKey(version), model === null ? null : asciiLower(model)]);
+
+/** Of each version and model the rollout that was begun last: the one that counts. */
+function lastRollouts(records: readonly RolloutRecord[]): RolloutRecord[] {
+  const last = new Map<string, RolloutRecord>();
+  for (const record of records) {
+    const key = rolloutKey(record.options);
+    if (!last.has(key)) last.set(key, record);
+  }
+  return [...last.values()];
+}
+
+async function writeRollout(tx: Connection, record: RolloutRecord): Promise<void> {
+  const { id, state, reason, options, digest, created, changed, progress } = record;
+  const { version, model } = options;
+  const texts = [JSON.stringify(options), digest, created, changed, JSON.stringify(progress)];
+  await tx.query(
+    `INSERT INTO ota_rollouts
+      (id, version, model, state, reason, options, digest, created, changed, progress)
+      VALUES ${placeholders(1, 10)} ON CONFLICT (id) DO UPDATE SET state = excluded.state,
+      reason = excluded.reason, options = excluded.options, digest = excluded.digest,
+      changed = excluded.changed, progress = excluded.progress`,
+    [id, version, model, state, reason, ...texts],
+  );
+}
+
+/** Lets all servers know that a rollout is another one now. */
+async function bumpRollouts(tx: Connection): Promise<void> {
+  await bumpMeta(tx, "rollouts");
+}
+
+/** What `bumpRollouts` counts; 0: there has never been a rollout. */
+async function readRevision(db: Connection): Promise<number> {
+  const [row] = await db.query("SELECT value FROM ota_meta WHERE name = 'rollouts'");
+  return Number(row?.["value"] ?? 0);
+}
+
+function rolloutDeviceOf(row: SQLRow): RolloutDevice {
+  return {
+    device: String(row["device"]),
+    standing: row["standing"] as RolloutStanding,
+    offered_up: Number(row["offered_up"]),
+    on_up: row["on_up"] === null ? null : Number(row["on_up"]),
+    heard: Number(row["heard"]),
+    known: Number(row["known"]) === 1,
+  };
+}
+
+/** The rows of those of some devices that were offered a rollout. */
+async function readRolloutDevices(
+  db: Connection,
+  rollout: string,
+  ids: readonly string[],
+): Promise<Map<string, RolloutDevice>> {
+  const found = new Map<string, RolloutDevice>();
+  for (const some of chunks(ids)) {
+    const list = some.map((_, i) => `$${i + 2}`).join(", ");
+    const text = `SELECT * FROM ota_rollout_devices WHERE rollout = $1 AND device IN (${list})`;
+    for (const row of await db.query(text, [rollout, ...some])) {
+      found.set(String(row["device"]), rolloutDeviceOf(row));
+    }
+  }
+  return found;
+}
+
+/** Writes rows, and counts them. @param before how they stood, by device; absent: they are new */
+async function writeRolloutDevices(
+  tx: Connection,
+  { id, progress }: RolloutRecord,
+  rows: readonly RolloutDevice[],
+  before: ReadonlyMap<string, RolloutStanding>,
+): Promise<void> {
+  for (const { device, standing } of rows) {
+    const stood = before.get(device);
+    if (stood) progress[stood]--;
+    progress[standing]++;
+  }
+  for (const some of chunks(rows)) {
+    const values = some.flatMap(({ device, standing, offered_up, on_up, heard, known }) => {
+      const times = [Math.round(offered_up), on_up && Math.round(on_up), Math.round(heard)];
+      return [id, device, standing, ...times, known ? 1 : 0, ++progress.seq];
+    });
+    await tx.query(
+      `INSERT INTO ota_rollout_devices
+        (rollout, device, standing, offered_up, on_up, heard, known, seq)
+        VALUES ${placeholders(some.length, 8)} ON CONFLICT (rollout, device) DO UPDATE SET
+        standing = excluded.standing, on_up = excluded.on_up, heard = excluded.heard,
+        known = excluded.known, seq = excluded.seq`,
+      values,
+    );
+  }
+}
+
+/** A rollout as it is answered. */
+function rolloutOf({ id, state, reason, options, progress, ...times }: RolloutRecord): Rollout {
+  const { version, model, first, soak, silent, tolerance, pauseAt, only, window } = options;
+  const { way, proven, failed, silent: silentDevices, acknowledged, eligible } = progress;
+  return {
+    ...{ id, version, model, state, reason, first, soak, silent, tolerance },
+    ...{ pause_at: [...pauseAt], only: only.map(([key, value]) => [key, value]), window },
+    ...{ proven, offered: way, failed, silent_devices: silentDevices, acknowledged, eligible },
+    ...{ created: times.created, changed: times.changed },
+  };
+}
+
+// ──── Eligible devices ────────────────────────────────────────────────────────────────────────────
+// Which devices a rollout is for, and how many are left.
+
+/** Conditions of SQL for the devices `d`, their cohorts `c` and rows `r` of a rollout. */
+interface EligibleSQL {
+  /** Whether it is for the device, whatever that is on. */
+  isFor: string;
+  /** Whether the device is below the version, as far as it is not offered yet. */
+  isBelow: string;
+  from: string;
+}
+
+/** @param models names of those with a root of their own */
+function eligibleSQL(
+  { id, options, digest, created, progress }: Omit<RolloutRecord, "state" | "reason" | "changed">,
+  { $ }: SQLValues,
+  models: readonly string[],
+  at: number,
+): EligibleSQL {
+  const { version, model, only } = options;
+  const isFor = [`d.id NOT LIKE '${BY_ADDRESS}%'`];
+  isFor.push(`d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)}`);
+  if (!progress.isFirst) isFor.push(`d.first_seen <= ${Math.round(created)}`);
+  if (model !== null) isFor.push(`LOWER(c.model) = ${$(asciiLower(model))}`);
+  else if (models.length > 0) {
+    const names = models.map((name) => $(asciiLower(name))).join(", ");
+    isFor.push(`(c.model IS NULL OR LOWER(c.model) NOT IN (${names}))`);
+  }
+  const isBelow = [
+    `c.${isFirmwareOnly(digest) ? "firmware" : "version"}_key < ${$(versionKey(version))}`,
+  ];
+  for (const [key, values] of valuesByKey(only)) {
+    const list = (text: (value: string) => string) => values.map((one) => $(text(one))).join(", ");
+    if (key === "model") isFor.push(`LOWER(c.model) IN (${list(asciiLower)})`);
+    else if (key === "version") isBelow.push(`c.version_key IN (${list(versionKey)})`);
+    else {
+      const of = `device = d.id AND key = ${$(key)} AND value IN (${list(String)})`;
+      isFor.push(`EXISTS (SELECT 1 FROM ota_labels WHERE ${of})`);
+    }
+  }
+  const rows = `ota_rollout_devices r ON r.rollout = ${$(id)} AND r.device = d.id`;
+  return {
+    isFor: isFor.join(" AND "),
+    isBelow: isBelow.join(" AND "),
+    from: `ota_devices d JOIN ota_cohorts c ON c.id = d.cohort LEFT JOIN ${rows}`,
+  };
+}
+
+/** Of one key, either value will do; of several keys, all must be right. */
+function valuesByKey(only: RolloutOptions["only"]): Map<string, string[]> {
+  const values = new Map<string, string[]>();
+  for (const [key, value] of only) values.set(key, [...(values.get(key) ?? []), value]);
+  return values;
+}
+
+/** What a rollout is bound to: the content of the version's files and of its image. */
+function rolloutDigest(files: string | undefined, image: string | undefined): string | null {
+  return files || image ? `${files ?? ""}+${image ?? ""}` : null;
+}
+
+function isFirmwareOnly(digest: string | null): boolean {
+  return digest?.startsWith("+") === true;
+}
+
+/** Counts the devices that a rollout is for, and those of them that it has not come to an end with. */
+async function countEligible(
+  db: Connection,
+  record: RolloutRecord,
+  models: readonly string[],
+  at: number,
+): Promise<Pick<RolloutProgress, "eligible" | "left" | "others">> {
+  const values = new SQLValues();
+  const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
+  const standing = (...names: RolloutStanding[]) => {
+    return `r.standing IN (${names.map((name) => `'${name}'`).join(", ")})`;
+  };
+  const isNext = `(r.device IS NULL AND ${isBelow})`;
+  const isLeft = `${isNext} OR ${standing("way", "failed", "silent")}`;
+  const sum = (what: string) => `SUM(CASE WHEN ${what} THEN 1 ELSE 0 END)`;
+  const [row] = await db.query(
+    `SELECT COUNT(*) AS known, ${sum(isLeft)} AS remaining,
+        ${sum(`${isLeft} OR ${standing("proven", "acknowledged")}`)} AS eligible
+      FROM ${from} WHERE ${isFor}`,
+    values.all,
+  );
+  const [known, eligible] = [Number(row!["known"]), Number(row!["eligible"] ?? 0)];
+  return { eligible, left: Number(row!["remaining"] ?? 0), others: known - eligible };
+}
+
+/** Devices that are asked for what is usual at most. */
+const SAMPLE = 1000;
+
+/** The usual interval between two visits of a device: a median of medians; 0: not known. */
+async function usualInterval(db: Connection): Promise<number> {
+  const text = `SELECT patience FROM ota_devices WHERE patience > 0 LIMIT ${SAMPLE}`;
+  const found = (await db.query(text)).map(({ patience }) => Number(patience) / 3);
+  return found.toSorted((a, b) => a - b)[found.length >> 1] ?? 0;
+}
+
+/** The devices that a rollout would reach, by what they are and are on; most first. */
+async function countTargets(
+  db: Connection,
+  record: RolloutRecord,
+  models: readonly string[],
+  at: number,
+): Promise<RolloutTarget[]> {
+  const values = new SQLValues();
+  const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
+  const rows = await db.query(
+    `SELECT c.model AS model, c.version AS version, COUNT(*) AS n FROM ${from}
+      WHERE ${isFor} AND r.device IS NULL AND ${isBelow}
+      GROUP BY c.model, c.version ORDER BY n DESC, model, version`,
+    values.all,
+  );
+  return rows.map(({ model, version, n }) => ({
+    model: model as string | null,
+    version: version as string | null,
+    devices: Number(n),
+  }));
+}
+
+// ──── Rollout commands ────────────────────────────────────────────────────────────────────────────
+// What an operator does with rollouts: only rows change; servers act on them within two seconds.
+
+/** Names of the models with a root of their own, as the servers left them in the store. */
+async function servedModels(db: Connection): Promise<string[]> {
+  const text = "SELECT value FROM ota_meta WHERE name = 'setting served'";
+  const served = parseJSON(String((await db.query(text))[0]?.["value"] ?? ""));
+  const newest = isObject(served) ? served["newest"] : undefined;
+  const models = isObject(newest) ? newest["models"] : undefined;
+  return isObject(models) ? Object.keys(models) : [];
+}
+
+/** A rollout that nobody has begun yet. */
+async function newRollout(
+  db: Connection,
+  options: RolloutOptions,
+  at: number,
+): Promise<RolloutRecord> {
+  const { up } = await readMeta(db);
+  const text = `SELECT 1 FROM ota_devices WHERE id NOT LIKE '${BY_ADDRESS}%' LIMIT 1`;
+  const isFirst = (await db.query(text)).length === 0;
+  const id = randomBytes(12).toString("base64url");
+  const progress = newProgress(up, isFirst);
+  const times = { created: Math.round(at), changed: Math.round(at) };
+  return { id, state: "waiting", reason: null, options, digest: null, ...times, progress };
+}
+
+/** Begins a rollout. @throws {OTAError} where one of that version is not over */
+async function beginRollout(tx: Connection, options: RolloutOptions, at: number): Promise<Rollout> {
+  const key = rolloutKey(options);
+  const others = (await readRollouts(tx)).filter((one) => rolloutKey(one.options) === key);
+  const going = others.find(({ state }) => isGoing(state));
+  if (going) {
+    const what = `a rollout of ${going.options.version} is ${going.state} already`;
+    throw new OTAError(`${what}: resume or abort it`);
+  }
+  const record = await newRollout(tx, options, at);
+  // The one that was begun last counts: clocks may have jumped.
+  record.created = Math.max(record.created, ...others.map(({ created }) => created + 1));
+  const models = await servedModels(tx);
+  Object.assign(record.progress, await countEligible(tx, record, models, at));
+  await writeRollout(tx, record);
+  await bumpRollouts(tx);
+  return rolloutOf(record);
+}
+
+/** From which states an action leads on. */
+const ACTIONS: Record<RolloutAction, readonly RolloutState[]> = {
+  pause: ["running"],
+  resume: ["paused", "halted"],
+  advance: ["waiting", "running", "paused"],
+  abort: ["waiting", "running", "paused", "halted"],
+};
+
+/** Does what the operator says. @returns `undefined` when there is no such rollout */
+async function actOnRollout(
+  tx: Connection,
+  { version, model }: Pick<RolloutOptions, "version" | "model">,
+  action: RolloutAction,
+  at: number,
+): Promise<Rollout | undefined> {
+  const key = rolloutKey({ version, model } as RolloutOptions);
+  const record = (await readRollouts(tx)).find((one) => rolloutKey(one.options) === key);
+  if (!record) return undefined;
+  const { state } = record;
+  if (!ACTIONS[action].includes(state)) {
+    const from = ACTIONS[action].join(", ");
+    throw new OTAError(`the rollout of ${version} is ${state}: ${action} is for those ${from}`);
+  }
+  const { progress } = record;
+  if (action === "pause") Object.assign(record, { state: "paused", reason: "by the operator" });
+  if (action === "abort") Object.assign(record, { state: "aborted", reason: "by the operator" });
+  if (action === "resume") await resumeRollout(tx, record);
+  if (action === "advance") {
+    Object.assign(progress, { isOpen: true, share: 1 });
+    if (state === "paused") Object.assign(record, { state: "running", reason: null });
+  }
+  if (record.state !== state) record.changed = Math.round(at);
+  await writeRollout(tx, record);
+  await bumpRollouts(tx);
+  return rolloutOf(record);
+}
+
+/** Goes on: what is bad so far counts no more, and what the release is now is what it is for. */
+async function resumeRollout(tx: Connection, record: RolloutRecord): Promise<void> {
+  const { id, options, progress } = record;
+  const text =
+    "SELECT * FROM ota_rollout_devices WHERE rollout = $1 AND standing IN ('failed', 'silent')";
+  const bad = (await tx.query(text, [id])).map(rolloutDeviceOf);
+  const before = new Map(bad.map(({ device, standing }) => [device, standing]));
+  const rows = bad.map((row) => ({ ...row, standing: "acknowledged" as const }));
+  await writeRolloutDevices(tx, record, rows, before);
+  if (record.state === "halted") record.digest = null;
+  Object.assign(record, { state: "running", reason: null });
+  // Steps of a small fleet may be one and the same.
+  const { proven, acknowledged, eligible } = progress;
+  const isBehind = (pause: number) => pauseDevices(pause, eligible) <= proven + acknowledged;
+  while (isBehind(options.pauseAt[progress.pauses] ?? Infinity)) progress.pauses++;
+}
+
+// ──── Rollout silence ─────────────────────────────────────────────────────────────────────────────
+// Devices that say nothing, which is what a release that kills them looks like; and how many there
+// are. Both are looked for now and then: they cost more than what a report changes.
+
+/** What servers say and ask of rollouts when they write. */
+interface RolloutSaid {
+  /** Devices that were given a place since the last time. */
+  placed: readonly (readonly [rollout: string, device: string])[];
+  /** `rolloutDigest` of the versions of rollouts in the root; absent: it has none. */
+  digests: Record<string, string>;
+}
+
+/** What changes rollouts in a transaction. */
+interface RolloutMoment extends RolloutSaid {
+  up: number;
+  /** By the clock, when the servers say so. */
+  at: number;
+  /** Devices that were heard, as they were before and as they are now. */
+  before: ReadonlyMap<string, DeviceRecord>;
+  after: ReadonlyMap<string, DeviceRecord>;
+}
+
+/** How often silence is looked for, as a part of what is silent; and at most, in milliseconds. */
+const SILENCE_LOOKS = { parts: 60, most: 60_000 };
+/** How often devices are counted, in milliseconds; and which part of the time that takes at most. */
+const COUNTING = { every: 60_000, part: 0.01 };
+
+/** How long the last count took in this thread, in milliseconds. */
+let countingTook = 0;
+
+/** How often silence is looked for, in milliseconds. */
+function lookEvery({ options }: RolloutRecord): number {
+  return Math.min((1000 * options.silent) / SILENCE_LOOKS.parts, SILENCE_LOOKS.most);
+}
+
+/** Lets the clock of a rollout go on, unless the fleet is quiet; and finds who is silent by it. */
+async function lookForSilence(
+  tx: Connection,
+  record: RolloutRecord,
+  moment: RolloutMoment,
+): Promise<void> {
+  const { id, options, progress } = record;
+  const { up } = moment;
+  const passed = up - progress.clocked;
+  if (passed < lookEvery(record)) return;
+  progress.clocked = up;
+  progress.isQuiet = await isFleetQuiet(tx, record, moment);
+  if (!progress.isQuiet) progress.clock += passed;
+  progress.late = 0;
+  if (progress.way === 0) return void Object.assign(progress, paceAfter(options, progress, up));
+  const since = Math.round(progress.clock - 1000 * options.silent);
+  const rows = await tx.query(
+    `SELECT r.* FROM ota_rollout_devices r LEFT JOIN ota_devices d ON d.id = r.device
+      WHERE r.rollout = $1 AND r.standing = 'way' AND r.heard < ${since}
+        AND (d.id IS NULL OR r.heard < ${Math.round(progress.clock)} - d.patience)`,
+    [id],
+  );
+  const silent = rows.map(rolloutDeviceOf);
+  const before = new Map(silent.map(({ device, standing }) => [device, standing]));
+  const written = silent.map((row) => {
+    return { ...row, standing: row.known ? ("silent" as const) : ("outside" as const) };
+  });
+  await writeRolloutDevices(tx, record, written, before);
+  progress.late = await countLate(tx, record);
+  Object.assign(progress, paceAfter(options, progress, up));
+}
+
+/** Counts those on their way that should have been heard by now. */
+async function countLate(tx: Connection, { id, progress }: RolloutRecord): Promise<number> {
+  const { clock, interval } = progress;
+  // `patience` is three intervals.
+  const usual = `CASE WHEN d.patience > 0 THEN d.patience * ${(1 + LATENESS) / 3} ELSE ${(1 + LATENESS) * interval} END`;
+  const [row] = await tx.query(
+    `SELECT COUNT(*) AS n FROM ota_rollout_devices r JOIN ota_devices d ON d.id = r.device
+      WHERE r.rollout = $1 AND r.standing = 'way' AND r.heard < ${Math.round(clock)} - ${usual}`,
+    [id],
+  );
+  return Number(row!["n"]);
+}
+
+/** Whether every device that the version cannot have killed just now is overdue. */
+async function isFleetQuiet(
+  tx: Connection,
+  { id, options }: RolloutRecord,
+  { up, at }: RolloutMoment,
+): Promise<boolean> {
+  const others =
+    `ota_devices d WHERE d.id NOT LIKE '${BY_ADDRESS}%' AND NOT EXISTS (SELECT 1 FROM ` +
+    "ota_rollout_devices r WHERE r.rollout = $1 AND r.device = d.id AND r.standing <> 'proven')";
+  const usual = `CASE WHEN d.patience > 0 THEN d.patience ELSE ${1000 * options.silent} END`;
+  const heard = `d.seen_up >= ${Math.round(up)} - ${usual}`;
+  if ((await tx.query(`SELECT 1 FROM ${others} AND ${heard} LIMIT 1`, [id])).length > 0) {
+    return false;
+  }
+  // Where there is nobody else, silence is all that can be heard.
+  const lately = `d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)}`;
+  return (await tx.query(`SELECT 1 FROM ${others} AND ${lately} LIMIT 1`, [id])).length > 0;
+}
+
+/** Counts whom a rollout is for, now and then; and when it seems to have come to its end. */
+async function countDevices(
+  tx: Connection,
+  record: RolloutRecord,
+  up: number,
+  at: number,
+): Promise<void> {
+  const { progress } = record;
+  const { counted, proven, acknowledged, eligible } = progress;
+  const rest = countingTook / COUNTING.part;
+  const isAtEnd = proven + acknowledged >= eligible && progress.left > 0;
+  const every = isAtEnd ? rest : Math.max(COUNTING.every, rest);
+  if (counted >= 0 && up - counted < every) return;
+  const started = performance.now();
+  Object.assign(progress, await countEligible(tx, record, await servedModels(tx), at));
+  progress.interval = (await usualInterval(tx)) || 1000 * record.options.silent;
+  progress.counted = up;
+  countingTook = performance.now() - started;
+}
+
+// ──── Rollout progress ────────────────────────────────────────────────────────────────────────────
+// How rollouts go on: in the transaction that writes reports, one after the other. Since no two such
+// transactions overlap, each finds what the one before it left, and several servers agree.
+
+/** Lets all rollouts go on. @returns whether servers have to know */
+async function advanceRollouts(
+  tx: Connection,
+  records: readonly RolloutRecord[],
+  moment: RolloutMoment,
+): Promise<boolean> {
+  let isChanged = false;
+  for (const record of records) {
+    if (!isGoing(record.state)) continue;
+    const before = JSON.stringify(record);
+    const { state, reason } = record;
+    await settleDevices(tx, record, moment);
+    if (record.state === "waiting" || record.state === "running" || record.state === "paused") {
+      await advanceRollout(tx, record, moment);
+    }
+    if (record.state !== state) record.changed = Math.round(moment.at);
+    if (JSON.stringify(record) === before) continue;
+    await writeRollout(tx, record);
+    isChanged ||= record.state !== state || record.reason !== reason;
+  }
+  return isChanged;
+}
+
+/** Whether a device is on the version of a rollout, or on a later one. */
+function isOnRollout({ options, digest }: RolloutRecord, device: DeviceRecord): boolean {
+  const key = versionKey(options.version);
+  return versionKey(isFirmwareOnly(digest) ? device.firmware : device.version) >= key;
+}
+
+/** Whether it is this release that failed on a device. */
+function failsRollout({ options: { version } }: RolloutRecord, device: DeviceRecord): boolean {
+  if (!hasFailed(device) || device.failed === null) return false;
+  return isSameRelease(device.failed.replace(/^firmware /, ""), version);
+}
+
+/** Whether what was heard of a device may change how it stands. */
+function concernsRollout(
+  record: RolloutRecord,
+  before: DeviceRecord | undefined,
+  after: DeviceRecord,
+): boolean {
+  const wasOn = before !== undefined && isOnRollout(record, before);
+  if (isOnRollout(record, after)) return !wasOn || record.options.soak > 0;
+  const isOffered = isSameRelease(after.offered ?? after.offered_firmware, record.options.version);
+  return wasOn || isOffered || failsRollout(record, after);
+}
+
+/** How a device stands after it was heard. */
+function standingAfter(
+  row: RolloutDevice,
+  device: DeviceRecord,
+  record: RolloutRecord,
+  up: number,
+): Pick<RolloutDevice, "standing" | "on_up"> {
+  const { standing } = row;
+  if (standing === "outside") return row;
+  if (isOnRollout(record, device)) {
+    const on_up = row.on_up ?? up;
+    const isProven = standing === "proven" || up - on_up >= 1000 * record.options.soak;
+    if (isProven) return { standing: row.known ? "proven" : "outside", on_up };
+    return { standing: "way", on_up };
+  }
+  // What has failed stays so when it is offered no more, and the device no longer speaks of it.
+  if (standing === "acknowledged" || standing === "failed") return { standing, on_up: null };
+  if (failsRollout(record, device)) {
+    return { standing: row.known ? "failed" : "outside", on_up: null };
+  }
+  return { standing: "way", on_up: null };
+}
+
+/** Takes down who was given a place, and what was heard of those who have one. */
+async function settleDevices(
+  tx: Connection,
+  record: RolloutRecord,
+  { placed, before, after, up }: RolloutMoment,
+): Promise<void> {
+  const { id, progress, created } = record;
+  const fresh = new Set(placed.filter(([rollout]) => rollout === id).map(([, device]) => device));
+  const heard = [...after.values()]
+    .filter((device) => concernsRollout(record, before.get(device.id), device))
+    .map((device) => device.id);
+  const ids = [...new Set([...fresh, ...heard])];
+  if (ids.length === 0) return;
+  const rows = await readRolloutDevices(tx, id, ids);
+  const stood = new Map([...rows].map(([device, { standing }]) => [device, standing]));
+  const unheard = [...fresh].filter((device) => !after.has(device));
+  const others = unheard.length === 0 ? [] : await readRows(tx, unheard);
+  const known = new Map(others.map((row) => [String(row["id"]), recordOf(row)]));
+  const clock = progress.clock + Math.min(Math.max(0, up - progress.clocked), lookEvery(record));
+  const written: RolloutDevice[] = [];
+  for (const device of ids) {
+    const heardOf = after.get(device) ?? known.get(device);
+    const isKnown = progress.isFirst || (heardOf !== undefined && heardOf.first_seen <= created);
+    const row = rows.get(device) ?? newRolloutDevice(device, isKnown, up, clock);
+    // Who is on it without a place has got it elsewhere, and proves nothing.
+    if (!rows.has(device) && !fresh.has(device)) continue;
+    const now = heardOf ? standingAfter(row, heardOf, record, up) : row;
+    const next = { ...row, ...now, heard: after.has(device) ? clock : row.heard };
+    if (!rows.has(device) || !Bun.deepEquals(next, row)) written.push(next);
+  }
+  await writeRolloutDevices(tx, record, written, stood);
+}
+
+function newRolloutDevice(
+  device: string,
+  known: boolean,
+  up: number,
+  heard: number,
+): RolloutDevice {
+  return { device, standing: "way", offered_up: up, on_up: null, heard, known };
+}
+
+/** From one state to the next. */
+async function advanceRollout(
+  tx: Connection,
+  record: RolloutRecord,
+  moment: RolloutMoment,
+): Promise<void> {
+  const { id, options, progress } = record;
+  const { up, at } = moment;
+  const set = (state: RolloutState, reason: string | null) => {
+    Object.assign(record, { state, reason });
+  };
+  const digest = moment.digests[id];
+  if (digest !== undefined && record.digest !== null && digest !== record.digest) {
+    return set("halted", `${options.version} is no longer what it was: its content has changed`);
+  }
+  if (digest !== undefined) {
+    record.digest = digest;
+    if (record.state === "waiting") {
+      set("running", null);
+      // Its time begins now.
+      Object.assign(progress, { clocked: up, shared: up, paced: up, counted: -1 });
+    }
+  }
+  if (record.digest === null) return;
+  await lookForSilence(tx, record, moment);
+  await countDevices(tx, record, up, at);
+  const halt = haltReason(options, progress);
+  if (halt !== undefined) return set("halted", halt);
+  if (progress.left === 0 && (progress.eligible > 0 || isForNobody(record))) {
+    return set("done", `nobody is left: ${countText(progress.proven, "device")} proven`);
+  }
+  if (record.state === "paused") return;
+  const pause = pauseReason(options, progress);
+  if (pause !== undefined) return set("paused", pause);
+  record.reason = heldReason(options, progress);
+  Object.assign(progress, shareAfter(options, progress, up));
+}
+
+/**
+ * Whether all devices of a fleet have a version already. Conditions may come to hold for somebody; and
+ * where nobody was heard for long, nobody is known to have it.
+ */
+function isForNobody({ options, progress }: RolloutRecord): boolean {
+  return progress.eligible === 0 && progress.others > 0 && options.only.length === 0;
+}
+
+// ──── Rollout places ──────────────────────────────────────────────────────────────────────────────
+// What servers have to know to admit devices. Only one server at a time gives places away: the one
+// that has the lease. Each write renews it. A server uses it for five seconds after it began the
+// write that renewed it; another one may take it when it saw it unchanged for thirty seconds of its
+// own time. In between, the first has had 25 seconds to write whom it gave a place: so all places are
+// counted before others are given, unless a server is cut off from the store or killed. A server that
+// was, has given away at most what it had for the second before.
+
+/** What a server asks when it writes. */
+interface RolloutAsk extends RolloutSaid {
+  /** What it has read already; `-1`: nothing. */
+  revision: number;
+  labels: string;
+  /** By rollout: the last change of a device that it knows. */
+  seqs: Record<string, number>;
+  /** Whether it wants to give places away. */
+  wants: boolean;
+  /** The lease of another server that it saw unchanged for long enough. */
+  expired: string | null;
+}
+
+/** A rollout, as servers need it. */
+interface RolloutView {
+  id: string;
+  state: RolloutState;
+  version: string;
+  model: string | null;
+  only: RolloutOptions["only"];
+  window: string | null;
+  digest: string | null;
+  share: number;
+  /** How many more devices may be offered it; 0 without the lease. */
+  free: number;
+  seq: number;
+  /** Devices that were offered it, and whether they still may; since the `seq` that was asked. */
+  changed: [device: string, isOffered: boolean][];
+}
+
+/** What a server is told after it wrote. */
+interface RolloutNews {
+  revision: number;
+  views: RolloutView[];
+  /** Devices by `KEY=VALUE`, those that matter to rollouts; absent: as before. */
+  labelled?: Record<string, string[]>;
+  /** Tells whether these have changed. */
+  labels: string;
+  lease: string;
+  isMine: boolean;
+  /** Whether another server wants the lease. */
+  isWanted: boolean;
+}
+
+/** The label of devices that go first. */
+const CANARY = "canary=yes";
+
+/** Keys of `only` that are no labels. */
+const isLabelKey = (key: string) => key !== "model" && key !== "version";
+
+/** Whether a rollout that is `record` still keeps devices from its version. */
+function isBarring({ state, options }: RolloutRecord): boolean {
+  return state !== "done" || options.only.length > 0;
+}
+
+/** Takes, keeps or gives up the lease. */
+async function leaseFor(
+  tx: Connection,
+  server: string,
+  { wants, expired }: RolloutAsk,
+): Promise<Pick<RolloutNews, "lease" | "isMine" | "isWanted">> {
+  const rows = await tx.query("SELECT name, value FROM ota_meta WHERE name IN ('lease', 'wanted')");
+  const found = new Map(rows.map(({ name, value }) => [name, String(value)]));
+  const [lease, wanted] = [found.get("lease") ?? "", found.get("wanted") ?? ""];
+  const [holder = "", nth = "0"] = lease.split(" ");
+  const isMine = holder === server;
+  if (!wants) {
+    if (isMine) await setMeta(tx, { lease: "" });
+    return { lease: isMine ? "" : lease, isMine: false, isWanted: false };
+  }
+  if (!isMine && holder !== "" && lease !== expired) {
+    if (wanted !== server) await setMeta(tx, { wanted: server });
+    return { lease, isMine: false, isWanted: false };
+  }
+  const renewed = `${server} ${Number(nth) + 1}`;
+  await setMeta(tx, { lease: renewed, ...(wanted === server && { wanted: "" }) });
+  return { lease: renewed, isMine: true, isWanted: wanted !== "" && wanted !== server };
+}
+
+/** What a server that writes has to know of rollouts. */
+async function rolloutNews(
+  tx: Connection,
+  records: readonly RolloutRecord[],
+  server: string,
+  ask: RolloutAsk,
+): Promise<RolloutNews> {
+  const rows = await tx.query(
+    "SELECT name, value FROM ota_meta WHERE name IN ('rollouts', 'labels')",
+  );
+  const meta = new Map(rows.map(({ name, value }) => [name, Number(value)]));
+  const barring = lastRollouts(records).filter(isBarring);
+  const lease = await leaseFor(tx, server, ask);
+  const views: RolloutView[] = [];
+  for (const { id, state, options, digest, progress } of barring) {
+    const { version, model, only, window } = options;
+    const { share, seq } = progress;
+    const free = lease.isMine && state === "running" ? freePlaces(options, progress) : 0;
+    const changed = isGoing(state) ? await changedDevices(tx, id, ask.seqs[id] ?? 0, seq) : [];
+    const about = { id, state, version, model, only, window, digest };
+    views.push({ ...about, share, free, seq, changed });
+  }
+  const pairs = new Set([CANARY]);
+  for (const { only } of views) {
+    for (const [key, value] of only) if (isLabelKey(key)) pairs.add(`${key}=${value}`);
+  }
+  const labels = views.length > 0 ? JSON.stringify([meta.get("labels") ?? 0, ...pairs]) : "";
+  return {
+    ...{ revision: meta.get("rollouts") ?? 0, views, labels, ...lease },
+    ...(labels !== ask.labels && { labelled: await devicesByLabel(tx, pairs) }),
+  };
+}
+
+async function changedDevices(
+  tx: Connection,
+  rollout: string,
+  since: number,
+  seq: number,
+): Promise<RolloutView["changed"]> {
+  if (since >= seq) return [];
+  const rows = await tx.query(
+    `SELECT device, standing FROM ota_rollout_devices WHERE rollout = $1 AND seq > ${since}`,
+    [rollout],
+  );
+  const isOffered = (standing: unknown) => standing !== "proven" && standing !== "outside";
+  return rows.map(({ device, standing }) => [String(device), isOffered(standing)]);
+}
+
+async function devicesByLabel(
+  tx: Connection,
+  pairs: ReadonlySet<string>,
+): Promise<Record<string, string[]>> {
+  const found: Record<string, string[]> = {};
+  for (const pair of pairs) {
+    const [, key, value] = /^([^=]*)=(.*)$/s.exec(pair)!;
+    const text = "SELECT device FROM ota_labels WHERE key = $1 AND value = $2";
+    found[pair] = (await tx.query(text, [key, value])).map(({ device }) => String(device));
+  }
+  return found;
 }
 
 // ──── Merging ───────────────────────────────────────────────────────────────────────────────
@@ -8778,6 +10159,7 @@ async function mergeLabels(tx: Connection, rows: readonly SQLRow[]): Promise<voi
       values,
     );
   }
+  await bumpMeta(tx, "labels");
 }
 
 /** Merges events. @returns how many are new */
@@ -8810,6 +10192,156 @@ async function openOther(file: string): Promise<Connection> {
     const what = `expected the SQLite file of another fleet, found ${file}`;
     throw new OTAError(`${what} (${errorText(error)})`, 1, { cause: error });
   }
+}
+
+// ──── Rollout merging ─────────────────────────────────────────────────────────────────────────────
+// Rollouts of another store: of one version and model there is one, wherever it was begun. A halt
+// anywhere wins, and devices add up.
+
+/** What wins over what, whoever did it last. */
+const HALTS: readonly RolloutState[] = ["halted", "aborted"];
+
+/** What is known best of a device by two stores: the last wins. */
+const ROLLOUT_STANDINGS: readonly RolloutStanding[] = [
+  ...(["outside", "way", "silent", "acknowledged", "failed", "proven"] as const),
+];
+
+/** Merges the rollouts themselves. @returns for each of theirs the one of ours that it is */
+async function mergeRollouts(
+  tx: Connection,
+  others: readonly RolloutRecord[],
+): Promise<Map<string, RolloutRecord>> {
+  const merged = new Map<string, RolloutRecord>();
+  const { up } = await readMeta(tx);
+  const mine = await readRollouts(tx);
+  // Oldest first: of one version the one that was begun last counts in the end.
+  for (const theirs of others.toReversed()) {
+    const key = rolloutKey(theirs.options);
+    const same = mine.find(({ id }) => id === theirs.id);
+    const known = same ?? mine.find(({ options }) => rolloutKey(options) === key);
+    const one = known ? mergeRollout(known, theirs, same !== undefined) : adopted(theirs, up);
+    if (!known) mine.unshift(one);
+    merged.set(theirs.id, one);
+    await writeRollout(tx, one);
+  }
+  if (merged.size > 0) await bumpRollouts(tx);
+  return merged;
+}
+
+/** A rollout that was not known here: its devices are counted as they come. */
+function adopted(theirs: RolloutRecord, up: number): RolloutRecord {
+  const { isOpen, isFirst, pauses, eligible } = theirs.progress;
+  const progress = { ...newProgress(up, isFirst), isOpen, pauses, eligible };
+  return { ...theirs, progress };
+}
+
+function mergeRollout(mine: RolloutRecord, theirs: RolloutRecord, isSame: boolean): RolloutRecord {
+  const order = HALTS.indexOf(theirs.state) - HALTS.indexOf(mine.state);
+  // Whether it is done, each store sees by the devices that it knows.
+  const isLater = isSame && isGoing(theirs.state) && theirs.changed > mine.changed;
+  if (order > 0 || (order === 0 && isLater && theirs.state !== "waiting")) {
+    const reason = order > 0 ? `elsewhere: ${theirs.reason ?? theirs.state}` : theirs.reason;
+    Object.assign(mine, { state: theirs.state, reason, changed: theirs.changed });
+  }
+  if (isSame) {
+    mine.digest ??= theirs.digest;
+    mine.progress.isOpen ||= theirs.progress.isOpen;
+    mine.progress.pauses = Math.max(mine.progress.pauses, theirs.progress.pauses);
+  }
+  return mine;
+}
+
+/**
+ * Merges devices that were offered rollouts.
+ *
+ * @param shift from their up-time to ours
+ */
+async function mergeRolloutDevices(
+  tx: Connection,
+  rows: readonly SQLRow[],
+  ours: ReadonlyMap<string, string>,
+  shift: number,
+): Promise<void> {
+  const records = new Map((await readRollouts(tx)).map((record) => [record.id, record]));
+  for (const [rollout, some] of Map.groupBy(rows, (row) => String(row["rollout"]))) {
+    const record = records.get(ours.get(rollout) ?? "");
+    if (!record) continue;
+    const ids = some.map(({ device }) => String(device));
+    const mine = await readRolloutDevices(tx, record.id, ids);
+    const stood = new Map([...mine].map(([device, { standing }]) => [device, standing]));
+    const devices = await readRows(tx, ids);
+    const known = new Map(devices.map((row) => [String(row["id"]), recordOf(row)]));
+    const written: RolloutDevice[] = [];
+    for (const row of some.map(rolloutDeviceOf)) {
+      const on_up = row.on_up === null ? null : row.on_up + shift;
+      const theirs = { ...row, on_up, offered_up: row.offered_up + shift };
+      const merged = mergeRolloutDevice(mine.get(row.device), theirs, record);
+      const device = known.get(row.device);
+      // The devices are merged already, and say best how it stands.
+      const says = device && (isOnRollout(record, device) || failsRollout(record, device));
+      const now = says ? standingAfter(merged, device, record, on_up ?? theirs.offered_up) : merged;
+      const next = { ...merged, ...now };
+      if (!Bun.deepEquals(next, mine.get(row.device))) written.push(next);
+    }
+    await writeRolloutDevices(tx, record, written, stood);
+    await writeRollout(tx, record);
+  }
+}
+
+function mergeRolloutDevice(
+  mine: RolloutDevice | undefined,
+  theirs: RolloutDevice,
+  { progress }: RolloutRecord,
+): RolloutDevice {
+  if (!mine) return { ...theirs, heard: progress.clock };
+  const isBetter =
+    ROLLOUT_STANDINGS.indexOf(theirs.standing) > ROLLOUT_STANDINGS.indexOf(mine.standing);
+  return {
+    ...mine,
+    known: mine.known || theirs.known,
+    ...(isBetter && { standing: theirs.standing }),
+  };
+}
+
+/** Adds what another store knows, some rows at a time: a server writes in between. */
+async function mergeStore(
+  db: Connection,
+  other: Connection,
+  maxDevices: number,
+): Promise<FleetMerge> {
+  const theirs = await readMeta(other);
+  const isCopy = theirs.source === (await readMeta(db)).source;
+  const total = { added: 0, updated: 0, newer: 0, events: 0, refused: 0, isCopy };
+  const sound = (rows: readonly SQLRow[]) => {
+    const left = rows.filter(isSound);
+    total.refused += rows.length - left.length;
+    return left;
+  };
+  for await (const rows of rowsOf(other, "ota_devices", ["id"])) {
+    const found = await locked(db, async (tx) => {
+      const { up } = await readMeta(tx);
+      return await mergeDevices(tx, sound(rows), up - theirs.up);
+    });
+    for (const name of ["added", "updated", "newer"] as const) total[name] += found[name];
+  }
+  for await (const rows of rowsOf(other, "ota_labels", ["device", "key"])) {
+    await locked(db, (tx) => mergeLabels(tx, sound(rows)));
+  }
+  for await (const rows of rowsOf(other, "ota_events", ["device", "source", "number"])) {
+    total.events += await locked(db, (tx) => mergeEvents(tx, sound(rows)));
+  }
+  const rollouts = await readRollouts(other);
+  const merged = await locked(db, (tx) => mergeRollouts(tx, rollouts));
+  const ours = new Map([...merged].map(([id, record]) => [id, record.id]));
+  for await (const rows of rowsOf(other, "ota_rollout_devices", ["rollout", "device"])) {
+    await locked(db, async (tx) => {
+      const { up } = await readMeta(tx);
+      await mergeRolloutDevices(tx, rows, ours, up - theirs.up);
+    });
+  }
+  // Last, since what goes takes its labels and events with it.
+  await locked(db, (tx) => evict(tx, maxDevices));
+  return total;
 }
 
 // ──── Names and labels ────────────────────────────────────────────────────────────────────────────
@@ -8859,6 +10391,7 @@ async function editDevice(
       [id, key, value ?? "", at],
     );
   }
+  if (Object.keys(labels).length > 0) await bumpMeta(tx, "labels");
   await boundLabels(tx, id, Object.values(labels).some(Boolean));
   return true;
 }
@@ -8885,18 +10418,21 @@ interface StoreGlance {
   /** The fleet's up-time. */
   up: number;
   served: FleetServed | undefined;
+  /** See `readRevision`. */
+  revision: number;
 }
 
 async function glance(db: Connection): Promise<StoreGlance> {
   const { up } = await readMeta(db);
+  const revision = await readRevision(db);
   const text =
     "SELECT name, value FROM ota_meta WHERE name IN ('setting served', 'setting written')";
   const rows = await db.query(text);
   const values = Object.fromEntries(rows.map(({ name, value }) => [name, value]));
   const served = parseJSON(String(values["setting served"] ?? ""));
-  if (!isObject(served)) return { up, served: undefined };
+  if (!isObject(served)) return { up, revision, served: undefined };
   const { newest, silent } = served as unknown as FleetServed;
-  return { up, served: { written: Number(values["setting written"]), newest, silent } };
+  return { up, revision, served: { written: Number(values["setting written"]), newest, silent } };
 }
 
 const settingRows = (settings: Record<string, string>) =>
@@ -8907,6 +10443,15 @@ async function keepSettings(tx: Connection, settings: Record<string, string>): P
   const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
   for (const row of Object.entries(settingRows(settings))) await tx.query(text, row);
 }
+
+/** Devices that were heard, as they were and as they are. */
+type Heard = Pick<RolloutMoment, "before" | "after">;
+
+const NOTHING_HEARD: Heard & { events: number } = {
+  events: 0,
+  before: new Map(),
+  after: new Map(),
+};
 
 /** The fleet in a database that is open. */
 class FleetStore {
@@ -8943,27 +10488,25 @@ class FleetStore {
 
   /** Runs a transaction that no other one that writes overlaps. */
   #transaction<T>(work: (tx: Connection) => Promise<T>): Promise<T> {
-    return this.db.transaction(async (tx) => {
-      await tx.lock();
-      return await work(tx);
-    });
+    return locked(this.db, work);
   }
 
   /**
    * Applies reports, and lets the fleet's up-time go on. A batch that is in the store already
    * changes nothing: a write may be done although no answer came.
    *
-   * @returns the up-time of the fleet, in milliseconds
+   * Rollouts go on in the same transaction, by what was reported.
    */
-  async write({ number, reports }: ReportBatch, moment: WriteMoment): Promise<number> {
-    const up = await this.#transaction(async (tx) => {
+  async write({ number, reports }: ReportBatch, moment: WriteMoment): Promise<WriteResult> {
+    const result = await this.#transaction(async (tx): Promise<WriteResult> => {
       const { gained, since, server } = moment;
       const meta = await readMeta(tx);
       // Servers that run at the same time do not add up: each one only knows how long it ran.
       const up = Math.round(since === null ? meta.up + gained : Math.max(meta.up, since + gained));
       const [last] = meta.batches.get(server) ?? [0];
       const isNew = reports.length > 0 && number > last;
-      const events = isNew ? await this.#apply(tx, reports, { ...moment, ...meta, up }) : 0;
+      const now = { ...moment, ...meta, up };
+      const { events, ...heard } = isNew ? await this.#apply(tx, reports, now) : NOTHING_HEARD;
       const { at, settings } = moment;
       if (!this.#isKnown) await keepSettings(tx, moment.lasting);
       await setMeta(tx, {
@@ -8976,18 +10519,61 @@ class FleetStore {
         if (up - then < BATCH_MEMORY || other === server) continue;
         await tx.query("DELETE FROM ota_meta WHERE name = $1", [`batch ${other}`]);
       }
-      return up;
+      const news = await this.#rollouts(tx, { ...moment, up, ...heard });
+      return { up, ...(news && { news }) };
     });
     this.#isKnown = true;
-    return up;
+    return result;
   }
 
-  /** @returns how many events there were */
+  /** Lets rollouts go on, if there are any. */
+  async #rollouts(
+    tx: Connection,
+    { rollouts: ask, up, at, before, after, server }: WriteMoment & Heard & { up: number },
+  ): Promise<RolloutNews | undefined> {
+    // Most fleets have none.
+    const revision = await readRevision(tx);
+    const records = revision === 0 ? [] : await readRollouts(tx);
+    if (records.some(({ state }) => isGoing(state))) {
+      const { placed = [], digests = {} } = ask ?? {};
+      const moment = { placed, digests, up, at: at ?? Date.now(), before, after };
+      if (await advanceRollouts(tx, records, moment)) await bumpRollouts(tx);
+    }
+    return ask && (await rolloutNews(tx, records, server, ask));
+  }
+
+  async rolloutRevision(): Promise<number> {
+    return await readRevision(this.db);
+  }
+
+  /** See `Fleet.rollouts`; this and what follows. */
+  async rollouts(): Promise<Rollout[]> {
+    return (await readRollouts(this.db)).map(rolloutOf);
+  }
+
+  async startRollout(options: RolloutOptions, at: number): Promise<Rollout> {
+    return await this.#transaction((tx) => beginRollout(tx, options, at));
+  }
+
+  async changeRollout(
+    which: Pick<RolloutOptions, "version" | "model">,
+    action: RolloutAction,
+    at: number,
+  ): Promise<Rollout | undefined> {
+    return await this.#transaction((tx) => actOnRollout(tx, which, action, at));
+  }
+
+  async rolloutTargets(options: RolloutOptions, at: number): Promise<RolloutTarget[]> {
+    const record = await newRollout(this.db, options, at);
+    return await countTargets(this.db, record, await servedModels(this.db), at);
+  }
+
+  /** Applies reports to the devices that they are of. */
   async #apply(
     tx: Connection,
     reports: readonly DeviceReport[],
     now: WriteMoment & StoreMeta,
-  ): Promise<number> {
+  ): Promise<Heard & { events: number }> {
     const rows = await readRows(tx, [...new Set(reports.map(({ id }) => id))]);
     const before = new Map(rows.map((row) => [String(row["id"]), recordOf(row)]));
     const records = new Map<string, DeviceRecord>();
@@ -8995,7 +10581,13 @@ class FleetStore {
     for (const report of withoutLate(reports, before, now)) {
       const { id, elapsed } = report;
       const then = { up: now.up - Math.max(0, now.elapsed - elapsed), silent: now.silent };
-      const after = applyReport(records.get(id) ?? before.get(id), report, then);
+      const known = records.get(id) ?? before.get(id);
+      if (known && then.up < known.seen_up - LATE) {
+        // Another server has heard it since: it would seem to go back.
+        records.set(id, { ...known, seen: known.seen + report.count });
+        continue;
+      }
+      const after = applyReport(known, report, then);
       records.set(id, after.record);
       for (const event of after.events) events.push([id, event]);
     }
@@ -9005,7 +10597,7 @@ class FleetStore {
       await trimHistory(tx, record, before.get(id)?.events ?? 0);
     }
     await evict(tx, this.maxDevices);
-    return events.length;
+    return { events: events.length, before, after: records };
   }
 
   /** Sees to it that the store can be written. */
@@ -9047,31 +10639,7 @@ class FleetStore {
     try {
       // Nobody else waits for this connection: the server beside it may take its time.
       await this.db.waitFor(STORE_PATIENCE);
-      const theirs = await readMeta(other);
-      const isCopy = theirs.source === (await readMeta(this.db)).source;
-      const total = { added: 0, updated: 0, newer: 0, events: 0, refused: 0, isCopy };
-      const sound = (rows: readonly SQLRow[]) => {
-        const left = rows.filter(isSound);
-        total.refused += rows.length - left.length;
-        return left;
-      };
-      // One transaction for some rows at a time: a server writes in between.
-      for await (const rows of rowsOf(other, "ota_devices", ["id"])) {
-        const found = await this.#transaction(async (tx) => {
-          const { up } = await readMeta(tx);
-          return await mergeDevices(tx, sound(rows), up - theirs.up);
-        });
-        for (const name of ["added", "updated", "newer"] as const) total[name] += found[name];
-      }
-      for await (const rows of rowsOf(other, "ota_labels", ["device", "key"])) {
-        await this.#transaction((tx) => mergeLabels(tx, sound(rows)));
-      }
-      for await (const rows of rowsOf(other, "ota_events", ["device", "source", "number"])) {
-        total.events += await this.#transaction((tx) => mergeEvents(tx, sound(rows)));
-      }
-      // Last, since what goes takes its labels and events with it.
-      await this.#transaction((tx) => evict(tx, this.maxDevices));
-      return total;
+      return await mergeStore(this.db, other, this.maxDevices);
     } finally {
       await other.close();
     }
@@ -9085,6 +10653,10 @@ class FleetStore {
 
   async setSetting(name: string, value: string): Promise<void> {
     await this.#transaction((tx) => setMeta(tx, { [`setting ${name}`]: value }));
+  }
+
+  async swapSetting(name: string, from: string | undefined, to: string): Promise<boolean> {
+    return await this.#transaction((tx) => swapMeta(tx, `setting ${name}`, from, to));
   }
 
   async settingOr(name: string, value: string): Promise<string> {
@@ -9120,7 +10692,13 @@ type StoreCalls = {
       | "merge"
       | "setting"
       | "setSetting"
+      | "swapSetting"
       | "settingOr"
+      | "rolloutRevision"
+      | "rollouts"
+      | "startRollout"
+      | "changeRollout"
+      | "rolloutTargets"
       | "close"
   ]: FleetStore[name];
 };
@@ -9255,16 +10833,8 @@ function serveStore(port: threads.MessagePort, settings: StoreSettings): void {
   port.on("close", () => void store?.then((one) => one.close()).catch(() => {}));
 }
 
-// ──── Fleet writer ────────────────────────────────────────────────────────────────────────────────
-// Reports from memory to the store, once a second, and what happens when it is away.
-
-/** Where time comes from. */
-export interface FleetClock {
-  /** Milliseconds since 1970; may jump. */
-  now(): number;
-  /** Milliseconds since some moment; never jumps. */
-  elapsed(): number;
-}
+// ──── Fleet options ───────────────────────────────────────────────────────────────────────────────
+// What a fleet is opened with, and its limits.
 
 /** What `Fleet.open` needs. */
 export interface FleetOptions {
@@ -9281,6 +10851,10 @@ export interface FleetOptions {
   silent?: number;
   /** The newest releases; absent: as its servers say, else every device is on the newest. */
   newest?: () => NewestReleases;
+  /** What its rollouts are of; absent: they do not go on by this server. */
+  releases?: () => Releases;
+  /** Whether versions need a rollout to be offered; `Fleet.staged` are those that do not. */
+  staged?: boolean;
   /** Called with one line for the operator. */
   warn?: (line: string) => void;
   clock?: FleetClock;
@@ -9312,9 +10886,272 @@ const FLEET = {
   summary: 1000,
 };
 
+/** Whether a store is a file that has something in it. */
+function isStoreThere(url: string): boolean {
+  const { file } = storePlace(url);
+  try {
+    return file !== undefined && fs.statSync(file).size > 0;
+  } catch (error) {
+    return !isMissing(error);
+  }
+}
+
+// ──── Admission ───────────────────────────────────────────────────────────────────────────────────
+// Whether a device that asks may have a version: a look at what is in memory. What that is comes with
+// each write to the store; while the store is away, what was known last stands.
+
+/** How long a lease counts after it was asked for, and until others may take it, in milliseconds. */
+const LEASE = { counts: 5000, expires: 30_000 };
+/** How long a server that nobody asks keeps a lease that another one wants, in milliseconds. */
+const LEASE_IDLE = 10_000;
+
+/** A rollout in memory. */
+interface AdmittingRollout extends RolloutView {
+  /** Devices that were offered it and are not proven. */
+  offered: Set<string>;
+  opening: TimeWindow | undefined;
+}
+
+/** A device that asks. */
+interface Asking {
+  id: string;
+  /** The model whose root it asks; empty for the root itself. */
+  of: string;
+  model: string | undefined;
+  query: ManifestQuery;
+  /** Whether it can be given a place: what only reports gets nothing. */
+  isGet: boolean;
+}
+
+/** The rollouts of a server. */
+class Admission {
+  /** Whether it is known which rollouts there are. */
+  isRead = false;
+  /** Whether the store that has them cannot be used. */
+  isBlind = false;
+  /** Whether this server stops: it gives no places away any more. */
+  isOver = false;
+  /** Keys of the versions that need no rollout; as long as that is not known, all do. */
+  staged: ReadonlySet<string> | undefined;
+  /** See `RolloutNews`; -1: never read. */
+  revision = -1;
+  #labels = "";
+  #labelled = new Map<string, Set<string>>();
+  #rollouts = new Map<string, AdmittingRollout>();
+  /** By the model whose root it is, in lower case, and `versionKey`. */
+  #byVersion = new Map<string, Map<string, AdmittingRollout>>();
+  /** Given a place, and not in the store yet. */
+  #placed: [rollout: string, device: string][] = [];
+  #lease = { text: "", seen: 0, until: -Infinity, isMine: false, isWanted: false };
+  #asked = -Infinity;
+
+  /**
+   * @param releases those of the server, to see what it has
+   * @param isStaged see `VersionStaging`
+   */
+  constructor(
+    private readonly clock: FleetClock,
+    private readonly releases: (() => Releases) | undefined,
+    private readonly isStaged: boolean,
+  ) {}
+
+  /** Whether a version is offered to nobody, since it needs a rollout and has none. */
+  isHeld(release: Pick<RolloutOptions, "version" | "model">): boolean {
+    if (!this.isStaged) return false;
+    const rollouts = this.#byVersion.get((release.model ?? "").toLowerCase());
+    if (rollouts?.has(versionKey(release.version))) return false;
+    return this.staged?.has(stagedKey(release)) !== true;
+  }
+
+  /** Whether each second changes something, although no device reports. */
+  get isActive(): boolean {
+    const states = [...this.#rollouts.values()].map(({ state }) => state);
+    return states.some((state) => state === "running" || state === "waiting" || state === "paused");
+  }
+
+  /** Says that there has never been a rollout. */
+  begin(): void {
+    this.isRead = true;
+    this.revision = 0;
+  }
+
+  /** What to say and to ask with the next write. */
+  ask(): RolloutAsk {
+    const now = this.clock.elapsed();
+    const { text, seen, isMine, isWanted } = this.#lease;
+    const isIdle = isWanted && now - this.#asked > LEASE_IDLE;
+    const wants = this.isActive && !isIdle && !this.isOver;
+    // It is given up before anyone can hear of it.
+    if (!wants) this.#lease.until = -Infinity;
+    const expired = text !== "" && !isMine && now - seen >= LEASE.expires ? text : null;
+    const digests: Record<string, string> = {};
+    const seqs: Record<string, number> = {};
+    for (const { id, seq, version, model } of this.#rollouts.values()) {
+      seqs[id] = seq;
+      const digest = this.#digestOf(version, model);
+      if (digest !== null) digests[id] = digest;
+    }
+    const placed = [...this.#placed];
+    return { placed, digests, revision: this.revision, labels: this.#labels, seqs, wants, expired };
+  }
+
+  /** @param asked when it was asked, by `FleetClock.elapsed` */
+  hear({ views, ...news }: RolloutNews, { placed, wants }: RolloutAsk, asked: number): void {
+    this.isRead = true;
+    this.revision = news.revision;
+    this.#labels = news.labels;
+    if (news.labelled) {
+      const sets = Object.entries(news.labelled).map(
+        ([pair, ids]) => [pair, new Set(ids)] as const,
+      );
+      this.#labelled = new Map(sets);
+    }
+    this.#placed = this.#placed.slice(placed.length);
+    const before = this.#rollouts;
+    this.#rollouts = new Map(views.map((view) => [view.id, this.#admitting(view, before)]));
+    this.#byVersion = new Map();
+    for (const rollout of this.#rollouts.values()) {
+      const model = rollout.model?.toLowerCase() ?? "";
+      const known = this.#byVersion.get(model) ?? new Map<string, AdmittingRollout>();
+      this.#byVersion.set(model, known.set(versionKey(rollout.version), rollout));
+    }
+    this.#hearLease(news, wants, asked);
+  }
+
+  #hearLease({ lease, isMine, isWanted }: Omit<RolloutNews, "views">, wants: boolean, at: number) {
+    const isSame = lease === this.#lease.text;
+    const seen = isSame ? this.#lease.seen : this.clock.elapsed();
+    const until = isMine && wants ? at + LEASE.counts : -Infinity;
+    this.#lease = { text: lease, seen, until, isMine, isWanted };
+  }
+
+  #admitting(view: RolloutView, before: ReadonlyMap<string, AdmittingRollout>): AdmittingRollout {
+    const known = before.get(view.id);
+    const offered = known?.offered ?? new Set<string>();
+    for (const [device, isOffered] of view.changed) {
+      if (isOffered) offered.add(device);
+      else offered.delete(device);
+    }
+    // Those that were given a place since the store was asked are not counted in it.
+    const placed = this.#placed.filter(([rollout]) => rollout === view.id);
+    for (const [, device] of placed) offered.add(device);
+    const free = Math.max(0, view.free - placed.length);
+    const isSame = known?.window === view.window;
+    const opening = view.window === null ? undefined : parseWindow(view.window);
+    return { ...view, changed: [], offered, free, opening: isSame ? known.opening : opening };
+  }
+
+  /** What a version in the root of a model consists of; `null`: it is not there. */
+  #digestOf(version: string, model: string | null): string | null {
+    const roots = this.releases?.().roots ?? [];
+    const name = model?.toLowerCase() ?? "";
+    const root = roots.find((one) => one.model.toLowerCase() === name);
+    if (!root) return null;
+    const image = root.firmware.find((one) => one.version.compare(version) === 0);
+    return rolloutDigest(root.find(version)?.digest, image?.sha256);
+  }
+
+  /**
+   * The newest version and image that a device may have. A place is taken by asking.
+   *
+   * @returns `undefined`: all that is offered
+   */
+  newestFor(
+    query: ManifestQuery,
+    address: string,
+    root: ReleaseRoot,
+    isGet: boolean,
+  ): NewestItems | undefined {
+    const isKnown = this.isRead && !this.isBlind && !this.isStaged;
+    if (isKnown && this.#byVersion.size === 0) return undefined;
+    const rollouts = this.#byVersion.get(root.model.toLowerCase());
+    if (isKnown && !rollouts) return undefined;
+    const id = deviceId(query, address);
+    const model = root.model || (query.model ?? query.sysname);
+    const asking = { id, of: root.model, model, query, isGet };
+    const current = query.current_ver ?? "";
+    // What decides below asks for files first: who may have these may have the image as well.
+    const version = this.#newest(root.versions, rollouts, current, asking);
+    const flashed = query.firmware_ver ?? current;
+    // Who does not say what it runs is not flashed for the image alone: no place is given for it.
+    const mayFlash = query.firmware_ver !== undefined || root.versions.length === 0;
+    const image = this.#newest(root.firmware, rollouts, flashed, {
+      ...asking,
+      isGet: isGet && mayFlash,
+    });
+    return { version, image };
+  }
+
+  #newest<T extends { name: string; version: LooseVersion }>(
+    items: readonly T[],
+    rollouts: ReadonlyMap<string, AdmittingRollout> | undefined,
+    current: string,
+    asking: Asking,
+  ): T | undefined {
+    return items.findLast(({ name, version }) => {
+      // What it has it keeps, and older ones are of no interest to it.
+      if (version.compare(current) <= 0) return true;
+      // Any version may be one that was halted: until that is known, devices stay as they are.
+      if (!this.isRead || this.isBlind) return false;
+      const rollout = rollouts?.get(versionKey(name));
+      if (rollout) return this.#admits(rollout, asking);
+      return !this.isHeld({ version: name, model: asking.of });
+    });
+  }
+
+  /** Whether a device that is not on the version of a rollout may have it. */
+  #admits(rollout: AdmittingRollout, asking: Asking): boolean {
+    const { id, state, version, model, digest, offered, opening, share } = rollout;
+    if (state === "done") return this.#isFor(rollout, asking);
+    if (state !== "running" && state !== "paused") return false;
+    if (asking.id.startsWith(BY_ADDRESS)) return false;
+    const isOffered = offered.has(asking.id);
+    if (!isOffered && (state === "paused" || !asking.isGet)) return false;
+    // Nobody gets what it is not about.
+    if (digest === null || digest !== this.#digestOf(version, model)) return false;
+    if (isOffered) return true;
+    if (opening && !isOpen(opening, this.clock.now())) return false;
+    if (!this.#isFor(rollout, asking)) return false;
+    const now = this.clock.elapsed();
+    const hasLease = now < this.#lease.until;
+    if (hasLease && rollout.free === 0) {
+      this.#asked = now;
+      return false;
+    }
+    const isNext =
+      share >= 1 || this.#has(CANARY, asking.id) || rolloutNumber(id, asking.id) < share;
+    if (!isNext) return false;
+    this.#asked = now;
+    if (!hasLease) return false;
+    rollout.free--;
+    offered.add(asking.id);
+    this.#placed.push([id, asking.id]);
+    return true;
+  }
+
+  #has(pair: string, device: string): boolean {
+    return this.#labelled.get(pair)?.has(device) === true;
+  }
+
+  #isFor({ only }: AdmittingRollout, { id, model, query }: Asking): boolean {
+    if (only.length === 0) return true;
+    return [...valuesByKey(only)].every(([key, values]) => {
+      return values.some((value) => {
+        if (key === "model") return model !== undefined && asciiLower(model) === asciiLower(value);
+        if (key === "version") return isSameRelease(query.current_ver ?? null, value);
+        return this.#has(`${key}=${value}`, id);
+      });
+    });
+  }
+}
+
+// ──── Fleet writer ────────────────────────────────────────────────────────────────────────────────
+// Reports from memory to the store, once a second, and what happens when it is away.
+
 /** Writes reports, and calls the thread for others. */
 class FleetWriter {
   readonly waiting: WaitingReports;
+  readonly admission: Admission;
   readonly silent: number;
   readonly clock: FleetClock;
   /** In messages. */
@@ -9348,6 +11185,7 @@ class FleetWriter {
     this.clock = clock ?? { now: () => Date.now(), elapsed: () => performance.now() };
     this.silent = 1000 * silent;
     this.waiting = new WaitingReports(maxWaiting);
+    this.admission = new Admission(this.clock, options.releases, options.staged === true);
     this.#opened = this.#lastWrite = this.clock.elapsed();
     this.name = storePlace(url).name;
     const access = existing ? "keep" : "make";
@@ -9367,6 +11205,8 @@ class FleetWriter {
       if (isUseless(error)) {
         warn?.(`${why}: it is left alone, and devices are forgotten when this server stops`);
         this.#thread.end();
+        // A fleet that was kept there may have had rollouts.
+        this.admission.isBlind = isStoreThere(this.#settings.url);
         this.#settings = { ...this.#settings, url: ":memory:" };
         this.name = "memory";
         await this.#ready();
@@ -9379,10 +11219,14 @@ class FleetWriter {
   }
 
   async #ready(): Promise<void> {
-    const { up, served } = await this.call(FLEET.read, this.#options.existing ? "look" : "ready");
+    const how = this.#options.existing ? "look" : "ready";
+    const { up, served, revision } = await this.call(FLEET.read, how);
     if (!this.#base) this.#upAtFirst = up;
     this.#base ??= { up, elapsed: this.#opened };
     this.served = served;
+    // The first device that asks must not get what a rollout keeps from it.
+    if (revision === 0) this.admission.begin();
+    else if (this.#options.serving) await this.#write();
   }
 
   /** The fleet's up-time, as far as is known here. */
@@ -9428,7 +11272,8 @@ class FleetWriter {
     const told = JSON.stringify(newest?.() ?? "");
     if (serving && newest) this.lasting["served"] = JSON.stringify({ newest: newest(), silent });
     const { served = "" } = this.lasting;
-    const up = await this.call(FLEET.write, "write", batch, {
+    const rollouts = serving ? this.admission.ask() : undefined;
+    const { up, news } = await this.call(FLEET.write, "write", batch, {
       server: this.#server,
       gained: this.#gained(elapsed),
       since: this.#base?.up ?? null,
@@ -9438,7 +11283,9 @@ class FleetWriter {
       // Of servers that differ, the one whose releases changed last is right.
       settings: served && told !== this.#told ? { served } : {},
       lasting: this.lasting,
+      ...(rollouts && { rollouts }),
     });
+    if (rollouts && news) this.admission.hear(news, rollouts, elapsed);
     this.#told = told;
     this.waiting.written();
     this.#base = { up, elapsed };
@@ -9455,9 +11302,11 @@ class FleetWriter {
   async #tick(): Promise<void> {
     const { warn, serving, newest, maxWaiting = FLEET.waiting } = this.#options;
     const isLongAgo = this.clock.elapsed() - this.#lastWrite >= FLEET.idle;
-    const isDue = serving && (isLongAgo || this.#told !== JSON.stringify(newest?.() ?? ""));
+    const isTold = this.#told === JSON.stringify(newest?.() ?? "");
+    const isDue = serving && (isLongAgo || !isTold || this.admission.isActive);
     try {
-      if (this.waiting.size > 0 || this.#failures > 0 || isDue) await this.flush();
+      const mustWrite = this.waiting.size > 0 || this.#failures > 0 || isDue;
+      if (mustWrite || (await this.#areRolloutsOther())) await this.flush();
       if (this.#failures > 0) {
         const { dropped } = this.waiting;
         const lost = dropped > 0 ? `; ${dropped} reports were lost so far` : "";
@@ -9473,7 +11322,16 @@ class FleetWriter {
     this.#plan();
   }
 
+  /** Whether somebody did something with rollouts since they were read. */
+  async #areRolloutsOther(): Promise<boolean> {
+    if (!this.#options.serving) return false;
+    // A store that is away is written when there is something to write, and that is said then.
+    const revision = await this.call(FLEET.read, "rolloutRevision").catch(() => undefined);
+    return revision !== undefined && revision !== this.admission.revision;
+  }
+
   async #finish(): Promise<void> {
+    this.admission.isOver = true;
     await this.flush();
     // A SQLite file is then whole without its `-wal`, and can be carried to another fleet.
     if (this.#base) await this.call(FLEET.last, "close");
@@ -9595,13 +11453,22 @@ export class Fleet implements AsyncDisposable {
   async summary(): Promise<FleetSummary> {
     const at = this.#writer.clock.elapsed();
     if (!this.#summary || at - this.#summary.at >= FLEET.summary) {
-      const summary = { at, of: this.#ask("summary", this.#basis) };
+      const summary = { at, of: this.#summarize() };
       this.#summary = summary;
       summary.of.catch(() => {
         if (this.#summary === summary) this.#summary = undefined;
       });
     }
     return await this.#summary.of;
+  }
+
+  async #summarize(): Promise<FleetSummary> {
+    const summary = await this.#ask("summary", this.#basis);
+    const { up, clock, served } = this.#writer;
+    // Beside a server, what is known of the time is what it wrote last.
+    const now = this.#options.serving ? clock.now() : (served?.written ?? clock.now());
+    const { silent_at: until } = summary;
+    return { ...summary, silent_at: until === null ? null : Math.round(now + until - up) };
   }
 
   /** A page of devices in the order of their ids; `next` is the `after` of the next page. */
@@ -9641,6 +11508,68 @@ export class Fleet implements AsyncDisposable {
     return await this.#ask("merge", resolve(file));
   }
 
+  /**
+   * The newest version and image that a device may have by the rollouts of the fleet; by asking, it
+   * gets a place if there is one for it.
+   *
+   * @returns `undefined`: all that is offered
+   */
+  newestFor(contact: Contact, root: ReleaseRoot): NewestItems | undefined {
+    const { query, address, method } = contact;
+    return this.#writer.admission.newestFor(query, address, root, method === "GET");
+  }
+
+  /** What needs no rollout: see `VersionStaging`. */
+  get staged(): ReadonlySet<string> | undefined {
+    return this.#writer.admission.staged;
+  }
+
+  set staged(keys: ReadonlySet<string>) {
+    this.#writer.admission.staged = keys;
+  }
+
+  /** See `Admission.isHeld`. */
+  isHeld(release: Pick<RolloutOptions, "version" | "model">): boolean {
+    return this.#writer.admission.isHeld(release);
+  }
+
+  /** All rollouts, the one that was begun last first. */
+  async rollouts(): Promise<Rollout[]> {
+    return await this.#ask("rollouts");
+  }
+
+  /**
+   * Begins a rollout, before or after its version is in the root.
+   *
+   * @throws {OTAError} exit code 1 where one of that version and model is not over; 2 where no
+   *   rollout can be like that
+   */
+  async startRollout(options: RolloutOptions): Promise<Rollout> {
+    checkRollout(options);
+    return await this.#ask("startRollout", options, this.#writer.clock.now());
+  }
+
+  /**
+   * Does something with the rollout of a version that was begun last.
+   *
+   * @returns the rollout after that; `undefined` when there is none
+   * @throws {OTAError} exit code 1 where its state does not allow it
+   */
+  async changeRollout(
+    version: string,
+    model: string | null,
+    action: RolloutAction,
+  ): Promise<Rollout | undefined> {
+    const at = this.#writer.clock.now();
+    return await this.#ask("changeRollout", { version, model }, action, at);
+  }
+
+  /** The devices that a rollout would reach, by model and by the version they are on; most first. */
+  async rolloutTargets(options: RolloutOptions): Promise<RolloutTarget[]> {
+    checkRollout(options);
+    return await this.#ask("rolloutTargets", options, this.#writer.clock.now());
+  }
+
   /** What was kept under a name; for all servers of the fleet. */
   async setting(name: string): Promise<string | undefined> {
     return await this.#ask("setting", name);
@@ -9648,6 +11577,11 @@ export class Fleet implements AsyncDisposable {
 
   async setSetting(name: string, value: string): Promise<void> {
     await this.#ask("setSetting", name, value);
+  }
+
+  /** Changes what is kept under a name, unless another server was first. @returns whether it did */
+  async swapSetting(name: string, from: string | undefined, to: string): Promise<boolean> {
+    return await this.#ask("swapSetting", name, from, to);
   }
 
   /**
@@ -9979,15 +11913,20 @@ function readFilter(request: Request): DeviceFilter {
   };
 }
 
-/** A change of a device. @throws {OTAError} exit code 1 or 2 when it is none */
-function readEdit(body: Uint8Array): DeviceEdit {
+/** The object that a body is. @throws {OTAError} exit code 1 or 2 when it is none */
+function readObject(body: Uint8Array): Record<string, unknown> {
   let text: string;
   try {
     text = new TextDecoder("utf-8", { fatal: true }).decode(body);
   } catch {
     return refuseInput("the body: expected UTF-8");
   }
-  const edit = asObject(parseJSON(text), "the body");
+  return asObject(parseJSON(text), "the body");
+}
+
+/** A change of a device. @throws {OTAError} exit code 1 or 2 when it is none */
+function readEdit(body: Uint8Array): DeviceEdit {
+  const edit = readObject(body);
   const asGiven = (value: unknown, name: string) => (value === null ? null : asText(value, name));
   for (const field of Object.keys(edit)) {
     if (field !== "name" && field !== "labels") refuseInput(`unknown field ${printable(field)}`);
@@ -10013,6 +11952,202 @@ async function readBody({ headers, body }: Request, most: number): Promise<Uint8
     pieces.push(piece);
   }
   return Buffer.concat(pieces);
+}
+
+// ──── Rollout words ──────────────────────────────────────────────────────────────────────────────
+// A rollout in words: which one is meant, how it stands, and what its numbers prove.
+
+/** The confidence of what is said of a rollout. */
+const CONFIDENCE = 0.95;
+
+/**
+ * The largest share of devices that a release may fail on, given what is known of some of them: the
+ * one-sided upper bound of Clopper and Pearson, which is exact.
+ *
+ * @param bad how many of them it has failed on
+ * @param known of how many it is known
+ */
+export function failureBound(bad: number, known: number, confidence = CONFIDENCE): number {
+  if (bad >= known) return 1;
+  let [low, high] = [bad / known, 1];
+  for (let step = 0; step < 60; step++) {
+    const share = (low + high) / 2;
+    if (1 - binomialTail(bad + 1, known, share) > 1 - confidence) low = share;
+    else high = share;
+  }
+  return high;
+}
+
+/** A share as a percentage of two digits that is not smaller: `14 %`, `0.3 %`. */
+function percentAbove(share: number): string {
+  const unit = 10 ** (Math.floor(Math.log10(share * 100)) - 1);
+  return `${Number((Math.ceil((share * 100) / unit - 1e-9) * unit).toPrecision(2))} %`;
+}
+
+/** How many devices a release did not do well on: to acknowledge that does not undo it. */
+function badOf({ failed, silent_devices, acknowledged }: Rollout): number {
+  return failed + silent_devices + acknowledged;
+}
+
+/**
+ * What the numbers of a rollout prove: `20 proven, none bad: fewer than 14 % fail, with 95 %
+ * confidence`.
+ */
+export function rolloutProof(rollout: Rollout): string {
+  const { proven } = rollout;
+  const bad = badOf(rollout);
+  const numbers = `${proven || "none"} proven, ${bad || "none"} bad`;
+  if (proven === 0) return `${numbers}: ${bad === 0 ? "nothing is known yet" : "all may fail"}`;
+  const share = percentAbove(failureBound(bad, proven + bad));
+  return `${numbers}: fewer than ${share} fail, with ${100 * CONFIDENCE} % confidence`;
+}
+
+/** A version, and the model that it is for: `1.0.2`, `1.0.2 of lopy4`. */
+function rolloutName({ version, model }: Pick<Rollout, "version" | "model">): string {
+  return model === null ? version : `${version} of ${model}`;
+}
+
+/**
+ * The rollout that is meant by a version and, where that is not enough, a model: the newest one.
+ *
+ * @throws {OTAError} exit code 2 when there are several
+ */
+function meantRollout(
+  rollouts: readonly Rollout[],
+  version: string,
+  model: string | null,
+): Rollout | undefined {
+  const named = rollouts.filter((one) => isSameRelease(one.version, version));
+  const isOver = ({ state }: Rollout) => state === "done" || state === "aborted";
+  const running = named.filter((one) => !isOver(one));
+  // Names of models have no case.
+  const isOf = (one: Rollout) => one.model?.toLowerCase() === model?.toLowerCase();
+  if (model !== null) return running.find(isOf) ?? named.find(isOf);
+  const some = running.length > 0 ? running : named;
+  const models = [...new Set(some.map((one) => one.model ?? "the root's own"))];
+  if (models.length < 2) return some[0];
+  throw new OTAError(`several rollouts of ${version}: name the model (${models.join(", ")})`, 2);
+}
+
+/** How a rollout stands, in one line: `1.0.2 halted: 2 of 9 are silent`. */
+export function rolloutText(rollout: Rollout): string {
+  const { state, reason } = rollout;
+  return `${rolloutName(rollout)} ${state}${reason === null ? "" : `: ${reason}`}`;
+}
+
+// ──── Rollout API ────────────────────────────────────────────────────────────────────────────────
+// Rollouts over HTTP.
+
+const ROLLOUTS_PATH = "/-/api/rollouts";
+
+function asNumber(value: unknown, name: string): number {
+  return typeof value === "number" ? value : malformed(`${name}: not a number`);
+}
+
+function asPair(value: unknown, name: string): [string, string] {
+  const pair = asList(value, name, asText);
+  return pair.length === 2 ? [pair[0]!, pair[1]!] : malformed(`${name}: not a key and a value`);
+}
+
+/**
+ * What a rollout is to be like. The fields are those of a `Rollout`; of those that are absent or
+ * `null`, the defaults.
+ *
+ * @throws {OTAError} exit code 1 or 2 when the body does not say
+ */
+function readRollout(body: Uint8Array): { options: RolloutOptions; isDry: boolean } {
+  const given = readObject(body);
+  const left = new Set(Object.keys(given));
+  const field = <T>(name: string, as: (value: unknown, name: string) => T): T | undefined => {
+    left.delete(name);
+    const value = given[name] ?? undefined;
+    return value === undefined ? undefined : as(value, name);
+  };
+  const defaults = ROLLOUT_DEFAULTS;
+  const pairs = (value: unknown, name: string) => asList(value, name, asPair);
+  const numbers = (value: unknown, name: string) => asList(value, name, asNumber);
+  const options: RolloutOptions = {
+    version: field("version", asText) ?? refuseInput("version: there must be one"),
+    model: field("model", asText) ?? null,
+    first: field("first", asNumber) ?? defaults.first,
+    soak: field("soak", asNumber) ?? defaults.soak,
+    silent: field("silent", asNumber) ?? defaults.silent,
+    tolerance: field("tolerance", asNumber) ?? defaults.tolerance,
+    pauseAt: field("pause_at", numbers) ?? defaults.pauseAt,
+    only: field("only", pairs) ?? defaults.only,
+    window: field("window", asText) ?? defaults.window,
+  };
+  const isDry = field("dry_run", asFlag) ?? false;
+  for (const name of left) refuseInput(`unknown field ${printable(name)}`);
+  return { options: { ...options, pauseAt: options.pauseAt.toSorted((a, b) => a - b) }, isDry };
+}
+
+const ROLLOUT_ACTIONS: readonly RolloutAction[] = ["pause", "resume", "advance", "abort"];
+
+/** Answers for the paths of rollouts. */
+class RolloutAPI {
+  constructor(private readonly fleet: Fleet) {}
+
+  /** What can be done with a path; `undefined`: nothing. */
+  methods(path: string): string | undefined {
+    if (path === ROLLOUTS_PATH) return "GET, HEAD, POST";
+    return this.#partsOf(path) && "POST";
+  }
+
+  async answer(request: Request, contact: Contact): Promise<Answer> {
+    const parts = this.#partsOf(contact.path);
+    try {
+      if (parts) return await this.#change(request, contact, parts);
+      readParameters(request, []);
+      if (contact.method === "POST") return await this.#start(request, contact);
+      return jsonAnswer(200, { rollouts: await this.fleet.rollouts() });
+    } catch (error) {
+      if (!(error instanceof OTAError) || error instanceof FormatError) throw error;
+      if (error.exitCode !== 1) throw error;
+      // Either that is not possible as things stand, or the store does not answer.
+      await this.fleet.rollouts();
+      return adminText(contact, 409, error.message);
+    }
+  }
+
+  /** The version and the action that a path names. */
+  #partsOf(path: string): [version: string, action: string] | undefined {
+    const [, version, action] = /^\/-\/api\/rollouts\/([^/]+)\/([^/]+)$/.exec(path) ?? [];
+    return version === undefined ? undefined : [version, action!];
+  }
+
+  async #start(request: Request, contact: Contact): Promise<Answer> {
+    const body = await readBody(request, ADMIN.body).catch(() =>
+      refuseInput("the body was cut off"),
+    );
+    if (!body) {
+      const what = `a body has at most ${ADMIN.body} bytes`;
+      return adminText(contact, 413, what, { Connection: "close" });
+    }
+    const { options, isDry } = readRollout(body);
+    if (isDry) return jsonAnswer(200, { targets: await this.fleet.rolloutTargets(options) });
+    return jsonAnswer(201, await this.fleet.startRollout(options));
+  }
+
+  async #change(
+    request: Request,
+    contact: Contact,
+    [encoded, word]: [string, string],
+  ): Promise<Answer> {
+    if (hasBody(request.headers)) {
+      return adminText(contact, 413, "an action has no body", { Connection: "close" });
+    }
+    const { model = null } = readParameters(request, ["model"]);
+    const action = ROLLOUT_ACTIONS.find((name) => name === word);
+    const actions = ROLLOUT_ACTIONS.join(", ");
+    if (!action) return adminText(contact, 404, `no action ${printable(word)}, but ${actions}`);
+    const version = decodeParameter(encoded.replaceAll("+", "%2B"));
+    const unknown = `no rollout of ${printable(rolloutName({ version, model }))}`;
+    if (!isReleaseName(version)) return adminText(contact, 404, unknown);
+    const meant = meantRollout(await this.fleet.rollouts(), version, model);
+    const rollout = meant && (await this.fleet.changeRollout(version, meant.model, action));
+    return rollout ? jsonAnswer(200, rollout) : adminText(contact, 404, unknown);
+  }
 }
 
 // ──── Fleet API ───────────────────────────────────────────────────────────────────────────────────
@@ -10066,11 +12201,15 @@ function listReleases({ roots }: Releases): ListedRelease[] {
 
 /** Answers for the paths of the fleet. */
 class FleetAPI {
+  readonly #rollouts: RolloutAPI;
+
   constructor(
     private readonly fleet: Fleet,
     private readonly releases: Releases,
     private readonly access: AdminAccess,
-  ) {}
+  ) {
+    this.#rollouts = new RolloutAPI(fleet);
+  }
 
   async answer(request: Request, contact: Contact): Promise<Answer> {
     const { path, method } = contact;
@@ -10100,6 +12239,7 @@ class FleetAPI {
   /** What can be done with a path; `undefined`: nothing. */
   #methods(path: string): string | undefined {
     if (/^\/-\/api\/devices\/[^/]*$/.test(path)) return "GET, HEAD, POST, DELETE";
+    if (path.startsWith(ROLLOUTS_PATH)) return this.#rollouts.methods(path);
     return ["/-/", "/-/api/fleet", "/-/api/devices"].includes(path) ? METHODS : undefined;
   }
 
@@ -10109,6 +12249,7 @@ class FleetAPI {
       return jsonAnswer(200, await this.fleet.devices(readFilter(request)));
     }
     if (path.startsWith("/-/api/devices/")) return await this.#device(request, contact);
+    if (path.startsWith(ROLLOUTS_PATH)) return await this.#rollouts.answer(request, contact);
     readParameters(request, []);
     if (path === "/-/") return plain(200, this.#overview(), ADMIN_HEADERS);
     const summary = await this.fleet.summary();
@@ -10159,8 +12300,221 @@ class FleetAPI {
 /-/api/fleet         devices by version, state and model; the releases
 /-/api/devices       devices: ?state= version= model= label=KEY=VALUE q= limit= after=
 /-/api/devices/ID    one device and its history; POST names and labels it, DELETE forgets it
+/-/api/rollouts      rollouts; POST starts one
+/-/api/rollouts/VERSION/ACTION   POST: pause, resume, advance, abort; ?model=
 /-/health            whether the server is well
 /-/metrics           numbers for Prometheus`;
+  }
+}
+
+// ──── Rollout notices ────────────────────────────────────────────────────────────────────────────
+// Tells a program of the operator's when a rollout halts, pauses or is done: `serve --notify`. What
+// is told is noted in the store: of several servers one tells it, and what that one could not tell,
+// another one can. There is one notice of each rollout at most, about what it is now.
+
+/** Limits of notices, in milliseconds. */
+const NOTICE = {
+  /** Between two looks at the rollouts. */
+  look: 2000,
+  /** Before the second try, and between two tries at most. */
+  pause: 2000,
+  most: 300_000,
+  /** For how long it is tried. */
+  patience: 3600_000,
+  /** For an answer. */
+  answer: 10_000,
+  /** After which others tell what a server was about to tell. */
+  lease: 30_000,
+};
+
+/** States that are told. */
+const TOLD_STATES: readonly RolloutState[] = ["halted", "paused", "done"];
+
+/** How the notice of a rollout stands, as it is in the store. */
+interface NoticeRecord {
+  /** `changed` of the rollout that it is about. */
+  of: number;
+  /** When it was tried first, how often since, and when it may be tried again. */
+  since: number;
+  tries: number;
+  next: number;
+  /** Told, or given up. */
+  isOver: boolean;
+}
+
+/** Tells of rollouts, one notice after the other; never in the way of anything else. */
+class Notifier implements AsyncDisposable {
+  readonly #url: URL;
+  readonly #stop = new AbortController();
+  #timer: Timer | undefined;
+  #look: Promise<void> = Promise.resolve();
+  /** When some server of the fleet first was to tell. */
+  #begun: number | undefined;
+  /** Rollouts that nothing more is to be told of, as they are. */
+  readonly #over = new Map<string, number>();
+  /** Notices that failed, and were warned of. */
+  readonly #warned = new Set<string>();
+
+  /** @throws {OTAError} exit code 2 when the address is none */
+  constructor(
+    private readonly fleet: Fleet,
+    url: string,
+    private readonly warn: (line: string) => void = () => {},
+  ) {
+    this.#url = noticeURL(url);
+    this.#plan();
+  }
+
+  /** Where it tells, without what may be secret. */
+  get #name(): string {
+    return this.#url.origin;
+  }
+
+  #plan(): void {
+    if (this.#stop.signal.aborted) return;
+    this.#timer = setTimeout(() => {
+      // A store that is away is looked at again.
+      this.#look = this.#lookAround().catch(() => {});
+      void this.#look.then(() => this.#plan());
+    }, NOTICE.look);
+  }
+
+  async #lookAround(): Promise<void> {
+    // What had happened before anybody was to be told is no news.
+    this.#begun ??= Number(await this.fleet.settingOr("notices since", `${Date.now()}`));
+    const rollouts = await this.fleet.rollouts();
+    const told = rollouts.filter(({ id, state, changed }) => {
+      return TOLD_STATES.includes(state) && this.#over.get(id) !== changed;
+    });
+    for (const rollout of told) {
+      if (this.#stop.signal.aborted) return;
+      if (rollout.changed < this.#begun - NOTICE.look) this.#over.set(rollout.id, rollout.changed);
+      else await this.#tell(rollout);
+    }
+  }
+
+  /** Tells of a rollout, if that is due and no other server does. */
+  async #tell(rollout: Rollout): Promise<void> {
+    const { id, changed } = rollout;
+    const name = `notice ${id}`;
+    const text = await this.fleet.setting(name);
+    const found = parseJSON(text ?? "") as NoticeRecord | undefined;
+    const known = found?.of === changed ? found : undefined;
+    if (known?.isOver) return void this.#over.set(id, changed);
+    const now = Date.now();
+    if (known && now < known.next && known.next <= now + NOTICE.most) return;
+    const { since = now, tries = 0 } = known ?? {};
+    const claim = { of: changed, since, tries: tries + 1, next: now + NOTICE.lease, isOver: false };
+    const claimed = JSON.stringify(claim);
+    if (!(await this.fleet.swapSetting(name, text, claimed))) return;
+    const why = await this.#send(rollout);
+    if (this.#stop.signal.aborted && why !== undefined) {
+      // Whoever is next need not wait.
+      claim.next = 0;
+    } else if (why !== undefined) this.#fail(rollout, claim, why);
+    else claim.isOver = true;
+    await this.fleet.swapSetting(name, claimed, JSON.stringify(claim));
+  }
+
+  /** Plans the next try, or gives up. */
+  #fail(rollout: Rollout, claim: NoticeRecord, why: string): void {
+    const now = Date.now();
+    const what = `${this.#name} could not be told that ${rolloutText(rollout)} (${why})`;
+    claim.isOver = now - claim.since >= NOTICE.patience;
+    claim.next = now + Math.min(NOTICE.pause * 2 ** (claim.tries - 1), NOTICE.most);
+    const key = `${rollout.id} ${rollout.changed}`;
+    if (claim.isOver) this.warn(`${what}: given up after an hour`);
+    else if (!this.#warned.has(key)) this.warn(`${what}: tried again for an hour`);
+    this.#warned.add(key);
+  }
+
+  /** @returns why it could not be told; `undefined`: it was */
+  async #send(rollout: Rollout): Promise<string | undefined> {
+    const { state: event } = rollout;
+    const body = JSON.stringify({ event, text: rolloutText(rollout), rollout });
+    const signal = AbortSignal.any([this.#stop.signal, AbortSignal.timeout(NOTICE.answer)]);
+    try {
+      const response = await fetch(this.#url, {
+        ...{ method: "POST", body, signal },
+        headers: { "Content-Type": "application/json", "User-Agent": `ota.ts/${TOOL_VERSION}` },
+        // It is this address that the operator trusts, and no other.
+        redirect: "manual",
+      });
+      await response.body?.cancel();
+      return response.ok ? undefined : `it answered ${response.status}`;
+    } catch (error) {
+      return errorText(error);
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    clearTimeout(this.#timer);
+    this.#stop.abort(new OTAError("the server stops"));
+    await this.#look;
+  }
+}
+
+/** @throws {OTAError} exit code 2 when nobody can be told there */
+function noticeURL(text: string): URL {
+  const url = parseHttpURL(text);
+  if (url) return url;
+  throw new OTAError(`--notify expects an http(s) address, found ${printable(text)}`, 2);
+}
+
+// ──── Staged versions ────────────────────────────────────────────────────────────────────────────
+// `serve --staged`: a version that appears starts a rollout of its own, and goes to nobody before it
+// has one. The versions that were there when a fleet was first served so stay as they were.
+
+/** Milliseconds between two looks at what there is. */
+const STAGING_LOOK = 1000;
+
+/** Starts rollouts of versions that have none. */
+class VersionStaging implements AsyncDisposable {
+  #timer: Timer | undefined;
+  #look: Promise<void> = Promise.resolve();
+  #isClosed = false;
+
+  /** @param log is told of each rollout that begins */
+  constructor(
+    private readonly fleet: Fleet,
+    private readonly releases: Releases,
+    private readonly log: (line: string) => void = () => {},
+  ) {}
+
+  /** Looks around now, and from then on. */
+  async open(): Promise<void> {
+    // While the store is away, nobody gets what is new.
+    this.#look = this.#lookAround().catch(() => {});
+    await this.#look;
+    if (!this.#isClosed) this.#timer = setTimeout(() => void this.open(), STAGING_LOOK);
+  }
+
+  async #lookAround(): Promise<void> {
+    const { fleet } = this;
+    const here = this.releases.roots.flatMap(({ model, versions, firmware }) => {
+      const names = new Set([...versions, ...firmware].map(({ name }) => name));
+      return [...names].map((version) => ({ version, model: model === "" ? null : model }));
+    });
+    if (!fleet.staged) {
+      const keys = JSON.stringify(here.map(stagedKey));
+      fleet.staged = new Set(JSON.parse(await fleet.settingOr("staged since", keys)));
+    }
+    const fresh = here.filter((one) => fleet.isHeld(one));
+    if (fresh.length === 0) return;
+    const rollouts = await fleet.rollouts();
+    for (const one of fresh) {
+      const key = stagedKey(one);
+      // One that has just begun is not known to those who answer devices yet.
+      if (rollouts.some((rollout) => stagedKey(rollout) === key) || this.#isClosed) continue;
+      const rollout = await fleet.startRollout({ ...ROLLOUT_DEFAULTS, ...one });
+      this.log(`staged   ${printable(rolloutName(rollout))}: a rollout of it began`);
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#isClosed = true;
+    clearTimeout(this.#timer);
+    await this.#look;
   }
 }
 
@@ -10188,24 +12542,40 @@ export async function serve(options: ServeOptions = {}): Promise<FleetServer> {
   for (const secret of secrets) {
     if (fs.existsSync(secret)) refuseInside(releases.root, secret);
   }
+  const { silent, warn, clock, tick, notify } = options;
   if (url === false) {
+    if (options.staged || notify !== undefined) {
+      throw new OTAError("--staged and --notify need a fleet", 2);
+    }
     return { ...serveReleases(releases, options), fleet: undefined, admin: undefined };
   }
   const access = new AdminAccess(options);
   const ownFile = ownFileOf(url, releases.root);
-  const { silent, warn } = options;
+  if (notify !== undefined) noticeURL(notify);
+  const parts = new AsyncDisposableStack();
   const fleet = await Fleet.open({
     ...{ url, serving: true, ...(silent && { silent }), ...(warn && { warn }) },
+    ...{ ...(clock && { clock }), ...(tick !== undefined && { tick }) },
     newest: () => newestOf(releases),
+    releases: () => releases,
+    staged: options.staged === true,
   });
+  parts.use(fleet);
+  parts.use(access);
   const api = new FleetAPI(fleet, releases, access);
   try {
-    const server = serveReleases(releases, options, fleetExtension(fleet, ownFile, access, api));
+    const extension = fleetExtension(fleet, ownFile, api, parts);
+    const server = serveReleases(releases, options, extension);
+    if (notify !== undefined) parts.use(new Notifier(fleet, notify, warn));
+    if (options.staged) {
+      const staging = parts.use(new VersionStaging(fleet, releases, options.log));
+      void staging.open();
+    }
     // Devices are served meanwhile: a store that is away takes its time.
     await access.open(fleet);
     return { ...server, fleet, admin: access };
   } catch (error) {
-    await fleet[Symbol.asyncDispose]();
+    await parts.disposeAsync();
     throw error;
   }
 }
@@ -10235,22 +12605,24 @@ function ownFileOf(url: string, root: string): string | undefined {
   throw new OTAError(`the fleet ${file} is inside the root, and would be served: ${remedy}`, 2);
 }
 
-/** What a fleet adds to its server. */
+/**
+ * What a fleet adds to its server.
+ *
+ * @param parts are disposed of with it
+ */
 function fleetExtension(
   fleet: Fleet,
   ownFile: string | undefined,
-  access: AdminAccess,
   api: FleetAPI,
+  parts: AsyncDisposableStack,
 ): Extension {
   return {
     ownFile,
     answer: (request, contact) => api.answer(request, contact),
     note: (contact) => fleet.note(contact),
+    newestFor: (contact, root) => fleet.newestFor(contact, root),
     metrics: (label) => fleetMetrics(fleet, label),
-    [Symbol.asyncDispose]: () => {
-      access[Symbol.dispose]();
-      return fleet[Symbol.asyncDispose]();
-    },
+    [Symbol.asyncDispose]: () => parts.disposeAsync(),
   };
 }
 
@@ -13882,7 +16254,7 @@ function isReal({ file, size }: ServedFile): boolean {
 // do whatever the command line does.
 
 // ──── Options ────────────────────────────────────────────────────────────────────────────────────
-// One table of options; parsing, help and hints are derived from it.
+// One table of options; reading them, help and hints are derived from it.
 
 /**
  * An option. Its name is the key in `OPTIONS`; a command stands before it where the option means
@@ -13928,6 +16300,37 @@ const OPTIONS = {
     value: "URL",
     help: "the fleet: a SQLite file or postgres://… (ROOT/.fleet.db)",
   },
+  staged: { type: "boolean", help: "start a rollout of each version that appears" },
+  notify: { type: "string", value: "URL", help: "tell it when a rollout halts, pauses or is done" },
+  "rollout --root": { type: "string", value: "DIR", help: "the directory of releases (.)" },
+  "rollout --fleet": {
+    type: "string",
+    value: "URL",
+    help: "the fleet: a SQLite file or postgres://… (ROOT/.fleet.db)",
+  },
+  first: { type: "string", value: "N", help: "devices that may get it before one is proven (1)" },
+  soak: { type: "string", value: "DURATION", help: "on it for so long, a device is proven (0s)" },
+  "rollout --silent": {
+    type: "string",
+    value: "DURATION",
+    help: "after being offered it, when silence tells (1h)",
+  },
+  tolerance: { type: "string", value: "PERCENT", help: "the share that may fail (5%)" },
+  "pause-at": {
+    type: "string",
+    value: "LIST",
+    help: "wait for resume at such shares, or at none (5%,50%)",
+  },
+  only: {
+    type: "string",
+    value: "K=V",
+    multiple: true,
+    help: "those with this label, model=M or version=V; may be repeated",
+  },
+  window: { type: "string", value: "TEXT", help: "when: 'Mon-Fri 01:00-04:00 Europe/Berlin'" },
+  "dry-run": { type: "boolean", help: "show who will get it and what that costs, and end" },
+  yes: { type: "boolean", help: "do not ask" },
+  "rollout --model": { type: "string", value: "M", help: "the model whose root has it" },
   state: { type: "string", value: "S", help: "those in this state" },
   "list --version": { type: "string", value: "V", help: "those on this version" },
   "list --model": { type: "string", value: "M", help: "those of this model" },
@@ -13987,6 +16390,9 @@ type Given = {
       ? string[]
       : string;
 };
+
+// ──── Reading options ────────────────────────────────────────────────────────────────────────────
+// What stands on a command line, read by the table.
 
 /**
  * Reads what stands after the name of a command: options, and words that are none.
@@ -14102,7 +16508,7 @@ function releaseOption(given: Given, name: "ver" | "latest" | "firmware"): strin
 const SECONDS = { "": 1, s: 1, m: 60, h: 3600, d: 86400 };
 
 /** Reads `90`, `90s`, `10m`, `1h` or `365d` as seconds. */
-function parseDuration(name: "every" | "expires" | "silent", text: string): number {
+function parseDuration(name: "every" | "expires" | "silent" | "soak", text: string): number {
   const [, amount, unit] = /^(\d+)(s|m|h|d|)$/.exec(text) ?? [];
   const seconds = Number(amount) * SECONDS[unit as keyof typeof SECONDS];
   if (seconds >= 1 && seconds <= 100 * 365 * SECONDS.d) return seconds;
@@ -14413,15 +16819,20 @@ function tokenOption(given: Given): string | undefined {
 }
 
 /** Where `serve` keeps its fleet: by default in the root, in a file that is never served. */
-function fleetOptions(given: Given): Pick<ServeOptions, "fleet" | "silent" | "adminToken"> {
+function fleetOptions(
+  given: Given,
+): Pick<ServeOptions, "fleet" | "silent" | "adminToken" | "staged" | "notify"> {
   const { fleet, root = ".", "no-fleet": none, silent, "admin-token": adminToken } = given;
-  for (const [name, value] of Object.entries({ fleet, "admin-token": adminToken })) {
+  const { staged, notify } = given;
+  const ofFleet = { fleet, "admin-token": adminToken, staged, notify };
+  for (const [name, value] of Object.entries(ofFleet)) {
     if (none && value !== undefined)
       throw new OTAError(`--${name} and --no-fleet exclude each other`, 2);
   }
   return {
     fleet: !none && (fleet ?? resolve(root, ".fleet.db")),
     adminToken: adminToken ?? (process.env.OTA_ADMIN_TOKEN || undefined),
+    ...{ staged, notify },
     ...(silent !== undefined && { silent: parseDuration("silent", silent) }),
   };
 }
@@ -14872,20 +17283,22 @@ const STATE_WORDS: Record<DeviceState, string> = {
 /** Columns of a screen. */
 const SCREEN = 80;
 /** Devices, versions and models that a summary shows at most: it fits 24 lines. */
-const IN_SUMMARY = { devices: 3, versions: 5, models: 4 };
+const IN_SUMMARY = { devices: 3, versions: 4, models: 4 };
 
 /** How a fleet stands: the most urgent first. */
 async function* summaryLines(
   fleet: Fleet,
-  { devices, states, versions, models }: FleetSummary,
+  summary: FleetSummary,
   where: string,
 ): AsyncGenerator<string> {
+  const { devices, states, versions, models } = summary;
   const now = Date.now();
   const { served } = fleet;
   const written = served ? `, written ${agoText(served.written, now)}` : "";
   yield `${counted(devices, "device")}${written}, in ${shown(fleet.place)}`;
   yield `newest: ${served ? newestText(served.newest) : "not known, since no server has told yet"}`;
   if (devices === 0) return yield "no device has asked yet";
+  yield leavingText(summary, served, now);
   yield "";
   const digits = String(devices).length;
   for (const state of DEVICE_STATES.toReversed()) {
@@ -14914,6 +17327,34 @@ async function* summaryLines(
   });
   const rest = names.length - shownModels.length;
   yield `models: ${shownModels.join(", ")}${rest > 0 ? ` and ${rest} more` : ""}`;
+}
+
+/** A server that wrote nothing for so long, in milliseconds, does not run. */
+const SERVER_GONE = 3 * FLEET.idle;
+
+/** Whether the van may leave: what is still going on, and until when that is not known to be bad. */
+function leavingText(
+  { states: { offered }, silent_at }: FleetSummary,
+  served: FleetServed | undefined,
+  now: number,
+): string {
+  if (offered === 0) return "no board is installing: you may leave";
+  const what = `${counted(offered, "board")} ${offered === 1 ? "is" : "are"} still installing`;
+  if (silent_at === null) return what;
+  const last = offered === 1 ? "" : "the last one ";
+  const isRunning = served !== undefined && now - served.written < SERVER_GONE;
+  if (!isRunning) return `${what} (silence counts only while a server runs)`;
+  return `${what}, ${last}silent at ${timeText(silent_at, now)}`;
+}
+
+/** A time as the clock on the wall has it; with the date, unless that is today. */
+function timeText(at: number, now: number): string {
+  // Minutes that have begun are not over: nobody is silent before.
+  const wall = new Date(Math.ceil(at / 60_000) * 60_000);
+  const time = wall.toTimeString().slice(0, 5);
+  if (wall.toDateString() === new Date(now).toDateString()) return time;
+  const day = [wall.getFullYear(), wall.getMonth() + 1, wall.getDate()];
+  return `${day.map((part) => String(part).padStart(2, "0")).join("-")} ${time}`;
 }
 
 function newestText({ models = {}, ...own }: NewestReleases): string {
@@ -15134,8 +17575,233 @@ async function runFleetMerge(given: Given, [file = ""]: readonly string[]): Prom
   return say(`${counted(added, "device")}, ${counted(events, "event")} added${changes}${rest}`);
 }
 
-// ──── Commands and main ───────────────────────────────────────────────────────────────────────────
-// The table of commands, their help, and `main`.
+// ──── Rollout options ────────────────────────────────────────────────────────────────────────────
+// What is said of a rollout on the command line.
+
+/** The store, and the root whose releases it is about, if that is known. */
+function rolloutPlace({ "rollout --fleet": url, "rollout --root": dir }: Given): {
+  url: string;
+  root: string | undefined;
+} {
+  if (url === undefined) return { url: resolve(dir ?? ".", ".fleet.db"), root: dir ?? "." };
+  const { file } = storePlace(url);
+  // As `serve` keeps it by default.
+  const isInRoot = file !== undefined && basename(file) === ".fleet.db";
+  return { url, root: dir ?? (isInRoot ? dirname(resolve(file)) : undefined) };
+}
+
+/** The same options again, in a command that we tell of. */
+function sameRollouts({ "rollout --fleet": url, "rollout --root": root }: Given): string {
+  const place = url === undefined ? "" : ` --fleet ${storePlace(url).name}`;
+  return root === undefined ? place : `${place} --root ${root}`;
+}
+
+/** What `rollout start` is told. @throws {OTAError} exit code 2 when an option is wrong */
+function rolloutOptions(given: Given, version: string): RolloutOptions {
+  if (!isReleaseName(version)) {
+    throw new OTAError(`VERSION is a release name (${RELEASE_NAME_RULE}), found ${version}`, 2);
+  }
+  const { first, soak, "rollout --silent": silent, tolerance, only, window } = given;
+  const { "rollout --model": model } = given;
+  const pauses = given["pause-at"];
+  const options: RolloutOptions = {
+    ...ROLLOUT_DEFAULTS,
+    ...{ version, model: model ?? null },
+    ...(first !== undefined && { first: parseFirst(first) }),
+    ...(soak !== undefined && { soak: /^0[smhd]?$/.test(soak) ? 0 : parseDuration("soak", soak) }),
+    ...(silent !== undefined && { silent: parseDuration("silent", silent) }),
+    ...(tolerance !== undefined && { tolerance: parseShare("tolerance", tolerance) }),
+    ...(pauses !== undefined && { pauseAt: parseShares(pauses) }),
+    ...(only && { only: only.map((text) => parseOnly(text)) }),
+    ...(window !== undefined && { window }),
+  };
+  checkRollout(options);
+  return options;
+}
+
+function parseFirst(text: string): number {
+  if (/^\d{1,9}$/.test(text)) return Number(text);
+  throw new OTAError(`--first expects a number of devices, found ${text}`, 2);
+}
+
+/** Reads `5%` as a fraction. */
+function parseShare(name: string, text: string): number {
+  const [, amount] = /^(\d{1,3}(?:\.\d{1,6})?) ?%$/.exec(text.trim()) ?? [];
+  if (amount !== undefined && Number(amount) <= 100) return Number(amount) / 100;
+  throw new OTAError(`--${name} expects a percentage such as 5%, found ${text || '""'}`, 2);
+}
+
+/** Reads `5%,50%` as fractions. */
+function parseShares(text: string): number[] {
+  if (text === "none") return [];
+  return text
+    .split(",")
+    .map((one) => parseShare("pause-at", one))
+    .toSorted((a, b) => a - b);
+}
+
+/** Reads one `--only`. */
+function parseOnly(text: string): [key: string, value: string] {
+  const [, key, value] = /^([^=]+)=(.+)$/s.exec(text) ?? [];
+  if (key !== undefined && value !== undefined) return [key, value];
+  const what = "K=V: a label, model=M or version=V";
+  throw new OTAError(`--only expects ${what}, found ${text}`, 2);
+}
+
+/**
+ * Asks whether to go on.
+ *
+ * @throws {OTAError} exit code 2 when there is nobody to ask, and `--yes` was not given
+ */
+function confirmed(given: Given, name: string, question: string): boolean {
+  if (given.yes) return true;
+  if (process.stdin.isTTY && process.stdout.isTTY) return confirm(`${question} Go on?`);
+  throw new OTAError(`${question} rollout ${name} needs --yes where it cannot ask`, 2);
+}
+
+// ──── Rollout command ────────────────────────────────────────────────────────────────────────────
+// `rollout` and its commands. They only write to the store: every server on it acts on that.
+
+/** Steps whose costs are shown: each takes the time of its coding. */
+const MAX_STEPS = 20;
+
+/** Milliseconds within which servers act on what stands in the store. */
+const SERVERS_KNOW = 2000;
+
+/** Waits until servers act on what was written: what the operator does next may depend on it. */
+async function untilServersKnow({ served }: Fleet): Promise<void> {
+  if (served && Date.now() - served.written < SERVER_GONE) await Bun.sleep(SERVERS_KNOW);
+}
+
+/** Runs a command on a fleet that is there. */
+async function withRollouts(
+  given: Given,
+  command: (fleet: Fleet) => Promise<number>,
+): Promise<number> {
+  await using fleet = await Fleet.open({ url: rolloutPlace(given).url, existing: true });
+  return await command(fleet);
+}
+
+function runRollout(given: Given): Promise<number> {
+  return withRollouts(given, async (fleet) => {
+    const rollouts = await fleet.rollouts();
+    if (given.json) return say(safeJSON({ rollouts }, 2));
+    if (rollouts.length > 0) return say(rolloutLines(rollouts).join("\n"));
+    tell("no rollout yet: every version goes to everyone");
+    return 0;
+  });
+}
+
+/** A line for each rollout. */
+function rolloutLines(rollouts: readonly Rollout[]): string[] {
+  const rows = rollouts.map((rollout) => {
+    const { state, reason, proven, offered, eligible } = rollout;
+    const rest = Math.max(0, eligible - proven - offered - badOf(rollout));
+    const counts = [rolloutProof(rollout), `${offered} on the way`, `${rest} to come`];
+    const why = reason === null ? [] : [reason];
+    return [rolloutName(rollout), state, [...counts, ...why].join("; ")].map(shown);
+  });
+  return new Table().lines(rows);
+}
+
+function runRolloutStart(given: Given, [version = ""]: readonly string[]): Promise<number> {
+  const options = rolloutOptions(given, version);
+  return withRollouts(given, async (fleet) => {
+    const lines = await planLines(fleet, options, rolloutPlace(given).root);
+    const printed = await say(lines.map(shown).join("\n"));
+    if (given["dry-run"]) return printed;
+    const rollout = await fleet.startRollout(options);
+    await untilServersKnow(fleet);
+    const how = `ota.ts rollout${sameRollouts(given)} shows how it goes`;
+    await say(shown(`${rolloutText(rollout)}; ${how}`));
+    return 0;
+  });
+}
+
+/** Who will be hit by a rollout, and what that costs on the air. */
+async function planLines(
+  fleet: Fleet,
+  options: RolloutOptions,
+  root: string | undefined,
+): Promise<string[]> {
+  const { first } = options;
+  const targets = await fleet.rolloutTargets(options);
+  const total = targets.reduce((sum, { devices }) => sum + devices, 0);
+  const name = rolloutName(options);
+  if (total === 0) return [`${name} goes to no device that is known`];
+  const cost = await stepCosts(options, root);
+  const rows = [];
+  for (const { model, version: from, devices } of targets.slice(0, MAX_STEPS)) {
+    const costs = (await cost?.(model, from)) ?? [];
+    rows.push([model ?? "-", from ?? "none", `${devices}`, ...costs.map(formatBytes)]);
+  }
+  const rest = targets.slice(MAX_STEPS).reduce((sum, { devices }) => sum + devices, 0);
+  const heads = AIR_DEVICES.map((device) => device.name.toUpperCase());
+  const unknown =
+    root === undefined
+      ? "what it costs on the air is not known: --root DIR names the releases"
+      : `${name} is not in ${root} yet: what it costs on the air is not known`;
+  return [
+    `${name} goes to ${counted(total, "device")}: ${first} at first, then never more unproven than proven`,
+    ...new Table().lines([["MODEL", "ON", "DEVICES", ...(cost ? heads : [])], ...rows]),
+    ...(rest > 0 ? [`and ${rest} more`] : []),
+    ...(cost ? [] : [unknown]),
+  ];
+}
+
+/**
+ * What a step to a version costs on the air, for each kind of device; `undefined` when that version
+ * is not there.
+ */
+async function stepCosts({ version, model: own }: RolloutOptions, root: string | undefined) {
+  if (root === undefined) return undefined;
+  const releases = await Releases.open(root, { latest: version, quiet: 0 });
+  const key = versionKey(version);
+  const has = ({ versions, firmware }: ReleaseRoot) =>
+    [...versions, ...firmware].some(({ name }) => versionKey(name) === key);
+  if (!has(releases.forDevice({ model: own ?? undefined }))) return undefined;
+  const encoder = new Encoder();
+  return async (model: string | null, from: string | null): Promise<number[]> => {
+    const asked = releases.forDevice({ model: model ?? undefined });
+    const sums: number[] = [];
+    for (const device of AIR_DEVICES) {
+      const base = "http://127.0.0.1:8000";
+      const costs = await airCosts(asked, from ?? undefined, base, encoder, device);
+      sums.push(costs.reduce((sum, { size }) => sum + size, 0));
+    }
+    return sums;
+  };
+}
+
+/** What will be, before it is. */
+const ROLLOUT_QUESTIONS: Partial<Record<RolloutAction, (rollout: Rollout) => string>> = {
+  advance: (rollout) => `${shown(rolloutName(rollout))} then goes to everyone at once.`,
+  abort: (rollout) => `${shown(rolloutName(rollout))} then goes to nobody any more, for good.`,
+};
+
+/** The command that does something to a rollout. */
+function rolloutChange(action: RolloutAction): Command["run"] {
+  return (given, [version = ""]) =>
+    withRollouts(given, async (fleet) => {
+      const meant = meantRollout(await fleet.rollouts(), version, given["rollout --model"] ?? null);
+      const name = rolloutName({ version, model: given["rollout --model"] ?? null });
+      const where = `ota.ts rollout${sameRollouts(given)} lists those that there are`;
+      const missing = () => new OTAError(`no rollout of ${name} in ${fleet.place}; ${where}`);
+      if (!meant) throw missing();
+      const question = ROLLOUT_QUESTIONS[action]?.(meant);
+      if (question !== undefined && !confirmed(given, action, question)) {
+        tell("nothing was changed");
+        return 1;
+      }
+      const rollout = await fleet.changeRollout(meant.version, meant.model, action);
+      if (!rollout) throw missing();
+      await untilServersKnow(fleet);
+      return say(shown(rolloutText(rollout)));
+    });
+}
+
+// ──── Commands ───────────────────────────────────────────────────────────────────────────────────
+// The table of commands.
 
 interface Command {
   summary: string;
@@ -15205,13 +17871,49 @@ const FLEET_COMMANDS: Record<string, Command> = {
   },
 };
 
+/** Options of every command of rollouts. */
+const ROLLOUT_PLACE = ["rollout --root", "rollout --fleet"] as const;
+const ROLLOUT_NOTES =
+  "The root is the current directory by default; its fleet is ROOT/.fleet.db, unless --fleet says\n" +
+  "otherwise. Exit codes: 0; 1 failed; 2 usage.";
+
+/** A command that does something to a rollout. */
+function changeCommand(action: RolloutAction, summary: string): Command {
+  const asks = action in ROLLOUT_QUESTIONS;
+  return {
+    summary,
+    takes: "VERSION",
+    options: [...ROLLOUT_PLACE, "rollout --model", ...(asks ? (["yes"] as const) : [])],
+    notes: `${asks ? "It asks before, unless --yes.\n" : ""}${ROLLOUT_NOTES}`,
+    run: rolloutChange(action),
+  };
+}
+
+const ROLLOUT_COMMANDS: Record<string, Command> = {
+  start: {
+    summary: "let VERSION out, device by device",
+    takes: "VERSION",
+    options: [
+      ...ROLLOUT_PLACE,
+      ...(["rollout --model", "first", "soak", "rollout --silent", "tolerance"] as const),
+      ...(["pause-at", "only", "window", "dry-run"] as const),
+    ],
+    notes: `VERSION need not be in the root yet.\n${ROLLOUT_NOTES}`,
+    run: runRolloutStart,
+  },
+  pause: changeCommand("pause", "offer it to nobody new, until resume"),
+  resume: changeCommand("resume", "go on; what was bad so far is accepted"),
+  advance: changeCommand("advance", "let everyone have it at once"),
+  abort: changeCommand("abort", "stop it for good; a later version passes it by"),
+};
+
 const COMMANDS: Record<string, Command> = {
   serve: {
     summary: "serve a directory of releases to devices",
     options: [
       ...(["root", "port", "host", "url", "ignore", "latest", "only-releases"] as const),
       ...(["sign", "token", "tls-cert", "tls-key", "trust-proxy"] as const),
-      ...(["fleet", "no-fleet", "silent", "admin-token"] as const),
+      ...(["fleet", "no-fleet", "silent", "admin-token", "staged", "notify"] as const),
     ],
     notes:
       "The root is the current directory by default. On Ctrl-C, running responses are finished.\n" +
@@ -15225,6 +17927,13 @@ const COMMANDS: Record<string, Command> = {
     notes: FLEET_NOTES,
     commands: FLEET_COMMANDS,
     run: runFleet,
+  },
+  rollout: {
+    summary: "let a version out slowly, and show how that goes",
+    options: [...ROLLOUT_PLACE, "json"],
+    notes: ROLLOUT_NOTES,
+    commands: ROLLOUT_COMMANDS,
+    run: runRollout,
   },
   client: {
     summary: "be a device: fetch, verify, apply, and roll back a bad release",
@@ -15273,6 +17982,9 @@ const COMMANDS: Record<string, Command> = {
     run: runKeygen,
   },
 };
+
+// ──── Help and main ──────────────────────────────────────────────────────────────────────────────
+// Finding a command, its help, and `main`.
 
 /** The help of the tool. */
 function help(): string {

@@ -32,9 +32,15 @@ const COMMANDS: Record<string, string[]> = {
       "no-fleet",
       "silent",
       "admin-token",
+      "staged",
+      "notify",
     ],
   ],
   fleet: [...["root", "fleet", "json", "state", "version", "model", "label", "csv"]],
+  rollout: [
+    ...["root", "fleet", "json", "model", "first", "soak", "silent", "tolerance", "pause-at"],
+    ...["only", "window", "dry-run", "yes"],
+  ],
   client: [
     ...["ver", "root", "server", "from", "id", "every", "jobs", "timeout", "check"],
     ...["check-timeout", "restart", "check-files", "repair", "retry", "verify"],
@@ -264,6 +270,9 @@ describe.concurrent("what is not understood", () => {
       "only-releases",
       "no-fleet",
       "check-files",
+      "staged",
+      "dry-run",
+      "yes",
     ]);
     const isFlag = (command: string, name: string) =>
       flags.has(name) || (command === "status" && name === "check");
@@ -271,8 +280,9 @@ describe.concurrent("what is not understood", () => {
       const named = options.filter((name) => !isFlag(command, name));
       return named.map((name) => [command, name] as const);
     });
-    // Of its commands, this one has all its options.
-    const words = (command: string) => (command === "fleet" ? ["fleet", "list"] : [command]);
+    // Of their commands, these have all their options.
+    const whole: Record<string, string> = { fleet: "list", rollout: "start" };
+    const words = (command: string) => [command, whole[command] ?? []].flat();
     for (const end of ["", "="]) {
       const said = await refused(
         ...all.map(([command, name]) => [...words(command), `--${name}${end}`]),

@@ -1032,6 +1032,152 @@ describe("a change", () => {
   });
 });
 
+describe("rollouts", () => {
+  let fleet: Fleeted;
+  beforeAll(async () => {
+    fleet = await Fleeted.start({}, { ...TREE, "lopy4/1.0.1/a": "12345" });
+    await fleet.visit({ devid: "a" }, { devid: "b" }, { devid: "c", current_ver: "1.0.1" });
+  });
+  afterAll(() => fleet[Symbol.asyncDispose]());
+
+  const ROLLOUTS = "/-/api/rollouts";
+  const start = (options: object) => fleet.ask(ROLLOUTS, json(options));
+  const act = (path: string) => fleet.ask(`${ROLLOUTS}/${path}`, { method: "POST" });
+
+  test("are for who has the token, and a change by cookie comes from a page of this server", async () => {
+    const Cookie = await cookieOf(fleet);
+    for (const path of [ROLLOUTS, `${ROLLOUTS}/1.0.1/abort`]) {
+      for (const method of ["GET", "POST"]) {
+        const { status } = await fleet.ask(path, { method, headers: {} });
+        expect([path, method, status]).toEqual([path, method, 401]);
+      }
+      const elsewhere = { Cookie, Origin: "http://evil.example" };
+      const { status } = await fleet.ask(path, { method: "POST", headers: elsewhere });
+      expect([path, status]).toEqual([path, 403]);
+      const here = await fleet.ask(path, {
+        method: "POST",
+        headers: { Cookie, Origin: fleet.url },
+      });
+      expect([401, 403]).not.toContain(here.status);
+    }
+    expect((await fleet.ask(ROLLOUTS, { headers: { Cookie } })).json() as unknown).toEqual({
+      rollouts: [],
+    } as unknown);
+  });
+
+  test("one is tried, started, paused, resumed, advanced and aborted", async () => {
+    const tried = await start({ version: "1.0.1", dry_run: true });
+    expect([tried.status, tried.json() as unknown]).toEqual([
+      200,
+      { targets: [{ model: null, version: "1.0.0", devices: 2 }] },
+    ]);
+    const window = "Mon-Sun 00:00-24:00";
+    const only = [["site", "Pau"]];
+    const said = { first: 2, soak: 5, silent: 60, tolerance: 0.1, pause_at: [0.5, 0.1] };
+    const started = await start({ version: "1.0.1", ...said, only, window });
+    expect(started.status).toBe(201);
+    const found = started.json() as unknown as Record<string, unknown>;
+    expect(found).toMatchObject({ ...said, pause_at: [0.1, 0.5], only, window, model: null });
+    expect(found).toMatchObject({ version: "1.0.1", state: "waiting", proven: 0, eligible: 0 });
+    expect(Object.keys(found)).toEqual(
+      expect.arrayContaining(["id", "reason", "offered", "failed", "silent_devices", "created"]),
+    );
+    const again = await start({ version: "1.0.1" });
+    expect([again.status, again.json()["error"]]).toEqual([
+      409,
+      expect.stringMatching(/a rollout of 1\.0\.1 is \w+ already/),
+    ]);
+    await until(
+      "it runs",
+      async () => (await fleet.ask(ROLLOUTS)).json()["rollouts"]![0]!["state"] as string,
+      (state) => state === "running",
+    );
+    for (const [action, state] of [
+      ["pause", "paused"],
+      ["resume", "running"],
+      ["advance", "running"],
+      ["abort", "aborted"],
+    ]) {
+      const { status, json } = await act(`1.0.1/${action}`);
+      expect([action, status, json()["state"]]).toEqual([action, 200, state]);
+    }
+    const late = await act("1.0.1/pause");
+    expect([late.status, late.json()["error"]]).toEqual([
+      409,
+      expect.stringContaining("the rollout of 1.0.1 is aborted"),
+    ]);
+  });
+
+  test("of models with a root of their own are named by it", async () => {
+    expect((await start({ version: "1.0.2" })).status).toBe(201);
+    expect((await start({ version: "1.0.2", model: "lopy4" })).status).toBe(201);
+    const { status, json } = await act("1.0.2/abort");
+    expect([status, json()["error"]]).toEqual([400, expect.stringContaining("name the model")]);
+    const one = await act("1.0.2/abort?model=LOPY4");
+    expect([one.status, `${one.json()["model"]}`]).toEqual([200, "lopy4"]);
+    // There is only one left.
+    const other = await act("1.0.2/abort");
+    expect([other.status, `${other.json()["model"]}`]).toEqual([200, "null"]);
+  });
+
+  test("what is wrong: 400, and why; what there is not: 404; other methods: 405", async () => {
+    const version = "1.0.9";
+    const wrong: [body: unknown, why: RegExp][] = [
+      [{}, /version: there must be one/],
+      [[], /the body: not a JSON object/],
+      ["x", /the body: not a JSON object/],
+      [{ version: 1 }, /version: not a string/],
+      [{ version: "latest" }, /a version as its directory is named .*found latest/],
+      [{ version: "1.0.9\n" }, /a version as its directory is named/],
+      [{ version, frist: 1 }, /unknown field frist/],
+      [JSON.parse(`{"version":"1.0.9","__proto__":{}}`), /unknown field __proto__/],
+      [{ version, first: 0 }, /--first as a whole number from 1, found 0/],
+      [{ version, first: "1" }, /first: not a number/],
+      [{ version, first: 1e300 }, /--first as a whole number/],
+      [{ version, soak: -1 }, /--soak/],
+      [{ version, silent: 0 }, /--silent/],
+      [{ version, tolerance: 5 }, /--tolerance between 0 % \(0\) and 100 % \(1\)/],
+      [{ version, pause_at: [1] }, /--pause-at/],
+      [{ version, pause_at: 0.5 }, /pause_at: not a list/],
+      [{ version, pause_at: [0.5, 0.5] }, /--pause-at/],
+      [{ version, only: { site: "Pau" } }, /only: not a list/],
+      [{ version, only: [["site"]] }, /only\[0\]: not a key and a value/],
+      [{ version, only: [["site", ""]] }, /--only KEY=VALUE/],
+      [{ version, only: Array(65).fill(["a", "b"]) }, /up to 64 --only/],
+      [{ version, window: "soon" }, /a window is like/],
+      [{ version, window: "Mon 01:00-02:00 Nowhere/Else" }, /no time zone/],
+      [{ version, model: "\u0000" }, /the name of a model/],
+      [{ version, dry_run: 1 }, /dry_run: not a boolean/],
+    ];
+    for (const [body, why] of wrong) {
+      const { status, json: found } = await start(body as object);
+      expect([body, status]).toEqual([body, 400]);
+      expect(found()["error"]).toMatch(why);
+    }
+    for (const body of ["", "{", "\u{1f600}", Buffer.from([0xff, 0x7b])]) {
+      expect((await fleet.ask(ROLLOUTS, { method: "POST", body })).status).toBe(400);
+    }
+    const large = await fleet.ask(ROLLOUTS, { method: "POST", body: " ".repeat(65 * 1024) });
+    expect(large.status).toBe(413);
+    for (const path of ["1.0.9/pause", "x/pause", "%00/pause", "1.0.9/stop", "1.0.9"]) {
+      expect([path, (await act(path)).status]).toEqual([path, 404]);
+    }
+    for (const path of ["1.0.1/pause?x=1", "1.0.1/pause?model=%00", "%zz/pause"]) {
+      expect([path, (await act(path)).status]).toEqual([path, 400]);
+    }
+    expect((await fleet.ask(`${ROLLOUTS}?state=running`)).status).toBe(400);
+    const read = await fleet.ask(`${ROLLOUTS}/1.0.1/abort`);
+    expect([read.status, read.headers.get("allow")]).toEqual([405, "POST"]);
+    const gone = await fleet.ask(ROLLOUTS, { method: "DELETE" });
+    expect([gone.status, gone.headers.get("allow")]).toEqual([405, "GET, HEAD, POST"]);
+    const body = await fleet.ask(`${ROLLOUTS}/1.0.1/abort`, { method: "POST", body: "{}" });
+    expect(body.status).toBe(413);
+    // Nothing of all that has started one.
+    const { rollouts } = (await fleet.ask(ROLLOUTS)).json() as unknown as { rollouts: Json[] };
+    expect(rollouts!.filter((one) => one["version"] === version)).toEqual([]);
+  });
+});
+
 describe("two servers on one store", () => {
   test("a SQLite file: what one is told, the other tells", async () => {
     using place = new Temp();

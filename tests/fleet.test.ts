@@ -292,6 +292,7 @@ describe.each(stores.each)("what people ask and change in %s", (_, { place, quer
       versions: { "1.0.0": 4, "1.0.1": 3 },
       states: { current: 3, behind: 4, offered: 0, silent: 0, failed: 0 },
       models: { FiPy: 5, LoPy4: 2 },
+      silent_at: null,
     });
   });
 

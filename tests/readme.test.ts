@@ -16,8 +16,17 @@ import {
   writeFileSync,
 } from "node:fs";
 import { dirname, join } from "node:path";
-import { LIMITS, MAX_CODED, MAX_MANIFEST_BYTES, parseManifest, Releases } from "../ota.ts";
+import {
+  LIMITS,
+  MAX_CODED,
+  MAX_MANIFEST_BYTES,
+  parseManifest,
+  Releases,
+  type Rollout,
+  serve,
+} from "../ota.ts";
 import { layFleet, type Said } from "./helpers/laid-fleet.ts";
+import { INTERVAL, Time } from "./helpers/rollout.ts";
 import { asTree, layTree, readTree, Temp } from "./helpers/temp.ts";
 import { ota, OTA_TS, Tool } from "./helpers/tool.ts";
 
@@ -352,6 +361,7 @@ describe("commands", () => {
     const general = (line: string) =>
       line
         .replace(/ written .*, in .*(?=\/releases\/)/, " written …, in …")
+        .replace(/ silent at (\d+-\d+-\d+ )?\d\d:\d\d$/, " silent at …")
         .replaceAll(/\d{4}-\d\d-\d\dT[\d:.]+Z/g, "…");
     const steps = stepsOf(blockWith("$ bun ota.ts fleet --root releases\n"));
     expect(steps.length).toBe(5);
@@ -367,6 +377,56 @@ describe("commands", () => {
     ]);
     const [{ typed = "", answer = [] } = {}] = stepsOf(session);
     expect(clone.run(typed.replace("/media/stick/", ""))).toEqual({ code: 0, shown: answer });
+  });
+
+  test("a rollout goes as README shows it", async () => {
+    using clone = new Clone();
+    // Without the fleet that whoever tried the quick start has left there.
+    const filter = (path: string) => !path.includes("/.fleet.db");
+    const example = `${REPOSITORY}/examples/smart-meter`;
+    cpSync(example, clone.at("releases"), { recursive: true, filter });
+    const steps = stepsOf(blockWith("rollout start 1.0.1 --root releases"));
+    expect(steps.length).toBe(3);
+    const shows = ({ typed = "", answer = [] as string[] } = {}) => {
+      expect([typed, clone.run(typed).shown]).toEqual([typed, answer]);
+    };
+    const time = new Time();
+    time.now = Date.now() - 24 * 3600_000;
+    await using server = await serve({
+      ...{ root: clone.at("releases"), port: 0, host: "127.0.0.1", quiet: 0, tick: 0 },
+      ...{ fleet: clone.at("releases/.fleet.db"), clock: time.clock },
+    });
+    const fleet = server.fleet!;
+    const on = new Map(Array.from({ length: 40 }, (_, i) => [`meter-${i}`, "1.0.0"]));
+    /** Each device asks, or only says what it is on; and comes up on what it is offered. */
+    const round = async (method: "GET" | "HEAD") => {
+      for (const [i, [id, current_ver]] of [...on].entries()) {
+        const model = i % 5 === 0 ? "FiPy" : "LoPy4";
+        const query = new URLSearchParams({ devid: id, current_ver, model });
+        const answer = await fetch(new URL(`/manifest.json?${query}`, server.url), { method });
+        if (method === "HEAD") continue;
+        on.set(id, ((await answer.json()) as { version: string } | null)?.version ?? current_ver);
+      }
+      time.pass(INTERVAL);
+      await fleet.flush();
+    };
+    for (let visit = 0; visit < 3; visit++) await round("HEAD");
+    shows(steps[0]);
+    for (let second = 0; second < 3; second++) {
+      time.pass(1000);
+      await fleet.flush();
+    }
+    const stand = async (): Promise<Rollout> => (await fleet.rollouts())[0]!;
+    let rollout = await stand();
+    for (let visit = 0; visit < 100 && rollout.proven < 20; visit++) {
+      await round("GET");
+      rollout = await stand();
+      // At 5 % there was nothing to see yet.
+      if (rollout.state === "paused" && rollout.proven < 20) {
+        await fleet.changeRollout("1.0.1", null, "resume");
+      }
+    }
+    for (const step of steps.slice(1)) shows(step);
   });
 
   test("keygen, and what is done with the keys", async () => {

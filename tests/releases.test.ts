@@ -296,21 +296,30 @@ describe("what a device gets", () => {
     }
   });
 
-  test("a ceiling for one device holds back what is above it, firmware too", async () => {
+  test("one device may have less than what is offered, of files and firmware each", async () => {
     using root = new Temp({
       ...versions("1.0.0", "1.0.1", "1.0.2"),
       "firmware_1.0.1.bin": "",
       "firmware_1.0.2.bin": "x",
     });
     const releases = await open(root);
-    const decide = (current_ver: string, ceiling?: string) => {
-      const decision = releases.decide({ current_ver, firmware_ver: "" }, ceiling);
+    const decide = (current_ver: string, version?: string, image = version) => {
+      const may =
+        version === undefined
+          ? undefined
+          : {
+              version: releases.find(version),
+              image: releases.firmware.find(({ name }) => name === image),
+            };
+      const decision = releases.decide({ current_ver, firmware_ver: "" }, may);
       return [decision?.target?.name, decision?.image?.name];
     };
     expect(decide("1.0.0")).toEqual(["1.0.2", "1.0.2"]);
     expect(decide("1.0.0", "1.0.1")).toEqual(["1.0.1", "1.0.1"]);
+    expect(decide("1.0.0", "1.0.2", "1.0.1")).toEqual(["1.0.2", "1.0.1"]);
     expect(decide("1.0.1", "1.0.1")).toEqual([undefined, "1.0.1"]);
     expect(decide("1.0.2", "1.0.0")).toEqual([undefined, undefined]);
+    expect(decide("1.0.0", "none")).toEqual([undefined, undefined]);
   });
 
   test("1.00.0 is 1.0.0: it gets the difference, and its version back as it was sent", async () => {

@@ -18,6 +18,7 @@ import { benchDevice } from "./device.ts";
 import { benchFleet } from "./fleet.ts";
 import { OTA, PAIRS, type Effort } from "./harness.ts";
 import { readPairs } from "./pairs.ts";
+import { benchRollout } from "./rollout.ts";
 import { benchScale } from "./scale.ts";
 import { benchServer } from "./server.ts";
 import { benchSlow } from "./slow.ts";
@@ -31,6 +32,7 @@ const PARTS: Record<string, (effort: Effort) => Promise<void>> = {
   fleet: benchFleet,
   scale: benchScale,
   slow: benchSlow,
+  rollout: benchRollout,
 };
 
 const WITH_VALUE = ["--ota", "--pairs"];
