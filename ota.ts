@@ -35,13 +35,13 @@
 //      Certificates and proxies · Request checks · Contents in manifests · Manifest answers
 //      Request handling · Listening
 // V    Fleet: who is on what, and what happened to whom.
-//      Device reports · Device records · Offers and failures · Windows · Fleet answers
-//      Rollouts · Rollout rules · Store schema · Store opening · Store writes · Store reads
+//      Device reports · Device records · Offers and failures · Windows · Fleet answers · Rollouts
+//      Rollout rules · Store schema · Store opening · Store writes · Store limits · Store reads
 //      Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
 //      Rollout progress · Rollout places · Merging · Rollout merging · Names and labels
-//      Fleet store · Store thread · Fleet options · Admission · Fleet writer · Fleet
-//      Admin access · Fleet requests · Rollout words · Rollout API · Fleet API · Rollout notices
-//      Staged versions · Serving
+//      Store batches · Fleet store · Store thread · Fleet options · Admission · Fleet writer
+//      Fleet · Admin access · Fleet requests · Rollout words · Rollout API · Fleet API
+//      Rollout notices · Staged versions · Serving
 // VI   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -8681,60 +8681,11 @@ function fileIdentity({ file }: StorePlace): string | undefined {
 // ──── Store writes ─────────────────────────────────────────────────────────────────────────────────
 // Writing: reports become rows and events, all of a second in one transaction.
 
-/** Devices beyond this number go: first those that were seen once and never again. */
-const MAX_DEVICES = 1_000_000;
-/** Events of one device that are kept: the last ones, and at times some more. */
-const MAX_HISTORY = 1000;
-/** How many more. */
-const SPARE_HISTORY = 100;
-/**
- * Servers behind one address hear the same device, and write in any order. What one of them heard is
- * late when another one, that wrote within this time, heard the device since: in milliseconds.
- */
-const TOGETHER = 120_000;
-/** For how much up-time it is known what a server wrote last, in milliseconds. */
-const BATCH_MEMORY = 24 * 3600_000;
-
-/** By how much up-times of servers that run at the same time may differ, in milliseconds. */
-const LATE = 1000;
-
 const RECORD_COLUMNS = [
   ...(["id", "model", "version", "firmware", "address", "first_seen", "last_seen"] as const),
   ...(["seen", "seen_up", "intervals", "patience", "offered", "offered_firmware"] as const),
   ...(["offered_at", "offers", "standing", "failed", "events", "cohort"] as const),
 ] satisfies (keyof DeviceRecord)[];
-
-/** What a write is told beside the reports. */
-interface WriteMoment {
-  /** Who writes; tells its batches from those of others. */
-  server: string;
-  /** Milliseconds that the server was up since `since`. */
-  gained: number;
-  /** The fleet's up-time then; `null` when it is not known. */
-  since: number | null;
-  /** See `FleetClock`. */
-  elapsed: number;
-  /** See `Moment`. */
-  silent: number;
-  /** By the clock; absent when no server writes. */
-  at?: number;
-  /** The fleet's up-time when the server began. */
-  opened: number;
-  /** Settings that are new, by name. */
-  settings: Record<string, string>;
-  /** Those that are put back where the store has lost them: it may be another one by now. */
-  lasting: Record<string, string>;
-  /** Absent: it does not serve. */
-  rollouts?: RolloutAsk;
-}
-
-/** What a write comes back with. */
-interface WriteResult {
-  /** The up-time of the fleet, in milliseconds. */
-  up: number;
-  /** Where it was asked for. */
-  news?: RolloutNews;
-}
 
 /** A row as a record: numbers are numbers. */
 function recordOf(row: SQLRow): DeviceRecord {
@@ -8856,27 +8807,15 @@ async function writeEvents(
   }
 }
 
-/**
- * The reports without those that are late: see `TOGETHER`. That is told by the clock, which servers
- * have in common. Where only one writes, the order is right anyway, and the clock may jump.
- *
- * @param before what is kept of those devices
- */
-function withoutLate(
-  reports: readonly DeviceReport[],
-  before: ReadonlyMap<string, DeviceRecord>,
-  now: Pick<WriteMoment, "server" | "opened"> & Pick<StoreMeta, "up" | "batches">,
-): readonly DeviceReport[] {
-  // What wrote before this server began may be its own last run.
-  const since = Math.max(now.up - TOGETHER, now.opened);
-  const hasOthers = [...now.batches].some(([one, [, then]]) => one !== now.server && then > since);
-  if (!hasOthers) return reports;
-  return reports.filter(({ id, at }) => {
-    const ahead = (before.get(id)?.last_seen ?? 0) - at;
-    return ahead <= 0 || ahead >= TOGETHER;
-  });
-}
+// ──── Store limits ─────────────────────────────────────────────────────────────────────────────────
+// What goes when there is too much of it: the oldest events of a device, and devices.
 
+/** Devices beyond this number go: first those that were seen once and never again. */
+const MAX_DEVICES = 1_000_000;
+/** Events of one device that are kept: the last ones, and at times some more. */
+const MAX_HISTORY = 1000;
+/** How many more. */
+const SPARE_HISTORY = 100;
 /** Drops the oldest events of a device, when some have come since the last time. */
 async function trimHistory(tx: Connection, { id, events }: DeviceRecord, before: number) {
   const rounds = (count: number) => Math.floor((count - MAX_HISTORY) / SPARE_HISTORY);
@@ -10410,6 +10349,171 @@ async function boundLabels(tx: Connection, id: string, isSet: boolean): Promise<
   }
 }
 
+// ──── Store batches ────────────────────────────────────────────────────────────────────────────────
+// A write: what was reported since the last one, and what follows from it, in one transaction.
+
+/**
+ * Servers behind one address hear the same device, and write in any order. What one of them heard is
+ * late when another one, that wrote within this time, heard the device since: in milliseconds.
+ */
+const TOGETHER = 120_000;
+/** For how much up-time it is known what a server wrote last, in milliseconds. */
+const BATCH_MEMORY = 24 * 3600_000;
+
+/** By how much up-times of servers that run at the same time may differ, in milliseconds. */
+const LATE = 1000;
+
+/** What a write is told beside the reports. */
+interface WriteMoment {
+  /** Who writes; tells its batches from those of others. */
+  server: string;
+  /** Milliseconds that the server was up since `since`. */
+  gained: number;
+  /** The fleet's up-time then; `null` when it is not known. */
+  since: number | null;
+  /** See `FleetClock`. */
+  elapsed: number;
+  /** See `Moment`. */
+  silent: number;
+  /** By the clock; absent when no server writes. */
+  at?: number;
+  /** The fleet's up-time when the server began. */
+  opened: number;
+  /** Settings that are new, by name. */
+  settings: Record<string, string>;
+  /** Those that are put back where the store has lost them: it may be another one by now. */
+  lasting: Record<string, string>;
+  /** Absent: it does not serve. */
+  rollouts?: RolloutAsk;
+}
+
+/** What a write comes back with. */
+interface WriteResult {
+  /** The up-time of the fleet, in milliseconds. */
+  up: number;
+  /** Where it was asked for. */
+  news?: RolloutNews;
+}
+
+const settingRows = (settings: Record<string, string>) =>
+  Object.fromEntries(Object.entries(settings).map(([name, value]) => [`setting ${name}`, value]));
+
+/** Adds the settings that are not there. */
+async function keepSettings(tx: Connection, settings: Record<string, string>): Promise<void> {
+  const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
+  for (const row of Object.entries(settingRows(settings))) await tx.query(text, row);
+}
+
+/** Devices that were heard, as they were and as they are. */
+type Heard = Pick<RolloutMoment, "before" | "after">;
+
+const NOTHING_HEARD: Heard & { events: number } = {
+  events: 0,
+  before: new Map(),
+  after: new Map(),
+};
+
+/**
+ * The reports without those that are late: see `TOGETHER`. That is told by the clock, which servers
+ * have in common. Where only one writes, the order is right anyway, and the clock may jump.
+ *
+ * @param before what is kept of those devices
+ */
+function withoutLate(
+  reports: readonly DeviceReport[],
+  before: ReadonlyMap<string, DeviceRecord>,
+  now: Pick<WriteMoment, "server" | "opened"> & Pick<StoreMeta, "up" | "batches">,
+): readonly DeviceReport[] {
+  // What wrote before this server began may be its own last run.
+  const since = Math.max(now.up - TOGETHER, now.opened);
+  const hasOthers = [...now.batches].some(([one, [, then]]) => one !== now.server && then > since);
+  if (!hasOthers) return reports;
+  return reports.filter(({ id, at }) => {
+    const ahead = (before.get(id)?.last_seen ?? 0) - at;
+    return ahead <= 0 || ahead >= TOGETHER;
+  });
+}
+
+/** Applies reports to the devices that they are of. */
+async function applyReports(
+  tx: Connection,
+  reports: readonly DeviceReport[],
+  now: WriteMoment & StoreMeta,
+): Promise<Heard & { events: number }> {
+  const rows = await readRows(tx, [...new Set(reports.map(({ id }) => id))]);
+  const before = new Map(rows.map((row) => [String(row["id"]), recordOf(row)]));
+  const records = new Map<string, DeviceRecord>();
+  const events: [string, FleetEvent][] = [];
+  for (const report of withoutLate(reports, before, now)) {
+    const { id, elapsed } = report;
+    const then = { up: now.up - Math.max(0, now.elapsed - elapsed), silent: now.silent };
+    const known = records.get(id) ?? before.get(id);
+    if (known && then.up < known.seen_up - LATE) {
+      // Another server has heard it since: it would seem to go back.
+      records.set(id, { ...known, seen: known.seen + report.count });
+      continue;
+    }
+    const after = applyReport(known, report, then);
+    records.set(id, after.record);
+    for (const event of after.events) events.push([id, event]);
+  }
+  await writeRecords(tx, [...records.values()], before);
+  await writeEvents(tx, now.source, now.events, events);
+  for (const [id, record] of records) {
+    await trimHistory(tx, record, before.get(id)?.events ?? 0);
+  }
+  return { events: events.length, before, after: records };
+}
+
+/** Lets rollouts go on by what was heard, if there are any. */
+async function writeRollouts(
+  tx: Connection,
+  { rollouts: ask, up, at, before, after, server }: WriteMoment & Heard & { up: number },
+): Promise<RolloutNews | undefined> {
+  // Most fleets have none.
+  const revision = await readRevision(tx);
+  const records = revision === 0 ? [] : await readRollouts(tx);
+  if (records.some(({ state }) => isGoing(state))) {
+    const { placed = [], digests = {} } = ask ?? {};
+    const moment = { placed, digests, up, at: at ?? Date.now(), before, after };
+    if (await advanceRollouts(tx, records, moment)) await bumpRollouts(tx);
+  }
+  return ask && (await rolloutNews(tx, records, server, ask));
+}
+
+/**
+ * Applies reports, and lets the fleet's up-time go on. A batch that is in the store already changes
+ * nothing: a write may be done although no answer came.
+ *
+ * Rollouts go on in the same transaction, by what was reported.
+ */
+async function writeBatch(
+  tx: Connection,
+  { number, reports }: ReportBatch,
+  moment: WriteMoment,
+): Promise<WriteResult> {
+  const { gained, since, server, at, settings } = moment;
+  const meta = await readMeta(tx);
+  // Servers that run at the same time do not add up: each one only knows how long it ran.
+  const up = Math.round(since === null ? meta.up + gained : Math.max(meta.up, since + gained));
+  const [last] = meta.batches.get(server) ?? [0];
+  const isNew = reports.length > 0 && number > last;
+  const now = { ...moment, ...meta, up };
+  const { events, ...heard } = isNew ? await applyReports(tx, reports, now) : NOTHING_HEARD;
+  await setMeta(tx, {
+    ...{ up: `${up}`, events: `${meta.events + events}` },
+    ...(isNew && { [`batch ${server}`]: `${number} ${up}` }),
+    ...(at !== undefined && { "setting written": `${at}` }),
+    ...settingRows(settings),
+  });
+  for (const [other, [, then]] of meta.batches) {
+    if (up - then < BATCH_MEMORY || other === server) continue;
+    await tx.query("DELETE FROM ota_meta WHERE name = $1", [`batch ${other}`]);
+  }
+  const news = await writeRollouts(tx, { ...moment, up, ...heard });
+  return { up, ...(news && { news }) };
+}
+
 // ──── Fleet store ─────────────────────────────────────────────────────────────────────────────────
 // A database that is open, and what can be asked of it.
 
@@ -10434,24 +10538,6 @@ async function glance(db: Connection): Promise<StoreGlance> {
   const { newest, silent } = served as unknown as FleetServed;
   return { up, revision, served: { written: Number(values["setting written"]), newest, silent } };
 }
-
-const settingRows = (settings: Record<string, string>) =>
-  Object.fromEntries(Object.entries(settings).map(([name, value]) => [`setting ${name}`, value]));
-
-/** Adds the settings that are not there. */
-async function keepSettings(tx: Connection, settings: Record<string, string>): Promise<void> {
-  const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
-  for (const row of Object.entries(settingRows(settings))) await tx.query(text, row);
-}
-
-/** Devices that were heard, as they were and as they are. */
-type Heard = Pick<RolloutMoment, "before" | "after">;
-
-const NOTHING_HEARD: Heard & { events: number } = {
-  events: 0,
-  before: new Map(),
-  after: new Map(),
-};
 
 /** The fleet in a database that is open. */
 class FleetStore {
@@ -10491,55 +10577,16 @@ class FleetStore {
     return locked(this.db, work);
   }
 
-  /**
-   * Applies reports, and lets the fleet's up-time go on. A batch that is in the store already
-   * changes nothing: a write may be done although no answer came.
-   *
-   * Rollouts go on in the same transaction, by what was reported.
-   */
-  async write({ number, reports }: ReportBatch, moment: WriteMoment): Promise<WriteResult> {
-    const result = await this.#transaction(async (tx): Promise<WriteResult> => {
-      const { gained, since, server } = moment;
-      const meta = await readMeta(tx);
-      // Servers that run at the same time do not add up: each one only knows how long it ran.
-      const up = Math.round(since === null ? meta.up + gained : Math.max(meta.up, since + gained));
-      const [last] = meta.batches.get(server) ?? [0];
-      const isNew = reports.length > 0 && number > last;
-      const now = { ...moment, ...meta, up };
-      const { events, ...heard } = isNew ? await this.#apply(tx, reports, now) : NOTHING_HEARD;
-      const { at, settings } = moment;
+  /** See `writeBatch`. */
+  async write(batch: ReportBatch, moment: WriteMoment): Promise<WriteResult> {
+    const result = await this.#transaction(async (tx) => {
       if (!this.#isKnown) await keepSettings(tx, moment.lasting);
-      await setMeta(tx, {
-        ...{ up: `${up}`, events: `${meta.events + events}` },
-        ...(isNew && { [`batch ${server}`]: `${number} ${up}` }),
-        ...(at !== undefined && { "setting written": `${at}` }),
-        ...settingRows(settings),
-      });
-      for (const [other, [, then]] of meta.batches) {
-        if (up - then < BATCH_MEMORY || other === server) continue;
-        await tx.query("DELETE FROM ota_meta WHERE name = $1", [`batch ${other}`]);
-      }
-      const news = await this.#rollouts(tx, { ...moment, up, ...heard });
-      return { up, ...(news && { news }) };
+      const written = await writeBatch(tx, batch, moment);
+      if (batch.reports.length > 0) await evict(tx, this.maxDevices);
+      return written;
     });
     this.#isKnown = true;
     return result;
-  }
-
-  /** Lets rollouts go on, if there are any. */
-  async #rollouts(
-    tx: Connection,
-    { rollouts: ask, up, at, before, after, server }: WriteMoment & Heard & { up: number },
-  ): Promise<RolloutNews | undefined> {
-    // Most fleets have none.
-    const revision = await readRevision(tx);
-    const records = revision === 0 ? [] : await readRollouts(tx);
-    if (records.some(({ state }) => isGoing(state))) {
-      const { placed = [], digests = {} } = ask ?? {};
-      const moment = { placed, digests, up, at: at ?? Date.now(), before, after };
-      if (await advanceRollouts(tx, records, moment)) await bumpRollouts(tx);
-    }
-    return ask && (await rolloutNews(tx, records, server, ask));
   }
 
   async rolloutRevision(): Promise<number> {
@@ -10566,38 +10613,6 @@ class FleetStore {
   async rolloutTargets(options: RolloutOptions, at: number): Promise<RolloutTarget[]> {
     const record = await newRollout(this.db, options, at);
     return await countTargets(this.db, record, await servedModels(this.db), at);
-  }
-
-  /** Applies reports to the devices that they are of. */
-  async #apply(
-    tx: Connection,
-    reports: readonly DeviceReport[],
-    now: WriteMoment & StoreMeta,
-  ): Promise<Heard & { events: number }> {
-    const rows = await readRows(tx, [...new Set(reports.map(({ id }) => id))]);
-    const before = new Map(rows.map((row) => [String(row["id"]), recordOf(row)]));
-    const records = new Map<string, DeviceRecord>();
-    const events: [string, FleetEvent][] = [];
-    for (const report of withoutLate(reports, before, now)) {
-      const { id, elapsed } = report;
-      const then = { up: now.up - Math.max(0, now.elapsed - elapsed), silent: now.silent };
-      const known = records.get(id) ?? before.get(id);
-      if (known && then.up < known.seen_up - LATE) {
-        // Another server has heard it since: it would seem to go back.
-        records.set(id, { ...known, seen: known.seen + report.count });
-        continue;
-      }
-      const after = applyReport(known, report, then);
-      records.set(id, after.record);
-      for (const event of after.events) events.push([id, event]);
-    }
-    await writeRecords(tx, [...records.values()], before);
-    await writeEvents(tx, now.source, now.events, events);
-    for (const [id, record] of records) {
-      await trimHistory(tx, record, before.get(id)?.events ?? 0);
-    }
-    await evict(tx, this.maxDevices);
-    return { events: events.length, before, after: records };
   }
 
   /** Sees to it that the store can be written. */
