@@ -10751,6 +10751,9 @@ class StoreError extends Error {
   }
 }
 
+/** The code of the error that one call is answered with when the file of a store is another one. */
+const GONE = "GONE";
+
 /** The end of the thread that the server uses. */
 class StoreThread {
   readonly #port: { postMessage(request: StoreRequest): void };
@@ -10829,7 +10832,7 @@ function serveStore(port: threads.MessagePort, settings: StoreSettings): void {
     const opened = (store ??= FleetStore.open(url, access, maxDevices));
     try {
       const one = await opened;
-      if (one.isGone) throw new Error("its file was removed or replaced");
+      if (one.isGone) throw new StoreError("its file was removed or replaced", GONE);
       const call = one[name] as (...args: unknown[]) => Promise<unknown>;
       return { nth, result: await call.apply(one, args) };
     } catch (error) {
@@ -11266,7 +11269,13 @@ class FleetWriter {
     ...args: Parameters<StoreCalls[N]>
   ): Promise<Awaited<ReturnType<StoreCalls[N]>>> {
     if (this.#thread.isEnded && !this.isClosed) this.#thread = new StoreThread(this.#settings);
-    return await this.#thread.call(patience, name, ...args);
+    try {
+      return await this.#thread.call(patience, name, ...args);
+    } catch (error) {
+      // The next call makes it anew, and nobody after this one hears of it.
+      if (errorCode(error) === GONE) this.#fail(error);
+      throw error;
+    }
   }
 
   /** Writes all that waits. Rejects when that is not possible now. */
@@ -11315,13 +11324,14 @@ class FleetWriter {
   }
 
   async #tick(): Promise<void> {
-    const { warn, serving, newest, maxWaiting = FLEET.waiting } = this.#options;
+    const { warn, serving, newest } = this.#options;
     const isLongAgo = this.clock.elapsed() - this.#lastWrite >= FLEET.idle;
     const isTold = this.#told === JSON.stringify(newest?.() ?? "");
     const isDue = serving && (isLongAgo || !isTold || this.admission.isActive);
     try {
-      const mustWrite = this.waiting.size > 0 || this.#failures > 0 || isDue;
-      if (mustWrite || (await this.#areRolloutsOther())) await this.flush();
+      const mustWrite = this.waiting.size > 0 || isDue || this.#failures > 0;
+      // That look may fail, too.
+      if (mustWrite || (await this.#areRolloutsOther()) || this.#failures > 0) await this.flush();
       if (this.#failures > 0) {
         const { dropped } = this.waiting;
         const lost = dropped > 0 ? `; ${dropped} reports were lost so far` : "";
@@ -11329,12 +11339,17 @@ class FleetWriter {
       }
       this.#failures = 0;
     } catch (error) {
-      if (this.#failures++ === 0 && !this.isClosed) {
-        const what = `the fleet's store ${this.name} cannot be written (${errorText(error)})`;
-        warn?.(`${what}: up to ${maxWaiting} reports wait in memory until it can`);
-      }
+      if (errorCode(error) !== GONE) this.#fail(error);
     }
     this.#plan();
+  }
+
+  /** Counts a failure, and says the first one. */
+  #fail(error: unknown): void {
+    if (this.#failures++ > 0 || this.isClosed) return;
+    const { warn, maxWaiting = FLEET.waiting } = this.#options;
+    const what = `the fleet's store ${this.name} cannot be written (${errorText(error)})`;
+    warn?.(`${what}: up to ${maxWaiting} reports wait in memory until it can`);
   }
 
   /** Whether somebody did something with rollouts since they were read. */
