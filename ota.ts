@@ -495,6 +495,10 @@ function asFlag(value: unknown, name: string): boolean {
   return typeof value === "boolean" ? value : malformed(`${name}: not a boolean`);
 }
 
+function asNumber(value: unknown, name: string): number {
+  return typeof value === "number" ? value : malformed(`${name}: not a number`);
+}
+
 /** A number of bytes. */
 function asSize(value: unknown, name: string): number {
   const isSize = Number.isSafeInteger(value) && (value as number) >= 0;
@@ -8080,6 +8084,11 @@ function stagedKey({ version, model }: Pick<RolloutOptions, "version" | "model">
   return `${asciiLower(model ?? "")} ${versionKey(version)}`;
 }
 
+function asPair(value: unknown, name: string): [string, string] {
+  const pair = asList(value, name, asText);
+  return pair.length === 2 ? [pair[0]!, pair[1]!] : malformed(`${name}: not a key and a value`);
+}
+
 /** A device that was not heard for so long, in milliseconds, is not waited for. */
 const ROLLOUT_MEMORY = 30 * 24 * 3600_000;
 
@@ -9994,24 +10003,6 @@ function mergeRecords(mine: MergedRecord | undefined, theirs: MergedRecord): Mer
   };
 }
 
-/** Rows of another store, in the order of a key, some at a time. */
-async function* rowsOf(
-  db: Connection,
-  table: string,
-  keys: readonly string[],
-): AsyncGenerator<SQLRow[]> {
-  const order = keys.join(", ");
-  for (let last: SQLRow | undefined; ;) {
-    const values = last ? keys.map((key) => last![key]) : [];
-    const after = last ? `WHERE (${order}) > ${placeholders(1, keys.length)}` : "";
-    const text = `SELECT * FROM ${table} ${after} ORDER BY ${order} LIMIT 1000`;
-    const rows = await db.query(text, values);
-    if (rows.length === 0) return;
-    yield rows;
-    last = rows.at(-1);
-  }
-}
-
 /** What a merge did. */
 export interface FleetMerge {
   /** Devices that were not known. */
@@ -10031,20 +10022,36 @@ export interface FleetMerge {
 /** Columns with numbers; all others have texts. */
 const NUMBER_COLUMNS = new Set([
   ...["first_seen", "last_seen", "seen", "seen_up", "patience", "offered_at", "offers", "events"],
-  ...["name_at", "number", "at"],
+  ...["name_at", "number", "at", "offered_up", "on_up", "heard", "known", "seq"],
 ]);
+/** Those with up-times, which are below 0 where a fleet was merged that had run for longer. */
+const UP_COLUMNS = new Set(["seen_up", "offered_up", "on_up"]);
 const STANDINGS: readonly unknown[] = ["none", "offered", "said", "seen"] satisfies Standing[];
+/** What a date can be at most, in milliseconds; counts are smaller. */
+const MAX_TIME = 8.64e15;
 
-/** Whether a row of another store is as this tool writes it: the file comes from somewhere. */
-function isSound(row: SQLRow): boolean {
+/** Whether it is a time or a count as this tool writes them. */
+function isTime(value: unknown, least = 0): boolean {
+  const number = Number(value);
+  return Number.isSafeInteger(number) && number >= least && number <= MAX_TIME;
+}
+
+/**
+ * Whether a row of another store, about a device, is as this tool writes it: the file comes from
+ * somewhere.
+ *
+ * @param standings those that there are in its table
+ */
+function isSound(row: SQLRow, standings = STANDINGS): boolean {
   const isRight = ([column, value]: [string, string | number | null]) => {
     if (value === null) return true;
-    if (NUMBER_COLUMNS.has(column)) return Number.isSafeInteger(Number(value));
+    if (NUMBER_COLUMNS.has(column)) return isTime(value, UP_COLUMNS.has(column) ? -MAX_TIME : 0);
     const isText = typeof value === "string" && value.length <= 2 * MAX_TEXT;
-    return isText && !hasControls(value) && value.isWellFormed();
+    if (!isText || hasControls(value) || !value.isWellFormed()) return false;
+    return column !== "intervals" || /^(\d+(,\d+){0,4})?$/.test(value);
   };
   const id = row["id"] ?? row["device"];
-  const isKnownStanding = row["standing"] === undefined || STANDINGS.includes(row["standing"]);
+  const isKnownStanding = row["standing"] === undefined || standings.includes(row["standing"]);
   return (
     typeof id === "string" &&
     id === id.toLowerCase() &&
@@ -10053,26 +10060,60 @@ function isSound(row: SQLRow): boolean {
   );
 }
 
+/** Some rows of another store. */
+interface TheirRows {
+  rows: SQLRow[];
+  /** How many more were read, and are left out. */
+  refused: number;
+}
+
+/** Rows of another store that are sound, in the order of their key, some at a time. */
+async function* rowsOf(
+  db: Connection,
+  table: string,
+  keys: readonly string[],
+  isRight: (row: SQLRow) => boolean = isSound,
+): AsyncGenerator<TheirRows> {
+  const order = keys.join(", ");
+  for (let last: SQLRow | undefined; ;) {
+    const values = last ? keys.map((key) => last![key]) : [];
+    const after = last ? `WHERE (${order}) > ${placeholders(1, keys.length)}` : "";
+    const text = `SELECT * FROM ${table} ${after} ORDER BY ${order} LIMIT 1000`;
+    const read = await db.query(text, values);
+    if (read.length === 0) return;
+    const rows = read.filter((row, i) => {
+      // There may be two of what there should be one of.
+      const isFirst = i === 0 || keys.some((key) => row[key] !== read[i - 1]![key]);
+      return isFirst && isRight(row);
+    });
+    yield { rows, refused: read.length - rows.length };
+    last = read.at(-1);
+  }
+}
+
 /**
  * Merges devices.
  *
- * @param shift from their up-time to ours
+ * @param theirUp the up-time of their fleet
  */
 async function mergeDevices(
   tx: Connection,
   rows: readonly SQLRow[],
-  shift: number,
+  theirUp: number,
 ): Promise<Pick<FleetMerge, "added" | "updated" | "newer">> {
   const ids = rows.map(({ id }) => String(id));
   const mine = new Map((await readRows(tx, ids)).map((row) => [String(row["id"]), mergedOf(row)]));
   const changed: MergedRecord[] = [];
+  const { up } = await readMeta(tx);
   let [updated, newer] = [0, 0];
   for (const row of rows) {
     const theirs = mergedOf(row);
     const known = mine.get(theirs.id);
     const isNewer = known && known.last_seen > theirs.last_seen;
     if (isNewer) newer++;
-    const record = mergeRecords(known, { ...theirs, seen_up: theirs.seen_up + shift });
+    // None was heard later than now: it would be deaf to what it says until then.
+    const seen_up = Math.min(up, theirs.seen_up + up - theirUp);
+    const record = mergeRecords(known, { ...theirs, seen_up });
     record.cohort = cohortOf(record);
     if (known && Bun.deepEquals(record, known)) continue;
     changed.push(record);
@@ -10124,9 +10165,14 @@ async function mergeEvents(tx: Connection, rows: readonly SQLRow[]): Promise<num
 async function openOther(file: string): Promise<Connection> {
   if (!fs.existsSync(file)) throw new OTAError(`there is no ${file} to merge`);
   const place = storePlace(file);
+  let db: Connection | undefined;
   try {
-    return await openStore(place, "read");
+    db = await openStore(place, "read");
+    const { up } = await readMeta(db);
+    if (!isTime(up)) throw new Error("its up-time is no time");
+    return db;
   } catch (error) {
+    await db?.close();
     if (error instanceof OTAError) throw error;
     const what = `expected the SQLite file of another fleet, found ${file}`;
     throw new OTAError(`${what} (${errorText(error)})`, 1, { cause: error });
@@ -10145,6 +10191,65 @@ const ROLLOUT_STANDINGS: readonly RolloutStanding[] = [
   ...(["outside", "way", "silent", "acknowledged", "failed", "proven"] as const),
 ];
 
+const ROLLOUT_STATES: readonly unknown[] = [
+  ...(["waiting", "running", "paused", "halted", "done", "aborted"] satisfies RolloutState[]),
+];
+/** Characters of a reason. */
+const MAX_REASON = 1024;
+
+/** Options as a store has them. @throws {OTAError} when no rollout can be like that */
+function asRolloutOptions(value: unknown): RolloutOptions {
+  const given = asObject(value, "options");
+  const textOrNull = (name: string) => (given[name] === null ? null : asText(given[name], name));
+  const options: RolloutOptions = {
+    version: asText(given["version"], "version"),
+    model: textOrNull("model"),
+    first: asNumber(given["first"], "first"),
+    soak: asNumber(given["soak"], "soak"),
+    silent: asNumber(given["silent"], "silent"),
+    tolerance: asNumber(given["tolerance"], "tolerance"),
+    pauseAt: asList(given["pauseAt"], "pauseAt", asNumber),
+    only: asList(given["only"], "only", asPair),
+    window: textOrNull("window"),
+  };
+  checkRollout(options);
+  return options;
+}
+
+/** A rollout of another store, with as much of its progress as is merged. @throws {OTAError} */
+function asRollout(row: SQLRow): RolloutRecord {
+  const record = rolloutRecordOf(row);
+  const { id, state, reason, digest, created, changed } = record;
+  const expect = (isRight: boolean, name: string) => {
+    if (!isRight) malformed(name);
+  };
+  expect(/^[\w-]{16}$/.test(id), "id");
+  expect(ROLLOUT_STATES.includes(state), "state");
+  const isText = typeof reason === "string" && reason.length <= MAX_REASON;
+  expect(reason === null || (isText && !hasControls(reason) && reason.isWellFormed()), "reason");
+  const isDigest = typeof digest === "string" && /^([0-9a-f]{64})?\+([0-9a-f]{64})?$/.test(digest);
+  expect(digest === null || (isDigest && digest !== "+"), "digest");
+  expect(isTime(created) && isTime(changed), "times");
+  const options = asRolloutOptions(record.options);
+  const { isOpen, isFirst, pauses, eligible } = asObject(record.progress, "progress");
+  const counts = [asNumber(pauses, "pauses"), asNumber(eligible, "eligible")] as const;
+  expect(isTime(counts[0]) && counts[0] <= options.pauseAt.length, "pauses");
+  expect(isTime(counts[1]), "eligible");
+  const progress = newProgress(0, asFlag(isFirst, "isFirst"));
+  Object.assign(progress, { isOpen: asFlag(isOpen, "isOpen"), pauses, eligible });
+  return { ...record, options, progress };
+}
+
+/** The same; `undefined` for one that is not as this tool writes them. */
+function soundRollout(row: SQLRow): RolloutRecord | undefined {
+  try {
+    return asRollout(row);
+  } catch (error) {
+    if (error instanceof OTAError) return undefined;
+    throw error;
+  }
+}
+
 /** Merges the rollouts themselves. @returns for each of theirs the one of ours that it is */
 async function mergeRollouts(
   tx: Connection,
@@ -10157,6 +10262,8 @@ async function mergeRollouts(
   for (const theirs of others.toReversed()) {
     const key = rolloutKey(theirs.options);
     const same = mine.find(({ id }) => id === theirs.id);
+    // One and the same rollout has one version.
+    if (same && rolloutKey(same.options) !== key) continue;
     const known = same ?? mine.find(({ options }) => rolloutKey(options) === key);
     const one = known ? mergeRollout(known, theirs, same !== undefined) : adopted(theirs, up);
     if (!known) mine.unshift(one);
@@ -10193,14 +10300,16 @@ function mergeRollout(mine: RolloutRecord, theirs: RolloutRecord, isSame: boolea
 /**
  * Merges devices that were offered rollouts.
  *
- * @param shift from their up-time to ours
+ * @param theirUp the up-time of their fleet
  */
 async function mergeRolloutDevices(
   tx: Connection,
   rows: readonly SQLRow[],
   ours: ReadonlyMap<string, string>,
-  shift: number,
+  theirUp: number,
 ): Promise<void> {
+  const { up } = await readMeta(tx);
+  const shifted = (time: number) => Math.min(up, time + up - theirUp);
   const records = new Map((await readRollouts(tx)).map((record) => [record.id, record]));
   for (const [rollout, some] of Map.groupBy(rows, (row) => String(row["rollout"]))) {
     const record = records.get(ours.get(rollout) ?? "");
@@ -10212,8 +10321,8 @@ async function mergeRolloutDevices(
     const known = new Map(devices.map((row) => [String(row["id"]), recordOf(row)]));
     const written: RolloutDevice[] = [];
     for (const row of some.map(rolloutDeviceOf)) {
-      const on_up = row.on_up === null ? null : row.on_up + shift;
-      const theirs = { ...row, on_up, offered_up: row.offered_up + shift };
+      const on_up = row.on_up === null ? null : shifted(row.on_up);
+      const theirs = { ...row, on_up, offered_up: shifted(row.offered_up) };
       const merged = mergeRolloutDevice(mine.get(row.device), theirs, record);
       const device = known.get(row.device);
       // The devices are merged already, and say best how it stands.
@@ -10251,32 +10360,33 @@ async function mergeStore(
   const theirs = await readMeta(other);
   const isCopy = theirs.source === (await readMeta(db)).source;
   const total = { added: 0, updated: 0, newer: 0, events: 0, refused: 0, isCopy };
-  const sound = (rows: readonly SQLRow[]) => {
-    const left = rows.filter(isSound);
-    total.refused += rows.length - left.length;
-    return left;
-  };
-  for await (const rows of rowsOf(other, "ota_devices", ["id"])) {
-    const found = await locked(db, async (tx) => {
-      const { up } = await readMeta(tx);
-      return await mergeDevices(tx, sound(rows), up - theirs.up);
-    });
+  for await (const { rows, refused } of rowsOf(other, "ota_devices", ["id"])) {
+    const found = await locked(db, (tx) => mergeDevices(tx, rows, theirs.up));
     for (const name of ["added", "updated", "newer"] as const) total[name] += found[name];
+    total.refused += refused;
   }
-  for await (const rows of rowsOf(other, "ota_labels", ["device", "key"])) {
-    await locked(db, (tx) => mergeLabels(tx, sound(rows)));
+  for await (const { rows, refused } of rowsOf(other, "ota_labels", ["device", "key"])) {
+    await locked(db, (tx) => mergeLabels(tx, rows));
+    total.refused += refused;
   }
-  for await (const rows of rowsOf(other, "ota_events", ["device", "source", "number"])) {
-    total.events += await locked(db, (tx) => mergeEvents(tx, sound(rows)));
+  const ofEvents = ["device", "source", "number"];
+  for await (const { rows, refused } of rowsOf(other, "ota_events", ofEvents)) {
+    total.events += await locked(db, (tx) => mergeEvents(tx, rows));
+    total.refused += refused;
   }
-  const rollouts = await readRollouts(other);
-  const merged = await locked(db, (tx) => mergeRollouts(tx, rollouts));
-  const ours = new Map([...merged].map(([id, record]) => [id, record.id]));
-  for await (const rows of rowsOf(other, "ota_rollout_devices", ["rollout", "device"])) {
-    await locked(db, async (tx) => {
-      const { up } = await readMeta(tx);
-      await mergeRolloutDevices(tx, rows, ours, up - theirs.up);
-    });
+  const ours = new Map<string, string>();
+  const all = await other.query("SELECT * FROM ota_rollouts ORDER BY created DESC, id");
+  const rollouts = all.map(soundRollout).filter((one) => one !== undefined);
+  for (const [id, record] of await locked(db, (tx) => mergeRollouts(tx, rollouts))) {
+    ours.set(id, record.id);
+  }
+  total.refused += all.length - ours.size;
+  const isOurs = (row: SQLRow) =>
+    ours.has(String(row["rollout"])) && isSound(row, ROLLOUT_STANDINGS);
+  const ofRollouts = ["rollout", "device"];
+  for await (const { rows, refused } of rowsOf(other, "ota_rollout_devices", ofRollouts, isOurs)) {
+    await locked(db, (tx) => mergeRolloutDevices(tx, rows, ours, theirs.up));
+    total.refused += refused;
   }
   // Last, since what goes takes its labels and events with it.
   await locked(db, (tx) => evict(tx, maxDevices));
@@ -12069,15 +12179,6 @@ export function rolloutText(rollout: Rollout): string {
 // Rollouts over HTTP.
 
 const ROLLOUTS_PATH = "/-/api/rollouts";
-
-function asNumber(value: unknown, name: string): number {
-  return typeof value === "number" ? value : malformed(`${name}: not a number`);
-}
-
-function asPair(value: unknown, name: string): [string, string] {
-  const pair = asList(value, name, asText);
-  return pair.length === 2 ? [pair[0]!, pair[1]!] : malformed(`${name}: not a key and a value`);
-}
 
 /**
  * What a rollout is to be like. The fields are those of a `Rollout`; of those that are absent or
