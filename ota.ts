@@ -12234,8 +12234,9 @@ class RolloutAPI {
       return jsonAnswer(200, { rollouts: await this.fleet.rollouts() });
     } catch (error) {
       if (!(error instanceof OTAError) || error instanceof FormatError) throw error;
-      if (error.exitCode !== 1) throw error;
-      // Either that is not possible as things stand, or the store does not answer.
+      // What the store said itself has no cause.
+      if (error.exitCode !== 1 || error.cause !== undefined) throw error;
+      // Either that is not possible as things stand, or it is no store of ours: then nothing is.
       await this.fleet.rollouts();
       return adminText(contact, 409, error.message);
     }
