@@ -39,9 +39,9 @@
 //      Rollout rules · Store schema · Store opening · Store writes · Store limits · Store reads
 //      Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
 //      Rollout progress · Rollout places · Merging · Rollout merging · Names and labels
-//      Store batches · Fleet store · Store thread · Fleet options · Admission · Fleet writer
-//      Fleet · Admin access · Fleet requests · Rollout words · Rollout API · Fleet API
-//      Rollout notices · Staged versions · Serving
+//      Store batches · Fleet store · Store thread · Fleet options · Place lease · Admission
+//      Fleet writer · Fleet · Admin access · Fleet requests · Rollout words · Rollout API
+//      Fleet API · Rollout notices · Staged versions · Serving
 // VI   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -9812,8 +9812,12 @@ function isForNobody({ options, progress }: RolloutRecord): boolean {
 // counted before others are given, unless a server is cut off from the store or killed. A server that
 // was, has given away at most what it had for the second before.
 
+/** What a server knows of a rollout, should the store lose it. */
+type KnownRollout = Pick<RolloutRecord, "id" | "state" | "options" | "digest" | "created">;
+
 /** What a server asks when it writes. */
 interface RolloutAsk extends RolloutSaid {
+  known: readonly KnownRollout[];
   /** What it has read already; `-1`: nothing. */
   revision: number;
   labels: string;
@@ -9826,14 +9830,7 @@ interface RolloutAsk extends RolloutSaid {
 }
 
 /** A rollout, as servers need it. */
-interface RolloutView {
-  id: string;
-  state: RolloutState;
-  version: string;
-  model: string | null;
-  only: RolloutOptions["only"];
-  window: string | null;
-  digest: string | null;
+interface RolloutView extends KnownRollout {
   share: number;
   /** How many more devices may be offered it; 0 without the lease. */
   free: number;
@@ -9905,17 +9902,15 @@ async function rolloutNews(
   const barring = lastRollouts(records).filter(isBarring);
   const lease = await leaseFor(tx, server, ask);
   const views: RolloutView[] = [];
-  for (const { id, state, options, digest, progress } of barring) {
-    const { version, model, only, window } = options;
+  for (const { id, state, options, digest, created, progress } of barring) {
     const { share, seq } = progress;
     const free = lease.isMine && state === "running" ? freePlaces(options, progress) : 0;
     const changed = isGoing(state) ? await changedDevices(tx, id, ask.seqs[id] ?? 0, seq) : [];
-    const about = { id, state, version, model, only, window, digest };
-    views.push({ ...about, share, free, seq, changed });
+    views.push({ id, state, options, digest, created, share, free, seq, changed });
   }
   const pairs = new Set([CANARY]);
-  for (const { only } of views) {
-    for (const [key, value] of only) if (isLabelKey(key)) pairs.add(`${key}=${value}`);
+  for (const { options } of views) {
+    for (const [key, value] of options.only) if (isLabelKey(key)) pairs.add(`${key}=${value}`);
   }
   const labels = views.length > 0 ? JSON.stringify([meta.get("labels") ?? 0, ...pairs]) : "";
   return {
@@ -10514,6 +10509,31 @@ async function keepSettings(tx: Connection, settings: Record<string, string>): P
   for (const row of Object.entries(settingRows(settings))) await tx.query(text, row);
 }
 
+/**
+ * Puts back the rollouts that the store has lost. Who has the version is lost with them: those that
+ * went on are halted, until the operator says so.
+ */
+async function keepRollouts(
+  tx: Connection,
+  known: readonly KnownRollout[],
+  up: number,
+  at: number,
+): Promise<void> {
+  const there = new Set((await readRollouts(tx)).map(({ id }) => id));
+  const lost = known.filter(({ id }) => !there.has(id));
+  for (const one of lost) {
+    const { state, options } = one;
+    const { progress, ...record } = await newRollout(tx, options, at);
+    const wentOn = state !== "waiting" && isGoing(state);
+    const reason = `the fleet's store is another one: who has ${options.version} is not known`;
+    await writeRollout(tx, {
+      ...{ ...record, ...one, progress: newProgress(up, progress.isFirst) },
+      ...(wentOn && { state: "halted", reason }),
+    });
+  }
+  if (lost.length > 0) await bumpRollouts(tx);
+}
+
 /** Devices that were heard, as they were and as they are. */
 type Heard = Pick<RolloutMoment, "before" | "after">;
 
@@ -10596,11 +10616,14 @@ async function writeRollouts(
  * nothing: a write may be done although no answer came.
  *
  * Rollouts go on in the same transaction, by what was reported.
+ *
+ * @param isKnown whether the store has all that lasts
  */
 async function writeBatch(
   tx: Connection,
   { number, reports }: ReportBatch,
   moment: WriteMoment,
+  isKnown: boolean,
 ): Promise<WriteResult> {
   const { gained, since, server, at, settings } = moment;
   const meta = await readMeta(tx);
@@ -10609,6 +10632,10 @@ async function writeBatch(
   const [last] = meta.batches.get(server) ?? [0];
   const isNew = reports.length > 0 && number > last;
   const now = { ...moment, ...meta, up };
+  if (!isKnown) {
+    await keepSettings(tx, moment.lasting);
+    await keepRollouts(tx, moment.rollouts?.known ?? [], up, at ?? Date.now());
+  }
   const { events, ...heard } = isNew ? await applyReports(tx, reports, now) : NOTHING_HEARD;
   await setMeta(tx, {
     ...{ up: `${up}`, events: `${meta.events + events}` },
@@ -10690,8 +10717,7 @@ class FleetStore {
   /** See `writeBatch`. */
   async write(batch: ReportBatch, moment: WriteMoment): Promise<WriteResult> {
     const result = await this.#transaction(async (tx) => {
-      if (!this.#isKnown) await keepSettings(tx, moment.lasting);
-      const written = await writeBatch(tx, batch, moment);
+      const written = await writeBatch(tx, batch, moment, this.#isKnown);
       if (batch.reports.length > 0) await evict(tx, this.maxDevices);
       return written;
     });
@@ -11024,14 +11050,60 @@ function isStoreThere(url: string): boolean {
   }
 }
 
-// ──── Admission ───────────────────────────────────────────────────────────────────────────────────
-// Whether a device that asks may have a version: a look at what is in memory. What that is comes with
-// each write to the store; while the store is away, what was known last stands.
+// ──── Place lease ──────────────────────────────────────────────────────────────────────────────────
+// Whether this server gives places of rollouts away: see "Rollout places".
 
 /** How long a lease counts after it was asked for, and until others may take it, in milliseconds. */
 const LEASE = { counts: 5000, expires: 30_000 };
 /** How long a server that nobody asks keeps a lease that another one wants, in milliseconds. */
 const LEASE_IDLE = 10_000;
+
+/** The lease, as a server knows it. */
+class PlaceLease {
+  #text = "";
+  /** When this text was first seen. */
+  #seen = 0;
+  #until = -Infinity;
+  #isMine = false;
+  #isWanted = false;
+  /** When a device last asked for a place. */
+  #asked = -Infinity;
+
+  constructor(private readonly clock: FleetClock) {}
+
+  /** What to ask the store for. @param canUse whether there is something to give away */
+  ask(canUse: boolean): Pick<RolloutAsk, "wants" | "expired"> {
+    const now = this.clock.elapsed();
+    const isIdle = this.#isWanted && now - this.#asked > LEASE_IDLE;
+    const wants = canUse && !isIdle;
+    // It is given up before anyone can hear of it.
+    if (!wants) this.#until = -Infinity;
+    const isOver = this.#text !== "" && !this.#isMine && now - this.#seen >= LEASE.expires;
+    return { wants, expired: isOver ? this.#text : null };
+  }
+
+  /** @param asked when it was asked for, by `FleetClock.elapsed` */
+  hear({ lease, isMine, isWanted }: Omit<RolloutNews, "views">, wants: boolean, asked: number) {
+    if (lease !== this.#text) this.#seen = this.clock.elapsed();
+    this.#text = lease;
+    this.#until = isMine && wants ? asked + LEASE.counts : -Infinity;
+    this.#isMine = isMine;
+    this.#isWanted = isWanted;
+  }
+
+  get isHeld(): boolean {
+    return this.clock.elapsed() < this.#until;
+  }
+
+  /** Says that a device asks for a place. */
+  use(): void {
+    this.#asked = this.clock.elapsed();
+  }
+}
+
+// ──── Admission ───────────────────────────────────────────────────────────────────────────────────
+// Whether a device that asks may have a version: a look at what is in memory. What that is comes with
+// each write to the store; while the store is away, what was known last stands.
 
 /** A rollout in memory. */
 interface AdmittingRollout extends RolloutView {
@@ -11070,8 +11142,7 @@ class Admission {
   #byVersion = new Map<string, Map<string, AdmittingRollout>>();
   /** Given a place, and not in the store yet. */
   #placed: [rollout: string, device: string][] = [];
-  #lease = { text: "", seen: 0, until: -Infinity, isMine: false, isWanted: false };
-  #asked = -Infinity;
+  readonly #lease: PlaceLease;
 
   /**
    * @param releases those of the server, to see what it has
@@ -11081,7 +11152,9 @@ class Admission {
     private readonly clock: FleetClock,
     private readonly releases: (() => Releases) | undefined,
     private readonly isStaged: boolean,
-  ) {}
+  ) {
+    this.#lease = new PlaceLease(clock);
+  }
 
   /** Whether a version is offered to nobody, since it needs a rollout and has none. */
   isHeld(release: Pick<RolloutOptions, "version" | "model">): boolean {
@@ -11105,22 +11178,18 @@ class Admission {
 
   /** What to say and to ask with the next write. */
   ask(): RolloutAsk {
-    const now = this.clock.elapsed();
-    const { text, seen, isMine, isWanted } = this.#lease;
-    const isIdle = isWanted && now - this.#asked > LEASE_IDLE;
-    const wants = this.isActive && !isIdle && !this.isOver;
-    // It is given up before anyone can hear of it.
-    if (!wants) this.#lease.until = -Infinity;
-    const expired = text !== "" && !isMine && now - seen >= LEASE.expires ? text : null;
     const digests: Record<string, string> = {};
     const seqs: Record<string, number> = {};
-    for (const { id, seq, version, model } of this.#rollouts.values()) {
+    const known: KnownRollout[] = [];
+    for (const { id, state, options, digest, created, seq } of this.#rollouts.values()) {
       seqs[id] = seq;
-      const digest = this.#digestOf(version, model);
-      if (digest !== null) digests[id] = digest;
+      known.push({ id, state, options, digest, created });
+      const found = this.#digestOf(options);
+      if (found !== null) digests[id] = found;
     }
-    const placed = [...this.#placed];
-    return { placed, digests, revision: this.revision, labels: this.#labels, seqs, wants, expired };
+    const read = { revision: this.revision, labels: this.#labels, seqs };
+    const lease = this.#lease.ask(this.isActive && !this.isOver);
+    return { placed: [...this.#placed], digests, known, ...read, ...lease };
   }
 
   /** @param asked when it was asked, by `FleetClock.elapsed` */
@@ -11139,22 +11208,20 @@ class Admission {
     this.#rollouts = new Map(views.map((view) => [view.id, this.#admitting(view, before)]));
     this.#byVersion = new Map();
     for (const rollout of this.#rollouts.values()) {
-      const model = rollout.model?.toLowerCase() ?? "";
-      const known = this.#byVersion.get(model) ?? new Map<string, AdmittingRollout>();
-      this.#byVersion.set(model, known.set(versionKey(rollout.version), rollout));
+      const { version, model } = rollout.options;
+      const of = model?.toLowerCase() ?? "";
+      const known = this.#byVersion.get(of) ?? new Map<string, AdmittingRollout>();
+      this.#byVersion.set(of, known.set(versionKey(version), rollout));
     }
-    this.#hearLease(news, wants, asked);
-  }
-
-  #hearLease({ lease, isMine, isWanted }: Omit<RolloutNews, "views">, wants: boolean, at: number) {
-    const isSame = lease === this.#lease.text;
-    const seen = isSame ? this.#lease.seen : this.clock.elapsed();
-    const until = isMine && wants ? at + LEASE.counts : -Infinity;
-    this.#lease = { text: lease, seen, until, isMine, isWanted };
+    this.#lease.hear(news, wants, asked);
   }
 
   #admitting(view: RolloutView, before: ReadonlyMap<string, AdmittingRollout>): AdmittingRollout {
-    const known = before.get(view.id);
+    const earlier = before.get(view.id);
+    // A store that is behind is another one: all that it knows is new.
+    const isBehind = earlier !== undefined && view.seq < earlier.seq;
+    const known = isBehind ? undefined : earlier;
+    const seq = isBehind ? 0 : view.seq;
     const offered = known?.offered ?? new Set<string>();
     for (const [device, isOffered] of view.changed) {
       if (isOffered) offered.add(device);
@@ -11164,13 +11231,14 @@ class Admission {
     const placed = this.#placed.filter(([rollout]) => rollout === view.id);
     for (const [, device] of placed) offered.add(device);
     const free = Math.max(0, view.free - placed.length);
-    const isSame = known?.window === view.window;
-    const opening = view.window === null ? undefined : parseWindow(view.window);
-    return { ...view, changed: [], offered, free, opening: isSame ? known.opening : opening };
+    const { window } = view.options;
+    const isSame = known?.options.window === window;
+    const opening = window === null ? undefined : parseWindow(window);
+    return { ...view, seq, changed: [], offered, free, opening: isSame ? known.opening : opening };
   }
 
   /** What a version in the root of a model consists of; `null`: it is not there. */
-  #digestOf(version: string, model: string | null): string | null {
+  #digestOf({ version, model }: RolloutOptions): string | null {
     const roots = this.releases?.().roots ?? [];
     const name = model?.toLowerCase() ?? "";
     const root = roots.find((one) => one.model.toLowerCase() === name);
@@ -11229,28 +11297,27 @@ class Admission {
 
   /** Whether a device that is not on the version of a rollout may have it. */
   #admits(rollout: AdmittingRollout, asking: Asking): boolean {
-    const { id, state, version, model, digest, offered, opening, share } = rollout;
+    const { id, state, options, digest, offered, opening, share } = rollout;
     if (state === "done") return this.#isFor(rollout, asking);
     if (state !== "running" && state !== "paused") return false;
     if (asking.id.startsWith(BY_ADDRESS)) return false;
     const isOffered = offered.has(asking.id);
     if (!isOffered && (state === "paused" || !asking.isGet)) return false;
     // Nobody gets what it is not about.
-    if (digest === null || digest !== this.#digestOf(version, model)) return false;
+    if (digest === null || digest !== this.#digestOf(options)) return false;
     if (isOffered) return true;
     if (opening && !isOpen(opening, this.clock.now())) return false;
     if (!this.#isFor(rollout, asking)) return false;
-    const now = this.clock.elapsed();
-    const hasLease = now < this.#lease.until;
-    if (hasLease && rollout.free === 0) {
-      this.#asked = now;
+    const { isHeld } = this.#lease;
+    if (isHeld && rollout.free === 0) {
+      this.#lease.use();
       return false;
     }
     const isNext =
       share >= 1 || this.#has(CANARY, asking.id) || rolloutNumber(id, asking.id) < share;
     if (!isNext) return false;
-    this.#asked = now;
-    if (!hasLease) return false;
+    this.#lease.use();
+    if (!isHeld) return false;
     rollout.free--;
     offered.add(asking.id);
     this.#placed.push([id, asking.id]);
@@ -11261,7 +11328,7 @@ class Admission {
     return this.#labelled.get(pair)?.has(device) === true;
   }
 
-  #isFor({ only }: AdmittingRollout, { id, model, query }: Asking): boolean {
+  #isFor({ options: { only } }: AdmittingRollout, { id, model, query }: Asking): boolean {
     if (only.length === 0) return true;
     return [...valuesByKey(only)].every(([key, values]) => {
       return values.some((value) => {

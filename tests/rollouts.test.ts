@@ -865,6 +865,47 @@ describe.each(stores.each)("several servers on one store in %s", (_, { place, lo
   });
 });
 
+describe("a SQLite file that is removed while a rollout is under way", () => {
+  const removed = async (state: "running" | "halted" | "aborted" | "waiting") => {
+    const url = await stores.sqlite.place();
+    const tree = state === "waiting" ? { "1.0.0/flash/main.py": "one" } : TREE;
+    const world = await RolloutWorld.open(url, 10, { tree });
+    await world.start({ first: 2, only: [["version", "1.0.0"]] });
+    const first = state === "waiting" ? [] : await world.askAll();
+    if (state === "halted") await world.fail(first);
+    if (state === "aborted") await world.fleet.changeRollout("1.0.1", null, "abort");
+    if (state === "aborted") await world.second();
+    expect((await world.rollout()).state).toBe(state);
+    const { id } = await world.rollout();
+    for (const end of ["", "-wal", "-shm"]) fs.rmSync(url + end, { force: true });
+    expect(await failureOf(world.flush())).toContain("its file was removed or replaced");
+    await world.second(2);
+    return { world, first, id };
+  };
+
+  test.each(["running", "halted"] as const)("when it is %s, has it halted", async (state) => {
+    const { world, first, id } = await removed(state);
+    await using _ = world;
+    const found = await world.rollout();
+    expect(found).toMatchObject({ id, state: "halted", first: 2, only: [["version", "1.0.0"]] });
+    expect(found.reason).toBe("the fleet's store is another one: who has 1.0.1 is not known");
+    for (const device of world.devices.keys()) expect(await world.ask(device)).toBe("none");
+    // The operator says to go on: it begins anew.
+    await world.fleet.changeRollout("1.0.1", null, "resume");
+    await world.live(1);
+    expect(await world.rollout()).toMatchObject({ state: "running", eligible: 10 });
+    expect(await world.askAll()).toHaveLength(2);
+    expect(first).toHaveLength(2);
+  });
+
+  test.each(["aborted", "waiting"] as const)("when it is %s, has it so", async (state) => {
+    const { world, id } = await removed(state);
+    await using _ = world;
+    expect(await world.rollout()).toMatchObject({ id, state });
+    expect(await world.ask("m001")).toBe("none");
+  });
+});
+
 test("a server whose store was never read moves no device to another version", async () => {
   using root = new Temp(TREE);
   const fleet = "postgres://nobody@127.0.0.1:1/none";
