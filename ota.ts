@@ -9314,16 +9314,25 @@ interface EligibleSQL {
   from: string;
 }
 
+/** When devices are counted: by the clock, and by the fleet's up-time. */
+type CountTime = Record<"at" | "up", number>;
+
 /** @param models names of those with a root of their own */
 function eligibleSQL(
   { id, options, digest, created, progress }: Omit<RolloutRecord, "state" | "reason" | "changed">,
   { $ }: SQLValues,
   models: readonly string[],
-  at: number,
+  { at, up }: CountTime,
 ): EligibleSQL {
   const { version, model, only } = options;
   const isFor = [`d.id NOT LIKE '${BY_ADDRESS}%'`];
-  isFor.push(`d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)}`);
+  const silent = 1000 * options.silent;
+  const usual = `CASE WHEN d.patience > ${silent} THEN d.patience ELSE ${silent} END`;
+  const isLate =
+    `d.seen_up < ${Math.round(up)} - ${usual} OR ` +
+    `d.seen_up <= ${Math.round(up - ROLLOUT_MEMORY)}`;
+  // A clock that was put forward makes nobody absent who is not late.
+  isFor.push(`(d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)} OR NOT (${isLate}))`);
   if (!progress.isFirst) isFor.push(`d.first_seen <= ${Math.round(created)}`);
   if (model !== null) isFor.push(`LOWER(c.model) = ${$(asciiLower(model))}`);
   else if (models.length > 0) {
@@ -9371,10 +9380,10 @@ async function countEligible(
   db: Connection,
   record: RolloutRecord,
   models: readonly string[],
-  at: number,
+  now: CountTime,
 ): Promise<Pick<RolloutProgress, "eligible" | "left" | "others">> {
   const values = new SQLValues();
-  const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
+  const { isFor, isBelow, from } = eligibleSQL(record, values, models, now);
   const standing = (...names: RolloutStanding[]) => {
     return `r.standing IN (${names.map((name) => `'${name}'`).join(", ")})`;
   };
@@ -9406,10 +9415,10 @@ async function countTargets(
   db: Connection,
   record: RolloutRecord,
   models: readonly string[],
-  at: number,
+  now: CountTime,
 ): Promise<RolloutTarget[]> {
   const values = new SQLValues();
-  const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
+  const { isFor, isBelow, from } = eligibleSQL(record, values, models, now);
   const rows = await db.query(
     `SELECT c.model AS model, c.version AS version, COUNT(*) AS n FROM ${from}
       WHERE ${isFor} AND r.device IS NULL AND ${isBelow}
@@ -9442,11 +9451,13 @@ async function newRollout(
   at: number,
 ): Promise<RolloutRecord> {
   const { up } = await readMeta(db);
-  const text = `SELECT 1 FROM ota_devices WHERE id NOT LIKE '${BY_ADDRESS}%' LIMIT 1`;
-  const isFirst = (await db.query(text)).length === 0;
+  const text = `SELECT MAX(first_seen) AS latest FROM ota_devices WHERE id NOT LIKE '${BY_ADDRESS}%'`;
+  const latest = (await db.query(text))[0]!["latest"];
   const id = randomBytes(12).toString("base64url");
-  const progress = newProgress(up, isFirst);
-  const times = { created: Math.round(at), changed: Math.round(at) };
+  const progress = newProgress(up, latest === null);
+  // Whoever is known already was so before, also where the clock was put back since.
+  const created = Math.max(Math.round(at), Number(latest));
+  const times = { created, changed: Math.round(at) };
   return { id, state: "waiting", reason: null, options, digest: null, ...times, progress };
 }
 
@@ -9463,7 +9474,8 @@ async function beginRollout(tx: Connection, options: RolloutOptions, at: number)
   // The one that was begun last counts: clocks may have jumped.
   record.created = Math.max(record.created, ...others.map(({ created }) => created + 1));
   const models = await servedModels(tx);
-  Object.assign(record.progress, await countEligible(tx, record, models, at));
+  const now = { at, up: record.progress.clocked };
+  Object.assign(record.progress, await countEligible(tx, record, models, now));
   await writeRollout(tx, record);
   await bumpRollouts(tx);
   return rolloutOf(record);
@@ -9636,7 +9648,8 @@ async function countDevices(
   const every = isAtEnd ? rest : Math.max(COUNTING.every, rest);
   if (counted >= 0 && up - counted < every) return;
   const started = performance.now();
-  Object.assign(progress, await countEligible(tx, record, await servedModels(tx), at));
+  const models = await servedModels(tx);
+  Object.assign(progress, await countEligible(tx, record, models, { at, up }));
   progress.interval = (await usualInterval(tx)) || 1000 * record.options.silent;
   progress.counted = up;
   countingTook = performance.now() - started;
@@ -10748,7 +10761,8 @@ class FleetStore {
 
   async rolloutTargets(options: RolloutOptions, at: number): Promise<RolloutTarget[]> {
     const record = await newRollout(this.db, options, at);
-    return await countTargets(this.db, record, await servedModels(this.db), at);
+    const now = { at, up: record.progress.clocked };
+    return await countTargets(this.db, record, await servedModels(this.db), now);
   }
 
   /** Sees to it that the store can be written. */

@@ -359,6 +359,34 @@ describe.each(stores.each)("a rollout in %s", (_, { place }) => {
     expect(versions).toEqual(["1.0.1", "1.0.2"]);
   });
 
+  test("is not done because the clock was put forward, nor lost when it was put back", async () => {
+    await using world = await RolloutWorld.open(await place(), 10);
+    await world.start();
+    await world.proveUntil(2);
+    const on = [...world.devices].filter(([, version]) => version === "1.0.1");
+    for (const days of [60, -200, 5000]) {
+      await world.live(1 / 3);
+      world.time.now += days * 24 * HOUR;
+      // Somebody who has it is the first that is heard.
+      for (let i = 0; i < 2; i++) {
+        world.time.pass(INTERVAL / 5);
+        await world.report(on[0]![0]);
+        await world.second();
+      }
+      expect(await world.rollout()).toMatchObject({ state: "running", proven: 2, eligible: 10 });
+    }
+    await world.proveUntil(10);
+    expect((await world.rollout()).state).toBe("done");
+  });
+
+  test("knows who was known before, also where the clock was put back before it began", async () => {
+    await using world = await RolloutWorld.open(await place(), 10);
+    world.time.now -= 1000 * HOUR;
+    expect((await world.start()).eligible).toBe(10);
+    await world.fail(await world.askAll());
+    expect(await world.rollout()).toMatchObject({ state: "halted", failed: 1 });
+  });
+
   test("only goes to devices that have a label, a model, a version", async () => {
     await using world = await RolloutWorld.open(await place(), 12);
     await world.report("m001", { model: "GPy" });
