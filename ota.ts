@@ -8139,11 +8139,8 @@ interface RolloutProgress extends Record<RolloutStanding, number> {
   clocked: number;
   /** Whether all devices outside are overdue as well: the clock stands. */
   isQuiet: boolean;
-  /** Devices that should have been heard by now: nobody new goes after them if they are many. */
-  late: number;
-  /** How many may have had a place by now, and since when that is so: see `paceAfter`. */
+  /** How many may have had a place when the wave that goes is complete: see `waveAfter`. */
   most: number;
-  paced: number;
   /** How many of `pauseAt` are behind. */
   pauses: number;
   /** Whether it is for everyone at once. */
@@ -8162,9 +8159,7 @@ function newProgress(up: number, isFirst: boolean): RolloutProgress {
       clock: 0,
       clocked: up,
       isQuiet: false,
-      late: 0,
       most: 0,
-      paced: up,
       pauses: 0,
       isOpen: false,
       isFirst,
@@ -8197,19 +8192,10 @@ export function binomialTail(k: number, n: number, p: number): number {
 
 /** Below this chance, what is seen is not within the tolerance. */
 const SIGNIFICANCE = 0.01;
-
-/**
- * Whether it would be halted if those that are late were bad. Silence is certain only after long, and
- * meanwhile those that are well would open it to ever more: so it waits until they are heard, or are
- * silent.
- */
-function areTooManyLate(
-  { tolerance }: Pick<RolloutOptions, "tolerance">,
-  { late, proven, failed, silent }: RolloutProgress,
-): boolean {
-  const bad = late + failed + silent;
-  return late > 0 && bad >= 2 && binomialTail(bad, proven + bad, tolerance) < SIGNIFICANCE;
-}
+/** Below this one it may not be: whoever is silent only now is worth waiting for. */
+const SUSPICION = 0.1;
+/** The confidence of what is said of a rollout. */
+const CONFIDENCE = 0.95;
 
 /** Places of a rollout that is open: more than there are devices. */
 const ALL_PLACES = Number.MAX_SAFE_INTEGER;
@@ -8225,38 +8211,58 @@ export function rolloutNumber(rollout: string, device: string): number {
   return (digest.readUInt32BE(0) * 2 ** 21 + (digest.readUInt32BE(4) >>> 11)) / 2 ** 53;
 }
 
-/** Devices are late after their usual interval, and this part of it. */
-const LATENESS = 0.25;
+/** How many devices have had a place. */
+function placesTaken({ way, proven, failed, silent, acknowledged }: RolloutProgress): number {
+  return way + proven + failed + silent + acknowledged;
+}
 
 /**
- * How many may have had a place from now on: at most as many more as are proven, until those that went
- * before have had the time to be late. Boards that say at once that they are well would open it to all
- * before anybody misses those that are dead.
+ * Whether it would be doubtful if all that are on their way were bad. Those that are well say so soon,
+ * and would open it to ever more before anybody misses the others.
  */
-function paceAfter(
-  { first, tolerance }: RolloutOptions,
-  progress: RolloutProgress,
-  up: number,
-): Pick<RolloutProgress, "most" | "paced"> {
-  const { way, proven, failed, silent, acknowledged, interval, most, paced } = progress;
-  if (up - paced < (1 + LATENESS) * interval || areTooManyLate({ tolerance }, progress)) {
-    return { most, paced };
-  }
-  const taken = way + proven + failed + silent + acknowledged;
-  return { most: taken + Math.max(first, proven), paced: up };
+function areManyUnheard(
+  { tolerance }: RolloutOptions,
+  { way, proven, failed, silent }: RolloutProgress,
+): boolean {
+  const bad = way + failed + silent;
+  return way > 0 && bad >= 2 && binomialTail(bad, proven + bad, tolerance) < SUSPICION;
+}
+
+/**
+ * How many devices may go at once for the sake of those that are bad: twice as many as would all have
+ * to be bad for a halt, until the numbers prove that fewer fail than the tolerance allows.
+ */
+function cautiousWave({ tolerance }: RolloutOptions, progress: RolloutProgress): number {
+  const bad = progress.failed + progress.silent;
+  const known = progress.proven + bad;
+  const isWithin = 1 - binomialTail(bad + 1, known, tolerance) < 1 - CONFIDENCE;
+  if (bad === 0 || isWithin) return ALL_PLACES;
+  let more = 1;
+  while (binomialTail(bad + more, known + more, tolerance) >= SIGNIFICANCE) more++;
+  return 2 * more;
+}
+
+/**
+ * How many may have had a place from now on. Devices go in waves, each at most as large as what is
+ * proven: the next one goes when enough of the last have been heard.
+ */
+function waveAfter(options: RolloutOptions, progress: RolloutProgress): number {
+  const { way, proven, failed, silent, most } = progress;
+  const taken = placesTaken(progress);
+  const cautious = cautiousWave(options, progress);
+  const isOver = way === 0 || (taken >= most && !areManyUnheard(options, progress));
+  if (!isOver) return Math.min(most, taken + cautious);
+  const places = Math.max(options.first, proven) - (way + failed + silent);
+  return taken + Math.max(0, Math.min(places, cautious));
 }
 
 /** How many more devices may be offered it now. */
-function freePlaces(
-  { first, pauseAt, tolerance }: RolloutOptions,
-  progress: RolloutProgress,
-): number {
-  const { way, proven, failed, silent, acknowledged, isOpen, pauses, eligible } = progress;
+function freePlaces({ first, pauseAt }: RolloutOptions, progress: RolloutProgress): number {
+  const { way, proven, failed, silent, isOpen, most, pauses, eligible } = progress;
   if (isOpen) return ALL_PLACES;
-  if (areTooManyLate({ tolerance }, progress)) return 0;
-  const taken = way + proven + failed + silent + acknowledged;
+  const taken = placesTaken(progress);
   const places = Math.max(first, proven) - (way + failed + silent);
-  const free = Math.min(places, Math.max(first, progress.most) - taken);
+  const free = Math.min(places, most - taken);
   const pause = pauseAt[pauses];
   if (pause === undefined) return Math.max(0, free);
   return Math.max(0, Math.min(free, pauseDevices(pause, eligible) - taken));
@@ -8276,12 +8282,11 @@ function shareAfter(
   progress: RolloutProgress,
   up: number,
 ): Pick<RolloutProgress, "share" | "shared"> {
-  const { way, proven, failed, silent, acknowledged, eligible, isOpen } = progress;
-  const { share, shared, interval } = progress;
-  if (isOpen) return { share: 1, shared };
+  const { share, shared, interval, eligible } = progress;
+  if (progress.isOpen) return { share: 1, shared };
   const free = freePlaces(options, progress);
   if (free === 0) return { share, shared: up };
-  const taken = way + proven + failed + silent + acknowledged;
+  const taken = placesTaken(progress);
   const least = eligible === 0 ? 1 : Math.min(1, (taken + 2 * free) / eligible);
   const doublings = interval > 0 ? Math.max(0, Math.floor((up - shared) / interval)) : 0;
   const doubled = Math.min(1, Math.max(share, doublings > 0 ? least : 0) * 2 ** doublings);
@@ -8315,8 +8320,9 @@ function haltReason(options: RolloutOptions, progress: RolloutProgress): string 
 /** Why nobody new is offered it, although it runs. */
 function heldReason(options: RolloutOptions, progress: RolloutProgress): string | null {
   if (progress.isQuiet) return "held: the fleet is quiet";
-  if (progress.isOpen || !areTooManyLate(options, progress)) return null;
-  return `held: ${countText(progress.late, "device")} should have been heard by now`;
+  const isWaveComplete = placesTaken(progress) >= progress.most;
+  if (progress.isOpen || !isWaveComplete || !areManyUnheard(options, progress)) return null;
+  return `held: ${countText(progress.way, "device")} on the way must be heard first`;
 }
 
 /** Why a rollout has to wait for the operator. */
@@ -9623,8 +9629,7 @@ async function lookForSilence(
   progress.clocked = up;
   progress.isQuiet = await isFleetQuiet(tx, record, moment);
   if (!progress.isQuiet) progress.clock += passed;
-  progress.late = 0;
-  if (progress.way === 0) return void Object.assign(progress, paceAfter(options, progress, up));
+  if (progress.way === 0) return;
   const since = Math.round(progress.clock - 1000 * options.silent);
   const rows = await tx.query(
     `SELECT r.* FROM ota_rollout_devices r LEFT JOIN ota_devices d ON d.id = r.device
@@ -9638,21 +9643,6 @@ async function lookForSilence(
     return { ...row, standing: row.known ? ("silent" as const) : ("outside" as const) };
   });
   await writeRolloutDevices(tx, record, written, before);
-  progress.late = await countLate(tx, record);
-  Object.assign(progress, paceAfter(options, progress, up));
-}
-
-/** Counts those on their way that should have been heard by now. */
-async function countLate(tx: Connection, { id, progress }: RolloutRecord): Promise<number> {
-  const { clock, interval } = progress;
-  // `patience` is three intervals.
-  const usual = `CASE WHEN d.patience > 0 THEN d.patience * ${(1 + LATENESS) / 3} ELSE ${(1 + LATENESS) * interval} END`;
-  const [row] = await tx.query(
-    `SELECT COUNT(*) AS n FROM ota_rollout_devices r JOIN ota_devices d ON d.id = r.device
-      WHERE r.rollout = $1 AND r.standing = 'way' AND r.heard < ${Math.round(clock)} - ${usual}`,
-    [id],
-  );
-  return Number(row!["n"]);
 }
 
 /** Whether every device that the version cannot have killed just now is overdue. */
@@ -9830,7 +9820,7 @@ async function advanceRollout(
     if (record.state === "waiting") {
       set("running", null);
       // Its time begins now.
-      Object.assign(progress, { clocked: up, shared: up, paced: up, counted: -1 });
+      Object.assign(progress, { clocked: up, shared: up, counted: -1 });
     }
   }
   if (record.digest === null) return;
@@ -9841,6 +9831,7 @@ async function advanceRollout(
   if (progress.left === 0 && (progress.eligible > 0 || isForNobody(record))) {
     return set("done", `nobody is left: ${countText(progress.proven, "device")} proven`);
   }
+  progress.most = waveAfter(options, progress);
   if (record.state === "paused") return;
   const pause = pauseReason(options, progress);
   if (pause !== undefined) return set("paused", pause);
@@ -11956,9 +11947,6 @@ async function readBody({ headers, body }: Request, most: number): Promise<Uint8
 
 // ──── Rollout words ──────────────────────────────────────────────────────────────────────────────
 // A rollout in words: which one is meant, how it stands, and what its numbers prove.
-
-/** The confidence of what is said of a rollout. */
-const CONFIDENCE = 0.95;
 
 /**
  * The largest share of devices that a release may fail on, given what is known of some of them: the
