@@ -8192,8 +8192,8 @@ export function binomialTail(k: number, n: number, p: number): number {
 
 /** Below this chance, what is seen is not within the tolerance. */
 const SIGNIFICANCE = 0.01;
-/** Below this one it may not be: whoever is silent only now is worth waiting for. */
-const SUSPICION = 0.1;
+/** Below this one it may well not be: those that were not heard yet are worth waiting for. */
+const SUSPICION = 0.5;
 /** The confidence of what is said of a rollout. */
 const CONFIDENCE = 0.95;
 
@@ -8247,13 +8247,15 @@ function cautiousWave({ tolerance }: RolloutOptions, progress: RolloutProgress):
  * proven: the next one goes when enough of the last have been heard.
  */
 function waveAfter(options: RolloutOptions, progress: RolloutProgress): number {
+  const { first } = options;
   const { way, proven, failed, silent, most } = progress;
   const taken = placesTaken(progress);
+  const unproven = way + failed + silent;
   const cautious = cautiousWave(options, progress);
   const isOver = way === 0 || (taken >= most && !areManyUnheard(options, progress));
-  if (!isOver) return Math.min(most, taken + cautious);
-  const places = Math.max(options.first, proven) - (way + failed + silent);
-  return taken + Math.max(0, Math.min(places, cautious));
+  const wave = isOver ? Math.max(first, proven) - unproven : most - taken;
+  // So many may be unproven in any case.
+  return taken + Math.max(0, first - unproven, Math.min(wave, cautious));
 }
 
 /** How many more devices may be offered it now. */

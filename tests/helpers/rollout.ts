@@ -143,6 +143,26 @@ export class RolloutWorld implements AsyncDisposable {
     return offered;
   }
 
+  /** Makes all devices canaries: they need no number, so that whoever asks first is first. */
+  async allowAll(): Promise<void> {
+    for (const id of this.devices.keys()) {
+      await this.fleet.edit(id, { labels: { canary: "yes" } });
+    }
+  }
+
+  /**
+   * All that are below 1.0.1 ask once; those that get it say at once that they are well, but for the
+   * first `dead`. @returns those that got it
+   */
+  async round(dead = 0): Promise<string[]> {
+    const offered: string[] = [];
+    for (const [id, on] of this.devices) {
+      if (on === "1.0.0" && (await this.ask(id)) === "1.0.1") offered.push(id);
+    }
+    await this.proveAll(offered.slice(dead));
+    return offered;
+  }
+
   /** Some hours in which devices report each interval, but for those that are silent. */
   async live(hours: number, silent: readonly string[] = []): Promise<void> {
     for (let left = (hours * HOUR) / INTERVAL; left > 0; left--) {
