@@ -35,13 +35,13 @@
 //      Certificates and proxies · Request checks · Contents in manifests · Manifest answers
 //      Request handling · Listening
 // V    Fleet: who is on what, and what happened to whom.
-//      Device reports · Device records · Offers and failures · Windows · Fleet answers
-//      Rollouts · Rollout rules · Store schema · Store opening · Store writes · Store reads
+//      Device reports · Device records · Offers and failures · Windows · Fleet answers · Rollouts
+//      Rollout rules · Store schema · Store opening · Store writes · Store limits · Store reads
 //      Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
 //      Rollout progress · Rollout places · Merging · Rollout merging · Names and labels
-//      Fleet store · Store thread · Fleet options · Admission · Fleet writer · Fleet
-//      Admin access · Fleet requests · Rollout words · Rollout API · Fleet API · Rollout notices
-//      Staged versions · Serving
+//      Store batches · Fleet store · Store thread · Fleet options · Place lease · Admission
+//      Fleet writer · Fleet · Admin access · Fleet requests · Rollout words · Rollout API
+//      Fleet API · Rollout notices · Staged versions · Serving
 // VI   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -493,6 +493,10 @@ function asText(value: unknown, name: string): string {
 
 function asFlag(value: unknown, name: string): boolean {
   return typeof value === "boolean" ? value : malformed(`${name}: not a boolean`);
+}
+
+function asNumber(value: unknown, name: string): number {
+  return typeof value === "number" ? value : malformed(`${name}: not a number`);
 }
 
 /** A number of bytes. */
@@ -8080,6 +8084,11 @@ function stagedKey({ version, model }: Pick<RolloutOptions, "version" | "model">
   return `${asciiLower(model ?? "")} ${versionKey(version)}`;
 }
 
+function asPair(value: unknown, name: string): [string, string] {
+  const pair = asList(value, name, asText);
+  return pair.length === 2 ? [pair[0]!, pair[1]!] : malformed(`${name}: not a key and a value`);
+}
+
 /** A device that was not heard for so long, in milliseconds, is not waited for. */
 const ROLLOUT_MEMORY = 30 * 24 * 3600_000;
 
@@ -8689,60 +8698,11 @@ function fileIdentity({ file }: StorePlace): string | undefined {
 // ──── Store writes ─────────────────────────────────────────────────────────────────────────────────
 // Writing: reports become rows and events, all of a second in one transaction.
 
-/** Devices beyond this number go: first those that were seen once and never again. */
-const MAX_DEVICES = 1_000_000;
-/** Events of one device that are kept: the last ones, and at times some more. */
-const MAX_HISTORY = 1000;
-/** How many more. */
-const SPARE_HISTORY = 100;
-/**
- * Servers behind one address hear the same device, and write in any order. What one of them heard is
- * late when another one, that wrote within this time, heard the device since: in milliseconds.
- */
-const TOGETHER = 120_000;
-/** For how much up-time it is known what a server wrote last, in milliseconds. */
-const BATCH_MEMORY = 24 * 3600_000;
-
-/** By how much up-times of servers that run at the same time may differ, in milliseconds. */
-const LATE = 1000;
-
 const RECORD_COLUMNS = [
   ...(["id", "model", "version", "firmware", "address", "first_seen", "last_seen"] as const),
   ...(["seen", "seen_up", "intervals", "patience", "offered", "offered_firmware"] as const),
   ...(["offered_at", "offers", "standing", "failed", "events", "cohort"] as const),
 ] satisfies (keyof DeviceRecord)[];
-
-/** What a write is told beside the reports. */
-interface WriteMoment {
-  /** Who writes; tells its batches from those of others. */
-  server: string;
-  /** Milliseconds that the server was up since `since`. */
-  gained: number;
-  /** The fleet's up-time then; `null` when it is not known. */
-  since: number | null;
-  /** See `FleetClock`. */
-  elapsed: number;
-  /** See `Moment`. */
-  silent: number;
-  /** By the clock; absent when no server writes. */
-  at?: number;
-  /** The fleet's up-time when the server began. */
-  opened: number;
-  /** Settings that are new, by name. */
-  settings: Record<string, string>;
-  /** Those that are put back where the store has lost them: it may be another one by now. */
-  lasting: Record<string, string>;
-  /** Absent: it does not serve. */
-  rollouts?: RolloutAsk;
-}
-
-/** What a write comes back with. */
-interface WriteResult {
-  /** The up-time of the fleet, in milliseconds. */
-  up: number;
-  /** Where it was asked for. */
-  news?: RolloutNews;
-}
 
 /** A row as a record: numbers are numbers. */
 function recordOf(row: SQLRow): DeviceRecord {
@@ -8864,27 +8824,15 @@ async function writeEvents(
   }
 }
 
-/**
- * The reports without those that are late: see `TOGETHER`. That is told by the clock, which servers
- * have in common. Where only one writes, the order is right anyway, and the clock may jump.
- *
- * @param before what is kept of those devices
- */
-function withoutLate(
-  reports: readonly DeviceReport[],
-  before: ReadonlyMap<string, DeviceRecord>,
-  now: Pick<WriteMoment, "server" | "opened"> & Pick<StoreMeta, "up" | "batches">,
-): readonly DeviceReport[] {
-  // What wrote before this server began may be its own last run.
-  const since = Math.max(now.up - TOGETHER, now.opened);
-  const hasOthers = [...now.batches].some(([one, [, then]]) => one !== now.server && then > since);
-  if (!hasOthers) return reports;
-  return reports.filter(({ id, at }) => {
-    const ahead = (before.get(id)?.last_seen ?? 0) - at;
-    return ahead <= 0 || ahead >= TOGETHER;
-  });
-}
+// ──── Store limits ─────────────────────────────────────────────────────────────────────────────────
+// What goes when there is too much of it: the oldest events of a device, and devices.
 
+/** Devices beyond this number go: first those that were seen once and never again. */
+const MAX_DEVICES = 1_000_000;
+/** Events of one device that are kept: the last ones, and at times some more. */
+const MAX_HISTORY = 1000;
+/** How many more. */
+const SPARE_HISTORY = 100;
 /** Drops the oldest events of a device, when some have come since the last time. */
 async function trimHistory(tx: Connection, { id, events }: DeviceRecord, before: number) {
   const rounds = (count: number) => Math.floor((count - MAX_HISTORY) / SPARE_HISTORY);
@@ -9857,8 +9805,12 @@ function isForNobody({ options, progress }: RolloutRecord): boolean {
 // counted before others are given, unless a server is cut off from the store or killed. A server that
 // was, has given away at most what it had for the second before.
 
+/** What a server knows of a rollout, should the store lose it. */
+type KnownRollout = Pick<RolloutRecord, "id" | "state" | "options" | "digest" | "created">;
+
 /** What a server asks when it writes. */
 interface RolloutAsk extends RolloutSaid {
+  known: readonly KnownRollout[];
   /** What it has read already; `-1`: nothing. */
   revision: number;
   labels: string;
@@ -9871,14 +9823,7 @@ interface RolloutAsk extends RolloutSaid {
 }
 
 /** A rollout, as servers need it. */
-interface RolloutView {
-  id: string;
-  state: RolloutState;
-  version: string;
-  model: string | null;
-  only: RolloutOptions["only"];
-  window: string | null;
-  digest: string | null;
+interface RolloutView extends KnownRollout {
   share: number;
   /** How many more devices may be offered it; 0 without the lease. */
   free: number;
@@ -9950,17 +9895,15 @@ async function rolloutNews(
   const barring = lastRollouts(records).filter(isBarring);
   const lease = await leaseFor(tx, server, ask);
   const views: RolloutView[] = [];
-  for (const { id, state, options, digest, progress } of barring) {
-    const { version, model, only, window } = options;
+  for (const { id, state, options, digest, created, progress } of barring) {
     const { share, seq } = progress;
     const free = lease.isMine && state === "running" ? freePlaces(options, progress) : 0;
     const changed = isGoing(state) ? await changedDevices(tx, id, ask.seqs[id] ?? 0, seq) : [];
-    const about = { id, state, version, model, only, window, digest };
-    views.push({ ...about, share, free, seq, changed });
+    views.push({ id, state, options, digest, created, share, free, seq, changed });
   }
   const pairs = new Set([CANARY]);
-  for (const { only } of views) {
-    for (const [key, value] of only) if (isLabelKey(key)) pairs.add(`${key}=${value}`);
+  for (const { options } of views) {
+    for (const [key, value] of options.only) if (isLabelKey(key)) pairs.add(`${key}=${value}`);
   }
   const labels = views.length > 0 ? JSON.stringify([meta.get("labels") ?? 0, ...pairs]) : "";
   return {
@@ -10048,24 +9991,6 @@ function mergeRecords(mine: MergedRecord | undefined, theirs: MergedRecord): Mer
   };
 }
 
-/** Rows of another store, in the order of a key, some at a time. */
-async function* rowsOf(
-  db: Connection,
-  table: string,
-  keys: readonly string[],
-): AsyncGenerator<SQLRow[]> {
-  const order = keys.join(", ");
-  for (let last: SQLRow | undefined; ;) {
-    const values = last ? keys.map((key) => last![key]) : [];
-    const after = last ? `WHERE (${order}) > ${placeholders(1, keys.length)}` : "";
-    const text = `SELECT * FROM ${table} ${after} ORDER BY ${order} LIMIT 1000`;
-    const rows = await db.query(text, values);
-    if (rows.length === 0) return;
-    yield rows;
-    last = rows.at(-1);
-  }
-}
-
 /** What a merge did. */
 export interface FleetMerge {
   /** Devices that were not known. */
@@ -10085,20 +10010,36 @@ export interface FleetMerge {
 /** Columns with numbers; all others have texts. */
 const NUMBER_COLUMNS = new Set([
   ...["first_seen", "last_seen", "seen", "seen_up", "patience", "offered_at", "offers", "events"],
-  ...["name_at", "number", "at"],
+  ...["name_at", "number", "at", "offered_up", "on_up", "heard", "known", "seq"],
 ]);
+/** Those with up-times, which are below 0 where a fleet was merged that had run for longer. */
+const UP_COLUMNS = new Set(["seen_up", "offered_up", "on_up"]);
 const STANDINGS: readonly unknown[] = ["none", "offered", "said", "seen"] satisfies Standing[];
+/** What a date can be at most, in milliseconds; counts are smaller. */
+const MAX_TIME = 8.64e15;
 
-/** Whether a row of another store is as this tool writes it: the file comes from somewhere. */
-function isSound(row: SQLRow): boolean {
+/** Whether it is a time or a count as this tool writes them. */
+function isTime(value: unknown, least = 0): boolean {
+  const number = Number(value);
+  return Number.isSafeInteger(number) && number >= least && number <= MAX_TIME;
+}
+
+/**
+ * Whether a row of another store, about a device, is as this tool writes it: the file comes from
+ * somewhere.
+ *
+ * @param standings those that there are in its table
+ */
+function isSound(row: SQLRow, standings = STANDINGS): boolean {
   const isRight = ([column, value]: [string, string | number | null]) => {
     if (value === null) return true;
-    if (NUMBER_COLUMNS.has(column)) return Number.isSafeInteger(Number(value));
+    if (NUMBER_COLUMNS.has(column)) return isTime(value, UP_COLUMNS.has(column) ? -MAX_TIME : 0);
     const isText = typeof value === "string" && value.length <= 2 * MAX_TEXT;
-    return isText && !hasControls(value) && value.isWellFormed();
+    if (!isText || hasControls(value) || !value.isWellFormed()) return false;
+    return column !== "intervals" || /^(\d+(,\d+){0,4})?$/.test(value);
   };
   const id = row["id"] ?? row["device"];
-  const isKnownStanding = row["standing"] === undefined || STANDINGS.includes(row["standing"]);
+  const isKnownStanding = row["standing"] === undefined || standings.includes(row["standing"]);
   return (
     typeof id === "string" &&
     id === id.toLowerCase() &&
@@ -10107,26 +10048,60 @@ function isSound(row: SQLRow): boolean {
   );
 }
 
+/** Some rows of another store. */
+interface TheirRows {
+  rows: SQLRow[];
+  /** How many more were read, and are left out. */
+  refused: number;
+}
+
+/** Rows of another store that are sound, in the order of their key, some at a time. */
+async function* rowsOf(
+  db: Connection,
+  table: string,
+  keys: readonly string[],
+  isRight: (row: SQLRow) => boolean = isSound,
+): AsyncGenerator<TheirRows> {
+  const order = keys.join(", ");
+  for (let last: SQLRow | undefined; ;) {
+    const values = last ? keys.map((key) => last![key]) : [];
+    const after = last ? `WHERE (${order}) > ${placeholders(1, keys.length)}` : "";
+    const text = `SELECT * FROM ${table} ${after} ORDER BY ${order} LIMIT 1000`;
+    const read = await db.query(text, values);
+    if (read.length === 0) return;
+    const rows = read.filter((row, i) => {
+      // There may be two of what there should be one of.
+      const isFirst = i === 0 || keys.some((key) => row[key] !== read[i - 1]![key]);
+      return isFirst && isRight(row);
+    });
+    yield { rows, refused: read.length - rows.length };
+    last = read.at(-1);
+  }
+}
+
 /**
  * Merges devices.
  *
- * @param shift from their up-time to ours
+ * @param theirUp the up-time of their fleet
  */
 async function mergeDevices(
   tx: Connection,
   rows: readonly SQLRow[],
-  shift: number,
+  theirUp: number,
 ): Promise<Pick<FleetMerge, "added" | "updated" | "newer">> {
   const ids = rows.map(({ id }) => String(id));
   const mine = new Map((await readRows(tx, ids)).map((row) => [String(row["id"]), mergedOf(row)]));
   const changed: MergedRecord[] = [];
+  const { up } = await readMeta(tx);
   let [updated, newer] = [0, 0];
   for (const row of rows) {
     const theirs = mergedOf(row);
     const known = mine.get(theirs.id);
     const isNewer = known && known.last_seen > theirs.last_seen;
     if (isNewer) newer++;
-    const record = mergeRecords(known, { ...theirs, seen_up: theirs.seen_up + shift });
+    // None was heard later than now: it would be deaf to what it says until then.
+    const seen_up = Math.min(up, theirs.seen_up + up - theirUp);
+    const record = mergeRecords(known, { ...theirs, seen_up });
     record.cohort = cohortOf(record);
     if (known && Bun.deepEquals(record, known)) continue;
     changed.push(record);
@@ -10178,9 +10153,14 @@ async function mergeEvents(tx: Connection, rows: readonly SQLRow[]): Promise<num
 async function openOther(file: string): Promise<Connection> {
   if (!fs.existsSync(file)) throw new OTAError(`there is no ${file} to merge`);
   const place = storePlace(file);
+  let db: Connection | undefined;
   try {
-    return await openStore(place, "read");
+    db = await openStore(place, "read");
+    const { up } = await readMeta(db);
+    if (!isTime(up)) throw new Error("its up-time is no time");
+    return db;
   } catch (error) {
+    await db?.close();
     if (error instanceof OTAError) throw error;
     const what = `expected the SQLite file of another fleet, found ${file}`;
     throw new OTAError(`${what} (${errorText(error)})`, 1, { cause: error });
@@ -10199,6 +10179,65 @@ const ROLLOUT_STANDINGS: readonly RolloutStanding[] = [
   ...(["outside", "way", "silent", "acknowledged", "failed", "proven"] as const),
 ];
 
+const ROLLOUT_STATES: readonly unknown[] = [
+  ...(["waiting", "running", "paused", "halted", "done", "aborted"] satisfies RolloutState[]),
+];
+/** Characters of a reason. */
+const MAX_REASON = 1024;
+
+/** Options as a store has them. @throws {OTAError} when no rollout can be like that */
+function asRolloutOptions(value: unknown): RolloutOptions {
+  const given = asObject(value, "options");
+  const textOrNull = (name: string) => (given[name] === null ? null : asText(given[name], name));
+  const options: RolloutOptions = {
+    version: asText(given["version"], "version"),
+    model: textOrNull("model"),
+    first: asNumber(given["first"], "first"),
+    soak: asNumber(given["soak"], "soak"),
+    silent: asNumber(given["silent"], "silent"),
+    tolerance: asNumber(given["tolerance"], "tolerance"),
+    pauseAt: asList(given["pauseAt"], "pauseAt", asNumber),
+    only: asList(given["only"], "only", asPair),
+    window: textOrNull("window"),
+  };
+  checkRollout(options);
+  return options;
+}
+
+/** A rollout of another store, with as much of its progress as is merged. @throws {OTAError} */
+function asRollout(row: SQLRow): RolloutRecord {
+  const record = rolloutRecordOf(row);
+  const { id, state, reason, digest, created, changed } = record;
+  const expect = (isRight: boolean, name: string) => {
+    if (!isRight) malformed(name);
+  };
+  expect(/^[\w-]{16}$/.test(id), "id");
+  expect(ROLLOUT_STATES.includes(state), "state");
+  const isText = typeof reason === "string" && reason.length <= MAX_REASON;
+  expect(reason === null || (isText && !hasControls(reason) && reason.isWellFormed()), "reason");
+  const isDigest = typeof digest === "string" && /^([0-9a-f]{64})?\+([0-9a-f]{64})?$/.test(digest);
+  expect(digest === null || (isDigest && digest !== "+"), "digest");
+  expect(isTime(created) && isTime(changed), "times");
+  const options = asRolloutOptions(record.options);
+  const { isOpen, isFirst, pauses, eligible } = asObject(record.progress, "progress");
+  const counts = [asNumber(pauses, "pauses"), asNumber(eligible, "eligible")] as const;
+  expect(isTime(counts[0]) && counts[0] <= options.pauseAt.length, "pauses");
+  expect(isTime(counts[1]), "eligible");
+  const progress = newProgress(0, asFlag(isFirst, "isFirst"));
+  Object.assign(progress, { isOpen: asFlag(isOpen, "isOpen"), pauses, eligible });
+  return { ...record, options, progress };
+}
+
+/** The same; `undefined` for one that is not as this tool writes them. */
+function soundRollout(row: SQLRow): RolloutRecord | undefined {
+  try {
+    return asRollout(row);
+  } catch (error) {
+    if (error instanceof OTAError) return undefined;
+    throw error;
+  }
+}
+
 /** Merges the rollouts themselves. @returns for each of theirs the one of ours that it is */
 async function mergeRollouts(
   tx: Connection,
@@ -10211,6 +10250,8 @@ async function mergeRollouts(
   for (const theirs of others.toReversed()) {
     const key = rolloutKey(theirs.options);
     const same = mine.find(({ id }) => id === theirs.id);
+    // One and the same rollout has one version.
+    if (same && rolloutKey(same.options) !== key) continue;
     const known = same ?? mine.find(({ options }) => rolloutKey(options) === key);
     const one = known ? mergeRollout(known, theirs, same !== undefined) : adopted(theirs, up);
     if (!known) mine.unshift(one);
@@ -10247,14 +10288,16 @@ function mergeRollout(mine: RolloutRecord, theirs: RolloutRecord, isSame: boolea
 /**
  * Merges devices that were offered rollouts.
  *
- * @param shift from their up-time to ours
+ * @param theirUp the up-time of their fleet
  */
 async function mergeRolloutDevices(
   tx: Connection,
   rows: readonly SQLRow[],
   ours: ReadonlyMap<string, string>,
-  shift: number,
+  theirUp: number,
 ): Promise<void> {
+  const { up } = await readMeta(tx);
+  const shifted = (time: number) => Math.min(up, time + up - theirUp);
   const records = new Map((await readRollouts(tx)).map((record) => [record.id, record]));
   for (const [rollout, some] of Map.groupBy(rows, (row) => String(row["rollout"]))) {
     const record = records.get(ours.get(rollout) ?? "");
@@ -10266,8 +10309,8 @@ async function mergeRolloutDevices(
     const known = new Map(devices.map((row) => [String(row["id"]), recordOf(row)]));
     const written: RolloutDevice[] = [];
     for (const row of some.map(rolloutDeviceOf)) {
-      const on_up = row.on_up === null ? null : row.on_up + shift;
-      const theirs = { ...row, on_up, offered_up: row.offered_up + shift };
+      const on_up = row.on_up === null ? null : shifted(row.on_up);
+      const theirs = { ...row, on_up, offered_up: shifted(row.offered_up) };
       const merged = mergeRolloutDevice(mine.get(row.device), theirs, record);
       const device = known.get(row.device);
       // The devices are merged already, and say best how it stands.
@@ -10305,32 +10348,33 @@ async function mergeStore(
   const theirs = await readMeta(other);
   const isCopy = theirs.source === (await readMeta(db)).source;
   const total = { added: 0, updated: 0, newer: 0, events: 0, refused: 0, isCopy };
-  const sound = (rows: readonly SQLRow[]) => {
-    const left = rows.filter(isSound);
-    total.refused += rows.length - left.length;
-    return left;
-  };
-  for await (const rows of rowsOf(other, "ota_devices", ["id"])) {
-    const found = await locked(db, async (tx) => {
-      const { up } = await readMeta(tx);
-      return await mergeDevices(tx, sound(rows), up - theirs.up);
-    });
+  for await (const { rows, refused } of rowsOf(other, "ota_devices", ["id"])) {
+    const found = await locked(db, (tx) => mergeDevices(tx, rows, theirs.up));
     for (const name of ["added", "updated", "newer"] as const) total[name] += found[name];
+    total.refused += refused;
   }
-  for await (const rows of rowsOf(other, "ota_labels", ["device", "key"])) {
-    await locked(db, (tx) => mergeLabels(tx, sound(rows)));
+  for await (const { rows, refused } of rowsOf(other, "ota_labels", ["device", "key"])) {
+    await locked(db, (tx) => mergeLabels(tx, rows));
+    total.refused += refused;
   }
-  for await (const rows of rowsOf(other, "ota_events", ["device", "source", "number"])) {
-    total.events += await locked(db, (tx) => mergeEvents(tx, sound(rows)));
+  const ofEvents = ["device", "source", "number"];
+  for await (const { rows, refused } of rowsOf(other, "ota_events", ofEvents)) {
+    total.events += await locked(db, (tx) => mergeEvents(tx, rows));
+    total.refused += refused;
   }
-  const rollouts = await readRollouts(other);
-  const merged = await locked(db, (tx) => mergeRollouts(tx, rollouts));
-  const ours = new Map([...merged].map(([id, record]) => [id, record.id]));
-  for await (const rows of rowsOf(other, "ota_rollout_devices", ["rollout", "device"])) {
-    await locked(db, async (tx) => {
-      const { up } = await readMeta(tx);
-      await mergeRolloutDevices(tx, rows, ours, up - theirs.up);
-    });
+  const ours = new Map<string, string>();
+  const all = await other.query("SELECT * FROM ota_rollouts ORDER BY created DESC, id");
+  const rollouts = all.map(soundRollout).filter((one) => one !== undefined);
+  for (const [id, record] of await locked(db, (tx) => mergeRollouts(tx, rollouts))) {
+    ours.set(id, record.id);
+  }
+  total.refused += all.length - ours.size;
+  const isOurs = (row: SQLRow) =>
+    ours.has(String(row["rollout"])) && isSound(row, ROLLOUT_STANDINGS);
+  const ofRollouts = ["rollout", "device"];
+  for await (const { rows, refused } of rowsOf(other, "ota_rollout_devices", ofRollouts, isOurs)) {
+    await locked(db, (tx) => mergeRolloutDevices(tx, rows, ours, theirs.up));
+    total.refused += refused;
   }
   // Last, since what goes takes its labels and events with it.
   await locked(db, (tx) => evict(tx, maxDevices));
@@ -10403,6 +10447,203 @@ async function boundLabels(tx: Connection, id: string, isSet: boolean): Promise<
   }
 }
 
+// ──── Store batches ────────────────────────────────────────────────────────────────────────────────
+// A write: what was reported since the last one, and what follows from it, in one transaction.
+
+/**
+ * Servers behind one address hear the same device, and write in any order. What one of them heard is
+ * late when another one, that wrote within this time, heard the device since: in milliseconds.
+ */
+const TOGETHER = 120_000;
+/** For how much up-time it is known what a server wrote last, in milliseconds. */
+const BATCH_MEMORY = 24 * 3600_000;
+
+/** By how much up-times of servers that run at the same time may differ, in milliseconds. */
+const LATE = 1000;
+
+/** What a write is told beside the reports. */
+interface WriteMoment {
+  /** Who writes; tells its batches from those of others. */
+  server: string;
+  /** Milliseconds that the server was up since `since`. */
+  gained: number;
+  /** The fleet's up-time then; `null` when it is not known. */
+  since: number | null;
+  /** See `FleetClock`. */
+  elapsed: number;
+  /** See `Moment`. */
+  silent: number;
+  /** By the clock; absent when no server writes. */
+  at?: number;
+  /** The fleet's up-time when the server began. */
+  opened: number;
+  /** Settings that are new, by name. */
+  settings: Record<string, string>;
+  /** Those that are put back where the store has lost them: it may be another one by now. */
+  lasting: Record<string, string>;
+  /** Absent: it does not serve. */
+  rollouts?: RolloutAsk;
+}
+
+/** What a write comes back with. */
+interface WriteResult {
+  /** The up-time of the fleet, in milliseconds. */
+  up: number;
+  /** Where it was asked for. */
+  news?: RolloutNews;
+}
+
+const settingRows = (settings: Record<string, string>) =>
+  Object.fromEntries(Object.entries(settings).map(([name, value]) => [`setting ${name}`, value]));
+
+/** Adds the settings that are not there. */
+async function keepSettings(tx: Connection, settings: Record<string, string>): Promise<void> {
+  const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
+  for (const row of Object.entries(settingRows(settings))) await tx.query(text, row);
+}
+
+/**
+ * Puts back the rollouts that the store has lost. Who has the version is lost with them: those that
+ * went on are halted, until the operator says so.
+ */
+async function keepRollouts(
+  tx: Connection,
+  known: readonly KnownRollout[],
+  up: number,
+  at: number,
+): Promise<void> {
+  const there = new Set((await readRollouts(tx)).map(({ id }) => id));
+  const lost = known.filter(({ id }) => !there.has(id));
+  for (const one of lost) {
+    const { state, options } = one;
+    const { progress, ...record } = await newRollout(tx, options, at);
+    const wentOn = state !== "waiting" && isGoing(state);
+    const reason = `the fleet's store is another one: who has ${options.version} is not known`;
+    await writeRollout(tx, {
+      ...{ ...record, ...one, progress: newProgress(up, progress.isFirst) },
+      ...(wentOn && { state: "halted", reason }),
+    });
+  }
+  if (lost.length > 0) await bumpRollouts(tx);
+}
+
+/** Devices that were heard, as they were and as they are. */
+type Heard = Pick<RolloutMoment, "before" | "after">;
+
+const NOTHING_HEARD: Heard & { events: number } = {
+  events: 0,
+  before: new Map(),
+  after: new Map(),
+};
+
+/**
+ * The reports without those that are late: see `TOGETHER`. That is told by the clock, which servers
+ * have in common. Where only one writes, the order is right anyway, and the clock may jump.
+ *
+ * @param before what is kept of those devices
+ */
+function withoutLate(
+  reports: readonly DeviceReport[],
+  before: ReadonlyMap<string, DeviceRecord>,
+  now: Pick<WriteMoment, "server" | "opened"> & Pick<StoreMeta, "up" | "batches">,
+): readonly DeviceReport[] {
+  // What wrote before this server began may be its own last run.
+  const since = Math.max(now.up - TOGETHER, now.opened);
+  const hasOthers = [...now.batches].some(([one, [, then]]) => one !== now.server && then > since);
+  if (!hasOthers) return reports;
+  return reports.filter(({ id, at }) => {
+    const ahead = (before.get(id)?.last_seen ?? 0) - at;
+    return ahead <= 0 || ahead >= TOGETHER;
+  });
+}
+
+/** Applies reports to the devices that they are of. */
+async function applyReports(
+  tx: Connection,
+  reports: readonly DeviceReport[],
+  now: WriteMoment & StoreMeta,
+): Promise<Heard & { events: number }> {
+  const rows = await readRows(tx, [...new Set(reports.map(({ id }) => id))]);
+  const before = new Map(rows.map((row) => [String(row["id"]), recordOf(row)]));
+  const records = new Map<string, DeviceRecord>();
+  const events: [string, FleetEvent][] = [];
+  for (const report of withoutLate(reports, before, now)) {
+    const { id, elapsed } = report;
+    const then = { up: now.up - Math.max(0, now.elapsed - elapsed), silent: now.silent };
+    const known = records.get(id) ?? before.get(id);
+    if (known && then.up < known.seen_up - LATE) {
+      // Another server has heard it since: it would seem to go back.
+      records.set(id, { ...known, seen: known.seen + report.count });
+      continue;
+    }
+    const after = applyReport(known, report, then);
+    records.set(id, after.record);
+    for (const event of after.events) events.push([id, event]);
+  }
+  await writeRecords(tx, [...records.values()], before);
+  await writeEvents(tx, now.source, now.events, events);
+  for (const [id, record] of records) {
+    await trimHistory(tx, record, before.get(id)?.events ?? 0);
+  }
+  return { events: events.length, before, after: records };
+}
+
+/** Lets rollouts go on by what was heard, if there are any. */
+async function writeRollouts(
+  tx: Connection,
+  { rollouts: ask, up, at, before, after, server }: WriteMoment & Heard & { up: number },
+): Promise<RolloutNews | undefined> {
+  // Most fleets have none.
+  const revision = await readRevision(tx);
+  const records = revision === 0 ? [] : await readRollouts(tx);
+  if (records.some(({ state }) => isGoing(state))) {
+    const { placed = [], digests = {} } = ask ?? {};
+    const moment = { placed, digests, up, at: at ?? Date.now(), before, after };
+    if (await advanceRollouts(tx, records, moment)) await bumpRollouts(tx);
+  }
+  return ask && (await rolloutNews(tx, records, server, ask));
+}
+
+/**
+ * Applies reports, and lets the fleet's up-time go on. A batch that is in the store already changes
+ * nothing: a write may be done although no answer came.
+ *
+ * Rollouts go on in the same transaction, by what was reported.
+ *
+ * @param isKnown whether the store has all that lasts
+ */
+async function writeBatch(
+  tx: Connection,
+  { number, reports }: ReportBatch,
+  moment: WriteMoment,
+  isKnown: boolean,
+): Promise<WriteResult> {
+  const { gained, since, server, at, settings } = moment;
+  const meta = await readMeta(tx);
+  // Servers that run at the same time do not add up: each one only knows how long it ran.
+  const up = Math.round(since === null ? meta.up + gained : Math.max(meta.up, since + gained));
+  const [last] = meta.batches.get(server) ?? [0];
+  const isNew = reports.length > 0 && number > last;
+  const now = { ...moment, ...meta, up };
+  if (!isKnown) {
+    await keepSettings(tx, moment.lasting);
+    await keepRollouts(tx, moment.rollouts?.known ?? [], up, at ?? Date.now());
+  }
+  const { events, ...heard } = isNew ? await applyReports(tx, reports, now) : NOTHING_HEARD;
+  await setMeta(tx, {
+    ...{ up: `${up}`, events: `${meta.events + events}` },
+    ...(isNew && { [`batch ${server}`]: `${number} ${up}` }),
+    ...(at !== undefined && { "setting written": `${at}` }),
+    ...settingRows(settings),
+  });
+  for (const [other, [, then]] of meta.batches) {
+    if (up - then < BATCH_MEMORY || other === server) continue;
+    await tx.query("DELETE FROM ota_meta WHERE name = $1", [`batch ${other}`]);
+  }
+  const news = await writeRollouts(tx, { ...moment, up, ...heard });
+  return { up, ...(news && { news }) };
+}
+
 // ──── Fleet store ─────────────────────────────────────────────────────────────────────────────────
 // A database that is open, and what can be asked of it.
 
@@ -10427,24 +10668,6 @@ async function glance(db: Connection): Promise<StoreGlance> {
   const { newest, silent } = served as unknown as FleetServed;
   return { up, revision, served: { written: Number(values["setting written"]), newest, silent } };
 }
-
-const settingRows = (settings: Record<string, string>) =>
-  Object.fromEntries(Object.entries(settings).map(([name, value]) => [`setting ${name}`, value]));
-
-/** Adds the settings that are not there. */
-async function keepSettings(tx: Connection, settings: Record<string, string>): Promise<void> {
-  const text = "INSERT INTO ota_meta VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
-  for (const row of Object.entries(settingRows(settings))) await tx.query(text, row);
-}
-
-/** Devices that were heard, as they were and as they are. */
-type Heard = Pick<RolloutMoment, "before" | "after">;
-
-const NOTHING_HEARD: Heard & { events: number } = {
-  events: 0,
-  before: new Map(),
-  after: new Map(),
-};
 
 /** The fleet in a database that is open. */
 class FleetStore {
@@ -10484,55 +10707,15 @@ class FleetStore {
     return locked(this.db, work);
   }
 
-  /**
-   * Applies reports, and lets the fleet's up-time go on. A batch that is in the store already
-   * changes nothing: a write may be done although no answer came.
-   *
-   * Rollouts go on in the same transaction, by what was reported.
-   */
-  async write({ number, reports }: ReportBatch, moment: WriteMoment): Promise<WriteResult> {
-    const result = await this.#transaction(async (tx): Promise<WriteResult> => {
-      const { gained, since, server } = moment;
-      const meta = await readMeta(tx);
-      // Servers that run at the same time do not add up: each one only knows how long it ran.
-      const up = Math.round(since === null ? meta.up + gained : Math.max(meta.up, since + gained));
-      const [last] = meta.batches.get(server) ?? [0];
-      const isNew = reports.length > 0 && number > last;
-      const now = { ...moment, ...meta, up };
-      const { events, ...heard } = isNew ? await this.#apply(tx, reports, now) : NOTHING_HEARD;
-      const { at, settings } = moment;
-      if (!this.#isKnown) await keepSettings(tx, moment.lasting);
-      await setMeta(tx, {
-        ...{ up: `${up}`, events: `${meta.events + events}` },
-        ...(isNew && { [`batch ${server}`]: `${number} ${up}` }),
-        ...(at !== undefined && { "setting written": `${at}` }),
-        ...settingRows(settings),
-      });
-      for (const [other, [, then]] of meta.batches) {
-        if (up - then < BATCH_MEMORY || other === server) continue;
-        await tx.query("DELETE FROM ota_meta WHERE name = $1", [`batch ${other}`]);
-      }
-      const news = await this.#rollouts(tx, { ...moment, up, ...heard });
-      return { up, ...(news && { news }) };
+  /** See `writeBatch`. */
+  async write(batch: ReportBatch, moment: WriteMoment): Promise<WriteResult> {
+    const result = await this.#transaction(async (tx) => {
+      const written = await writeBatch(tx, batch, moment, this.#isKnown);
+      if (batch.reports.length > 0) await evict(tx, this.maxDevices);
+      return written;
     });
     this.#isKnown = true;
     return result;
-  }
-
-  /** Lets rollouts go on, if there are any. */
-  async #rollouts(
-    tx: Connection,
-    { rollouts: ask, up, at, before, after, server }: WriteMoment & Heard & { up: number },
-  ): Promise<RolloutNews | undefined> {
-    // Most fleets have none.
-    const revision = await readRevision(tx);
-    const records = revision === 0 ? [] : await readRollouts(tx);
-    if (records.some(({ state }) => isGoing(state))) {
-      const { placed = [], digests = {} } = ask ?? {};
-      const moment = { placed, digests, up, at: at ?? Date.now(), before, after };
-      if (await advanceRollouts(tx, records, moment)) await bumpRollouts(tx);
-    }
-    return ask && (await rolloutNews(tx, records, server, ask));
   }
 
   async rolloutRevision(): Promise<number> {
@@ -10559,38 +10742,6 @@ class FleetStore {
   async rolloutTargets(options: RolloutOptions, at: number): Promise<RolloutTarget[]> {
     const record = await newRollout(this.db, options, at);
     return await countTargets(this.db, record, await servedModels(this.db), at);
-  }
-
-  /** Applies reports to the devices that they are of. */
-  async #apply(
-    tx: Connection,
-    reports: readonly DeviceReport[],
-    now: WriteMoment & StoreMeta,
-  ): Promise<Heard & { events: number }> {
-    const rows = await readRows(tx, [...new Set(reports.map(({ id }) => id))]);
-    const before = new Map(rows.map((row) => [String(row["id"]), recordOf(row)]));
-    const records = new Map<string, DeviceRecord>();
-    const events: [string, FleetEvent][] = [];
-    for (const report of withoutLate(reports, before, now)) {
-      const { id, elapsed } = report;
-      const then = { up: now.up - Math.max(0, now.elapsed - elapsed), silent: now.silent };
-      const known = records.get(id) ?? before.get(id);
-      if (known && then.up < known.seen_up - LATE) {
-        // Another server has heard it since: it would seem to go back.
-        records.set(id, { ...known, seen: known.seen + report.count });
-        continue;
-      }
-      const after = applyReport(known, report, then);
-      records.set(id, after.record);
-      for (const event of after.events) events.push([id, event]);
-    }
-    await writeRecords(tx, [...records.values()], before);
-    await writeEvents(tx, now.source, now.events, events);
-    for (const [id, record] of records) {
-      await trimHistory(tx, record, before.get(id)?.events ?? 0);
-    }
-    await evict(tx, this.maxDevices);
-    return { events: events.length, before, after: records };
   }
 
   /** Sees to it that the store can be written. */
@@ -10729,6 +10880,9 @@ class StoreError extends Error {
   }
 }
 
+/** The code of the error that one call is answered with when the file of a store is another one. */
+const GONE = "GONE";
+
 /** The end of the thread that the server uses. */
 class StoreThread {
   readonly #port: { postMessage(request: StoreRequest): void };
@@ -10807,7 +10961,7 @@ function serveStore(port: threads.MessagePort, settings: StoreSettings): void {
     const opened = (store ??= FleetStore.open(url, access, maxDevices));
     try {
       const one = await opened;
-      if (one.isGone) throw new Error("its file was removed or replaced");
+      if (one.isGone) throw new StoreError("its file was removed or replaced", GONE);
       const call = one[name] as (...args: unknown[]) => Promise<unknown>;
       return { nth, result: await call.apply(one, args) };
     } catch (error) {
@@ -10889,14 +11043,60 @@ function isStoreThere(url: string): boolean {
   }
 }
 
-// ──── Admission ───────────────────────────────────────────────────────────────────────────────────
-// Whether a device that asks may have a version: a look at what is in memory. What that is comes with
-// each write to the store; while the store is away, what was known last stands.
+// ──── Place lease ──────────────────────────────────────────────────────────────────────────────────
+// Whether this server gives places of rollouts away: see "Rollout places".
 
 /** How long a lease counts after it was asked for, and until others may take it, in milliseconds. */
 const LEASE = { counts: 5000, expires: 30_000 };
 /** How long a server that nobody asks keeps a lease that another one wants, in milliseconds. */
 const LEASE_IDLE = 10_000;
+
+/** The lease, as a server knows it. */
+class PlaceLease {
+  #text = "";
+  /** When this text was first seen. */
+  #seen = 0;
+  #until = -Infinity;
+  #isMine = false;
+  #isWanted = false;
+  /** When a device last asked for a place. */
+  #asked = -Infinity;
+
+  constructor(private readonly clock: FleetClock) {}
+
+  /** What to ask the store for. @param canUse whether there is something to give away */
+  ask(canUse: boolean): Pick<RolloutAsk, "wants" | "expired"> {
+    const now = this.clock.elapsed();
+    const isIdle = this.#isWanted && now - this.#asked > LEASE_IDLE;
+    const wants = canUse && !isIdle;
+    // It is given up before anyone can hear of it.
+    if (!wants) this.#until = -Infinity;
+    const isOver = this.#text !== "" && !this.#isMine && now - this.#seen >= LEASE.expires;
+    return { wants, expired: isOver ? this.#text : null };
+  }
+
+  /** @param asked when it was asked for, by `FleetClock.elapsed` */
+  hear({ lease, isMine, isWanted }: Omit<RolloutNews, "views">, wants: boolean, asked: number) {
+    if (lease !== this.#text) this.#seen = this.clock.elapsed();
+    this.#text = lease;
+    this.#until = isMine && wants ? asked + LEASE.counts : -Infinity;
+    this.#isMine = isMine;
+    this.#isWanted = isWanted;
+  }
+
+  get isHeld(): boolean {
+    return this.clock.elapsed() < this.#until;
+  }
+
+  /** Says that a device asks for a place. */
+  use(): void {
+    this.#asked = this.clock.elapsed();
+  }
+}
+
+// ──── Admission ───────────────────────────────────────────────────────────────────────────────────
+// Whether a device that asks may have a version: a look at what is in memory. What that is comes with
+// each write to the store; while the store is away, what was known last stands.
 
 /** A rollout in memory. */
 interface AdmittingRollout extends RolloutView {
@@ -10935,8 +11135,7 @@ class Admission {
   #byVersion = new Map<string, Map<string, AdmittingRollout>>();
   /** Given a place, and not in the store yet. */
   #placed: [rollout: string, device: string][] = [];
-  #lease = { text: "", seen: 0, until: -Infinity, isMine: false, isWanted: false };
-  #asked = -Infinity;
+  readonly #lease: PlaceLease;
 
   /**
    * @param releases those of the server, to see what it has
@@ -10946,7 +11145,9 @@ class Admission {
     private readonly clock: FleetClock,
     private readonly releases: (() => Releases) | undefined,
     private readonly isStaged: boolean,
-  ) {}
+  ) {
+    this.#lease = new PlaceLease(clock);
+  }
 
   /** Whether a version is offered to nobody, since it needs a rollout and has none. */
   isHeld(release: Pick<RolloutOptions, "version" | "model">): boolean {
@@ -10970,22 +11171,18 @@ class Admission {
 
   /** What to say and to ask with the next write. */
   ask(): RolloutAsk {
-    const now = this.clock.elapsed();
-    const { text, seen, isMine, isWanted } = this.#lease;
-    const isIdle = isWanted && now - this.#asked > LEASE_IDLE;
-    const wants = this.isActive && !isIdle && !this.isOver;
-    // It is given up before anyone can hear of it.
-    if (!wants) this.#lease.until = -Infinity;
-    const expired = text !== "" && !isMine && now - seen >= LEASE.expires ? text : null;
     const digests: Record<string, string> = {};
     const seqs: Record<string, number> = {};
-    for (const { id, seq, version, model } of this.#rollouts.values()) {
+    const known: KnownRollout[] = [];
+    for (const { id, state, options, digest, created, seq } of this.#rollouts.values()) {
       seqs[id] = seq;
-      const digest = this.#digestOf(version, model);
-      if (digest !== null) digests[id] = digest;
+      known.push({ id, state, options, digest, created });
+      const found = this.#digestOf(options);
+      if (found !== null) digests[id] = found;
     }
-    const placed = [...this.#placed];
-    return { placed, digests, revision: this.revision, labels: this.#labels, seqs, wants, expired };
+    const read = { revision: this.revision, labels: this.#labels, seqs };
+    const lease = this.#lease.ask(this.isActive && !this.isOver);
+    return { placed: [...this.#placed], digests, known, ...read, ...lease };
   }
 
   /** @param asked when it was asked, by `FleetClock.elapsed` */
@@ -11004,22 +11201,20 @@ class Admission {
     this.#rollouts = new Map(views.map((view) => [view.id, this.#admitting(view, before)]));
     this.#byVersion = new Map();
     for (const rollout of this.#rollouts.values()) {
-      const model = rollout.model?.toLowerCase() ?? "";
-      const known = this.#byVersion.get(model) ?? new Map<string, AdmittingRollout>();
-      this.#byVersion.set(model, known.set(versionKey(rollout.version), rollout));
+      const { version, model } = rollout.options;
+      const of = model?.toLowerCase() ?? "";
+      const known = this.#byVersion.get(of) ?? new Map<string, AdmittingRollout>();
+      this.#byVersion.set(of, known.set(versionKey(version), rollout));
     }
-    this.#hearLease(news, wants, asked);
-  }
-
-  #hearLease({ lease, isMine, isWanted }: Omit<RolloutNews, "views">, wants: boolean, at: number) {
-    const isSame = lease === this.#lease.text;
-    const seen = isSame ? this.#lease.seen : this.clock.elapsed();
-    const until = isMine && wants ? at + LEASE.counts : -Infinity;
-    this.#lease = { text: lease, seen, until, isMine, isWanted };
+    this.#lease.hear(news, wants, asked);
   }
 
   #admitting(view: RolloutView, before: ReadonlyMap<string, AdmittingRollout>): AdmittingRollout {
-    const known = before.get(view.id);
+    const earlier = before.get(view.id);
+    // A store that is behind is another one: all that it knows is new.
+    const isBehind = earlier !== undefined && view.seq < earlier.seq;
+    const known = isBehind ? undefined : earlier;
+    const seq = isBehind ? 0 : view.seq;
     const offered = known?.offered ?? new Set<string>();
     for (const [device, isOffered] of view.changed) {
       if (isOffered) offered.add(device);
@@ -11029,13 +11224,14 @@ class Admission {
     const placed = this.#placed.filter(([rollout]) => rollout === view.id);
     for (const [, device] of placed) offered.add(device);
     const free = Math.max(0, view.free - placed.length);
-    const isSame = known?.window === view.window;
-    const opening = view.window === null ? undefined : parseWindow(view.window);
-    return { ...view, changed: [], offered, free, opening: isSame ? known.opening : opening };
+    const { window } = view.options;
+    const isSame = known?.options.window === window;
+    const opening = window === null ? undefined : parseWindow(window);
+    return { ...view, seq, changed: [], offered, free, opening: isSame ? known.opening : opening };
   }
 
   /** What a version in the root of a model consists of; `null`: it is not there. */
-  #digestOf(version: string, model: string | null): string | null {
+  #digestOf({ version, model }: RolloutOptions): string | null {
     const roots = this.releases?.().roots ?? [];
     const name = model?.toLowerCase() ?? "";
     const root = roots.find((one) => one.model.toLowerCase() === name);
@@ -11094,28 +11290,27 @@ class Admission {
 
   /** Whether a device that is not on the version of a rollout may have it. */
   #admits(rollout: AdmittingRollout, asking: Asking): boolean {
-    const { id, state, version, model, digest, offered, opening, share } = rollout;
+    const { id, state, options, digest, offered, opening, share } = rollout;
     if (state === "done") return this.#isFor(rollout, asking);
     if (state !== "running" && state !== "paused") return false;
     if (asking.id.startsWith(BY_ADDRESS)) return false;
     const isOffered = offered.has(asking.id);
     if (!isOffered && (state === "paused" || !asking.isGet)) return false;
     // Nobody gets what it is not about.
-    if (digest === null || digest !== this.#digestOf(version, model)) return false;
+    if (digest === null || digest !== this.#digestOf(options)) return false;
     if (isOffered) return true;
     if (opening && !isOpen(opening, this.clock.now())) return false;
     if (!this.#isFor(rollout, asking)) return false;
-    const now = this.clock.elapsed();
-    const hasLease = now < this.#lease.until;
-    if (hasLease && rollout.free === 0) {
-      this.#asked = now;
+    const { isHeld } = this.#lease;
+    if (isHeld && rollout.free === 0) {
+      this.#lease.use();
       return false;
     }
     const isNext =
       share >= 1 || this.#has(CANARY, asking.id) || rolloutNumber(id, asking.id) < share;
     if (!isNext) return false;
-    this.#asked = now;
-    if (!hasLease) return false;
+    this.#lease.use();
+    if (!isHeld) return false;
     rollout.free--;
     offered.add(asking.id);
     this.#placed.push([id, asking.id]);
@@ -11126,7 +11321,7 @@ class Admission {
     return this.#labelled.get(pair)?.has(device) === true;
   }
 
-  #isFor({ only }: AdmittingRollout, { id, model, query }: Asking): boolean {
+  #isFor({ options: { only } }: AdmittingRollout, { id, model, query }: Asking): boolean {
     if (only.length === 0) return true;
     return [...valuesByKey(only)].every(([key, values]) => {
       return values.some((value) => {
@@ -11244,7 +11439,13 @@ class FleetWriter {
     ...args: Parameters<StoreCalls[N]>
   ): Promise<Awaited<ReturnType<StoreCalls[N]>>> {
     if (this.#thread.isEnded && !this.isClosed) this.#thread = new StoreThread(this.#settings);
-    return await this.#thread.call(patience, name, ...args);
+    try {
+      return await this.#thread.call(patience, name, ...args);
+    } catch (error) {
+      // The next call makes it anew, and nobody after this one hears of it.
+      if (errorCode(error) === GONE) this.#fail(error);
+      throw error;
+    }
   }
 
   /** Writes all that waits. Rejects when that is not possible now. */
@@ -11293,13 +11494,14 @@ class FleetWriter {
   }
 
   async #tick(): Promise<void> {
-    const { warn, serving, newest, maxWaiting = FLEET.waiting } = this.#options;
+    const { warn, serving, newest } = this.#options;
     const isLongAgo = this.clock.elapsed() - this.#lastWrite >= FLEET.idle;
     const isTold = this.#told === JSON.stringify(newest?.() ?? "");
     const isDue = serving && (isLongAgo || !isTold || this.admission.isActive);
     try {
-      const mustWrite = this.waiting.size > 0 || this.#failures > 0 || isDue;
-      if (mustWrite || (await this.#areRolloutsOther())) await this.flush();
+      const mustWrite = this.waiting.size > 0 || isDue || this.#failures > 0;
+      // That look may fail, too.
+      if (mustWrite || (await this.#areRolloutsOther()) || this.#failures > 0) await this.flush();
       if (this.#failures > 0) {
         const { dropped } = this.waiting;
         const lost = dropped > 0 ? `; ${dropped} reports were lost so far` : "";
@@ -11307,12 +11509,17 @@ class FleetWriter {
       }
       this.#failures = 0;
     } catch (error) {
-      if (this.#failures++ === 0 && !this.isClosed) {
-        const what = `the fleet's store ${this.name} cannot be written (${errorText(error)})`;
-        warn?.(`${what}: up to ${maxWaiting} reports wait in memory until it can`);
-      }
+      if (errorCode(error) !== GONE) this.#fail(error);
     }
     this.#plan();
+  }
+
+  /** Counts a failure, and says the first one. */
+  #fail(error: unknown): void {
+    if (this.#failures++ > 0 || this.isClosed) return;
+    const { warn, maxWaiting = FLEET.waiting } = this.#options;
+    const what = `the fleet's store ${this.name} cannot be written (${errorText(error)})`;
+    warn?.(`${what}: up to ${maxWaiting} reports wait in memory until it can`);
   }
 
   /** Whether somebody did something with rollouts since they were read. */
@@ -12030,15 +12237,6 @@ export function rolloutText(rollout: Rollout): string {
 
 const ROLLOUTS_PATH = "/-/api/rollouts";
 
-function asNumber(value: unknown, name: string): number {
-  return typeof value === "number" ? value : malformed(`${name}: not a number`);
-}
-
-function asPair(value: unknown, name: string): [string, string] {
-  const pair = asList(value, name, asText);
-  return pair.length === 2 ? [pair[0]!, pair[1]!] : malformed(`${name}: not a key and a value`);
-}
-
 /**
  * What a rollout is to be like. The fields are those of a `Rollout`; of those that are absent or
  * `null`, the defaults.
@@ -12093,8 +12291,9 @@ class RolloutAPI {
       return jsonAnswer(200, { rollouts: await this.fleet.rollouts() });
     } catch (error) {
       if (!(error instanceof OTAError) || error instanceof FormatError) throw error;
-      if (error.exitCode !== 1) throw error;
-      // Either that is not possible as things stand, or the store does not answer.
+      // What the store said itself has no cause.
+      if (error.exitCode !== 1 || error.cause !== undefined) throw error;
+      // Either that is not possible as things stand, or it is no store of ours: then nothing is.
       await this.fleet.rollouts();
       return adminText(contact, 409, error.message);
     }

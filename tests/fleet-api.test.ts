@@ -160,6 +160,14 @@ const DEVICE = "/-/api/devices/a";
 const API = ["/-/api/fleet", "/-/api/devices", DEVICE] as const;
 const json = (value: unknown) => ({ method: "POST", body: JSON.stringify(value) });
 
+/** What can be asked of rollouts: the first two only read. */
+const ASKED_OF_ROLLOUTS: [target: string, asked: Asked][] = [
+  ["/-/api/rollouts", {}],
+  ["/-/api/rollouts", json({ version: "1.0.1", dry_run: true })],
+  ["/-/api/rollouts", json({ version: "1.0.1" })],
+  ["/-/api/rollouts/1.0.9/abort", { method: "POST" }],
+];
+
 describe("who gets in", () => {
   let fleet: Fleeted;
   beforeAll(async () => {
@@ -1332,8 +1340,16 @@ describe("a store that is away", () => {
     for (const asked of [json({ name: "x" }), { method: "DELETE" }]) {
       expect((await fleet.ask(DEVICE, asked)).status).toBe(503);
     }
+    for (const [target, asked] of ASKED_OF_ROLLOUTS) {
+      const { status, json: found } = await fleet.ask(target, asked);
+      expect([target, status]).toEqual([target, 503]);
+      expect(found()["error"]).toContain("127.0.0.1");
+    }
     // What is wrong with a request is so without a store.
     expect((await fleet.ask("/-/api/devices?limit=0")).status).toBe(400);
+    expect((await fleet.ask("/-/api/rollouts?limit=1")).status).toBe(400);
+    expect((await fleet.ask("/-/api/rollouts", json({ version: "new" }))).status).toBe(400);
+    expect((await fleet.ask("/-/api/rollouts/1.0.1/stop", { method: "POST" })).status).toBe(404);
     expect((await fleet.ask(DEVICE, json([]))).status).toBe(400);
     expect((await fleet.ask("/-/api/fleet", json({}))).status).toBe(405);
     expect((await fleet.ask("/-/")).status).toBe(200);
@@ -1361,6 +1377,19 @@ describe("a store that is away", () => {
     expect(isOver).toBe(false);
     expect(beside).toBeLessThan(Math.max(1000, 10 * alone));
     expect((await waiting).status).toBe(503);
+    close();
+  });
+
+  test("that takes connections and says nothing: rollouts are 503 as well, in the end", async () => {
+    const { url, close } = await silent();
+    await using fleet = await Fleeted.start({ fleet: url });
+    const answers = ASKED_OF_ROLLOUTS.map(([target, asked]) => fleet.ask(target, asked));
+    for (const { status, json: found } of await Promise.all(answers)) {
+      expect([status, found()["error"]]).toEqual([
+        503,
+        expect.stringContaining("does not answer"),
+      ] as never);
+    }
     close();
   });
 
@@ -1403,6 +1432,35 @@ describe("a store that is away", () => {
     db.run("ROLLBACK");
     db.close();
     expect((await fleet.ask(DEVICE, json({ name: "x" }))).status).toBe(200);
+  });
+
+  test("locked: rollouts are listed, and none is started or changed", async () => {
+    await using fleet = await Fleeted.start();
+    expect((await fleet.ask("/-/api/rollouts", json({ version: "1.0.9" }))).status).toBe(201);
+    const db = new Database(fleet.at("fleet.db"));
+    db.run("BEGIN IMMEDIATE");
+    const answers = await Promise.all(
+      ASKED_OF_ROLLOUTS.map(([target, asked]) => fleet.ask(target, asked)),
+    );
+    expect(answers.map(({ status }) => status)).toEqual([200, 200, 503, 503]);
+    db.run("ROLLBACK");
+    db.close();
+    const { status, json: found } = await fleet.ask("/-/api/rollouts/1.0.9/abort", {
+      method: "POST",
+    });
+    expect([status, `${found()["state"]}`]).toEqual([200, "aborted"]);
+  });
+
+  test("that a newer ota.ts has taken over: 503, not 409", async () => {
+    await using fleet = await Fleeted.start();
+    const db = new Database(fleet.at("fleet.db"));
+    // The server connects to it anew once it has failed.
+    db.run("ALTER TABLE ota_rollouts RENAME TO ota_rollouts_of_3");
+    db.run("UPDATE ota_meta SET value = '3' WHERE name = 'schema'");
+    db.close();
+    for (const [target, asked] of [...ASKED_OF_ROLLOUTS, ...ASKED_OF_ROLLOUTS]) {
+      expect([target, (await fleet.ask(target, asked)).status]).toEqual([target, 503]);
+    }
   });
 });
 

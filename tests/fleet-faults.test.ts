@@ -306,6 +306,24 @@ describe("a SQLite file", () => {
     expect((await command.summary()).states.behind).toBe(1);
     expect(await command.settingOr("a secret", "of one")).toBe("of all servers");
   });
+
+  test("that is removed while nothing is to be written is missed all the same", async () => {
+    const url = await sqlite.place();
+    await using world = await FleetWorld.open(url, { tick: 1 });
+    fs.rmSync(url);
+    await world.warned(/cannot be written \(its file was removed or replaced\)/);
+    await world.warned(/is written again/);
+    expect(fs.existsSync(url)).toBe(true);
+  });
+
+  test("that is removed is missed by whoever asks first", async () => {
+    const url = await sqlite.place();
+    await using world = await FleetWorld.open(url);
+    fs.rmSync(url);
+    expect(await failureOf(world.fleet.device("a"))).toContain("its file was removed or replaced");
+    expect(world.warnings.join()).toContain("its file was removed or replaced");
+    expect(await world.fleet.device("a")).toBeUndefined();
+  });
 });
 
 describe.each(stores.each)("a server with its fleet in %s", (_, { place, lock }) => {

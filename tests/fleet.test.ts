@@ -477,6 +477,24 @@ describe("several servers on one PostgreSQL", () => {
     expect((await one.look("a")).history.at(-1)).toBe("updated 1.0.1 -> 1.0.2");
   });
 
+  test("what one heard before it was cut off for long sends no device back", async () => {
+    const url = await stores.postgresql.place();
+    await using one = await FleetWorld.open(url);
+    await using other = await FleetWorld.open(url);
+    one.say("a", "1.0.0", { to: "1.0.1" });
+    one.say("b", "1.0.0", { to: "1.0.1" });
+    for (const world of [one, other]) world.pass(HOUR);
+    other.say("a", "1.0.1");
+    await other.fleet.flush();
+    for (const world of [one, other]) world.pass(HOUR);
+    await one.fleet.flush();
+    expect(await one.look("a")).toEqual({
+      state: "current",
+      history: ["first seen null -> 1.0.1"],
+    });
+    expect((await one.look("b")).history.at(-1)).toBe("offered 1.0.0 -> 1.0.1");
+  });
+
   test("both write at once, and each report counts once", async () => {
     const url = await stores.postgresql.place();
     await using one = await FleetWorld.open(url);
@@ -541,6 +559,26 @@ describe("merging", () => {
         ["e", {}],
       ]);
       expect((await world.summary()).versions).toEqual({ "1.0.0": 2 });
+    }
+  });
+
+  test.each([
+    ["was heard later than there has been time for", "seen_up = 9007199254740991 / 2", 0],
+    ["was heard in intervals that are none", "intervals = '1e999,NaN'", 1],
+    ["was heard less often than never", "seen = -1", 1],
+    ["was heard when there are no dates", "last_seen = 9007199254740991", 1],
+  ])("a device that %s is heard as ever", async (_, change, refused) => {
+    const url = await van(0, (world) => world.say("a", "1.0.0", { to: "1.0.1" }));
+    await stores.sqlite.query(url, `UPDATE ota_devices SET ${change}`);
+    for (const store of [stores.sqlite, stores.postgresql]) {
+      await using world = await FleetWorld.open(await store.place());
+      expect((await world.fleet.merge(url)).refused).toBe(refused);
+      for (let visit = 0; visit < 3; visit++) {
+        world.pass(HOUR);
+        world.say("a", "1.0.1");
+        await world.fleet.flush();
+      }
+      expect((await world.look("a")).state).toBe("current");
     }
   });
 

@@ -1,6 +1,6 @@
 /** `rollout` as its operator types it, beside a server that acts on it; and what `serve` has for it. */
 
-import { describe, expect, setDefaultTimeout, setSystemTime, test } from "bun:test";
+import { afterAll, describe, expect, setDefaultTimeout, setSystemTime, test } from "bun:test";
 import { renameSync } from "node:fs";
 import {
   failureBound,
@@ -10,11 +10,15 @@ import {
   serve,
   type ServeOptions,
 } from "../ota.ts";
+import { Stores } from "./helpers/fleet.ts";
 import { layFleet } from "./helpers/laid-fleet.ts";
 import { layTree, Temp, type Tree } from "./helpers/temp.ts";
 import { eventually, OTA_TS, type Ran, run, Serving, until } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
+
+const stores = await Stores.start();
+afterAll(() => stores[Symbol.asyncDispose]());
 
 const HOUR = 3600_000;
 const RELEASES: Tree = {
@@ -27,16 +31,20 @@ const RELEASES: Tree = {
 class Van extends Temp implements AsyncDisposable {
   servers: FleetServer[] = [];
   readonly warnings: string[] = [];
+  readonly log: string[] = [];
+  /** Where the fleet is, if it is not in the root. */
+  fleet: string | undefined;
   /** Milliseconds of up-time that nobody waited for. */
   #passed = 0;
 
   /** Lets so much time pass that more devices may go than went before. */
-  pass(): void {
-    this.#passed += 2 * HOUR;
+  pass(hours = 2): void {
+    this.#passed += hours * HOUR;
   }
 
   static async start(options: ServeOptions = {}, releases: Tree = RELEASES): Promise<Van> {
     const van = new Van(releases);
+    if (typeof options.fleet === "string") van.fleet = options.fleet;
     await van.serve(options);
     return van;
   }
@@ -48,8 +56,10 @@ class Van extends Temp implements AsyncDisposable {
   /** One more server on the same fleet. */
   async serve(options: ServeOptions = {}): Promise<void> {
     const server = await serve({
-      ...{ root: this.path, port: 0, host: "127.0.0.1", quiet: 0, fleet: this.at(".fleet.db") },
+      ...{ root: this.path, port: 0, host: "127.0.0.1", quiet: 0 },
+      fleet: this.fleet ?? this.at(".fleet.db"),
       warn: (line) => void this.warnings.push(line),
+      log: (line) => void this.log.push(line),
       clock: { now: () => Date.now(), elapsed: () => performance.now() + this.#passed },
       ...options,
     });
@@ -83,7 +93,8 @@ class Van extends Temp implements AsyncDisposable {
   }
 
   rollout(...args: string[]): Promise<Ran> {
-    return run(["rollout", ...args, "--root", this.path]);
+    const elsewhere = this.fleet === undefined ? [] : ["--fleet", this.fleet];
+    return run(["rollout", ...args, "--root", this.path, ...elsewhere]);
   }
 
   async list(): Promise<Rollout[]> {
@@ -416,6 +427,45 @@ describe.concurrent("serve --staged", () => {
     expect(await ask(server.url, "new", "1.0.0")).toBe("1.0.1");
   });
 
+  test("waits for resume at 5 % and at 50 %", async () => {
+    await using van = await before({ staged: true }, "a", "b", "c", "d");
+    publish(van);
+    for (const [id, step, hours] of [
+      ["a", "at 5 %: 1 of 4 proven, none bad", 2],
+      ["b", "at 50 %: 2 of 4 proven, none bad", 8],
+    ] as const) {
+      await van.offered(id, "1.0.1");
+      await van.ask(id, "1.0.1");
+      expect((await van.state("paused")).reason).toBe(step);
+      expect(await van.ask("c", "1.0.0")).toBe("none");
+      await van.rollout("resume", "1.0.1");
+      // The first time that passes is their usual interval.
+      van.pass(hours);
+    }
+    for (const id of ["c", "d"]) await van.offered(id, "1.0.1");
+  });
+
+  test("leaves a version alone that has a rollout already", async () => {
+    await using van = await before({ staged: true }, "a");
+    await van.rollout("start", "1.0.1", "--pause-at", "none", "--first", "2");
+    publish(van);
+    layTree(van.path, { "1.0.2/main.py": "three\n" });
+    await until(
+      "both",
+      () => van.list(),
+      (all) => all.length === 2,
+    );
+    expect((await van.list()).map(({ version, first }) => [version, first])).toEqual([
+      ["1.0.2", 1],
+      ["1.0.1", 2],
+    ]);
+    await until(
+      "it runs",
+      () => van.list(),
+      (all) => all.every(({ state }) => state === "running"),
+    );
+  });
+
   test("and --notify need a fleet", async () => {
     using temp = new Temp(RELEASES);
     for (const option of [["--staged"], ["--notify", "http://127.0.0.1/"]]) {
@@ -433,6 +483,40 @@ describe.concurrent("serve --staged", () => {
   });
 });
 
+describe.each(stores.each)(
+  "serve --staged on several servers, with their fleet in %s",
+  (_, { place }) => {
+    test("one of them starts the rollout, and all of them keep to it", async () => {
+      const options = { staged: true, fleet: await place() };
+      await using van = await before(options, "a", "b");
+      for (let others = 0; others < 2; others++) await van.serve(options);
+      publish(van);
+      await van.state("running");
+      expect(await van.list()).toHaveLength(1);
+      await van.offered("a", "1.0.1");
+      /** What they offer to a device. */
+      const asked = async (devid: string) => {
+        const query = new URLSearchParams({ devid, current_ver: "1.0.0" });
+        return await Promise.all(
+          van.servers.map(async ({ url }) => {
+            const answer = await fetch(new URL(`/manifest.json?${query}`, url));
+            return ((await answer.json()) as { version: string } | null)?.version ?? "none";
+          }),
+        );
+      };
+      // Each write tells a server what the others did.
+      for (const { fleet } of van.servers) await fleet!.flush();
+      expect(await asked("b")).toEqual(["none", "none", "none"]);
+      expect(await asked("a")).toEqual(["1.0.1", "1.0.1", "1.0.1"]);
+      const staged = van.log.filter((line) => line.startsWith("staged"));
+      expect(staged).toEqual(["staged   1.0.1: a rollout of it began"]);
+      // One that comes later knows what is not new.
+      await van.serve(options);
+      expect(await van.list()).toHaveLength(1);
+    });
+  },
+);
+
 /** What is told of rollouts. */
 interface Notice {
   event: string;
@@ -444,6 +528,7 @@ interface Notice {
 class Listener implements Disposable {
   readonly notices: Notice[] = [];
   readonly others: string[] = [];
+  /** A status, where to go instead, or `never`. */
   answers: (number | string)[] = [];
   readonly #server = Bun.serve({
     port: 0,
@@ -457,6 +542,7 @@ class Listener implements Disposable {
       this.notices.push((await request.json()) as Notice);
       const answer = this.answers.shift() ?? 200;
       if (typeof answer === "number") return new Response("", { status: answer });
+      if (answer === "never") return await new Promise<Response>(() => {});
       return new Response("", { status: 307, headers: { Location: answer } });
     },
   });
@@ -471,35 +557,38 @@ class Listener implements Disposable {
 }
 
 describe("serve --notify", () => {
-  test("tells when a rollout pauses, halts and is done, once each, whatever servers there are", async () => {
-    using listener = new Listener();
-    const notify = listener.url;
-    await using van = await before({ notify }, "a", "b");
-    await van.serve({ notify });
-    await van.rollout("start", "1.0.1", "--pause-at", "none");
-    publish(van);
-    await van.state("running");
-    const told = (count: number) =>
-      eventually(`${count} notices`, () => listener.notices.length >= count);
-    await van.rollout("pause", "1.0.1");
-    await told(1);
-    await van.rollout("resume", "1.0.1");
-    await van.offered("a", "1.0.1");
-    await van.ask("a", "1.0.0", { failed: "1.0.1" });
-    await van.state("halted");
-    await told(2);
-    await van.rollout("resume", "1.0.1");
-    van.pass();
-    await van.offered("b", "1.0.1");
-    await van.ask("b", "1.0.1");
-    await van.ask("a", "1.0.1");
-    await van.state("done");
-    await told(3);
-    expect(listener.notices.map(({ event }) => event)).toEqual(["paused", "halted", "done"]);
-    expect(listener.notices[0]!.text).toBe("1.0.1 paused: by the operator");
-    expect(listener.notices[1]!.rollout).toMatchObject({ version: "1.0.1", failed: 1 });
-    expect(van.warnings.filter((line) => line.includes("told"))).toEqual([]);
-  });
+  test.each(stores.each)(
+    "tells when a rollout pauses, halts and is done, once each, whatever servers there are (in %s)",
+    async (_, { place }) => {
+      using listener = new Listener();
+      const notify = listener.url;
+      await using van = await before({ notify, fleet: await place() }, "a", "b");
+      await van.serve({ notify });
+      await van.rollout("start", "1.0.1", "--pause-at", "none");
+      publish(van);
+      await van.state("running");
+      const told = (count: number) =>
+        eventually(`${count} notices`, () => listener.notices.length >= count);
+      await van.rollout("pause", "1.0.1");
+      await told(1);
+      await van.rollout("resume", "1.0.1");
+      await van.offered("a", "1.0.1");
+      await van.ask("a", "1.0.0", { failed: "1.0.1" });
+      await van.state("halted");
+      await told(2);
+      await van.rollout("resume", "1.0.1");
+      van.pass();
+      await van.offered("b", "1.0.1");
+      await van.ask("b", "1.0.1");
+      await van.ask("a", "1.0.1");
+      await van.state("done");
+      await told(3);
+      expect(listener.notices.map(({ event }) => event)).toEqual(["paused", "halted", "done"]);
+      expect(listener.notices[0]!.text).toBe("1.0.1 paused: by the operator");
+      expect(listener.notices[1]!.rollout).toMatchObject({ version: "1.0.1", failed: 1 });
+      expect(van.warnings.filter((line) => line.includes("told"))).toEqual([]);
+    },
+  );
 
   test("tries again when that fails, follows nobody elsewhere, and warns once", async () => {
     using listener = new Listener();
@@ -518,6 +607,53 @@ describe("serve --notify", () => {
       `${origin} could not be told that 1.0.1 paused: by the operator (it answered 500): ` +
         "tried again for an hour",
     ]);
+  });
+
+  test.each(stores.each)(
+    "what one that is killed was about to tell, another one tells (in %s)",
+    async (_, { place }) => {
+      using listener = new Listener();
+      const [notify, fleet] = [listener.url, await place()];
+      await using van = await before({ fleet }, "a");
+      await van.rollout("start", "1.0.1");
+      publish(van);
+      await van.state("running");
+      const args = ["--root", van.path, "--fleet", fleet, "--notify", notify];
+      // The first one is told, and cannot say so.
+      listener.answers = ["never"];
+      await using first = await Serving.start(args);
+      await van.offered("a", "1.0.1");
+      await van.ask("a", "1.0.0", { failed: "1.0.1" });
+      await eventually("a notice", () => listener.notices.length === 1);
+      first.kill("SIGKILL");
+      await first.ended;
+      await van.serve({ notify });
+      setSystemTime(new Date(Date.now() + 60_000));
+      try {
+        await eventually("another one", () => listener.notices.length === 2);
+      } finally {
+        setSystemTime();
+      }
+      expect(listener.notices.map(({ text }) => text)).toEqual([
+        ...Array(2).fill("1.0.1 halted: 1 device bad (1 failed), and none is proven"),
+      ]);
+      expect(van.warnings.filter((line) => line.includes("told"))).toEqual([]);
+    },
+  );
+
+  test("what one that stops was about to tell, another one tells at once", async () => {
+    using listener = new Listener();
+    const notify = listener.url;
+    await using van = await before({ notify }, "a");
+    await van.rollout("start", "1.0.1");
+    publish(van);
+    await van.state("running");
+    listener.answers = ["never"];
+    await van.rollout("pause", "1.0.1");
+    await eventually("a notice", () => listener.notices.length === 1);
+    await van.serve({ notify });
+    await van.servers.shift()![Symbol.asyncDispose]();
+    await eventually("another one", () => listener.notices.length === 2);
   });
 
   test("holds up nobody, and gives up after an hour", async () => {

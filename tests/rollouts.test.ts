@@ -1,6 +1,6 @@
 /** Rollouts, on both stores: who may have a version, and when that ends. */
 
-import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import * as fs from "node:fs";
 import { binomialTail, Fleet, rolloutNumber, ROLLOUT_DEFAULTS, serve } from "../ota.ts";
 import { failureOf, HOUR, Stores } from "./helpers/fleet.ts";
@@ -515,6 +515,8 @@ describe.each(stores.each)("a rollout in %s", (_, { place }) => {
       await fetch(`${world.server.url}manifest.json?${query}`, { method: "HEAD" });
     }
     await world.second();
+    // It may be that nobody's number is low enough yet: a canary needs none.
+    await world.fleet.edit("b", { labels: { canary: "yes" } });
     await world.start();
     const first: string[] = [];
     for (const id of ids) if (await ask(id)) first.push(id);
@@ -553,6 +555,113 @@ describe.each(stores.each)("a rollout in %s", (_, { place }) => {
     await third.second();
     expect(await third.rollout()).toMatchObject({ state: "halted", failed: 1 });
     expect(await third.ask(bad[0]!)).toBe("none");
+  });
+
+  describe("leaves out what another store has that no rollout writes", () => {
+    const sound = stores.temp.at(`${crypto.randomUUID()}.db`);
+    beforeAll(async () => {
+      await using world = await RolloutWorld.open(sound, 4);
+      await world.start({ first: 3, only: [["version", "1.0.0"]], window: "00:00-24:00" });
+      expect(await world.askAll()).toHaveLength(3);
+    });
+    /** A store with a rollout that three devices were offered, but for some changes. */
+    const damaged = async (...changes: string[]) => {
+      const file = stores.temp.at(`${crypto.randomUUID()}.db`);
+      fs.copyFileSync(sound, file);
+      for (const text of changes) await stores.sqlite.query(file, text);
+      return file;
+    };
+    /** Puts a table in the place of another one that heeds none of our rules. */
+    const remade = (...changes: string[]) => [
+      "CREATE TABLE free AS SELECT * FROM ota_rollout_devices",
+      ...changes,
+      "DROP TABLE ota_rollout_devices",
+      "ALTER TABLE free RENAME TO ota_rollout_devices",
+    ];
+    const set = (name: string, value: string) =>
+      `UPDATE ota_rollouts SET options = json_set(options, '$.${name}', ${value})`;
+    const progress = (name: string, value: string) =>
+      `UPDATE ota_rollouts SET progress = json_set(progress, '$.${name}', ${value})`;
+
+    test("a rollout, with its devices", async () => {
+      await using world = await RolloutWorld.open(await place(), 6);
+      await world.start();
+      await world.proveUntil(1);
+      const before = await world.rollout();
+      for (const change of [
+        ...[set("first", "-1"), set("first", "'1'"), set("first", "1e300"), set("soak", "-5")],
+        ...[set("silent", "0"), set("tolerance", "2"), set("tolerance", "null")],
+        ...[set("pauseAt", "json('[0.5,0.1]')"), set("pauseAt", "json('{}')")],
+        ...[set("only", `json('[["site"]]')`), set("only", `json('[["site",""]]')`)],
+        ...[set("window", "'sometimes'"), set("window", "1"), set("version", "'../x'")],
+        ...[set("model", "''"), "UPDATE ota_rollouts SET options = '{\"first\": NaN}'"],
+        "UPDATE ota_rollouts SET options = json_remove(options, '$.silent')",
+        ...[progress("pauses", "-1"), progress("pauses", "99"), progress("pauses", "'0'")],
+        ...[progress("eligible", "1e300"), progress("eligible", "-4")],
+        ...[progress("isOpen", "'yes'"), "UPDATE ota_rollouts SET progress = 'null'"],
+        "UPDATE ota_rollouts SET state = 'open'",
+        "UPDATE ota_rollouts SET created = 'noon'",
+        "UPDATE ota_rollouts SET created = 9007199254740991",
+        "UPDATE ota_rollouts SET changed = -1",
+        "UPDATE ota_rollouts SET digest = 'none'",
+        "UPDATE ota_rollouts SET digest = '+'",
+        "UPDATE ota_rollouts SET reason = 'bad' || char(27)",
+        "UPDATE ota_rollouts SET id = id || '!'",
+      ]) {
+        const { refused } = await world.fleet.merge(await damaged(change));
+        expect([change, refused]).toEqual([change, 4]);
+      }
+      expect(await world.rollout()).toEqual(before);
+      expect(await world.fleet.rollouts()).toHaveLength(1);
+      expect(await world.askAll()).toHaveLength(1);
+      expect(world.warnings).toEqual([]);
+    });
+
+    test.each([
+      "standing = 'dead'",
+      "standing = NULL",
+      "on_up = 'soon'",
+      "offered_up = 1e300",
+      "heard = -1",
+      "device = device || char(10)",
+      "device = upper(device)",
+      "rollout = 'another one'",
+    ])("a device of it, of which %p", async (change) => {
+      const one = "WHERE device = (SELECT MIN(device) FROM free)";
+      const file = await damaged(...remade(`UPDATE free SET ${change} ${one}`));
+      await using world = await RolloutWorld.open(await place());
+      expect((await world.fleet.merge(file)).refused).toBe(1);
+      await world.second();
+      expect(await world.rollout()).toMatchObject({ state: "running", offered: 2 });
+    });
+
+    test("a device that is there twice, once", async () => {
+      const twice = "INSERT INTO free SELECT * FROM ota_rollout_devices";
+      const file = await damaged(...remade(twice));
+      await using world = await RolloutWorld.open(await place());
+      expect((await world.fleet.merge(file)).refused).toBe(3);
+      await world.second();
+      expect(await world.rollout()).toMatchObject({ state: "running", offered: 3 });
+    });
+
+    test("times that are yet to come: what is on the version since then is since now", async () => {
+      const file = await damaged(
+        "UPDATE ota_rollout_devices SET on_up = 8000000000000000, offered_up = 8000000000000000",
+      );
+      await using world = await RolloutWorld.open(await place());
+      await world.fleet.merge(file);
+      const devices = await world.fleet.devices();
+      for (const { id } of devices.devices) world.devices.set(id, "1.0.1");
+      await world.second();
+      await world.live(1 / 6);
+      expect((await world.rollout()).proven).toBe(3);
+    });
+
+    test("but takes what is as it should be", async () => {
+      await using world = await RolloutWorld.open(await place());
+      expect((await world.fleet.merge(await damaged())).refused).toBe(0);
+      expect(await world.rollout()).toMatchObject({ state: "running", offered: 3, first: 3 });
+    });
   });
 
   test("is remembered by a server that starts again", async () => {
@@ -750,6 +859,47 @@ describe.each(stores.each)("several servers on one store in %s", (_, { place, lo
     for (const id of ids) {
       expect(await ask(server, id, "1.0.1")).toBe(id === first ? "1.0.2" : "none");
     }
+  });
+});
+
+describe("a SQLite file that is removed while a rollout is under way", () => {
+  const removed = async (state: "running" | "halted" | "aborted" | "waiting") => {
+    const url = await stores.sqlite.place();
+    const tree = state === "waiting" ? { "1.0.0/flash/main.py": "one" } : TREE;
+    const world = await RolloutWorld.open(url, 10, { tree });
+    await world.start({ first: 2, only: [["version", "1.0.0"]] });
+    const first = state === "waiting" ? [] : await world.askAll();
+    if (state === "halted") await world.fail(first);
+    if (state === "aborted") await world.fleet.changeRollout("1.0.1", null, "abort");
+    if (state === "aborted") await world.second();
+    expect((await world.rollout()).state).toBe(state);
+    const { id } = await world.rollout();
+    for (const end of ["", "-wal", "-shm"]) fs.rmSync(url + end, { force: true });
+    expect(await failureOf(world.flush())).toContain("its file was removed or replaced");
+    await world.second(2);
+    return { world, first, id };
+  };
+
+  test.each(["running", "halted"] as const)("when it is %s, has it halted", async (state) => {
+    const { world, first, id } = await removed(state);
+    await using _ = world;
+    const found = await world.rollout();
+    expect(found).toMatchObject({ id, state: "halted", first: 2, only: [["version", "1.0.0"]] });
+    expect(found.reason).toBe("the fleet's store is another one: who has 1.0.1 is not known");
+    for (const device of world.devices.keys()) expect(await world.ask(device)).toBe("none");
+    // The operator says to go on: it begins anew.
+    await world.fleet.changeRollout("1.0.1", null, "resume");
+    await world.live(1);
+    expect(await world.rollout()).toMatchObject({ state: "running", eligible: 10 });
+    expect(await world.askAll()).toHaveLength(2);
+    expect(first).toHaveLength(2);
+  });
+
+  test.each(["aborted", "waiting"] as const)("when it is %s, has it so", async (state) => {
+    const { world, id } = await removed(state);
+    await using _ = world;
+    expect(await world.rollout()).toMatchObject({ id, state });
+    expect(await world.ask("m001")).toBe("none");
   });
 });
 
