@@ -8136,6 +8136,8 @@ interface RolloutProgress extends Record<RolloutStanding, number> {
   left: number;
   /** Devices that it would be for if they had not got the version elsewhere. */
   others: number;
+  /** Devices that were known when it began, whether it is for them or not. */
+  known: number;
   /** The usual interval between two visits of a device. */
   interval: number;
   /** When these were counted; -1: never. */
@@ -8154,6 +8156,8 @@ interface RolloutProgress extends Record<RolloutStanding, number> {
   pauses: number;
   /** Whether it is for everyone at once. */
   isOpen: boolean;
+  /** Whether it was halted because the content has changed. */
+  isOther: boolean;
   /** Whether no device was known when it began: then all count. */
   isFirst: boolean;
   /** How often a device's standing was written: tells servers what is new. */
@@ -8163,17 +8167,18 @@ interface RolloutProgress extends Record<RolloutStanding, number> {
 function newProgress(up: number, isFirst: boolean): RolloutProgress {
   return {
     ...{ way: 0, proven: 0, failed: 0, silent: 0, acknowledged: 0, outside: 0 },
-    ...{ eligible: 0, left: 0, others: 0, interval: 0, counted: -1, share: 0, shared: up },
     ...{
-      clock: 0,
-      clocked: up,
-      isQuiet: false,
-      most: 0,
-      pauses: 0,
-      isOpen: false,
-      isFirst,
-      seq: 0,
+      eligible: 0,
+      left: 0,
+      others: 0,
+      known: 0,
+      interval: 0,
+      counted: -1,
+      share: 0,
+      shared: up,
     },
+    ...{ clock: 0, clocked: up, isQuiet: false, most: 0, pauses: 0, seq: 0 },
+    ...{ isOpen: false, isOther: false, isFirst },
   };
 }
 
@@ -8246,9 +8251,16 @@ function cautiousWave({ tolerance }: RolloutOptions, progress: RolloutProgress):
   const known = progress.proven + bad;
   const isWithin = 1 - binomialTail(bad + 1, known, tolerance) < 1 - CONFIDENCE;
   if (bad === 0 || isWithin) return ALL_PLACES;
-  let more = 1;
-  while (binomialTail(bad + more, known + more, tolerance) >= SIGNIFICANCE) more++;
-  return 2 * more;
+  const isDoubtful = (more: number) =>
+    binomialTail(bad + more, known + more, tolerance) < SIGNIFICANCE;
+  let [low, high] = [0, 1];
+  while (!isDoubtful(high)) [low, high] = [high, 2 * high];
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (isDoubtful(middle)) high = middle;
+    else low = middle;
+  }
+  return 2 * high;
 }
 
 /**
@@ -8330,10 +8342,16 @@ function haltReason(options: RolloutOptions, progress: RolloutProgress): string 
 
 /** Why nobody new is offered it, although it runs. */
 function heldReason(options: RolloutOptions, progress: RolloutProgress): string | null {
+  const { way, proven, failed, silent, left, share } = progress;
   if (progress.isQuiet) return "held: the fleet is quiet";
+  const bad = failed + silent;
+  if (bad > 0 && left === bad) return "held: only bad devices are left; resume acknowledges them";
+  if (way + proven + bad === 0 && share > 0 && share < 1) {
+    return `none of the first ${percent(share)} of the devices has asked yet`;
+  }
   const isWaveComplete = placesTaken(progress) >= progress.most;
   if (progress.isOpen || !isWaveComplete || !areManyUnheard(options, progress)) return null;
-  return `held: ${countText(progress.way, "device")} on the way must be heard first`;
+  return `held: ${countText(way, "device")} on the way must be heard first`;
 }
 
 /** Why a rollout has to wait for the operator. */
@@ -8879,6 +8897,9 @@ async function removeDevices(tx: Connection, ids: readonly string[]): Promise<nu
     const list = placeholders(1, some.length);
     await tx.query(`DELETE FROM ota_labels WHERE device IN ${list}`, some);
     await tx.query(`DELETE FROM ota_events WHERE device IN ${list}`, some);
+    const over = "SELECT id FROM ota_rollouts WHERE state IN ('done', 'aborted')";
+    const old = `DELETE FROM ota_rollout_devices WHERE device IN ${list} AND rollout IN (${over})`;
+    await tx.query(old, some);
     const text = `DELETE FROM ota_devices WHERE id IN ${list} RETURNING *`;
     const rows = await tx.query(text, some);
     for (const row of rows) changes.add(recordOf(row), -1);
@@ -9322,17 +9343,31 @@ interface EligibleSQL {
   from: string;
 }
 
+/** How long the devices `d` may be silent, in up-time. */
+function usualSilence({ silent }: RolloutOptions): string {
+  return `CASE WHEN d.patience > 0 THEN d.patience ELSE ${1000 * silent} END`;
+}
+
+/** Whether devices `d` were known before a rollout. */
+function knownSQL({ created, progress }: Pick<RolloutRecord, "created" | "progress">): string {
+  const isOne = `d.id NOT LIKE '${BY_ADDRESS}%'`;
+  return progress.isFirst ? isOne : `${isOne} AND d.first_seen <= ${Math.round(created)}`;
+}
+
 /** @param models names of those with a root of their own */
 function eligibleSQL(
-  { id, options, digest, created, progress }: Omit<RolloutRecord, "state" | "reason" | "changed">,
+  record: Omit<RolloutRecord, "state" | "reason" | "changed">,
   { $ }: SQLValues,
   models: readonly string[],
   at: number,
 ): EligibleSQL {
+  const { id, options, digest } = record;
   const { version, model, only } = options;
-  const isFor = [`d.id NOT LIKE '${BY_ADDRESS}%'`];
-  isFor.push(`d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)}`);
-  if (!progress.isFirst) isFor.push(`d.first_seen <= ${Math.round(created)}`);
+  const isFor = [knownSQL(record)];
+  // A clock that was put right, or a server that was off for a month, forgets nobody.
+  const usual = usualSilence(options);
+  const up = "(SELECT CAST(value AS BIGINT) FROM ota_meta WHERE name = 'up')";
+  isFor.push(`(d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)} OR d.seen_up >= ${up} - ${usual})`);
   if (model !== null) isFor.push(`LOWER(c.model) = ${$(asciiLower(model))}`);
   else if (models.length > 0) {
     const names = models.map((name) => $(asciiLower(name))).join(", ");
@@ -9380,7 +9415,7 @@ async function countEligible(
   record: RolloutRecord,
   models: readonly string[],
   at: number,
-): Promise<Pick<RolloutProgress, "eligible" | "left" | "others">> {
+): Promise<Pick<RolloutProgress, "eligible" | "left" | "others" | "known">> {
   const values = new SQLValues();
   const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
   const standing = (...names: RolloutStanding[]) => {
@@ -9390,13 +9425,21 @@ async function countEligible(
   const isLeft = `${isNext} OR ${standing("way", "failed", "silent")}`;
   const sum = (what: string) => `SUM(CASE WHEN ${what} THEN 1 ELSE 0 END)`;
   const [row] = await db.query(
-    `SELECT COUNT(*) AS known, ${sum(isLeft)} AS remaining,
+    `SELECT COUNT(*) AS found, ${sum(isLeft)} AS remaining,
         ${sum(`${isLeft} OR ${standing("proven", "acknowledged")}`)} AS eligible
       FROM ${from} WHERE ${isFor}`,
     values.all,
   );
-  const [known, eligible] = [Number(row!["known"]), Number(row!["eligible"] ?? 0)];
-  return { eligible, left: Number(row!["remaining"] ?? 0), others: known - eligible };
+  const [all] = await db.query(`SELECT COUNT(*) AS n FROM ota_devices d WHERE ${knownSQL(record)}`);
+  const [found, eligible] = [Number(row!["found"]), Number(row!["eligible"] ?? 0)];
+  const left = Number(row!["remaining"] ?? 0);
+  return { eligible, left, others: found - eligible, known: Number(all!["n"]) };
+}
+
+/** The numbers in a rollout of the devices that were known when it began, ascending. */
+async function knownNumbers(db: Connection, record: RolloutRecord): Promise<Float64Array> {
+  const rows = await db.query(`SELECT d.id AS id FROM ota_devices d WHERE ${knownSQL(record)}`);
+  return Float64Array.from(rows, ({ id }) => rolloutNumber(record.id, String(id))).sort();
 }
 
 /** Devices that are asked for what is usual at most. */
@@ -9450,11 +9493,13 @@ async function newRollout(
   at: number,
 ): Promise<RolloutRecord> {
   const { up } = await readMeta(db);
-  const text = `SELECT 1 FROM ota_devices WHERE id NOT LIKE '${BY_ADDRESS}%' LIMIT 1`;
-  const isFirst = (await db.query(text)).length === 0;
+  const text = `SELECT MAX(first_seen) AS last FROM ota_devices WHERE id NOT LIKE '${BY_ADDRESS}%'`;
+  const last = (await db.query(text))[0]?.["last"] ?? null;
   const id = randomBytes(12).toString("base64url");
-  const progress = newProgress(up, isFirst);
-  const times = { created: Math.round(at), changed: Math.round(at) };
+  const progress = newProgress(up, last === null);
+  // By a clock that is behind, no device would be known yet.
+  const created = Math.max(Math.round(at), Number(last ?? 0));
+  const times = { created, changed: Math.round(at) };
   return { id, state: "waiting", reason: null, options, digest: null, ...times, progress };
 }
 
@@ -9479,8 +9524,8 @@ async function beginRollout(tx: Connection, options: RolloutOptions, at: number)
 
 /** From which states an action leads on. */
 const ACTIONS: Record<RolloutAction, readonly RolloutState[]> = {
-  pause: ["running"],
-  resume: ["paused", "halted"],
+  pause: ["waiting", "running"],
+  resume: ["running", "paused", "halted"],
   advance: ["waiting", "running", "paused"],
   abort: ["waiting", "running", "paused", "halted"],
 };
@@ -9498,7 +9543,9 @@ async function actOnRollout(
   const { state } = record;
   if (!ACTIONS[action].includes(state)) {
     const from = ACTIONS[action].join(", ");
-    throw new OTAError(`the rollout of ${version} is ${state}: ${action} is for those ${from}`);
+    throw new OTAError(
+      `the rollout of ${version} is ${state}: ${action} is for those that are ${from}`,
+    );
   }
   const { progress } = record;
   if (action === "pause") Object.assign(record, { state: "paused", reason: "by the operator" });
@@ -9514,17 +9561,34 @@ async function actOnRollout(
   return rolloutOf(record);
 }
 
-/** Goes on: what is bad so far counts no more, and what the release is now is what it is for. */
+/** Lets all devices that stand so stand in another way. */
+async function restand(
+  tx: Connection,
+  record: RolloutRecord,
+  from: readonly RolloutStanding[],
+  standing: RolloutStanding,
+): Promise<void> {
+  const list = from.map((one) => `'${one}'`).join(", ");
+  const text = `SELECT * FROM ota_rollout_devices WHERE rollout = $1 AND standing IN (${list})`;
+  const rows = (await tx.query(text, [record.id])).map(rolloutDeviceOf);
+  const before = new Map(rows.map((row) => [row.device, row.standing]));
+  const after = rows.map((row) => ({ ...row, standing }));
+  await writeRolloutDevices(tx, record, after, before);
+}
+
+/** Goes on: what is bad so far counts no more; and other content has to be proven anew. */
 async function resumeRollout(tx: Connection, record: RolloutRecord): Promise<void> {
-  const { id, options, progress } = record;
-  const text =
-    "SELECT * FROM ota_rollout_devices WHERE rollout = $1 AND standing IN ('failed', 'silent')";
-  const bad = (await tx.query(text, [id])).map(rolloutDeviceOf);
-  const before = new Map(bad.map(({ device, standing }) => [device, standing]));
-  const rows = bad.map((row) => ({ ...row, standing: "acknowledged" as const }));
-  await writeRolloutDevices(tx, record, rows, before);
-  if (record.state === "halted") record.digest = null;
-  Object.assign(record, { state: "running", reason: null });
+  const { options, progress } = record;
+  await restand(tx, record, ["failed", "silent"], "acknowledged");
+  if (progress.isOther) {
+    await restand(tx, record, ["proven"], "outside");
+    Object.assign(record, { digest: null });
+  }
+  // Who had opened it to everyone did not know that it would halt.
+  if (record.state === "halted") Object.assign(progress, { isOpen: false, share: 0 });
+  const isBegun = record.digest !== null || progress.isOther;
+  Object.assign(record, { state: isBegun ? "running" : "waiting", reason: null });
+  progress.isOther = false;
   // Steps of a small fleet may be one and the same.
   const { proven, acknowledged, eligible } = progress;
   const isBehind = (pause: number) => pauseDevices(pause, eligible) <= proven + acknowledged;
@@ -9582,15 +9646,17 @@ async function lookForSilence(
   if (progress.way === 0) return;
   const since = Math.round(progress.clock - 1000 * options.silent);
   const rows = await tx.query(
-    `SELECT r.* FROM ota_rollout_devices r LEFT JOIN ota_devices d ON d.id = r.device
+    `SELECT r.*, d.id AS there FROM ota_rollout_devices r LEFT JOIN ota_devices d ON d.id = r.device
       WHERE r.rollout = $1 AND r.standing = 'way' AND r.heard < ${since}
         AND (d.id IS NULL OR r.heard < ${Math.round(progress.clock)} - d.patience)`,
     [id],
   );
-  const silent = rows.map(rolloutDeviceOf);
-  const before = new Map(silent.map(({ device, standing }) => [device, standing]));
-  const written = silent.map((row) => {
-    return { ...row, standing: row.known ? ("silent" as const) : ("outside" as const) };
+  const before = new Map(rows.map((row) => [String(row["device"]), "way" as const]));
+  const written = rows.map((row) => {
+    const device = rolloutDeviceOf(row);
+    // Of one that the operator has forgotten nothing is expected.
+    const isAwaited = device.known && row["there"] !== null;
+    return { ...device, standing: isAwaited ? ("silent" as const) : ("outside" as const) };
   });
   await writeRolloutDevices(tx, record, written, before);
 }
@@ -9598,14 +9664,14 @@ async function lookForSilence(
 /** Whether every device that the version cannot have killed just now is overdue. */
 async function isFleetQuiet(
   tx: Connection,
-  { id, options }: RolloutRecord,
+  record: RolloutRecord,
   { up, at }: RolloutMoment,
 ): Promise<boolean> {
+  const { id, options } = record;
   const others =
-    `ota_devices d WHERE d.id NOT LIKE '${BY_ADDRESS}%' AND NOT EXISTS (SELECT 1 FROM ` +
+    `ota_devices d WHERE ${knownSQL(record)} AND NOT EXISTS (SELECT 1 FROM ` +
     "ota_rollout_devices r WHERE r.rollout = $1 AND r.device = d.id AND r.standing <> 'proven')";
-  const usual = `CASE WHEN d.patience > 0 THEN d.patience ELSE ${1000 * options.silent} END`;
-  const heard = `d.seen_up >= ${Math.round(up)} - ${usual}`;
+  const heard = `d.seen_up >= ${Math.round(up)} - ${usualSilence(options)}`;
   if ((await tx.query(`SELECT 1 FROM ${others} AND ${heard} LIMIT 1`, [id])).length > 0) {
     return false;
   }
@@ -9638,13 +9704,20 @@ async function countDevices(
 // How rollouts go on: in the transaction that writes reports, one after the other. Since no two such
 // transactions overlap, each finds what the one before it left, and several servers agree.
 
-/** Lets all rollouts go on. @returns whether servers have to know */
+/** What became of a rollout. */
+interface RolloutChange {
+  rollout: Rollout;
+  /** Whether it is in another state. */
+  isStep: boolean;
+}
+
+/** Lets all rollouts go on. @returns those of whose change servers have to know */
 async function advanceRollouts(
   tx: Connection,
   records: readonly RolloutRecord[],
   moment: RolloutMoment,
-): Promise<boolean> {
-  let isChanged = false;
+): Promise<RolloutChange[]> {
+  const changes: RolloutChange[] = [];
   for (const record of records) {
     if (!isGoing(record.state)) continue;
     const before = JSON.stringify(record);
@@ -9656,21 +9729,31 @@ async function advanceRollouts(
     if (record.state !== state) record.changed = Math.round(moment.at);
     if (JSON.stringify(record) === before) continue;
     await writeRollout(tx, record);
-    isChanged ||= record.state !== state || record.reason !== reason;
+    if (record.state === state && record.reason === reason) continue;
+    changes.push({ rollout: rolloutOf(record), isStep: record.state !== state });
   }
-  return isChanged;
+  return changes;
+}
+
+/** What a rollout is about, as a device has it. */
+function versionOn({ digest }: RolloutRecord, { version, firmware }: DeviceRecord): string | null {
+  return isFirmwareOnly(digest) ? firmware : version;
 }
 
 /** Whether a device is on the version of a rollout, or on a later one. */
-function isOnRollout({ options, digest }: RolloutRecord, device: DeviceRecord): boolean {
-  const key = versionKey(options.version);
-  return versionKey(isFirmwareOnly(digest) ? device.firmware : device.version) >= key;
+function isOnRollout(record: RolloutRecord, device: DeviceRecord): boolean {
+  return versionKey(versionOn(record, device)) >= versionKey(record.options.version);
 }
 
 /** Whether it is this release that failed on a device. */
 function failsRollout({ options: { version } }: RolloutRecord, device: DeviceRecord): boolean {
   if (!hasFailed(device) || device.failed === null) return false;
   return isSameRelease(device.failed.replace(/^firmware /, ""), version);
+}
+
+/** Whether it failed only because the device asked for it again and again, and at once. */
+function isInHaste({ standing, offers }: DeviceRecord, { offered_up }: RolloutDevice, up: number) {
+  return standing === "seen" && offers >= MAX_OFFERS && up - offered_up < VISIT;
 }
 
 /** Whether what was heard of a device may change how it stands. */
@@ -9696,13 +9779,16 @@ function standingAfter(
   if (standing === "outside") return row;
   if (isOnRollout(record, device)) {
     const on_up = row.on_up ?? up;
+    // A later version proves nothing of this one.
+    const isSame = isSameRelease(versionOn(record, device), record.options.version);
+    if (!isSame && standing !== "proven") return { standing: "outside", on_up };
     const isProven = standing === "proven" || up - on_up >= 1000 * record.options.soak;
     if (isProven) return { standing: row.known ? "proven" : "outside", on_up };
     return { standing: "way", on_up };
   }
   // What has failed stays so when it is offered no more, and the device no longer speaks of it.
   if (standing === "acknowledged" || standing === "failed") return { standing, on_up: null };
-  if (failsRollout(record, device)) {
+  if (failsRollout(record, device) && !isInHaste(device, row, up)) {
     return { standing: row.known ? "failed" : "outside", on_up: null };
   }
   return { standing: "way", on_up: null };
@@ -9763,6 +9849,7 @@ async function advanceRollout(
   };
   const digest = moment.digests[id];
   if (digest !== undefined && record.digest !== null && digest !== record.digest) {
+    progress.isOther = true;
     return set("halted", `${options.version} is no longer what it was: its content has changed`);
   }
   if (digest !== undefined) {
@@ -9785,8 +9872,11 @@ async function advanceRollout(
   if (record.state === "paused") return;
   const pause = pauseReason(options, progress);
   if (pause !== undefined) return set("paused", pause);
-  record.reason = heldReason(options, progress);
-  Object.assign(progress, shareAfter(options, progress, up));
+  const { window } = options;
+  const isClosed = window !== null && !isOpen(parseWindow(window), at);
+  record.reason = isClosed ? `held: it is not ${window}` : heldReason(options, progress);
+  // A time in which nobody may ask lets nobody in later.
+  Object.assign(progress, isClosed ? { shared: up } : shareAfter(options, progress, up));
 }
 
 /**
@@ -9814,8 +9904,9 @@ interface RolloutAsk extends RolloutSaid {
   /** What it has read already; `-1`: nothing. */
   revision: number;
   labels: string;
-  /** By rollout: the last change of a device that it knows. */
+  /** By rollout: the last change of a device that it knows; and `RolloutView.known`. */
   seqs: Record<string, number>;
+  counts: Record<string, number>;
   /** Whether it wants to give places away. */
   wants: boolean;
   /** The lease of another server that it saw unchanged for long enough. */
@@ -9828,6 +9919,9 @@ interface RolloutView extends KnownRollout {
   /** How many more devices may be offered it; 0 without the lease. */
   free: number;
   seq: number;
+  /** How many devices were known when it began; and their numbers, if there are others than before. */
+  known: number;
+  numbers?: Float64Array;
   /** Devices that were offered it, and whether they still may; since the `seq` that was asked. */
   changed: [device: string, isOffered: boolean][];
 }
@@ -9836,6 +9930,8 @@ interface RolloutView extends KnownRollout {
 interface RolloutNews {
   revision: number;
   views: RolloutView[];
+  /** Rollouts that are in another state by this write. */
+  steps: Rollout[];
   /** Devices by `KEY=VALUE`, those that matter to rollouts; absent: as before. */
   labelled?: Record<string, string[]>;
   /** Tells whether these have changed. */
@@ -9887,7 +9983,7 @@ async function rolloutNews(
   records: readonly RolloutRecord[],
   server: string,
   ask: RolloutAsk,
-): Promise<RolloutNews> {
+): Promise<Omit<RolloutNews, "steps">> {
   const rows = await tx.query(
     "SELECT name, value FROM ota_meta WHERE name IN ('rollouts', 'labels')",
   );
@@ -9895,11 +9991,16 @@ async function rolloutNews(
   const barring = lastRollouts(records).filter(isBarring);
   const lease = await leaseFor(tx, server, ask);
   const views: RolloutView[] = [];
-  for (const { id, state, options, digest, created, progress } of barring) {
-    const { share, seq } = progress;
+  for (const record of barring) {
+    const { id, state, options, digest, created, progress } = record;
+    const { share, seq, known, isFirst } = progress;
     const free = lease.isMine && state === "running" ? freePlaces(options, progress) : 0;
     const changed = isGoing(state) ? await changedDevices(tx, id, ask.seqs[id] ?? 0, seq) : [];
-    views.push({ id, state, options, digest, created, share, free, seq, changed });
+    const isOld = !isGoing(state) || isFirst || ask.counts[id] === known;
+    views.push({
+      ...{ id, state, options, digest, created, share, free, seq, changed, known },
+      ...(!isOld && { numbers: await knownNumbers(tx, record) }),
+    });
   }
   const pairs = new Set([CANARY]);
   for (const { options } of views) {
@@ -10596,12 +10697,15 @@ async function writeRollouts(
   // Most fleets have none.
   const revision = await readRevision(tx);
   const records = revision === 0 ? [] : await readRollouts(tx);
+  let changes: RolloutChange[] = [];
   if (records.some(({ state }) => isGoing(state))) {
     const { placed = [], digests = {} } = ask ?? {};
     const moment = { placed, digests, up, at: at ?? Date.now(), before, after };
-    if (await advanceRollouts(tx, records, moment)) await bumpRollouts(tx);
+    changes = await advanceRollouts(tx, records, moment);
+    if (changes.length > 0) await bumpRollouts(tx);
   }
-  return ask && (await rolloutNews(tx, records, server, ask));
+  const steps = changes.filter(({ isStep }) => isStep).map(({ rollout }) => rollout);
+  return ask && { ...(await rolloutNews(tx, records, server, ask)), steps };
 }
 
 /**
@@ -11002,8 +11106,9 @@ export interface FleetOptions {
   releases?: () => Releases;
   /** Whether versions need a rollout to be offered; `Fleet.staged` are those that do not. */
   staged?: boolean;
-  /** Called with one line for the operator. */
+  /** Called with one line for the operator; and with one for the log. */
   warn?: (line: string) => void;
+  log?: (line: string) => void;
   clock?: FleetClock;
   /** Milliseconds between two writes; 1000. With 0, only `flush` writes. */
   tick?: number;
@@ -11105,6 +11210,17 @@ interface AdmittingRollout extends RolloutView {
   opening: TimeWindow | undefined;
 }
 
+/** Whether a number is among some that ascend. */
+function hasNumber(numbers: Float64Array, number: number): boolean {
+  let [from, to] = [0, numbers.length];
+  while (from < to) {
+    const middle = (from + to) >> 1;
+    if (numbers[middle]! < number) from = middle + 1;
+    else to = middle;
+  }
+  return numbers[from] === number;
+}
+
 /** A device that asks. */
 interface Asking {
   id: string;
@@ -11159,8 +11275,9 @@ class Admission {
 
   /** Whether each second changes something, although no device reports. */
   get isActive(): boolean {
-    const states = [...this.#rollouts.values()].map(({ state }) => state);
-    return states.some((state) => state === "running" || state === "waiting" || state === "paused");
+    return [...this.#rollouts.values()].some(({ state, options }) => {
+      return state === "running" || (state === "waiting" && this.#digestOf(options) !== null);
+    });
   }
 
   /** Says that there has never been a rollout. */
@@ -11173,14 +11290,17 @@ class Admission {
   ask(): RolloutAsk {
     const digests: Record<string, string> = {};
     const seqs: Record<string, number> = {};
+    const counts: Record<string, number> = {};
     const known: KnownRollout[] = [];
-    for (const { id, state, options, digest, created, seq } of this.#rollouts.values()) {
-      seqs[id] = seq;
+    for (const rollout of this.#rollouts.values()) {
+      const { id, state, options, digest, created } = rollout;
+      seqs[id] = rollout.seq;
+      if (rollout.numbers) counts[id] = rollout.known;
       known.push({ id, state, options, digest, created });
       const found = this.#digestOf(options);
       if (found !== null) digests[id] = found;
     }
-    const read = { revision: this.revision, labels: this.#labels, seqs };
+    const read = { revision: this.revision, labels: this.#labels, seqs, counts };
     const lease = this.#lease.ask(this.isActive && !this.isOver);
     return { placed: [...this.#placed], digests, known, ...read, ...lease };
   }
@@ -11227,7 +11347,11 @@ class Admission {
     const { window } = view.options;
     const isSame = known?.options.window === window;
     const opening = window === null ? undefined : parseWindow(window);
-    return { ...view, seq, changed: [], offered, free, opening: isSame ? known.opening : opening };
+    const numbers = view.numbers ?? earlier?.numbers;
+    return {
+      ...{ ...view, seq, changed: [], offered, free, opening: isSame ? known.opening : opening },
+      ...(numbers && { numbers }),
+    };
   }
 
   /** What a version in the root of a model consists of; `null`: it is not there. */
@@ -11306,9 +11430,10 @@ class Admission {
       this.#lease.use();
       return false;
     }
-    const isNext =
-      share >= 1 || this.#has(CANARY, asking.id) || rolloutNumber(id, asking.id) < share;
-    if (!isNext) return false;
+    const number = rolloutNumber(id, asking.id);
+    // New ones, and ids that somebody made up, get it when it is done.
+    if (rollout.numbers && !hasNumber(rollout.numbers, number)) return false;
+    if (share < 1 && number >= share && !this.#has(CANARY, asking.id)) return false;
     this.#lease.use();
     if (!isHeld) return false;
     rollout.free--;
@@ -11479,11 +11604,21 @@ class FleetWriter {
       lasting: this.lasting,
       ...(rollouts && { rollouts }),
     });
-    if (rollouts && news) this.admission.hear(news, rollouts, elapsed);
+    if (rollouts && news) {
+      this.admission.hear(news, rollouts, elapsed);
+      for (const rollout of news.steps) this.#tellStep(rollout);
+    }
     this.#told = told;
     this.waiting.written();
     this.#base = { up, elapsed };
     this.#lastWrite = elapsed;
+  }
+
+  /** A halt is worth a warning; of several servers, the one that took the step says it. */
+  #tellStep(rollout: Rollout): void {
+    const text = rolloutText(rollout);
+    if (rollout.state === "halted") this.#options.warn?.(`the rollout of ${text}`);
+    else this.#options.log?.(`rollout  ${text}`);
   }
 
   #plan(): void {
@@ -12199,6 +12334,9 @@ export function rolloutProof(rollout: Rollout): string {
   return `${numbers}: fewer than ${share} fail, with ${100 * CONFIDENCE} % confidence`;
 }
 
+/** Names the rollout of the root itself, where models have some as well. */
+const ROOT_MODEL = "-";
+
 /** A version, and the model that it is for: `1.0.2`, `1.0.2 of lopy4`. */
 function rolloutName({ version, model }: Pick<Rollout, "version" | "model">): string {
   return model === null ? version : `${version} of ${model}`;
@@ -12218,12 +12356,13 @@ function meantRollout(
   const isOver = ({ state }: Rollout) => state === "done" || state === "aborted";
   const running = named.filter((one) => !isOver(one));
   // Names of models have no case.
-  const isOf = (one: Rollout) => one.model?.toLowerCase() === model?.toLowerCase();
+  const isOf = (one: Rollout) => (one.model ?? ROOT_MODEL).toLowerCase() === model?.toLowerCase();
   if (model !== null) return running.find(isOf) ?? named.find(isOf);
   const some = running.length > 0 ? running : named;
-  const models = [...new Set(some.map((one) => one.model ?? "the root's own"))];
+  const models = [...new Set(some.map((one) => one.model ?? ROOT_MODEL))];
   if (models.length < 2) return some[0];
-  throw new OTAError(`several rollouts of ${version}: name the model (${models.join(", ")})`, 2);
+  const names = `${models.join(", ")}; ${ROOT_MODEL} is none`;
+  throw new OTAError(`several rollouts of ${version}: name the model (${names})`, 2);
 }
 
 /** How a rollout stands, in one line: `1.0.2 halted: 2 of 9 are silent`. */
@@ -12270,7 +12409,7 @@ function readRollout(body: Uint8Array): { options: RolloutOptions; isDry: boolea
   return { options: { ...options, pauseAt: options.pauseAt.toSorted((a, b) => a - b) }, isDry };
 }
 
-const ROLLOUT_ACTIONS: readonly RolloutAction[] = ["pause", "resume", "advance", "abort"];
+const ROLLOUT_ACTIONS = Object.keys(ACTIONS) as RolloutAction[];
 
 /** Answers for the paths of rollouts. */
 class RolloutAPI {
@@ -12331,7 +12470,8 @@ class RolloutAPI {
     const actions = ROLLOUT_ACTIONS.join(", ");
     if (!action) return adminText(contact, 404, `no action ${printable(word)}, but ${actions}`);
     const version = decodeParameter(encoded.replaceAll("+", "%2B"));
-    const unknown = `no rollout of ${printable(rolloutName({ version, model }))}`;
+    const of = model === null ? "" : ` of ${printable(model)}`;
+    const unknown = `no rollout of ${printable(version)}${of}`;
     if (!isReleaseName(version)) return adminText(contact, 404, unknown);
     const meant = meantRollout(await this.fleet.rollouts(), version, model);
     const rollout = meant && (await this.fleet.changeRollout(version, meant.model, action));
@@ -12696,7 +12836,8 @@ class VersionStaging implements AsyncDisposable {
       // One that has just begun is not known to those who answer devices yet.
       if (rollouts.some((rollout) => stagedKey(rollout) === key) || this.#isClosed) continue;
       const rollout = await fleet.startRollout({ ...ROLLOUT_DEFAULTS, ...one });
-      this.log(`staged   ${printable(rolloutName(rollout))}: a rollout of it began`);
+      const of = one.model === null ? "" : ` of ${printable(one.model)}`;
+      this.log(`staged   ${printable(rollout.version)}${of}: a rollout of it began`);
     }
   }
 
@@ -12744,6 +12885,7 @@ export async function serve(options: ServeOptions = {}): Promise<FleetServer> {
   const parts = new AsyncDisposableStack();
   const fleet = await Fleet.open({
     ...{ url, serving: true, ...(silent && { silent }), ...(warn && { warn }) },
+    ...(options.log && { log: options.log }),
     ...{ ...(clock && { clock }), ...(tick !== undefined && { tick }) },
     newest: () => newestOf(releases),
     releases: () => releases,
@@ -17876,7 +18018,7 @@ function runRollout(given: Given): Promise<number> {
     const rollouts = await fleet.rollouts();
     if (given.json) return say(safeJSON({ rollouts }, 2));
     if (rollouts.length > 0) return say(rolloutLines(rollouts).join("\n"));
-    tell("no rollout yet: every version goes to everyone");
+    tell("no rollout yet: a version goes to everyone, unless a server is --staged");
     return 0;
   });
 }
@@ -17886,9 +18028,9 @@ function rolloutLines(rollouts: readonly Rollout[]): string[] {
   const rows = rollouts.map((rollout) => {
     const { state, reason, proven, offered, eligible } = rollout;
     const rest = Math.max(0, eligible - proven - offered - badOf(rollout));
-    const counts = [rolloutProof(rollout), `${offered} on the way`, `${rest} to come`];
-    const why = reason === null ? [] : [reason];
-    return [rolloutName(rollout), state, [...counts, ...why].join("; ")].map(shown);
+    const why = reason === null ? "" : `${reason}; `;
+    const counts = `${rolloutProof(rollout)}; ${offered} on the way; ${rest} to come`;
+    return [rolloutName(rollout), state, why + counts].map(shown);
   });
   return new Table().lines(rows);
 }
@@ -17899,8 +18041,9 @@ function runRolloutStart(given: Given, [version = ""]: readonly string[]): Promi
     const lines = await planLines(fleet, options, rolloutPlace(given).root);
     const printed = await say(lines.map(shown).join("\n"));
     if (given["dry-run"]) return printed;
-    const rollout = await fleet.startRollout(options);
+    const begun = await fleet.startRollout(options);
     await untilServersKnow(fleet);
+    const rollout = (await fleet.rollouts()).find(({ id }) => id === begun.id) ?? begun;
     const how = `ota.ts rollout${sameRollouts(given)} shows how it goes`;
     await say(shown(`${rolloutText(rollout)}; ${how}`));
     return 0;
