@@ -36,8 +36,8 @@
 //      Request handling · Listening
 // V    Fleet: who is on what, and what happened to whom.
 //      Device reports · Device records · Offers and failures · Windows · Fleet answers · Rollouts
-//      Rollout rules · Store schema · Store opening · Store writes · Store limits · Store reads
-//      Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
+//      Rollout rules · Rollout waves · Rollout ends · Store schema · Store opening · Store writes
+//      Store limits · Store reads · Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
 //      Rollout progress · Rollout places · Merging · Rollout merging · Names and labels
 //      Store batches · Fleet store · Store thread · Fleet options · Place lease · Admission
 //      Fleet writer · Fleet · Admin access · Fleet requests · Rollout words · Rollout API
@@ -8120,7 +8120,8 @@ function checkRollout(options: RolloutOptions): void {
 }
 
 // ──── Rollout rules ───────────────────────────────────────────────────────────────────────────────
-// Who is next, and when it ends: pure functions. Nothing here knows a store, a socket or a clock.
+// How far a rollout is, and what that proves: pure functions. Neither here nor in the two sections
+// below anything knows a store, a socket or a clock.
 
 /**
  * What is known of a device that was offered the version of a rollout. `way`: nothing yet, or it is
@@ -8225,6 +8226,20 @@ export function rolloutNumber(rollout: string, device: string): number {
   return (digest.readUInt32BE(0) * 2 ** 21 + (digest.readUInt32BE(4) >>> 11)) / 2 ** 53;
 }
 
+/** Whether a number is among some that ascend. */
+function hasNumber(numbers: Float64Array, number: number): boolean {
+  let [from, to] = [0, numbers.length];
+  while (from < to) {
+    const middle = (from + to) >> 1;
+    if (numbers[middle]! < number) from = middle + 1;
+    else to = middle;
+  }
+  return numbers[from] === number;
+}
+
+// ──── Rollout waves ──────────────────────────────────────────────────────────────────────────────
+// Who is next. Devices go in waves, each at most as large as what is proven.
+
 /** How many devices have had a place. */
 function placesTaken({ way, proven, failed, silent, acknowledged }: RolloutProgress): number {
   return way + proven + failed + silent + acknowledged;
@@ -8316,6 +8331,9 @@ function shareAfter(
   return { share: Math.max(least, doubled), shared: shared + doublings * interval };
 }
 
+// ──── Rollout ends ───────────────────────────────────────────────────────────────────────────────
+// When a rollout halts, pauses or stands still, and why: in words and numbers.
+
 const countText = (count: number, what: string) => `${count} ${what}${count === 1 ? "" : "s"}`;
 
 const percent = (fraction: number) => `${Number((100 * fraction).toPrecision(3))} %`;
@@ -8343,9 +8361,9 @@ function haltReason(options: RolloutOptions, progress: RolloutProgress): string 
 /** Why nobody new is offered it, although it runs. */
 function heldReason(options: RolloutOptions, progress: RolloutProgress): string | null {
   const { way, proven, failed, silent, left, share } = progress;
-  if (progress.isQuiet) return "held: the fleet is quiet";
   const bad = failed + silent;
   if (bad > 0 && left === bad) return "held: only bad devices are left; resume acknowledges them";
+  if (progress.isQuiet) return "held: the fleet is quiet";
   if (way + proven + bad === 0 && share > 0 && share < 1) {
     return `none of the first ${percent(share)} of the devices has asked yet`;
   }
@@ -9582,7 +9600,8 @@ async function resumeRollout(tx: Connection, record: RolloutRecord): Promise<voi
   await restand(tx, record, ["failed", "silent"], "acknowledged");
   if (progress.isOther) {
     await restand(tx, record, ["proven"], "outside");
-    Object.assign(record, { digest: null });
+    record.digest = null;
+    progress.counted = -1;
   }
   // Who had opened it to everyone did not know that it would halt.
   if (record.state === "halted") Object.assign(progress, { isOpen: false, share: 0 });
@@ -9876,7 +9895,8 @@ async function advanceRollout(
   const isClosed = window !== null && !isOpen(parseWindow(window), at);
   record.reason = isClosed ? `held: it is not ${window}` : heldReason(options, progress);
   // A time in which nobody may ask lets nobody in later.
-  Object.assign(progress, isClosed ? { shared: up } : shareAfter(options, progress, up));
+  if (isClosed) progress.shared = up;
+  Object.assign(progress, shareAfter(options, progress, up));
 }
 
 /**
@@ -11208,17 +11228,6 @@ interface AdmittingRollout extends RolloutView {
   /** Devices that were offered it and are not proven. */
   offered: Set<string>;
   opening: TimeWindow | undefined;
-}
-
-/** Whether a number is among some that ascend. */
-function hasNumber(numbers: Float64Array, number: number): boolean {
-  let [from, to] = [0, numbers.length];
-  while (from < to) {
-    const middle = (from + to) >> 1;
-    if (numbers[middle]! < number) from = middle + 1;
-    else to = middle;
-  }
-  return numbers[from] === number;
 }
 
 /** A device that asks. */

@@ -37,12 +37,12 @@ export const TREE = {
 export class RolloutWorld implements AsyncDisposable {
   /** Device → the version that it is on. */
   readonly devices = new Map<string, string>();
-  readonly warnings: string[] = [];
 
   private constructor(
     readonly time: Time,
     readonly root: Temp,
     readonly server: FleetServer,
+    readonly warnings: readonly string[],
     private readonly isOwner: boolean,
   ) {}
 
@@ -68,7 +68,7 @@ export class RolloutWorld implements AsyncDisposable {
       ...{ clock: time.clock, tick: 0 },
       warn: (line) => void warnings.push(line),
     });
-    const world = new RolloutWorld(time, root, server, !beside);
+    const world = new RolloutWorld(time, root, server, warnings, !beside);
     for (let i = 0; i < devices; i++) world.devices.set(`m${String(i).padStart(3, "0")}`, "1.0.0");
     for (let round = 0; round < 3 && devices > 0; round++) {
       world.time.pass(INTERVAL);
