@@ -36,8 +36,8 @@
 //      Request handling · Listening
 // V    Fleet: who is on what, and what happened to whom.
 //      Device reports · Device records · Offers and failures · Windows · Fleet answers · Rollouts
-//      Rollout rules · Store schema · Store opening · Store writes · Store limits · Store reads
-//      Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
+//      Rollout rules · Rollout waves · Rollout ends · Store schema · Store opening · Store writes
+//      Store limits · Store reads · Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
 //      Rollout progress · Rollout places · Merging · Rollout merging · Names and labels
 //      Store batches · Fleet store · Store thread · Fleet options · Place lease · Admission
 //      Fleet writer · Fleet · Admin access · Fleet requests · Rollout words · Rollout API
@@ -8120,7 +8120,8 @@ function checkRollout(options: RolloutOptions): void {
 }
 
 // ──── Rollout rules ───────────────────────────────────────────────────────────────────────────────
-// Who is next, and when it ends: pure functions. Nothing here knows a store, a socket or a clock.
+// How far a rollout is, and what that proves: pure functions. Neither here nor in the two sections
+// below anything knows a store, a socket or a clock.
 
 /**
  * What is known of a device that was offered the version of a rollout. `way`: nothing yet, or it is
@@ -8136,6 +8137,8 @@ interface RolloutProgress extends Record<RolloutStanding, number> {
   left: number;
   /** Devices that it would be for if they had not got the version elsewhere. */
   others: number;
+  /** Devices that were known when it began, whether it is for them or not. */
+  known: number;
   /** The usual interval between two visits of a device. */
   interval: number;
   /** When these were counted; -1: never. */
@@ -8148,15 +8151,14 @@ interface RolloutProgress extends Record<RolloutStanding, number> {
   clocked: number;
   /** Whether all devices outside are overdue as well: the clock stands. */
   isQuiet: boolean;
-  /** Devices that should have been heard by now: nobody new goes after them if they are many. */
-  late: number;
-  /** How many may have had a place by now, and since when that is so: see `paceAfter`. */
+  /** How many may have had a place when the wave that goes is complete: see `waveAfter`. */
   most: number;
-  paced: number;
   /** How many of `pauseAt` are behind. */
   pauses: number;
   /** Whether it is for everyone at once. */
   isOpen: boolean;
+  /** Whether it was halted because the content has changed. */
+  isOther: boolean;
   /** Whether no device was known when it began: then all count. */
   isFirst: boolean;
   /** How often a device's standing was written: tells servers what is new. */
@@ -8166,19 +8168,18 @@ interface RolloutProgress extends Record<RolloutStanding, number> {
 function newProgress(up: number, isFirst: boolean): RolloutProgress {
   return {
     ...{ way: 0, proven: 0, failed: 0, silent: 0, acknowledged: 0, outside: 0 },
-    ...{ eligible: 0, left: 0, others: 0, interval: 0, counted: -1, share: 0, shared: up },
     ...{
-      clock: 0,
-      clocked: up,
-      isQuiet: false,
-      late: 0,
-      most: 0,
-      paced: up,
-      pauses: 0,
-      isOpen: false,
-      isFirst,
-      seq: 0,
+      eligible: 0,
+      left: 0,
+      others: 0,
+      known: 0,
+      interval: 0,
+      counted: -1,
+      share: 0,
+      shared: up,
     },
+    ...{ clock: 0, clocked: up, isQuiet: false, most: 0, pauses: 0, seq: 0 },
+    ...{ isOpen: false, isOther: false, isFirst },
   };
 }
 
@@ -8206,19 +8207,10 @@ export function binomialTail(k: number, n: number, p: number): number {
 
 /** Below this chance, what is seen is not within the tolerance. */
 const SIGNIFICANCE = 0.01;
-
-/**
- * Whether it would be halted if those that are late were bad. Silence is certain only after long, and
- * meanwhile those that are well would open it to ever more: so it waits until they are heard, or are
- * silent.
- */
-function areTooManyLate(
-  { tolerance }: Pick<RolloutOptions, "tolerance">,
-  { late, proven, failed, silent }: RolloutProgress,
-): boolean {
-  const bad = late + failed + silent;
-  return late > 0 && bad >= 2 && binomialTail(bad, proven + bad, tolerance) < SIGNIFICANCE;
-}
+/** Below this one it may well not be: those that were not heard yet are worth waiting for. */
+const SUSPICION = 0.5;
+/** The confidence of what is said of a rollout. */
+const CONFIDENCE = 0.95;
 
 /** Places of a rollout that is open: more than there are devices. */
 const ALL_PLACES = Number.MAX_SAFE_INTEGER;
@@ -8234,38 +8226,81 @@ export function rolloutNumber(rollout: string, device: string): number {
   return (digest.readUInt32BE(0) * 2 ** 21 + (digest.readUInt32BE(4) >>> 11)) / 2 ** 53;
 }
 
-/** Devices are late after their usual interval, and this part of it. */
-const LATENESS = 0.25;
+/** Whether a number is among some that ascend. */
+function hasNumber(numbers: Float64Array, number: number): boolean {
+  let [from, to] = [0, numbers.length];
+  while (from < to) {
+    const middle = (from + to) >> 1;
+    if (numbers[middle]! < number) from = middle + 1;
+    else to = middle;
+  }
+  return numbers[from] === number;
+}
+
+// ──── Rollout waves ──────────────────────────────────────────────────────────────────────────────
+// Who is next. Devices go in waves, each at most as large as what is proven.
+
+/** How many devices have had a place. */
+function placesTaken({ way, proven, failed, silent, acknowledged }: RolloutProgress): number {
+  return way + proven + failed + silent + acknowledged;
+}
 
 /**
- * How many may have had a place from now on: at most as many more as are proven, until those that went
- * before have had the time to be late. Boards that say at once that they are well would open it to all
- * before anybody misses those that are dead.
+ * Whether it would be doubtful if all that are on their way were bad. Those that are well say so soon,
+ * and would open it to ever more before anybody misses the others.
  */
-function paceAfter(
-  { first, tolerance }: RolloutOptions,
-  progress: RolloutProgress,
-  up: number,
-): Pick<RolloutProgress, "most" | "paced"> {
-  const { way, proven, failed, silent, acknowledged, interval, most, paced } = progress;
-  if (up - paced < (1 + LATENESS) * interval || areTooManyLate({ tolerance }, progress)) {
-    return { most, paced };
+function areManyUnheard(
+  { tolerance }: RolloutOptions,
+  { way, proven, failed, silent }: RolloutProgress,
+): boolean {
+  const bad = way + failed + silent;
+  return way > 0 && bad >= 2 && binomialTail(bad, proven + bad, tolerance) < SUSPICION;
+}
+
+/**
+ * How many devices may go at once for the sake of those that are bad: twice as many as would all have
+ * to be bad for a halt, until the numbers prove that fewer fail than the tolerance allows.
+ */
+function cautiousWave({ tolerance }: RolloutOptions, progress: RolloutProgress): number {
+  const bad = progress.failed + progress.silent;
+  const known = progress.proven + bad;
+  const isWithin = 1 - binomialTail(bad + 1, known, tolerance) < 1 - CONFIDENCE;
+  if (bad === 0 || isWithin) return ALL_PLACES;
+  const isDoubtful = (more: number) =>
+    binomialTail(bad + more, known + more, tolerance) < SIGNIFICANCE;
+  let [low, high] = [0, 1];
+  while (!isDoubtful(high)) [low, high] = [high, 2 * high];
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (isDoubtful(middle)) high = middle;
+    else low = middle;
   }
-  const taken = way + proven + failed + silent + acknowledged;
-  return { most: taken + Math.max(first, proven), paced: up };
+  return 2 * high;
+}
+
+/**
+ * How many may have had a place from now on. Devices go in waves, each at most as large as what is
+ * proven: the next one goes when enough of the last have been heard.
+ */
+function waveAfter(options: RolloutOptions, progress: RolloutProgress): number {
+  const { first } = options;
+  const { way, proven, failed, silent, most } = progress;
+  const taken = placesTaken(progress);
+  const unproven = way + failed + silent;
+  const cautious = cautiousWave(options, progress);
+  const isOver = way === 0 || (taken >= most && !areManyUnheard(options, progress));
+  const wave = isOver ? Math.max(first, proven) - unproven : most - taken;
+  // So many may be unproven in any case.
+  return taken + Math.max(0, first - unproven, Math.min(wave, cautious));
 }
 
 /** How many more devices may be offered it now. */
-function freePlaces(
-  { first, pauseAt, tolerance }: RolloutOptions,
-  progress: RolloutProgress,
-): number {
-  const { way, proven, failed, silent, acknowledged, isOpen, pauses, eligible } = progress;
+function freePlaces({ first, pauseAt }: RolloutOptions, progress: RolloutProgress): number {
+  const { way, proven, failed, silent, isOpen, most, pauses, eligible } = progress;
   if (isOpen) return ALL_PLACES;
-  if (areTooManyLate({ tolerance }, progress)) return 0;
-  const taken = way + proven + failed + silent + acknowledged;
+  const taken = placesTaken(progress);
   const places = Math.max(first, proven) - (way + failed + silent);
-  const free = Math.min(places, Math.max(first, progress.most) - taken);
+  const free = Math.min(places, most - taken);
   const pause = pauseAt[pauses];
   if (pause === undefined) return Math.max(0, free);
   return Math.max(0, Math.min(free, pauseDevices(pause, eligible) - taken));
@@ -8285,17 +8320,19 @@ function shareAfter(
   progress: RolloutProgress,
   up: number,
 ): Pick<RolloutProgress, "share" | "shared"> {
-  const { way, proven, failed, silent, acknowledged, eligible, isOpen } = progress;
-  const { share, shared, interval } = progress;
-  if (isOpen) return { share: 1, shared };
+  const { share, shared, interval, eligible } = progress;
+  if (progress.isOpen) return { share: 1, shared };
   const free = freePlaces(options, progress);
   if (free === 0) return { share, shared: up };
-  const taken = way + proven + failed + silent + acknowledged;
+  const taken = placesTaken(progress);
   const least = eligible === 0 ? 1 : Math.min(1, (taken + 2 * free) / eligible);
   const doublings = interval > 0 ? Math.max(0, Math.floor((up - shared) / interval)) : 0;
   const doubled = Math.min(1, Math.max(share, doublings > 0 ? least : 0) * 2 ** doublings);
   return { share: Math.max(least, doubled), shared: shared + doublings * interval };
 }
+
+// ──── Rollout ends ───────────────────────────────────────────────────────────────────────────────
+// When a rollout halts, pauses or stands still, and why: in words and numbers.
 
 const countText = (count: number, what: string) => `${count} ${what}${count === 1 ? "" : "s"}`;
 
@@ -8323,9 +8360,16 @@ function haltReason(options: RolloutOptions, progress: RolloutProgress): string 
 
 /** Why nobody new is offered it, although it runs. */
 function heldReason(options: RolloutOptions, progress: RolloutProgress): string | null {
+  const { way, proven, failed, silent, left, share } = progress;
+  const bad = failed + silent;
+  if (bad > 0 && left === bad) return "held: only bad devices are left; resume acknowledges them";
   if (progress.isQuiet) return "held: the fleet is quiet";
-  if (progress.isOpen || !areTooManyLate(options, progress)) return null;
-  return `held: ${countText(progress.late, "device")} should have been heard by now`;
+  if (way + proven + bad === 0 && share > 0 && share < 1) {
+    return `none of the first ${percent(share)} of the devices has asked yet`;
+  }
+  const isWaveComplete = placesTaken(progress) >= progress.most;
+  if (progress.isOpen || !isWaveComplete || !areManyUnheard(options, progress)) return null;
+  return `held: ${countText(way, "device")} on the way must be heard first`;
 }
 
 /** Why a rollout has to wait for the operator. */
@@ -8871,6 +8915,9 @@ async function removeDevices(tx: Connection, ids: readonly string[]): Promise<nu
     const list = placeholders(1, some.length);
     await tx.query(`DELETE FROM ota_labels WHERE device IN ${list}`, some);
     await tx.query(`DELETE FROM ota_events WHERE device IN ${list}`, some);
+    const over = "SELECT id FROM ota_rollouts WHERE state IN ('done', 'aborted')";
+    const old = `DELETE FROM ota_rollout_devices WHERE device IN ${list} AND rollout IN (${over})`;
+    await tx.query(old, some);
     const text = `DELETE FROM ota_devices WHERE id IN ${list} RETURNING *`;
     const rows = await tx.query(text, some);
     for (const row of rows) changes.add(recordOf(row), -1);
@@ -9314,26 +9361,31 @@ interface EligibleSQL {
   from: string;
 }
 
-/** When devices are counted: by the clock, and by the fleet's up-time. */
-type CountTime = Record<"at" | "up", number>;
+/** How long the devices `d` may be silent, in up-time. */
+function usualSilence({ silent }: RolloutOptions): string {
+  return `CASE WHEN d.patience > 0 THEN d.patience ELSE ${1000 * silent} END`;
+}
+
+/** Whether devices `d` were known before a rollout. */
+function knownSQL({ created, progress }: Pick<RolloutRecord, "created" | "progress">): string {
+  const isOne = `d.id NOT LIKE '${BY_ADDRESS}%'`;
+  return progress.isFirst ? isOne : `${isOne} AND d.first_seen <= ${Math.round(created)}`;
+}
 
 /** @param models names of those with a root of their own */
 function eligibleSQL(
-  { id, options, digest, created, progress }: Omit<RolloutRecord, "state" | "reason" | "changed">,
+  record: Omit<RolloutRecord, "state" | "reason" | "changed">,
   { $ }: SQLValues,
   models: readonly string[],
-  { at, up }: CountTime,
+  at: number,
 ): EligibleSQL {
+  const { id, options, digest } = record;
   const { version, model, only } = options;
-  const isFor = [`d.id NOT LIKE '${BY_ADDRESS}%'`];
-  const silent = 1000 * options.silent;
-  const usual = `CASE WHEN d.patience > ${silent} THEN d.patience ELSE ${silent} END`;
-  const isLate =
-    `d.seen_up < ${Math.round(up)} - ${usual} OR ` +
-    `d.seen_up <= ${Math.round(up - ROLLOUT_MEMORY)}`;
-  // A clock that was put forward makes nobody absent who is not late.
-  isFor.push(`(d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)} OR NOT (${isLate}))`);
-  if (!progress.isFirst) isFor.push(`d.first_seen <= ${Math.round(created)}`);
+  const isFor = [knownSQL(record)];
+  // A clock that was put right, or a server that was off for a month, forgets nobody.
+  const usual = usualSilence(options);
+  const up = "(SELECT CAST(value AS BIGINT) FROM ota_meta WHERE name = 'up')";
+  isFor.push(`(d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)} OR d.seen_up >= ${up} - ${usual})`);
   if (model !== null) isFor.push(`LOWER(c.model) = ${$(asciiLower(model))}`);
   else if (models.length > 0) {
     const names = models.map((name) => $(asciiLower(name))).join(", ");
@@ -9380,10 +9432,10 @@ async function countEligible(
   db: Connection,
   record: RolloutRecord,
   models: readonly string[],
-  now: CountTime,
-): Promise<Pick<RolloutProgress, "eligible" | "left" | "others">> {
+  at: number,
+): Promise<Pick<RolloutProgress, "eligible" | "left" | "others" | "known">> {
   const values = new SQLValues();
-  const { isFor, isBelow, from } = eligibleSQL(record, values, models, now);
+  const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
   const standing = (...names: RolloutStanding[]) => {
     return `r.standing IN (${names.map((name) => `'${name}'`).join(", ")})`;
   };
@@ -9391,13 +9443,21 @@ async function countEligible(
   const isLeft = `${isNext} OR ${standing("way", "failed", "silent")}`;
   const sum = (what: string) => `SUM(CASE WHEN ${what} THEN 1 ELSE 0 END)`;
   const [row] = await db.query(
-    `SELECT COUNT(*) AS known, ${sum(isLeft)} AS remaining,
+    `SELECT COUNT(*) AS found, ${sum(isLeft)} AS remaining,
         ${sum(`${isLeft} OR ${standing("proven", "acknowledged")}`)} AS eligible
       FROM ${from} WHERE ${isFor}`,
     values.all,
   );
-  const [known, eligible] = [Number(row!["known"]), Number(row!["eligible"] ?? 0)];
-  return { eligible, left: Number(row!["remaining"] ?? 0), others: known - eligible };
+  const [all] = await db.query(`SELECT COUNT(*) AS n FROM ota_devices d WHERE ${knownSQL(record)}`);
+  const [found, eligible] = [Number(row!["found"]), Number(row!["eligible"] ?? 0)];
+  const left = Number(row!["remaining"] ?? 0);
+  return { eligible, left, others: found - eligible, known: Number(all!["n"]) };
+}
+
+/** The numbers in a rollout of the devices that were known when it began, ascending. */
+async function knownNumbers(db: Connection, record: RolloutRecord): Promise<Float64Array> {
+  const rows = await db.query(`SELECT d.id AS id FROM ota_devices d WHERE ${knownSQL(record)}`);
+  return Float64Array.from(rows, ({ id }) => rolloutNumber(record.id, String(id))).sort();
 }
 
 /** Devices that are asked for what is usual at most. */
@@ -9415,10 +9475,10 @@ async function countTargets(
   db: Connection,
   record: RolloutRecord,
   models: readonly string[],
-  now: CountTime,
+  at: number,
 ): Promise<RolloutTarget[]> {
   const values = new SQLValues();
-  const { isFor, isBelow, from } = eligibleSQL(record, values, models, now);
+  const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
   const rows = await db.query(
     `SELECT c.model AS model, c.version AS version, COUNT(*) AS n FROM ${from}
       WHERE ${isFor} AND r.device IS NULL AND ${isBelow}
@@ -9451,12 +9511,12 @@ async function newRollout(
   at: number,
 ): Promise<RolloutRecord> {
   const { up } = await readMeta(db);
-  const text = `SELECT MAX(first_seen) AS latest FROM ota_devices WHERE id NOT LIKE '${BY_ADDRESS}%'`;
-  const latest = (await db.query(text))[0]!["latest"];
+  const text = `SELECT MAX(first_seen) AS last FROM ota_devices WHERE id NOT LIKE '${BY_ADDRESS}%'`;
+  const last = (await db.query(text))[0]?.["last"] ?? null;
   const id = randomBytes(12).toString("base64url");
-  const progress = newProgress(up, latest === null);
-  // Whoever is known already was so before, also where the clock was put back since.
-  const created = Math.max(Math.round(at), Number(latest));
+  const progress = newProgress(up, last === null);
+  // By a clock that is behind, no device would be known yet.
+  const created = Math.max(Math.round(at), Number(last ?? 0));
   const times = { created, changed: Math.round(at) };
   return { id, state: "waiting", reason: null, options, digest: null, ...times, progress };
 }
@@ -9474,8 +9534,7 @@ async function beginRollout(tx: Connection, options: RolloutOptions, at: number)
   // The one that was begun last counts: clocks may have jumped.
   record.created = Math.max(record.created, ...others.map(({ created }) => created + 1));
   const models = await servedModels(tx);
-  const now = { at, up: record.progress.clocked };
-  Object.assign(record.progress, await countEligible(tx, record, models, now));
+  Object.assign(record.progress, await countEligible(tx, record, models, at));
   await writeRollout(tx, record);
   await bumpRollouts(tx);
   return rolloutOf(record);
@@ -9483,8 +9542,8 @@ async function beginRollout(tx: Connection, options: RolloutOptions, at: number)
 
 /** From which states an action leads on. */
 const ACTIONS: Record<RolloutAction, readonly RolloutState[]> = {
-  pause: ["running"],
-  resume: ["paused", "halted"],
+  pause: ["waiting", "running"],
+  resume: ["running", "paused", "halted"],
   advance: ["waiting", "running", "paused"],
   abort: ["waiting", "running", "paused", "halted"],
 };
@@ -9502,7 +9561,9 @@ async function actOnRollout(
   const { state } = record;
   if (!ACTIONS[action].includes(state)) {
     const from = ACTIONS[action].join(", ");
-    throw new OTAError(`the rollout of ${version} is ${state}: ${action} is for those ${from}`);
+    throw new OTAError(
+      `the rollout of ${version} is ${state}: ${action} is for those that are ${from}`,
+    );
   }
   const { progress } = record;
   if (action === "pause") Object.assign(record, { state: "paused", reason: "by the operator" });
@@ -9518,17 +9579,35 @@ async function actOnRollout(
   return rolloutOf(record);
 }
 
-/** Goes on: what is bad so far counts no more, and what the release is now is what it is for. */
+/** Lets all devices that stand so stand in another way. */
+async function restand(
+  tx: Connection,
+  record: RolloutRecord,
+  from: readonly RolloutStanding[],
+  standing: RolloutStanding,
+): Promise<void> {
+  const list = from.map((one) => `'${one}'`).join(", ");
+  const text = `SELECT * FROM ota_rollout_devices WHERE rollout = $1 AND standing IN (${list})`;
+  const rows = (await tx.query(text, [record.id])).map(rolloutDeviceOf);
+  const before = new Map(rows.map((row) => [row.device, row.standing]));
+  const after = rows.map((row) => ({ ...row, standing }));
+  await writeRolloutDevices(tx, record, after, before);
+}
+
+/** Goes on: what is bad so far counts no more; and other content has to be proven anew. */
 async function resumeRollout(tx: Connection, record: RolloutRecord): Promise<void> {
-  const { id, options, progress } = record;
-  const text =
-    "SELECT * FROM ota_rollout_devices WHERE rollout = $1 AND standing IN ('failed', 'silent')";
-  const bad = (await tx.query(text, [id])).map(rolloutDeviceOf);
-  const before = new Map(bad.map(({ device, standing }) => [device, standing]));
-  const rows = bad.map((row) => ({ ...row, standing: "acknowledged" as const }));
-  await writeRolloutDevices(tx, record, rows, before);
-  if (record.state === "halted") record.digest = null;
-  Object.assign(record, { state: "running", reason: null });
+  const { options, progress } = record;
+  await restand(tx, record, ["failed", "silent"], "acknowledged");
+  if (progress.isOther) {
+    await restand(tx, record, ["proven"], "outside");
+    record.digest = null;
+    progress.counted = -1;
+  }
+  // Who had opened it to everyone did not know that it would halt.
+  if (record.state === "halted") Object.assign(progress, { isOpen: false, share: 0 });
+  const isBegun = record.digest !== null || progress.isOther;
+  Object.assign(record, { state: isBegun ? "running" : "waiting", reason: null });
+  progress.isOther = false;
   // Steps of a small fleet may be one and the same.
   const { proven, acknowledged, eligible } = progress;
   const isBehind = (pause: number) => pauseDevices(pause, eligible) <= proven + acknowledged;
@@ -9583,49 +9662,35 @@ async function lookForSilence(
   progress.clocked = up;
   progress.isQuiet = await isFleetQuiet(tx, record, moment);
   if (!progress.isQuiet) progress.clock += passed;
-  progress.late = 0;
-  if (progress.way === 0) return void Object.assign(progress, paceAfter(options, progress, up));
+  if (progress.way === 0) return;
   const since = Math.round(progress.clock - 1000 * options.silent);
   const rows = await tx.query(
-    `SELECT r.* FROM ota_rollout_devices r LEFT JOIN ota_devices d ON d.id = r.device
+    `SELECT r.*, d.id AS there FROM ota_rollout_devices r LEFT JOIN ota_devices d ON d.id = r.device
       WHERE r.rollout = $1 AND r.standing = 'way' AND r.heard < ${since}
         AND (d.id IS NULL OR r.heard < ${Math.round(progress.clock)} - d.patience)`,
     [id],
   );
-  const silent = rows.map(rolloutDeviceOf);
-  const before = new Map(silent.map(({ device, standing }) => [device, standing]));
-  const written = silent.map((row) => {
-    return { ...row, standing: row.known ? ("silent" as const) : ("outside" as const) };
+  const before = new Map(rows.map((row) => [String(row["device"]), "way" as const]));
+  const written = rows.map((row) => {
+    const device = rolloutDeviceOf(row);
+    // Of one that the operator has forgotten nothing is expected.
+    const isAwaited = device.known && row["there"] !== null;
+    return { ...device, standing: isAwaited ? ("silent" as const) : ("outside" as const) };
   });
   await writeRolloutDevices(tx, record, written, before);
-  progress.late = await countLate(tx, record);
-  Object.assign(progress, paceAfter(options, progress, up));
-}
-
-/** Counts those on their way that should have been heard by now. */
-async function countLate(tx: Connection, { id, progress }: RolloutRecord): Promise<number> {
-  const { clock, interval } = progress;
-  // `patience` is three intervals.
-  const usual = `CASE WHEN d.patience > 0 THEN d.patience * ${(1 + LATENESS) / 3} ELSE ${(1 + LATENESS) * interval} END`;
-  const [row] = await tx.query(
-    `SELECT COUNT(*) AS n FROM ota_rollout_devices r JOIN ota_devices d ON d.id = r.device
-      WHERE r.rollout = $1 AND r.standing = 'way' AND r.heard < ${Math.round(clock)} - ${usual}`,
-    [id],
-  );
-  return Number(row!["n"]);
 }
 
 /** Whether every device that the version cannot have killed just now is overdue. */
 async function isFleetQuiet(
   tx: Connection,
-  { id, options }: RolloutRecord,
+  record: RolloutRecord,
   { up, at }: RolloutMoment,
 ): Promise<boolean> {
+  const { id, options } = record;
   const others =
-    `ota_devices d WHERE d.id NOT LIKE '${BY_ADDRESS}%' AND NOT EXISTS (SELECT 1 FROM ` +
+    `ota_devices d WHERE ${knownSQL(record)} AND NOT EXISTS (SELECT 1 FROM ` +
     "ota_rollout_devices r WHERE r.rollout = $1 AND r.device = d.id AND r.standing <> 'proven')";
-  const usual = `CASE WHEN d.patience > 0 THEN d.patience ELSE ${1000 * options.silent} END`;
-  const heard = `d.seen_up >= ${Math.round(up)} - ${usual}`;
+  const heard = `d.seen_up >= ${Math.round(up)} - ${usualSilence(options)}`;
   if ((await tx.query(`SELECT 1 FROM ${others} AND ${heard} LIMIT 1`, [id])).length > 0) {
     return false;
   }
@@ -9648,8 +9713,7 @@ async function countDevices(
   const every = isAtEnd ? rest : Math.max(COUNTING.every, rest);
   if (counted >= 0 && up - counted < every) return;
   const started = performance.now();
-  const models = await servedModels(tx);
-  Object.assign(progress, await countEligible(tx, record, models, { at, up }));
+  Object.assign(progress, await countEligible(tx, record, await servedModels(tx), at));
   progress.interval = (await usualInterval(tx)) || 1000 * record.options.silent;
   progress.counted = up;
   countingTook = performance.now() - started;
@@ -9659,13 +9723,20 @@ async function countDevices(
 // How rollouts go on: in the transaction that writes reports, one after the other. Since no two such
 // transactions overlap, each finds what the one before it left, and several servers agree.
 
-/** Lets all rollouts go on. @returns whether servers have to know */
+/** What became of a rollout. */
+interface RolloutChange {
+  rollout: Rollout;
+  /** Whether it is in another state. */
+  isStep: boolean;
+}
+
+/** Lets all rollouts go on. @returns those of whose change servers have to know */
 async function advanceRollouts(
   tx: Connection,
   records: readonly RolloutRecord[],
   moment: RolloutMoment,
-): Promise<boolean> {
-  let isChanged = false;
+): Promise<RolloutChange[]> {
+  const changes: RolloutChange[] = [];
   for (const record of records) {
     if (!isGoing(record.state)) continue;
     const before = JSON.stringify(record);
@@ -9677,21 +9748,31 @@ async function advanceRollouts(
     if (record.state !== state) record.changed = Math.round(moment.at);
     if (JSON.stringify(record) === before) continue;
     await writeRollout(tx, record);
-    isChanged ||= record.state !== state || record.reason !== reason;
+    if (record.state === state && record.reason === reason) continue;
+    changes.push({ rollout: rolloutOf(record), isStep: record.state !== state });
   }
-  return isChanged;
+  return changes;
+}
+
+/** What a rollout is about, as a device has it. */
+function versionOn({ digest }: RolloutRecord, { version, firmware }: DeviceRecord): string | null {
+  return isFirmwareOnly(digest) ? firmware : version;
 }
 
 /** Whether a device is on the version of a rollout, or on a later one. */
-function isOnRollout({ options, digest }: RolloutRecord, device: DeviceRecord): boolean {
-  const key = versionKey(options.version);
-  return versionKey(isFirmwareOnly(digest) ? device.firmware : device.version) >= key;
+function isOnRollout(record: RolloutRecord, device: DeviceRecord): boolean {
+  return versionKey(versionOn(record, device)) >= versionKey(record.options.version);
 }
 
 /** Whether it is this release that failed on a device. */
 function failsRollout({ options: { version } }: RolloutRecord, device: DeviceRecord): boolean {
   if (!hasFailed(device) || device.failed === null) return false;
   return isSameRelease(device.failed.replace(/^firmware /, ""), version);
+}
+
+/** Whether it failed only because the device asked for it again and again, and at once. */
+function isInHaste({ standing, offers }: DeviceRecord, { offered_up }: RolloutDevice, up: number) {
+  return standing === "seen" && offers >= MAX_OFFERS && up - offered_up < VISIT;
 }
 
 /** Whether what was heard of a device may change how it stands. */
@@ -9717,13 +9798,16 @@ function standingAfter(
   if (standing === "outside") return row;
   if (isOnRollout(record, device)) {
     const on_up = row.on_up ?? up;
+    // A later version proves nothing of this one.
+    const isSame = isSameRelease(versionOn(record, device), record.options.version);
+    if (!isSame && standing !== "proven") return { standing: "outside", on_up };
     const isProven = standing === "proven" || up - on_up >= 1000 * record.options.soak;
     if (isProven) return { standing: row.known ? "proven" : "outside", on_up };
     return { standing: "way", on_up };
   }
   // What has failed stays so when it is offered no more, and the device no longer speaks of it.
   if (standing === "acknowledged" || standing === "failed") return { standing, on_up: null };
-  if (failsRollout(record, device)) {
+  if (failsRollout(record, device) && !isInHaste(device, row, up)) {
     return { standing: row.known ? "failed" : "outside", on_up: null };
   }
   return { standing: "way", on_up: null };
@@ -9784,6 +9868,7 @@ async function advanceRollout(
   };
   const digest = moment.digests[id];
   if (digest !== undefined && record.digest !== null && digest !== record.digest) {
+    progress.isOther = true;
     return set("halted", `${options.version} is no longer what it was: its content has changed`);
   }
   if (digest !== undefined) {
@@ -9791,7 +9876,7 @@ async function advanceRollout(
     if (record.state === "waiting") {
       set("running", null);
       // Its time begins now.
-      Object.assign(progress, { clocked: up, shared: up, paced: up, counted: -1 });
+      Object.assign(progress, { clocked: up, shared: up, counted: -1 });
     }
   }
   if (record.digest === null) return;
@@ -9802,10 +9887,15 @@ async function advanceRollout(
   if (progress.left === 0 && (progress.eligible > 0 || isForNobody(record))) {
     return set("done", `nobody is left: ${countText(progress.proven, "device")} proven`);
   }
+  progress.most = waveAfter(options, progress);
   if (record.state === "paused") return;
   const pause = pauseReason(options, progress);
   if (pause !== undefined) return set("paused", pause);
-  record.reason = heldReason(options, progress);
+  const { window } = options;
+  const isClosed = window !== null && !isOpen(parseWindow(window), at);
+  record.reason = isClosed ? `held: it is not ${window}` : heldReason(options, progress);
+  // A time in which nobody may ask lets nobody in later.
+  if (isClosed) progress.shared = up;
   Object.assign(progress, shareAfter(options, progress, up));
 }
 
@@ -9834,8 +9924,9 @@ interface RolloutAsk extends RolloutSaid {
   /** What it has read already; `-1`: nothing. */
   revision: number;
   labels: string;
-  /** By rollout: the last change of a device that it knows. */
+  /** By rollout: the last change of a device that it knows; and `RolloutView.known`. */
   seqs: Record<string, number>;
+  counts: Record<string, number>;
   /** Whether it wants to give places away. */
   wants: boolean;
   /** The lease of another server that it saw unchanged for long enough. */
@@ -9848,6 +9939,9 @@ interface RolloutView extends KnownRollout {
   /** How many more devices may be offered it; 0 without the lease. */
   free: number;
   seq: number;
+  /** How many devices were known when it began; and their numbers, if there are others than before. */
+  known: number;
+  numbers?: Float64Array;
   /** Devices that were offered it, and whether they still may; since the `seq` that was asked. */
   changed: [device: string, isOffered: boolean][];
 }
@@ -9856,6 +9950,8 @@ interface RolloutView extends KnownRollout {
 interface RolloutNews {
   revision: number;
   views: RolloutView[];
+  /** Rollouts that are in another state by this write. */
+  steps: Rollout[];
   /** Devices by `KEY=VALUE`, those that matter to rollouts; absent: as before. */
   labelled?: Record<string, string[]>;
   /** Tells whether these have changed. */
@@ -9907,7 +10003,7 @@ async function rolloutNews(
   records: readonly RolloutRecord[],
   server: string,
   ask: RolloutAsk,
-): Promise<RolloutNews> {
+): Promise<Omit<RolloutNews, "steps">> {
   const rows = await tx.query(
     "SELECT name, value FROM ota_meta WHERE name IN ('rollouts', 'labels')",
   );
@@ -9915,11 +10011,16 @@ async function rolloutNews(
   const barring = lastRollouts(records).filter(isBarring);
   const lease = await leaseFor(tx, server, ask);
   const views: RolloutView[] = [];
-  for (const { id, state, options, digest, created, progress } of barring) {
-    const { share, seq } = progress;
+  for (const record of barring) {
+    const { id, state, options, digest, created, progress } = record;
+    const { share, seq, known, isFirst } = progress;
     const free = lease.isMine && state === "running" ? freePlaces(options, progress) : 0;
     const changed = isGoing(state) ? await changedDevices(tx, id, ask.seqs[id] ?? 0, seq) : [];
-    views.push({ id, state, options, digest, created, share, free, seq, changed });
+    const isOld = !isGoing(state) || isFirst || ask.counts[id] === known;
+    views.push({
+      ...{ id, state, options, digest, created, share, free, seq, changed, known },
+      ...(!isOld && { numbers: await knownNumbers(tx, record) }),
+    });
   }
   const pairs = new Set([CANARY]);
   for (const { options } of views) {
@@ -10616,12 +10717,15 @@ async function writeRollouts(
   // Most fleets have none.
   const revision = await readRevision(tx);
   const records = revision === 0 ? [] : await readRollouts(tx);
+  let changes: RolloutChange[] = [];
   if (records.some(({ state }) => isGoing(state))) {
     const { placed = [], digests = {} } = ask ?? {};
     const moment = { placed, digests, up, at: at ?? Date.now(), before, after };
-    if (await advanceRollouts(tx, records, moment)) await bumpRollouts(tx);
+    changes = await advanceRollouts(tx, records, moment);
+    if (changes.length > 0) await bumpRollouts(tx);
   }
-  return ask && (await rolloutNews(tx, records, server, ask));
+  const steps = changes.filter(({ isStep }) => isStep).map(({ rollout }) => rollout);
+  return ask && { ...(await rolloutNews(tx, records, server, ask)), steps };
 }
 
 /**
@@ -10761,8 +10865,7 @@ class FleetStore {
 
   async rolloutTargets(options: RolloutOptions, at: number): Promise<RolloutTarget[]> {
     const record = await newRollout(this.db, options, at);
-    const now = { at, up: record.progress.clocked };
-    return await countTargets(this.db, record, await servedModels(this.db), now);
+    return await countTargets(this.db, record, await servedModels(this.db), at);
   }
 
   /** Sees to it that the store can be written. */
@@ -11023,8 +11126,9 @@ export interface FleetOptions {
   releases?: () => Releases;
   /** Whether versions need a rollout to be offered; `Fleet.staged` are those that do not. */
   staged?: boolean;
-  /** Called with one line for the operator. */
+  /** Called with one line for the operator; and with one for the log. */
   warn?: (line: string) => void;
+  log?: (line: string) => void;
   clock?: FleetClock;
   /** Milliseconds between two writes; 1000. With 0, only `flush` writes. */
   tick?: number;
@@ -11180,8 +11284,9 @@ class Admission {
 
   /** Whether each second changes something, although no device reports. */
   get isActive(): boolean {
-    const states = [...this.#rollouts.values()].map(({ state }) => state);
-    return states.some((state) => state === "running" || state === "waiting" || state === "paused");
+    return [...this.#rollouts.values()].some(({ state, options }) => {
+      return state === "running" || (state === "waiting" && this.#digestOf(options) !== null);
+    });
   }
 
   /** Says that there has never been a rollout. */
@@ -11194,14 +11299,17 @@ class Admission {
   ask(): RolloutAsk {
     const digests: Record<string, string> = {};
     const seqs: Record<string, number> = {};
+    const counts: Record<string, number> = {};
     const known: KnownRollout[] = [];
-    for (const { id, state, options, digest, created, seq } of this.#rollouts.values()) {
-      seqs[id] = seq;
+    for (const rollout of this.#rollouts.values()) {
+      const { id, state, options, digest, created } = rollout;
+      seqs[id] = rollout.seq;
+      if (rollout.numbers) counts[id] = rollout.known;
       known.push({ id, state, options, digest, created });
       const found = this.#digestOf(options);
       if (found !== null) digests[id] = found;
     }
-    const read = { revision: this.revision, labels: this.#labels, seqs };
+    const read = { revision: this.revision, labels: this.#labels, seqs, counts };
     const lease = this.#lease.ask(this.isActive && !this.isOver);
     return { placed: [...this.#placed], digests, known, ...read, ...lease };
   }
@@ -11248,7 +11356,11 @@ class Admission {
     const { window } = view.options;
     const isSame = known?.options.window === window;
     const opening = window === null ? undefined : parseWindow(window);
-    return { ...view, seq, changed: [], offered, free, opening: isSame ? known.opening : opening };
+    const numbers = view.numbers ?? earlier?.numbers;
+    return {
+      ...{ ...view, seq, changed: [], offered, free, opening: isSame ? known.opening : opening },
+      ...(numbers && { numbers }),
+    };
   }
 
   /** What a version in the root of a model consists of; `null`: it is not there. */
@@ -11327,9 +11439,10 @@ class Admission {
       this.#lease.use();
       return false;
     }
-    const isNext =
-      share >= 1 || this.#has(CANARY, asking.id) || rolloutNumber(id, asking.id) < share;
-    if (!isNext) return false;
+    const number = rolloutNumber(id, asking.id);
+    // New ones, and ids that somebody made up, get it when it is done.
+    if (rollout.numbers && !hasNumber(rollout.numbers, number)) return false;
+    if (share < 1 && number >= share && !this.#has(CANARY, asking.id)) return false;
     this.#lease.use();
     if (!isHeld) return false;
     rollout.free--;
@@ -11500,11 +11613,21 @@ class FleetWriter {
       lasting: this.lasting,
       ...(rollouts && { rollouts }),
     });
-    if (rollouts && news) this.admission.hear(news, rollouts, elapsed);
+    if (rollouts && news) {
+      this.admission.hear(news, rollouts, elapsed);
+      for (const rollout of news.steps) this.#tellStep(rollout);
+    }
     this.#told = told;
     this.waiting.written();
     this.#base = { up, elapsed };
     this.#lastWrite = elapsed;
+  }
+
+  /** A halt is worth a warning; of several servers, the one that took the step says it. */
+  #tellStep(rollout: Rollout): void {
+    const text = rolloutText(rollout);
+    if (rollout.state === "halted") this.#options.warn?.(`the rollout of ${text}`);
+    else this.#options.log?.(`rollout  ${text}`);
   }
 
   #plan(): void {
@@ -12178,9 +12301,6 @@ async function readBody({ headers, body }: Request, most: number): Promise<Uint8
 // ──── Rollout words ──────────────────────────────────────────────────────────────────────────────
 // A rollout in words: which one is meant, how it stands, and what its numbers prove.
 
-/** The confidence of what is said of a rollout. */
-const CONFIDENCE = 0.95;
-
 /**
  * The largest share of devices that a release may fail on, given what is known of some of them: the
  * one-sided upper bound of Clopper and Pearson, which is exact.
@@ -12223,6 +12343,9 @@ export function rolloutProof(rollout: Rollout): string {
   return `${numbers}: fewer than ${share} fail, with ${100 * CONFIDENCE} % confidence`;
 }
 
+/** Names the rollout of the root itself, where models have some as well. */
+const ROOT_MODEL = "-";
+
 /** A version, and the model that it is for: `1.0.2`, `1.0.2 of lopy4`. */
 function rolloutName({ version, model }: Pick<Rollout, "version" | "model">): string {
   return model === null ? version : `${version} of ${model}`;
@@ -12242,12 +12365,13 @@ function meantRollout(
   const isOver = ({ state }: Rollout) => state === "done" || state === "aborted";
   const running = named.filter((one) => !isOver(one));
   // Names of models have no case.
-  const isOf = (one: Rollout) => one.model?.toLowerCase() === model?.toLowerCase();
+  const isOf = (one: Rollout) => (one.model ?? ROOT_MODEL).toLowerCase() === model?.toLowerCase();
   if (model !== null) return running.find(isOf) ?? named.find(isOf);
   const some = running.length > 0 ? running : named;
-  const models = [...new Set(some.map((one) => one.model ?? "the root's own"))];
+  const models = [...new Set(some.map((one) => one.model ?? ROOT_MODEL))];
   if (models.length < 2) return some[0];
-  throw new OTAError(`several rollouts of ${version}: name the model (${models.join(", ")})`, 2);
+  const names = `${models.join(", ")}; ${ROOT_MODEL} is none`;
+  throw new OTAError(`several rollouts of ${version}: name the model (${names})`, 2);
 }
 
 /** How a rollout stands, in one line: `1.0.2 halted: 2 of 9 are silent`. */
@@ -12294,7 +12418,7 @@ function readRollout(body: Uint8Array): { options: RolloutOptions; isDry: boolea
   return { options: { ...options, pauseAt: options.pauseAt.toSorted((a, b) => a - b) }, isDry };
 }
 
-const ROLLOUT_ACTIONS: readonly RolloutAction[] = ["pause", "resume", "advance", "abort"];
+const ROLLOUT_ACTIONS = Object.keys(ACTIONS) as RolloutAction[];
 
 /** Answers for the paths of rollouts. */
 class RolloutAPI {
@@ -12355,7 +12479,8 @@ class RolloutAPI {
     const actions = ROLLOUT_ACTIONS.join(", ");
     if (!action) return adminText(contact, 404, `no action ${printable(word)}, but ${actions}`);
     const version = decodeParameter(encoded.replaceAll("+", "%2B"));
-    const unknown = `no rollout of ${printable(rolloutName({ version, model }))}`;
+    const of = model === null ? "" : ` of ${printable(model)}`;
+    const unknown = `no rollout of ${printable(version)}${of}`;
     if (!isReleaseName(version)) return adminText(contact, 404, unknown);
     const meant = meantRollout(await this.fleet.rollouts(), version, model);
     const rollout = meant && (await this.fleet.changeRollout(version, meant.model, action));
@@ -12720,7 +12845,8 @@ class VersionStaging implements AsyncDisposable {
       // One that has just begun is not known to those who answer devices yet.
       if (rollouts.some((rollout) => stagedKey(rollout) === key) || this.#isClosed) continue;
       const rollout = await fleet.startRollout({ ...ROLLOUT_DEFAULTS, ...one });
-      this.log(`staged   ${printable(rolloutName(rollout))}: a rollout of it began`);
+      const of = one.model === null ? "" : ` of ${printable(one.model)}`;
+      this.log(`staged   ${printable(rollout.version)}${of}: a rollout of it began`);
     }
   }
 
@@ -12768,6 +12894,7 @@ export async function serve(options: ServeOptions = {}): Promise<FleetServer> {
   const parts = new AsyncDisposableStack();
   const fleet = await Fleet.open({
     ...{ url, serving: true, ...(silent && { silent }), ...(warn && { warn }) },
+    ...(options.log && { log: options.log }),
     ...{ ...(clock && { clock }), ...(tick !== undefined && { tick }) },
     newest: () => newestOf(releases),
     releases: () => releases,
@@ -17900,7 +18027,7 @@ function runRollout(given: Given): Promise<number> {
     const rollouts = await fleet.rollouts();
     if (given.json) return say(safeJSON({ rollouts }, 2));
     if (rollouts.length > 0) return say(rolloutLines(rollouts).join("\n"));
-    tell("no rollout yet: every version goes to everyone");
+    tell("no rollout yet: a version goes to everyone, unless a server is --staged");
     return 0;
   });
 }
@@ -17910,9 +18037,9 @@ function rolloutLines(rollouts: readonly Rollout[]): string[] {
   const rows = rollouts.map((rollout) => {
     const { state, reason, proven, offered, eligible } = rollout;
     const rest = Math.max(0, eligible - proven - offered - badOf(rollout));
-    const counts = [rolloutProof(rollout), `${offered} on the way`, `${rest} to come`];
-    const why = reason === null ? [] : [reason];
-    return [rolloutName(rollout), state, [...counts, ...why].join("; ")].map(shown);
+    const why = reason === null ? "" : `${reason}; `;
+    const counts = `${rolloutProof(rollout)}; ${offered} on the way; ${rest} to come`;
+    return [rolloutName(rollout), state, why + counts].map(shown);
   });
   return new Table().lines(rows);
 }
@@ -17923,8 +18050,9 @@ function runRolloutStart(given: Given, [version = ""]: readonly string[]): Promi
     const lines = await planLines(fleet, options, rolloutPlace(given).root);
     const printed = await say(lines.map(shown).join("\n"));
     if (given["dry-run"]) return printed;
-    const rollout = await fleet.startRollout(options);
+    const begun = await fleet.startRollout(options);
     await untilServersKnow(fleet);
+    const rollout = (await fleet.rollouts()).find(({ id }) => id === begun.id) ?? begun;
     const how = `ota.ts rollout${sameRollouts(given)} shows how it goes`;
     await say(shown(`${rolloutText(rollout)}; ${how}`));
     return 0;

@@ -1,11 +1,12 @@
 /**
  * Benchmarks of ota.ts beside real peers, run in turn on the same machine:
  *
- *     bun run bench                    # everything, some minutes
+ *     bun run bench                    # everything but `rollout`, some minutes
  *     bun run bench server air         # parts of it
  *     bun run bench --quick            # fewer and shorter rounds
  *     bun run bench --ota FILE         # another ota.ts than the one here: before and after
  *     bun run bench air --pairs DIR    # with more firmware: NAME.old and NAME.new
+ *     bun run bench rollout            # some hours; RUNS=20 for fewer runs, ONLY="kills 20" for a row
  *
  * What counts are the ratios, each the median of several rounds, with the range they lay in. All
  * traffic is on loopback; only `air` fetches four public packages, from the npm registry.
@@ -34,6 +35,9 @@ const PARTS: Record<string, (effort: Effort) => Promise<void>> = {
   slow: benchSlow,
   rollout: benchRollout,
 };
+
+/** Takes too long to be run unless it is named. */
+const ONLY_NAMED = ["rollout"];
 
 const WITH_VALUE = ["--ota", "--pairs"];
 
@@ -78,7 +82,7 @@ console.log(
     `load ${loadavg()[0]?.toFixed(1)}${quick ? ", --quick: not for quoting" : ""}`,
 );
 for (const [name, bench] of Object.entries(PARTS)) {
-  if (names.length > 0 && !names.includes(name)) continue;
+  if (names.length > 0 ? !names.includes(name) : ONLY_NAMED.includes(name)) continue;
   const started = performance.now();
   try {
     await bench({ quick, rounds: quick ? 2 : 5 });

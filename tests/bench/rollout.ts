@@ -312,9 +312,9 @@ export async function benchRollout({ quick }: Effort): Promise<void> {
   const ground = await Ground.make();
   const rules: [name: string, make: () => Rule | Promise<Rule>, runs: number][] = [
     ["ota.ts", () => ground.rule(), runs],
-    ["hawkBit", () => new HawkBit(), Math.min(runs, 5)],
-    ["AWS", () => new AWS(), Math.min(runs, 5)],
-    ["percentages", () => new Percentages(), Math.min(runs, 5)],
+    ["hawkBit", () => new HawkBit(), Math.min(runs, 20)],
+    ["AWS", () => new AWS(), Math.min(runs, 20)],
+    ["percentages", () => new Percentages(), Math.min(runs, 20)],
   ];
   const releases: [name: string, bad: Fate, rate: number, says?: number][] = [
     ...RATES.map((rate) => [`kills ${100 * rate} %`, "dies", rate] as [string, Fate, number]),

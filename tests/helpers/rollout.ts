@@ -37,12 +37,12 @@ export const TREE = {
 export class RolloutWorld implements AsyncDisposable {
   /** Device → the version that it is on. */
   readonly devices = new Map<string, string>();
-  readonly warnings: string[] = [];
 
   private constructor(
     readonly time: Time,
     readonly root: Temp,
     readonly server: FleetServer,
+    readonly warnings: readonly string[],
     private readonly isOwner: boolean,
   ) {}
 
@@ -68,7 +68,7 @@ export class RolloutWorld implements AsyncDisposable {
       ...{ clock: time.clock, tick: 0 },
       warn: (line) => void warnings.push(line),
     });
-    const world = new RolloutWorld(time, root, server, !beside);
+    const world = new RolloutWorld(time, root, server, warnings, !beside);
     for (let i = 0; i < devices; i++) world.devices.set(`m${String(i).padStart(3, "0")}`, "1.0.0");
     for (let round = 0; round < 3 && devices > 0; round++) {
       world.time.pass(INTERVAL);
@@ -140,6 +140,26 @@ export class RolloutWorld implements AsyncDisposable {
       await this.flush();
       await this.second();
     }
+    return offered;
+  }
+
+  /** Makes all devices canaries: they need no number, so that whoever asks first is first. */
+  async allowAll(): Promise<void> {
+    for (const id of this.devices.keys()) {
+      await this.fleet.edit(id, { labels: { canary: "yes" } });
+    }
+  }
+
+  /**
+   * All that are below 1.0.1 ask once; those that get it say at once that they are well, but for the
+   * first `dead`. @returns those that got it
+   */
+  async round(dead = 0): Promise<string[]> {
+    const offered: string[] = [];
+    for (const [id, on] of this.devices) {
+      if (on === "1.0.0" && (await this.ask(id)) === "1.0.1") offered.push(id);
+    }
+    await this.proveAll(offered.slice(dead));
     return offered;
   }
 
