@@ -37,11 +37,12 @@
 // V    Fleet: who is on what, and what happened to whom.
 //      Device reports · Device records · Offers and failures · Windows · Fleet answers · Rollouts
 //      Rollout rules · Rollout waves · Rollout ends · Store schema · Store opening · Store writes
-//      Store limits · Store reads · Store lists · Rollout records · Eligible devices · Rollout commands · Rollout silence
-//      Rollout progress · Rollout places · Merging · Rollout merging · Names and labels
-//      Store batches · Fleet store · Store thread · Fleet options · Place lease · Admission
-//      Fleet writer · Fleet · Admin access · Fleet requests · Rollout words · Rollout API
-//      Fleet API · Rollout notices · Staged versions · Serving
+//      Store limits · Store reads · Store lists · Rollout records · Eligible devices
+//      Rollout commands · Rollout silence · Rollout progress · Rollout places · Merging
+//      Rollout merging · Names and labels · Store batches · Fleet store · Store thread
+//      Fleet options · Place lease · Admission · Fleet writer · Fleet · Admin access
+//      Fleet requests · Rollout words · Rollout API · Fleet API · Rollout notices
+//      Staged versions · Serving
 // VI   Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -9571,7 +9572,7 @@ async function actOnRollout(
   if (action === "resume") await resumeRollout(tx, record);
   if (action === "advance") {
     Object.assign(progress, { isOpen: true, share: 1 });
-    if (state === "paused") Object.assign(record, { state: "running", reason: null });
+    Object.assign(record, { state: state === "paused" ? "running" : state, reason: null });
   }
   if (record.state !== state) record.changed = Math.round(at);
   await writeRollout(tx, record);
@@ -12368,10 +12369,9 @@ function meantRollout(
   const isOf = (one: Rollout) => (one.model ?? ROOT_MODEL).toLowerCase() === model?.toLowerCase();
   if (model !== null) return running.find(isOf) ?? named.find(isOf);
   const some = running.length > 0 ? running : named;
-  const models = [...new Set(some.map((one) => one.model ?? ROOT_MODEL))];
+  const models = [...new Set(some.map((one) => one.model ?? `${ROOT_MODEL} for the root's own`))];
   if (models.length < 2) return some[0];
-  const names = `${models.join(", ")}; ${ROOT_MODEL} is none`;
-  throw new OTAError(`several rollouts of ${version}: name the model (${names})`, 2);
+  throw new OTAError(`several rollouts of ${version}: name the model (${models.join(", ")})`, 2);
 }
 
 /** How a rollout stands, in one line: `1.0.2 halted: 2 of 9 are silent`. */
