@@ -84,24 +84,27 @@ describe("serve --notify", () => {
     },
   );
 
-  test.concurrent("tries again when that fails, follows nobody elsewhere, and warns once", async () => {
-    using listener = new Listener();
-    listener.answers = [500, listener.url.replace("hook", "elsewhere")];
-    await using van = await before({ notify: listener.url }, "a");
-    await van.rollout("start", "1.0.1");
-    publish(van);
-    await van.state("running");
-    await van.rollout("pause", "1.0.1");
-    await eventually("three tries", () => listener.notices.length === 3);
-    expect(new Set(listener.notices.map(({ text }) => text)).size).toBe(1);
-    expect(listener.others).toEqual([]);
-    const warnings = van.warnings.filter((line) => line.includes("could not be told"));
-    const { origin } = new URL(listener.url);
-    expect(warnings).toEqual([
-      `${origin} could not be told that 1.0.1 paused: by the operator (it answered 500): ` +
-        "tried again for an hour",
-    ]);
-  });
+  test.concurrent(
+    "tries again when that fails, follows nobody elsewhere, and warns once",
+    async () => {
+      using listener = new Listener();
+      listener.answers = [500, listener.url.replace("hook", "elsewhere")];
+      await using van = await before({ notify: listener.url }, "a");
+      await van.rollout("start", "1.0.1");
+      publish(van);
+      await van.state("running");
+      await van.rollout("pause", "1.0.1");
+      await eventually("three tries", () => listener.notices.length === 3);
+      expect(new Set(listener.notices.map(({ text }) => text)).size).toBe(1);
+      expect(listener.others).toEqual([]);
+      const warnings = van.warnings.filter((line) => line.includes("could not be told"));
+      const { origin } = new URL(listener.url);
+      expect(warnings).toEqual([
+        `${origin} could not be told that 1.0.1 paused: by the operator (it answered 500): ` +
+          "tried again for an hour",
+      ]);
+    },
+  );
 
   test.each(stores.each)(
     "what one that is killed was about to tell, another one tells (in %s)",
