@@ -136,7 +136,10 @@ describe("PostgreSQL", () => {
     fs.writeFileSync(`${path}/other`, Buffer.alloc(bavail * bsize - 200_000));
     for (let i = 0; i < 5000; i++) world.say(`meter-${i}`, "1.0.0", { to: "1.0.1" });
     await world.warned(/cannot be written .*No space left/);
-    expect((await world.fleet.device("first"))?.version).toBe("1.0.0");
+    // It may be read, unless PostgreSQL itself has stopped over it.
+    const read = world.fleet.device("first").then((device) => device?.version);
+    const found = await read.catch((error: Error) => error.message);
+    expect(found).toMatch(/^1\.0\.0$|does not answer \(.*\); try again$/);
     small.mount.remount("size=64m");
     await world.warned(/is written again$/);
     await world.fleet.flush();
