@@ -28,31 +28,35 @@
 //      Codings · Negotiation · Inline content
 // III  Release root: from a directory to what a device needs.
 //      Snapshot · Hashing · Settling copies · Index · Signed releases · Models · Scan
-//      Files beside releases · Decide · Compose · One root · Roots of models · Releases
-//      Signing · Watch · Lint
+//      Files beside releases · Decide · Compose · One root · Roots of models · Releases · Signing
+//      Watch · Lint
 // IV   Server: from that to bytes on a socket.
 //      Encoding · Responses and headers · Log and metrics · Bodies in flight · File answers
 //      Certificates and proxies · Request checks · Contents in manifests · Manifest answers
-//      Request handling · Listening
+//      Request handling · Air costs · Listening
 // V    Fleet: who is on what, and what happened to whom.
 //      Device reports · Device records · Offers and failures · Windows · Fleet answers · Rollouts
 //      Rollout rules · Rollout waves · Rollout ends · Store schema · Store opening · Store writes
-//      Store limits · Store reads · Store lists · Rollout records · Eligible devices
-//      Rollout commands · Rollout silence · Rollout progress · Rollout places · Merging
-//      Rollout merging · Names and labels · Store batches · Fleet store · Store thread
-//      Fleet options · Place lease · Admission · Fleet writer · Fleet · Admin access
-//      Fleet requests · Rollout words · Rollout API · Fleet API · Rollout notices
-//      Staged versions · Serving
-// VI   Device disk: files changed as one transaction.
+//      Store limits · Forgetting · Store reads · Store lists · Fleet trends · Urgent devices
+//      Rollout records · Eligible devices · Rollout commands · Rollout silence · Rollout progress
+//      Rollout places · Merging · Rollout merging · Names and labels · Store batches
+//      Fleet store · Store thread · Fleet options · Place lease · Admission · Fleet writer
+//      Fleet questions · Fleet · Fleet words · Admin answers · Admin access · Fleet requests
+//      Rollout words · Rollout API · Fleet API · Rollout notices · Staged versions
+// VI   Page: what an operator looks at, and the server with all of it.
+//      HTML templates · Page frame · Charts · Costs on the page · Rollouts on the page
+//      Rollout forms · Releases on the page · Fleet view · Device list · Device view · Style
+//      Script · Page files · Form fields · Page views · Page requests · Serving
+// VII  Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
-// VII  Update: the workflow of a device.
+// VIII Update: the workflow of a device.
 //      Update options · Time-outs · Health check · Status · Target release · Plan and space
 //      Receiving and retries · Download attempts · Fetching content · Verification
 //      Manifest client · Device survey · Device
-// VIII Transports: bytes from somewhere, and nothing else.
+// IX   Transports: bytes from somewhere, and nothing else.
 //      HTTP · Directory
-// IX   Command line: the way in.
+// X    Command line: the way in.
 //      Options · Reading options · Output · Costs · Server commands · Release commands
 //      Device commands · Fleet tables · Fleet summary · Fleet commands · Rollout options
 //      Rollout command · Commands · Help and main
@@ -169,6 +173,13 @@ function algorithmOf(hash: string): "sha1" | "sha256" {
 function parseHttpURL(text: string): URL | undefined {
   const url = URL.parse(text);
   return url && /^https?:$/.test(url.protocol) ? url : undefined;
+}
+
+/** Formats a size: `812 B`, `4.1 KB`, `1.5 MB`. */
+function formatBytes(bytes: number): string {
+  if (bytes < 1000) return `${bytes} B`;
+  const power = Math.min(Math.floor(Math.log10(bytes) / 3), 4);
+  return `${(bytes / 1000 ** power).toFixed(1)} ${" KMGT"[power]}B`;
 }
 
 /** Whether text has control characters. */
@@ -4447,6 +4458,15 @@ interface NewestItems {
   image: FirmwareImage | undefined;
 }
 
+/** The newest of an index up to a version: what there was before anything above it. */
+function itemsUpTo(
+  { versions, firmware }: Pick<ReleaseRoot, "versions" | "firmware">,
+  ceiling: LooseVersion,
+): NewestItems {
+  const isBelow = (one: { version: LooseVersion }) => one.version.compare(ceiling) <= 0;
+  return { version: versions.findLast(isBelow), image: firmware.findLast(isBelow) };
+}
+
 /**
  * Decides what a device gets.
  *
@@ -4867,6 +4887,11 @@ export class ReleaseRoot {
   /** See the function of that name. */
   decide(query: ManifestQuery, may?: NewestItems): Decision | null {
     return decide(this.index, query, may);
+  }
+
+  /** Whether a release is as it was signed. */
+  isSigned(release: Release): boolean {
+    return this.index.signed.has(release);
   }
 
   /** Globs of the files that releases were signed without. */
@@ -5600,21 +5625,33 @@ class RootWatch implements Disposable {
 // ──── Lint ──────────────────────────────────────────────────────────────────────────────────────
 // Warnings for the owner of a release root, one line each.
 
+/** A warning, and the release that it is about, if it is about one that is offered. */
+interface RootWarning {
+  of?: string;
+  text: string;
+}
+
 /** What may surprise in a root, whatever device asks. */
 export function rootWarnings(releases: ReleaseRoot): string[] {
-  const found: string[] = [];
-  for (const { path, reason } of releases.held) found.push(`${path} is not offered: it ${reason}`);
-  for (const { path, reason } of releases.unsigned) found.push(`${path} ${reason}`);
+  return findWarnings(releases).map(({ text }) => text);
+}
+
+/** `rootWarnings`, with what each is about. */
+function findWarnings(releases: ReleaseRoot): RootWarning[] {
+  const found: RootWarning[] = [];
+  const add = (text: string, of?: string) => found.push({ text, ...(of !== undefined && { of }) });
+  for (const { path, reason } of releases.held) add(`${path} is not offered: it ${reason}`);
+  for (const { path, reason } of releases.unsigned) add(`${path} ${reason}`);
   const hasModels = releases instanceof Releases && releases.roots.length > 1;
   const { versions, firmware, held } = releases;
   if (versions.length + firmware.length + held.length === 0 && !hasModels) {
-    found.push(
+    add(
       `no release in ${releases.root}: put each version of the devices' files in a directory named ` +
         `by its version (1.0.0/flash/main.py), firmware beside it as firmware_1.0.0.bin`,
     );
   }
-  for (const { path } of releases.firmware) {
-    if (path.startsWith("firmare_")) found.push(`${path}: spelled firmware_ elsewhere`);
+  for (const { path, name } of releases.firmware) {
+    if (path.startsWith("firmare_")) add(`${path}: spelled firmware_ elsewhere`, name);
   }
   const names = [...new Set([...releases.versions, ...releases.firmware].map(({ name }) => name))];
   for (const name of names) {
@@ -5622,15 +5659,17 @@ export function rootWarnings(releases: ReleaseRoot): string[] {
       name,
     );
     if (released) {
-      found.push(
+      add(
         `${name} sorts after ${released[1]}: a device on ${name} never takes ${released[1]}`,
+        name,
       );
     }
   }
   const [withV, without] = [names.filter((n) => /^v/i.test(n)), names.filter((n) => /^\d/.test(n))];
   if (withV.length > 0 && without.length > 0) {
-    found.push(
+    add(
       `${withV[0]} sorts after every name without a v (${without.at(-1)}): use one spelling`,
+      withV[0],
     );
   }
   return found;
@@ -5638,20 +5677,27 @@ export function rootWarnings(releases: ReleaseRoot): string[] {
 
 /** `boardWarnings` for devices on each version. */
 export async function allBoardWarnings(releases: ReleaseRoot): Promise<string[]> {
-  const slicer = new TimeSlicer();
   const { versions, firmware } = releases;
-  const newest = versions.at(-1);
-  const found: string[] = [];
+  const newest = { version: versions.at(-1), image: firmware.at(-1) };
+  const steps = await warningsOfSteps(releases, newest);
+  return steps.flatMap(({ from, lines }) => lines.map((line) => `from ${from}: ${line}`));
+}
+
+/** What boards with Pycom's original library cannot do on the way from each version to the newest. */
+async function warningsOfSteps(
+  { versions }: ReleaseRoot,
+  { version: newest, image }: NewestItems,
+): Promise<{ from: string; lines: string[] }[]> {
+  const slicer = new TimeSlicer();
+  const found: { from: string; lines: string[] }[] = [];
   for (const from of versions) {
     if (!newest || from === newest) break;
-    const image = firmware.at(-1);
     const flashes = image !== undefined && image.version.compare(from.version) > 0;
     let deletes = false;
     if (flashes) {
       await slicer.each(from.files.keys(), (path) => (deletes ||= !newest.files.has(path)));
     }
-    const lines = stepWarnings(from, newest, deletes && flashes);
-    found.push(...lines.map((line) => `from ${from.name}: ${line}`));
+    found.push({ from: from.name, lines: stepWarnings(from, newest, deletes && flashes) });
     if (slicer.isDue) await slicer.pause();
   }
   return found;
@@ -6603,7 +6649,7 @@ class Proxies {
     while (this.trusts(client)) {
       const before = plainAddress(chain.pop() ?? "");
       if (isIP(before) === 0) break;
-      client = before;
+      client = before.toLowerCase();
     }
     return client;
   }
@@ -7241,6 +7287,88 @@ class Service {
     }
     return isEmpty ? plain(503, "the root has no version") : plain(200, "ok");
   }
+}
+
+// ──── Air costs ──────────────────────────────────────────────────────────────────────────────────
+// What a release costs on the air, before anybody has fetched it.
+
+/** Payload of one LoRa downlink at a medium data rate, in bytes. */
+const LORA_BYTES = 200;
+
+/** The devices that costs are shown for: `client`, and a board with the library of the examples. */
+const AIR_DEVICES = [
+  { name: "client", accepted: new Set(codings(true)), isBrief: true },
+  {
+    name: "board",
+    accepted: new Set<Coding>(["ota-patch, deflate", "deflate"]),
+    isBrief: false,
+  },
+];
+
+/** What something costs on the air, in bytes, and how it is sent. */
+interface AirCost {
+  name: string;
+  /** Of the content itself; absent where that is not the same for all devices. */
+  plain?: number;
+  size: number;
+  how: string;
+}
+
+/**
+ * What a manifest and its content cost on the air.
+ *
+ * @param may the newest that the device may have; absent: all that is offered
+ */
+async function airCosts(
+  releases: ReleaseRoot,
+  ver: string | undefined,
+  base: string,
+  encoder: Encoder,
+  { accepted, isBrief }: (typeof AIR_DEVICES)[number],
+  may?: NewestItems,
+): Promise<AirCost[]> {
+  const costs: AirCost[] = [];
+  const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
+    return { key, size, read: async () => Bun.file(file) };
+  };
+  const has = releases.find(ver ?? "");
+  const oldImage = releases.firmware.find(({ version }) => version.compare(ver ?? "") === 0);
+  const query = { current_ver: ver, base: has?.digest, firmware_sha256: oldImage?.sha256 };
+  const decision = releases.decide(query, may);
+  const inliner = new Inliner(encoder, sourceOf);
+  const mayInline = decision && isBrief;
+  const inline = mayInline
+    ? await inliner.contentsFor(releases, decision, query, accepted)
+    : NOT_INLINE;
+  const plainForm = { extras: true, base: base + releases.urlPath, suffix: "" };
+  const form = isBrief ? briefForm(plainForm, decision, inline) : plainForm;
+  const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
+  // Boards take manifests as they are.
+  const forManifest = isBrief ? accepted : NO_CODINGS;
+  const { coding, level } = manifestCoding(forManifest, json.byteLength, isBrief, true);
+  const coded = await encodeManifest(json, coding, level);
+  const size = (coded ?? json).byteLength;
+  costs.push({ name: "manifest.json", size, how: coded ? coding! : "plain" });
+
+  // Content that the device has under another path, or already fetches, costs nothing.
+  const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
+  const add = async (at: string, name: string, file: IndexedFile, old?: IndexedFile) => {
+    if (here.has(file.sha256)) return;
+    here.add(file.sha256);
+    if (inline.contents.has(at)) {
+      return costs.push({ name, plain: file.size, size: 0, how: "in the manifest" });
+    }
+    const { coded: form } = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
+    const size = form?.content.size ?? file.size;
+    return costs.push({ name, plain: file.size, size, how: form?.encoding ?? "plain" });
+  };
+  const { target, image } = decision ?? {};
+  const { added, changed } = changesBetween(decision?.has, target, true);
+  for (const [path, file] of [...added, ...changed]) {
+    await add(`${target!.name}/${path}`, path, file, has?.files.get(path));
+  }
+  if (image) await add(image.path, image.path, image, oldImage);
+  return costs;
 }
 
 // ──── Listening ───────────────────────────────────────────────────────────────────────────────────
@@ -7965,6 +8093,39 @@ export interface FleetSummary {
   silent_at: number | null;
 }
 
+/** How many devices were on which version. */
+export interface FleetSample {
+  /** By the clock. */
+  at: number;
+  /** As in `FleetSummary`. */
+  versions: Record<string, number>;
+}
+
+/** How long a chart of versions goes back. */
+export type FleetSpan = "hour" | "day" | "week" | "year";
+
+/** Devices that need a person, and have something in common. */
+export interface FleetCluster {
+  state: "failed" | "silent";
+  /** The version that they are on: what failed or is not heard of came after it. */
+  version: string | null;
+  model: string | null;
+  devices: number;
+}
+
+/** What a page shows of a fleet at one look. */
+export interface FleetOverview {
+  summary: FleetSummary;
+  /** The largest first. */
+  clusters: FleetCluster[];
+  /** The oldest first. */
+  samples: FleetSample[];
+  /** As far back as these go at most. */
+  span: FleetSpan;
+  /** How many were last heard within each of `SEEN_WITHIN`, and not within the one before. */
+  seen: number[];
+}
+
 /** Which devices to list; what is absent does not matter. */
 export interface DeviceFilter {
   state?: DeviceState;
@@ -7977,6 +8138,12 @@ export interface DeviceFilter {
   limit?: number;
   /** The id after which to begin. */
   after?: string;
+}
+
+/** A page of devices, and the `after` of the next page; `null`: there is none. */
+export interface DevicePage {
+  devices: FleetDevice[];
+  next: string | null;
 }
 
 /** The newest release that a device may have; `null` where there is none. */
@@ -8514,6 +8681,18 @@ const SCHEMAS: readonly string[][] = [
     "CREATE INDEX ota_rollout_devices_heard ON ota_rollout_devices (rollout, standing, heard)",
     "CREATE INDEX ota_rollout_devices_seq ON ota_rollout_devices (rollout, seq)",
   ],
+  [
+    // How many devices were on which version: see `SAMPLING`.
+    `CREATE TABLE ota_samples (
+      step BIGINT NOT NULL, at BIGINT NOT NULL, version TEXT NOT NULL, devices BIGINT NOT NULL,
+      PRIMARY KEY (step, at, version))`,
+  ],
+  [
+    // With all that is counted over all devices: their rows are four times as large.
+    "DROP INDEX ota_devices_cohort",
+    `CREATE INDEX ota_devices_cohort ON ota_devices
+      (cohort, id, seen_up, patience, last_seen, first_seen)`,
+  ],
 ];
 
 // ──── Store opening ───────────────────────────────────────────────────────────────────────────────
@@ -8768,7 +8947,8 @@ async function readMeta(db: Connection) {
     const [last = 0, up = 0] = value.split(" ").map(Number);
     if (name.startsWith("batch ")) batches.set(name.slice("batch ".length), [last, up]);
   }
-  return { source: meta.get("source")!, up: number("up"), events: number("events"), batches };
+  const [up, events, sampled] = [number("up"), number("events"), number("sampled")];
+  return { source: meta.get("source")!, up, events, sampled, batches };
 }
 
 type StoreMeta = Awaited<ReturnType<typeof readMeta>>;
@@ -8880,6 +9060,9 @@ async function trimHistory(tx: Connection, { id, events }: DeviceRecord, before:
     [id],
   );
 }
+
+// ──── Forgetting ──────────────────────────────────────────────────────────────────────────────────
+// What is removed from a store: devices beyond a number, and those that the operator forgets.
 
 /**
  * Forgets devices beyond a number: first those seen once, long ago; then those seen least often, the
@@ -9085,15 +9268,19 @@ function filterSQL(filter: DeviceFilter, basis: StateBasis, values: SQLValues): 
     const [key, value] = [$(label[0]), $(label[1])];
     where.push(`id IN (SELECT device FROM ota_labels WHERE key = ${key} AND value = ${value})`);
   }
-  if (q !== undefined && q !== "") {
-    const part = $(`%${asciiLower(q).replace(/[\\%_]/g, "\\$&")}%`);
-    const columns = ["id", "name", "model", "address"].map((column) => {
-      return `LOWER(${column}) LIKE ${part} ESCAPE '\\'`;
-    });
-    where.push(`(${columns.join(" OR ")})`);
-  }
+  if (q !== undefined && q !== "") where.push(searchSQL(q, values));
   if (after !== undefined) where.push(`id > ${$(after)}`);
   return where.length > 0 ? `WHERE ${where.join(" AND ")}` : "";
+}
+
+/** SQL for whether a device has a text in its id, name, model or address. */
+function searchSQL(q: string, { $ }: SQLValues): string {
+  const part = (text: string) => `${$(`%${text.replace(/[\\%_]/g, "\\$&")}%`)} ESCAPE '\\'`;
+  const is = (column: string) => `LOWER(${column}) LIKE ${part(asciiLower(q))}`;
+  // Ids and addresses are in lower case; models are looked at once for each cohort.
+  const isModel = `cohort IN (SELECT id FROM ota_cohorts WHERE ${is("model")})`;
+  const columns = ["id", "address"].map((column) => `${column} LIKE ${part(q.toLowerCase())}`);
+  return `(${columns.join(" OR ")} OR ${is("name")} OR ${isModel})`;
 }
 
 /** Lists devices in the order of their ids. */
@@ -9101,7 +9288,7 @@ async function listDevices(
   db: Connection,
   filter: DeviceFilter,
   basis: StateBasis,
-): Promise<{ devices: FleetDevice[]; next: string | null }> {
+): Promise<DevicePage> {
   const limit = Math.min(Math.max(1, filter.limit ?? 100), MAX_PAGE);
   const values = new SQLValues();
   const select = devicesSQL(basis, values);
@@ -9191,6 +9378,271 @@ function historyOf(rows: readonly SQLRow[]): FleetEvent[] {
     });
   }
   return history;
+}
+
+// ──── Fleet trends ────────────────────────────────────────────────────────────────────────────────
+// What a page shows beyond states. Versions over time are counted as time goes, since a history of
+// millions of events cannot be read for each look; what is counted and listed else is bounded, or goes
+// through an index or once through the devices.
+
+/**
+ * How often versions are counted for a chart that goes so far back, in milliseconds: each has its own
+ * rows, some hundred at most, so that none depends on whether a server ran at a certain minute.
+ */
+const SAMPLING: Record<FleetSpan, { length: number; step: number }> = {
+  hour: { length: 3600_000, step: 60_000 },
+  day: { length: 86_400_000, step: 600_000 },
+  week: { length: 7 * 86_400_000, step: 3600_000 },
+  year: { length: 366 * 86_400_000, step: 86_400_000 },
+};
+/** Versions in a sample at most; the others are one. */
+const MAX_SAMPLED = 8;
+/** Limits of the histogram of when devices were last heard, in milliseconds. */
+export const SEEN_WITHIN = [
+  ...[60_000, 600_000, 3600_000, 6 * 3600_000, 86_400_000],
+  ...[7 * 86_400_000, 30 * 86_400_000, Infinity],
+];
+/** Clusters of failures at most. */
+const MAX_CLUSTERS = 12;
+
+/** Counts the versions for all spans whose time has come. @param last when that was done last */
+async function sampleVersions(tx: Connection, at: number, last: number): Promise<void> {
+  const due = Object.values(SAMPLING).filter(({ step }) => {
+    return Math.floor(at / step) !== Math.floor(last / step);
+  });
+  if (due.length === 0) return;
+  const { devices, versions } = await countVersions(tx, MAX_SAMPLED);
+  if (devices === 0) return;
+  for (const { step, length } of due) {
+    for (const [version, count] of Object.entries(versions)) {
+      // A clock that was set back may come here again.
+      const text = "INSERT INTO ota_samples VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING";
+      await tx.query(text, [step, at, version, count]);
+    }
+    await tx.query("DELETE FROM ota_samples WHERE step = $1 AND at < $2", [step, at - length]);
+  }
+  await setMeta(tx, { sampled: `${at}` });
+}
+
+/** How many devices are on which version: the most frequent ones, and the rest as `other`. */
+async function countVersions(db: Connection, most: number) {
+  const text =
+    "SELECT version AS name, SUM(devices) AS n FROM ota_cohorts GROUP BY version ORDER BY n DESC, name";
+  const rows = await db.query(text);
+  const counts = new Map<string, number>();
+  let devices = 0;
+  for (const [i, { name, n }] of rows.entries()) {
+    const key = i < most ? String(name ?? "none") : "other";
+    counts.set(key, (counts.get(key) ?? 0) + Number(n));
+    devices += Number(n);
+  }
+  return { devices, versions: Object.fromEntries(counts) };
+}
+
+/** @param wanted absent: one that has all there is, but no more than a week */
+async function readSamples(
+  db: Connection,
+  now: number,
+  wanted?: FleetSpan,
+): Promise<{ span: FleetSpan; samples: FleetSample[] }> {
+  const [oldest] = await db.query("SELECT MIN(at) AS at FROM ota_samples");
+  const age = now - Number(oldest?.["at"] ?? now);
+  const span =
+    wanted ?? (age < SAMPLING.hour.length ? "hour" : age < SAMPLING.day.length ? "day" : "week");
+  const { length, step } = SAMPLING[span];
+  const text =
+    "SELECT at, version, devices FROM ota_samples WHERE step = $1 AND at >= $2 AND at <= $3 ORDER BY at";
+  const rows = await db.query(text, [step, now - length, now]);
+  const samples = [...Map.groupBy(rows, ({ at }) => Number(at))].map(([at, all]) => ({
+    at,
+    versions: Object.fromEntries(all.map(({ version, devices }) => [version, Number(devices)])),
+  }));
+  return { span, samples };
+}
+
+/** Where devices fail or fall silent: by the version that they are on and model, the most first. */
+async function readClusters(db: Connection, basis: StateBasis): Promise<FleetCluster[]> {
+  const values = new SQLValues();
+  const silent =
+    `SELECT cohort, COUNT(*) AS devices FROM ota_devices WHERE ${silentSQL(basis, values)} AND cohort IN ` +
+    "(SELECT ota_cohorts.id FROM ota_cohorts WHERE ota_cohorts.standing = 'offered') GROUP BY cohort";
+  const text =
+    "SELECT state, version, model, SUM(n) AS n FROM (" +
+    "SELECT 'failed' AS state, version, model, devices AS n FROM ota_cohorts " +
+    "WHERE standing IN ('said', 'seen') UNION ALL " +
+    "SELECT 'silent', version, model, found.devices FROM ota_cohorts " +
+    `JOIN (${silent}) AS found ON found.cohort = ota_cohorts.id) AS parts ` +
+    `GROUP BY state, version, model ORDER BY n DESC, state, version, model LIMIT ${MAX_CLUSTERS}`;
+  const rows = await db.query(text, values.all);
+  return rows.map(({ state, version, model, n }) => ({
+    state: state as FleetCluster["state"],
+    version: version as string | null,
+    model: model as string | null,
+    devices: Number(n),
+  }));
+}
+
+/** How many devices were last heard when: see `FleetOverview`. */
+async function countSeen(db: Connection, now: number): Promise<number[]> {
+  const values = new SQLValues();
+  // Sums cost half of what groups do. A clock that was set back: what lies ahead is now.
+  const sums = SEEN_WITHIN.slice(0, -1).map((within, i) => {
+    return `SUM(CASE WHEN last_seen >= ${values.$(now - within)} THEN 1 ELSE 0 END) AS n${i}`;
+  });
+  const text = `SELECT ${sums.join(", ")}, COUNT(*) AS n${sums.length} FROM ota_devices`;
+  const [row] = await db.query(text, values.all);
+  const within = SEEN_WITHIN.map((_, i) => Number(row![`n${i}`] ?? 0));
+  return within.map((count, i) => count - (within[i - 1] ?? 0));
+}
+
+// ──── Urgent devices ─────────────────────────────────────────────────────────────────────────────
+// The list that a person looks at: what needs one first, then in the order of their ids.
+
+/** The cursor of a list that begins with what needs a person: `STATE:ID`, the last one before. */
+function urgentCursor(after: string | undefined): { first: number; id: string } | undefined {
+  const [, state, id] = /^([a-z]+):(.*)$/s.exec(after ?? "") ?? [];
+  const first = URGENCY.indexOf(state as DeviceState);
+  return first < 0 ? undefined : { first, id: id! };
+}
+
+/** The states, what needs a person first. */
+const URGENCY: readonly DeviceState[] = DEVICE_STATES.toReversed();
+
+/** The states that a list goes through, and where it begins in each. */
+function urgentParts({ state, after }: DeviceFilter): { state: DeviceState; after?: string }[] {
+  const cursor = urgentCursor(after);
+  return URGENCY.flatMap((one, rank) => {
+    if (rank < (cursor?.first ?? 0) || (state !== undefined && state !== one)) return [];
+    return [{ state: one, ...(rank === cursor?.first && { after: cursor.id }) }];
+  });
+}
+
+/** What a search found: the ids of a page, and the cursor of the next one. */
+interface FoundIds {
+  ids: string[];
+  next: string | null;
+}
+
+/** Lists devices; `after` is a cursor. @param ids of those that `searchUrgent` found */
+async function listUrgent(
+  db: Connection,
+  { limit = 50, ...filter }: DeviceFilter,
+  basis: StateBasis,
+  ids?: FoundIds,
+): Promise<DevicePage> {
+  if (ids) return { devices: await devicesOf(db, ids.ids, basis), next: ids.next };
+  const found: FleetDevice[] = [];
+  const { after: _, ...same } = filter;
+  for (const part of urgentParts(filter)) {
+    if (found.length > limit) break;
+    const page = { ...same, ...part, limit: limit + 1 - found.length };
+    found.push(...(await listDevices(db, page, basis)).devices);
+  }
+  const devices = found.slice(0, limit);
+  const last = devices.at(-1);
+  return { devices, next: found.length > limit && last ? `${last.state}:${last.id}` : null };
+}
+
+/** Finds a page of the devices with a text in them. */
+async function searchUrgent(
+  db: Connection,
+  { limit = 50, ...filter }: DeviceFilter,
+  basis: StateBasis,
+): Promise<FoundIds> {
+  const most = { ...filter, limit: limit + 1 };
+  const found = (await searchFirst(db, most, basis)) ?? (await searchAll(db, most, basis));
+  const page = found.slice(0, limit);
+  const last = page.at(-1);
+  const next = found.length > limit && last ? `${last.state}:${last.id}` : null;
+  return { ids: page.map(({ id }) => id), next };
+}
+
+/** A device that a search found. */
+interface FoundDevice {
+  id: string;
+  state: DeviceState;
+}
+
+/** Devices of a state that a search looks at one by one. */
+const LOOKED_AT = 2000;
+
+/**
+ * Looks at the first devices alone, where what many have in them is found at once.
+ *
+ * @returns `undefined`: these are not enough to tell
+ */
+async function searchFirst(
+  db: Connection,
+  { q, limit = 50, ...filter }: DeviceFilter,
+  basis: StateBasis,
+): Promise<FoundDevice[] | undefined> {
+  const found: FoundDevice[] = [];
+  const { after: _, ...same } = filter;
+  for (const part of urgentParts(filter)) {
+    const values = new SQLValues();
+    const first =
+      `SELECT id, name, address, cohort FROM ota_devices ` +
+      `${filterSQL({ ...same, ...part }, basis, values)} ORDER BY id LIMIT ${LOOKED_AT}`;
+    const looked = `SELECT COUNT(*) AS n FROM (${first}) AS first`;
+    const [row] = await db.query(looked, values.all);
+    const text =
+      `SELECT id FROM (${first}) AS first WHERE ${searchSQL(q!, values)} ` +
+      `ORDER BY id LIMIT ${limit - found.length}`;
+    for (const { id } of await db.query(text, values.all)) {
+      found.push({ id: String(id), state: part.state });
+    }
+    if (found.length === limit) return found;
+    if (Number(row!["n"]) === LOOKED_AT) return undefined;
+  }
+  return found;
+}
+
+/** Looks at all devices in one pass, whatever is found. */
+async function searchAll(
+  db: Connection,
+  { limit = 50, after, ...filter }: DeviceFilter,
+  basis: StateBasis,
+): Promise<FoundDevice[]> {
+  const values = new SQLValues();
+  const { $ } = values;
+  const state = cohortStateSQL(basis, values);
+  const ranks = URGENCY.map((name, rank) => `WHEN '${name}' THEN ${rank}`).join(" ");
+  // Once for each cohort, not for each device.
+  const cohorts =
+    `SELECT cohort_id, CASE state ${ranks} END AS rank, state FROM ` +
+    `(SELECT ota_cohorts.id AS cohort_id, ${state} AS state FROM ota_cohorts) AS stated`;
+  // The table as it lies: in the order of its index, each row would be looked up on its own.
+  const where = filterSQL(filter, basis, values);
+  const isSilent = `state = 'offered' AND ${silentSQL(basis, values)}`;
+  const ranked =
+    `SELECT id, CASE WHEN ${isSilent} THEN ${URGENCY.indexOf("silent")} ELSE rank END AS rank ` +
+    `FROM (SELECT id, cohort, seen_up, patience FROM ota_devices ${where}) AS ota_devices JOIN cohorts ON cohort_id = cohort`;
+  const cursor = urgentCursor(after);
+  const begin = cursor && [$(cursor.first), $(cursor.id)];
+  const isAfter = begin
+    ? `WHERE rank > ${begin[0]} OR (rank = ${begin[0]} AND id > ${begin[1]})`
+    : "";
+  const text =
+    `WITH cohorts AS MATERIALIZED (${cohorts}) SELECT id, rank FROM (${ranked}) AS ranked ${isAfter} ` +
+    `ORDER BY rank, id LIMIT ${limit}`;
+  const rows = await db.query(text, values.all);
+  return rows.map(({ id, rank }) => ({ id: String(id), state: URGENCY[Number(rank)]! }));
+}
+
+/** Devices by their ids, in this order. */
+async function devicesOf(
+  db: Connection,
+  ids: readonly string[],
+  basis: StateBasis,
+): Promise<FleetDevice[]> {
+  const values = new SQLValues();
+  const select = devicesSQL(basis, values);
+  const list = ids.map((id) => values.$(id)).join(", ");
+  if (ids.length === 0) return [];
+  const rows = await db.query(`${select} WHERE ota_devices.id IN (${list})`, values.all);
+  const labels = await labelsOf(db, ids);
+  const found = new Map(rows.map((row) => [String(row["id"]), deviceOf(row, labels)]));
+  return ids.flatMap((id) => found.get(id) ?? []);
 }
 
 // ──── Rollout records ─────────────────────────────────────────────────────────────────────────────
@@ -9355,11 +9807,12 @@ function rolloutOf({ id, state, reason, options, progress, ...times }: RolloutRe
 
 /** Conditions of SQL for the devices `d`, their cohorts `c` and rows `r` of a rollout. */
 interface EligibleSQL {
-  /** Whether it is for the device, whatever that is on. */
+  /** Whether it is for the device, whatever that is on: by the device alone, and by its cohort. */
   isFor: string;
+  isForCohort: string;
   /** Whether the device is below the version, as far as it is not offered yet. */
   isBelow: string;
-  from: string;
+  from: () => string;
 }
 
 /** How long the devices `d` may be silent, in up-time. */
@@ -9387,28 +9840,30 @@ function eligibleSQL(
   const usual = usualSilence(options);
   const up = "(SELECT CAST(value AS BIGINT) FROM ota_meta WHERE name = 'up')";
   isFor.push(`(d.last_seen > ${Math.round(at - ROLLOUT_MEMORY)} OR d.seen_up >= ${up} - ${usual})`);
-  if (model !== null) isFor.push(`LOWER(c.model) = ${$(asciiLower(model))}`);
+  const isForCohort = ["TRUE"];
+  if (model !== null) isForCohort.push(`LOWER(c.model) = ${$(asciiLower(model))}`);
   else if (models.length > 0) {
     const names = models.map((name) => $(asciiLower(name))).join(", ");
-    isFor.push(`(c.model IS NULL OR LOWER(c.model) NOT IN (${names}))`);
+    isForCohort.push(`(c.model IS NULL OR LOWER(c.model) NOT IN (${names}))`);
   }
   const isBelow = [
     `c.${isFirmwareOnly(digest) ? "firmware" : "version"}_key < ${$(versionKey(version))}`,
   ];
   for (const [key, values] of valuesByKey(only)) {
     const list = (text: (value: string) => string) => values.map((one) => $(text(one))).join(", ");
-    if (key === "model") isFor.push(`LOWER(c.model) IN (${list(asciiLower)})`);
+    if (key === "model") isForCohort.push(`LOWER(c.model) IN (${list(asciiLower)})`);
     else if (key === "version") isBelow.push(`c.version_key IN (${list(versionKey)})`);
     else {
       const of = `device = d.id AND key = ${$(key)} AND value IN (${list(String)})`;
       isFor.push(`EXISTS (SELECT 1 FROM ota_labels WHERE ${of})`);
     }
   }
-  const rows = `ota_rollout_devices r ON r.rollout = ${$(id)} AND r.device = d.id`;
+  const rows = () => `ota_rollout_devices r ON r.rollout = ${$(id)} AND r.device = d.id`;
   return {
     isFor: isFor.join(" AND "),
+    isForCohort: isForCohort.join(" AND "),
     isBelow: isBelow.join(" AND "),
-    from: `ota_devices d JOIN ota_cohorts c ON c.id = d.cohort LEFT JOIN ${rows}`,
+    from: () => `ota_devices d JOIN ota_cohorts c ON c.id = d.cohort LEFT JOIN ${rows()}`,
   };
 }
 
@@ -9419,8 +9874,18 @@ function valuesByKey(only: RolloutOptions["only"]): Map<string, string[]> {
   return values;
 }
 
-/** What a rollout is bound to: the content of the version's files and of its image. */
-function rolloutDigest(files: string | undefined, image: string | undefined): string | null {
+/**
+ * What a rollout is bound to: the content of the version's files and of its image, in the root of its
+ * model; `null`: it is not there.
+ */
+function rolloutDigest(
+  { version, model }: RolloutOptions,
+  releases: Releases | undefined,
+): string | null {
+  const name = model?.toLowerCase() ?? "";
+  const root = releases?.roots.find((one) => one.model.toLowerCase() === name);
+  const files = root?.find(version)?.digest;
+  const image = root?.firmware.find((one) => one.version.compare(version) === 0)?.sha256;
   return files || image ? `${files ?? ""}+${image ?? ""}` : null;
 }
 
@@ -9436,7 +9901,7 @@ async function countEligible(
   at: number,
 ): Promise<Pick<RolloutProgress, "eligible" | "left" | "others" | "known">> {
   const values = new SQLValues();
-  const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
+  const { isFor, isForCohort, isBelow, from } = eligibleSQL(record, values, models, at);
   const standing = (...names: RolloutStanding[]) => {
     return `r.standing IN (${names.map((name) => `'${name}'`).join(", ")})`;
   };
@@ -9446,7 +9911,7 @@ async function countEligible(
   const [row] = await db.query(
     `SELECT COUNT(*) AS found, ${sum(isLeft)} AS remaining,
         ${sum(`${isLeft} OR ${standing("proven", "acknowledged")}`)} AS eligible
-      FROM ${from} WHERE ${isFor}`,
+      FROM ${from()} WHERE ${isFor} AND ${isForCohort}`,
     values.all,
   );
   const [all] = await db.query(`SELECT COUNT(*) AS n FROM ota_devices d WHERE ${knownSQL(record)}`);
@@ -9471,7 +9936,10 @@ async function usualInterval(db: Connection): Promise<number> {
   return found.toSorted((a, b) => a - b)[found.length >> 1] ?? 0;
 }
 
-/** The devices that a rollout would reach, by what they are and are on; most first. */
+/**
+ * The devices that a rollout would reach that has not begun yet, by what they are and are on; most
+ * first.
+ */
 async function countTargets(
   db: Connection,
   record: RolloutRecord,
@@ -9479,10 +9947,13 @@ async function countTargets(
   at: number,
 ): Promise<RolloutTarget[]> {
   const values = new SQLValues();
-  const { isFor, isBelow, from } = eligibleSQL(record, values, models, at);
+  const { isFor, isForCohort, isBelow } = eligibleSQL(record, values, models, at);
+  // By cohort first: devices are many, and an index has all that this needs of them.
   const rows = await db.query(
-    `SELECT c.model AS model, c.version AS version, COUNT(*) AS n FROM ${from}
-      WHERE ${isFor} AND r.device IS NULL AND ${isBelow}
+    `SELECT c.model AS model, c.version AS version, SUM(d.n) AS n FROM
+        (SELECT d.cohort AS cohort, COUNT(*) AS n FROM ota_devices d WHERE ${isFor}
+          GROUP BY d.cohort) d
+        JOIN ota_cohorts c ON c.id = d.cohort WHERE ${isForCohort} AND ${isBelow}
       GROUP BY c.model, c.version ORDER BY n DESC, model, version`,
     values.all,
   );
@@ -10761,6 +11232,7 @@ async function writeBatch(
     ...(at !== undefined && { "setting written": `${at}` }),
     ...settingRows(settings),
   });
+  if (at !== undefined) await sampleVersions(tx, at, meta.sampled);
   for (const [other, [, then]] of meta.batches) {
     if (up - then < BATCH_MEMORY || other === server) continue;
     await tx.query("DELETE FROM ota_meta WHERE name = $1", [`batch ${other}`]);
@@ -10888,6 +11360,24 @@ class FleetStore {
     return await listDevices(this.db, filter, basis);
   }
 
+  async urgent(filter: DeviceFilter, basis: StateBasis, found?: FoundIds) {
+    return await listUrgent(this.db, filter, basis, found);
+  }
+
+  async search(filter: DeviceFilter, basis: StateBasis) {
+    return await searchUrgent(this.db, filter, basis);
+  }
+
+  async overview(basis: StateBasis, now: number, span: FleetSpan | undefined) {
+    const summary = await summarize(this.db, basis);
+    const clusters = await readClusters(this.db, basis);
+    return { summary, clusters, ...(await readSamples(this.db, now, span)) };
+  }
+
+  async seen(now: number): Promise<number[]> {
+    return await countSeen(this.db, now);
+  }
+
   async device(id: string, basis: StateBasis) {
     return await findDevice(this.db, id, basis);
   }
@@ -10954,7 +11444,11 @@ type StoreCalls = {
       | "ready"
       | "look"
       | "summary"
+      | "overview"
+      | "seen"
       | "devices"
+      | "urgent"
+      | "search"
       | "device"
       | "edit"
       | "forget"
@@ -11125,7 +11619,7 @@ export interface FleetOptions {
   newest?: () => NewestReleases;
   /** What its rollouts are of; absent: they do not go on by this server. */
   releases?: () => Releases;
-  /** Whether versions need a rollout to be offered; `Fleet.staged` are those that do not. */
+  /** Whether versions need a rollout to be offered; `Admission.staged` are those that do not. */
   staged?: boolean;
   /** Called with one line for the operator; and with one for the log. */
   warn?: (line: string) => void;
@@ -11157,6 +11651,11 @@ const FLEET = {
   last: 2000,
   /** Milliseconds for which a summary is as good as new. */
   summary: 1000,
+  /** The same for a count of when devices were heard, and for which devices a search finds. */
+  seen: 15_000,
+  search: 10_000,
+  /** Answers that are kept for so long at most. */
+  answers: 100,
 };
 
 /** Whether a store is a file that has something in it. */
@@ -11286,7 +11785,10 @@ class Admission {
   /** Whether each second changes something, although no device reports. */
   get isActive(): boolean {
     return [...this.#rollouts.values()].some(({ state, options }) => {
-      return state === "running" || (state === "waiting" && this.#digestOf(options) !== null);
+      return (
+        state === "running" ||
+        (state === "waiting" && rolloutDigest(options, this.releases?.()) !== null)
+      );
     });
   }
 
@@ -11307,7 +11809,7 @@ class Admission {
       seqs[id] = rollout.seq;
       if (rollout.numbers) counts[id] = rollout.known;
       known.push({ id, state, options, digest, created });
-      const found = this.#digestOf(options);
+      const found = rolloutDigest(options, this.releases?.());
       if (found !== null) digests[id] = found;
     }
     const read = { revision: this.revision, labels: this.#labels, seqs, counts };
@@ -11364,14 +11866,10 @@ class Admission {
     };
   }
 
-  /** What a version in the root of a model consists of; `null`: it is not there. */
-  #digestOf({ version, model }: RolloutOptions): string | null {
-    const roots = this.releases?.().roots ?? [];
-    const name = model?.toLowerCase() ?? "";
-    const root = roots.find((one) => one.model.toLowerCase() === name);
-    if (!root) return null;
-    const image = root.firmware.find((one) => one.version.compare(version) === 0);
-    return rolloutDigest(root.find(version)?.digest, image?.sha256);
+  /** Whether a rollout counts on a device: one that was first heard since gets it at its end. */
+  knows(rollout: string, device: string): boolean {
+    const numbers = this.#rollouts.get(rollout)?.numbers;
+    return numbers === undefined || hasNumber(numbers, rolloutNumber(rollout, device));
   }
 
   /**
@@ -11431,7 +11929,7 @@ class Admission {
     const isOffered = offered.has(asking.id);
     if (!isOffered && (state === "paused" || !asking.isGet)) return false;
     // Nobody gets what it is not about.
-    if (digest === null || digest !== this.#digestOf(options)) return false;
+    if (digest === null || digest !== rolloutDigest(options, this.releases?.())) return false;
     if (isOffered) return true;
     if (opening && !isOpen(opening, this.clock.now())) return false;
     if (!this.#isFor(rollout, asking)) return false;
@@ -11697,6 +12195,73 @@ class FleetWriter {
   }
 }
 
+// ──── Fleet questions ────────────────────────────────────────────────────────────────────────────
+// How the thread is asked for somebody who waits, and what need not be asked again.
+
+/** Calls the thread, and again while another process writes. @throws {OTAError} exit code 1 */
+async function askStore<N extends keyof StoreCalls>(
+  writer: FleetWriter,
+  name: N,
+  ...args: Parameters<StoreCalls[N]>
+): Promise<Awaited<ReturnType<StoreCalls[N]>>> {
+  const patience = name === "merge" ? FLEET.merge : FLEET.read;
+  const end = performance.now() + FLEET.read;
+  for (;;) {
+    try {
+      return await writer.call(patience, name, ...args);
+    } catch (error) {
+      if (error instanceof OTAError) throw error;
+      // SQLite waits for a second only.
+      const isBusy = errorCode(error)?.startsWith("SQLITE_BUSY");
+      if (isBusy && name !== "merge" && performance.now() < end) continue;
+      const what = `the fleet's store ${writer.name} does not answer (${errorText(error)})`;
+      const remedy = isUseless(error) ? "" : "; try again";
+      throw new OTAError(what + remedy, 1, { cause: error });
+    }
+  }
+}
+
+/** Answers that are as good as new for a while, however many ask. */
+class RecentAnswers {
+  readonly #answers = new Map<string, { at: number; of: Promise<unknown> }>();
+
+  constructor(private readonly clock: FleetClock) {}
+
+  /** An answer that was given lately, or a new one. @param patience in milliseconds */
+  async get<T>(name: string, patience: number, ask: () => Promise<T>): Promise<T> {
+    const at = this.clock.elapsed();
+    const known = this.#answers.get(name);
+    if (known && at - known.at < patience) return (await known.of) as T;
+    const asked = { at, of: ask() };
+    // The oldest stands first.
+    this.#answers.delete(name);
+    this.#answers.set(name, asked);
+    const [oldest] = this.#answers.keys();
+    if (this.#answers.size > FLEET.answers) this.#answers.delete(oldest!);
+    asked.of.catch(() => {
+      if (this.#answers.get(name) === asked) this.#answers.delete(name);
+    });
+    return await asked.of;
+  }
+
+  /** Something has changed that whoever did it wants to see. */
+  forget(): void {
+    this.#answers.clear();
+  }
+}
+
+/** A summary of the store, with its time by the clock. */
+function timed(
+  summary: FleetSummary,
+  { up, clock, served }: FleetWriter,
+  { serving }: FleetOptions,
+): FleetSummary {
+  // Beside a server, what is known of the time is what it wrote last.
+  const now = serving ? clock.now() : (served?.written ?? clock.now());
+  const { silent_at: until } = summary;
+  return { ...summary, silent_at: until === null ? null : Math.round(now + until - up) };
+}
+
 // ──── Fleet ───────────────────────────────────────────────────────────────────────────────────────
 // What the server and the commands use.
 
@@ -11710,11 +12275,12 @@ class FleetWriter {
 export class Fleet implements AsyncDisposable {
   readonly #options: FleetOptions;
   readonly #writer: FleetWriter;
-  #summary: { at: number; of: Promise<FleetSummary> } | undefined;
+  readonly #recent: RecentAnswers;
 
   private constructor(options: FleetOptions) {
     this.#options = options;
     this.#writer = new FleetWriter(options);
+    this.#recent = new RecentAnswers(this.#writer.clock);
   }
 
   /**
@@ -11772,54 +12338,49 @@ export class Fleet implements AsyncDisposable {
     return { newest, up, silent: this.#options.silent ? silent : (served?.silent ?? silent) };
   }
 
-  /** Calls the thread for somebody who waits. */
-  async #ask<N extends keyof StoreCalls>(
-    name: N,
-    ...args: Parameters<StoreCalls[N]>
-  ): Promise<Awaited<ReturnType<StoreCalls[N]>>> {
-    const patience = name === "merge" ? FLEET.merge : FLEET.read;
-    const end = performance.now() + FLEET.read;
-    for (;;) {
-      try {
-        return await this.#writer.call(patience, name, ...args);
-      } catch (error) {
-        if (error instanceof OTAError) throw error;
-        // Another process writes, and SQLite waits for a second only.
-        const isBusy = errorCode(error)?.startsWith("SQLITE_BUSY");
-        if (isBusy && name !== "merge" && performance.now() < end) continue;
-        const what = `the fleet's store ${this.#writer.name} does not answer (${errorText(error)})`;
-        const remedy = isUseless(error) ? "" : "; try again";
-        throw new OTAError(what + remedy, 1, { cause: error });
-      }
-    }
+  /** See `askStore`. */
+  #ask<N extends keyof StoreCalls>(name: N, ...args: Parameters<StoreCalls[N]>) {
+    return askStore(this.#writer, name, ...args);
   }
 
   /** Counts the devices; up to a second old. */
   async summary(): Promise<FleetSummary> {
-    const at = this.#writer.clock.elapsed();
-    if (!this.#summary || at - this.#summary.at >= FLEET.summary) {
-      const summary = { at, of: this.#summarize() };
-      this.#summary = summary;
-      summary.of.catch(() => {
-        if (this.#summary === summary) this.#summary = undefined;
-      });
-    }
-    return await this.#summary.of;
+    const summary = this.#recent.get("summary", FLEET.summary, () => {
+      return this.#ask("summary", this.#basis);
+    });
+    return timed(await summary, this.#writer, this.#options);
   }
 
-  async #summarize(): Promise<FleetSummary> {
-    const summary = await this.#ask("summary", this.#basis);
-    const { up, clock, served } = this.#writer;
-    // Beside a server, what is known of the time is what it wrote last.
-    const now = this.#options.serving ? clock.now() : (served?.written ?? clock.now());
-    const { silent_at: until } = summary;
-    return { ...summary, silent_at: until === null ? null : Math.round(now + until - up) };
+  /**
+   * What a page shows at one look; up to a second old, but for `seen`, up to 15 seconds.
+   *
+   * @param span absent: one that has all there is, but no more than a week
+   */
+  async overview(span?: FleetSpan): Promise<FleetOverview> {
+    const now = this.#writer.clock.now();
+    const overview = this.#recent.get(`overview ${span}`, FLEET.summary, () => {
+      return this.#ask("overview", this.#basis, now, span);
+    });
+    const seen = this.#recent.get("seen", FLEET.seen, () => this.#ask("seen", now));
+    const [found, counts] = await Promise.all([overview, seen]);
+    return { ...found, summary: timed(found.summary, this.#writer, this.#options), seen: counts };
   }
 
-  /** A page of devices in the order of their ids; `next` is the `after` of the next page. */
-  async devices(
-    filter: DeviceFilter = {},
-  ): Promise<{ devices: FleetDevice[]; next: string | null }> {
+  /**
+   * Lists devices: what needs a person first, then in the order of their ids; `after` is no id.
+   * Which ones a search finds is up to ten seconds old.
+   */
+  async urgent(filter: DeviceFilter = {}): Promise<DevicePage> {
+    if (!filter.q) return await this.#ask("urgent", filter, this.#basis);
+    const search = `search ${JSON.stringify(filter)}`;
+    const found = await this.#recent.get(search, FLEET.search, () => {
+      return this.#ask("search", filter, this.#basis);
+    });
+    return await this.#ask("urgent", filter, this.#basis, found);
+  }
+
+  /** Lists devices in the order of their ids. */
+  async devices(filter: DeviceFilter = {}): Promise<DevicePage> {
     return await this.#ask("devices", filter, this.#basis);
   }
 
@@ -11836,7 +12397,8 @@ export class Fleet implements AsyncDisposable {
    */
   async edit(id: string, change: DeviceEdit): Promise<boolean> {
     checkEdit(change);
-    return await this.#ask("edit", id, change, this.#writer.clock.now());
+    const edited = this.#ask("edit", id, change, this.#writer.clock.now());
+    return await edited.finally(() => this.#recent.forget());
   }
 
   /** Forgets a device and its history. @returns whether it was known */
@@ -11859,23 +12421,17 @@ export class Fleet implements AsyncDisposable {
    *
    * @returns `undefined`: all that is offered
    */
-  newestFor(contact: Contact, root: ReleaseRoot): NewestItems | undefined {
+  newestFor(
+    contact: Pick<Contact, "query" | "address" | "method">,
+    root: ReleaseRoot,
+  ): NewestItems | undefined {
     const { query, address, method } = contact;
     return this.#writer.admission.newestFor(query, address, root, method === "GET");
   }
 
-  /** What needs no rollout: see `VersionStaging`. */
-  get staged(): ReadonlySet<string> | undefined {
-    return this.#writer.admission.staged;
-  }
-
-  set staged(keys: ReadonlySet<string>) {
-    this.#writer.admission.staged = keys;
-  }
-
-  /** See `Admission.isHeld`. */
-  isHeld(release: Pick<RolloutOptions, "version" | "model">): boolean {
-    return this.#writer.admission.isHeld(release);
+  /** What this server knows of rollouts. */
+  get admission(): Admission {
+    return this.#writer.admission;
   }
 
   /** All rollouts, the one that was begun last first. */
@@ -11945,11 +12501,64 @@ export class Fleet implements AsyncDisposable {
   }
 }
 
-// ──── Admin access ────────────────────────────────────────────────────────────────────────────────
-// Who may see and change the fleet: whoever has the admin token, or a cookie that was made with it.
-// A cookie holds no token, only proof that its browser had it; nothing is kept for it here, so that
-// all servers of a fleet accept it, also after a restart. Browsers send it by themselves, whatever
-// page they are on: a change by cookie must come from a page of this server.
+// ──── Fleet words ────────────────────────────────────────────────────────────────────────────────
+// What is said of devices to people, on a terminal and on the page. It comes from strangers, or from
+// the file of another van.
+
+/** What a terminal might obey, or not show: controls, directions, separators of lines. */
+const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
+
+/** Text for people: as it is, but for what a terminal might obey, and for what nobody sees. */
+function shown(text: string): string {
+  return text.replace(UNSEEN, (character) => `\\u{${character.codePointAt(0)!.toString(16)}}`);
+}
+
+/** `3 devices`, `1 device`. */
+function counted(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+/** How long ago something was: `2 min ago`. */
+function agoText(at: number, now: number): string {
+  const seconds = Math.round(Math.abs(now - at) / 1000);
+  const [unit, size] =
+    seconds < 60 ? ["s", 1] : seconds < 3600 ? ["min", 60] : seconds < 172_800 ? ["h", 3600] : [];
+  const amount = unit
+    ? `${Math.floor(seconds / size!)} ${unit}`
+    : `${Math.floor(seconds / 86_400)} days`;
+  if (seconds < 1) return "just now";
+  // By the clock of another server, or one that was set back.
+  return at > now ? `in ${amount}` : `${amount} ago`;
+}
+
+/** A time that a machine reads, and people can. */
+function isoText(at: number): string {
+  const date = new Date(at);
+  return Number.isNaN(date.getTime()) ? "" : date.toISOString();
+}
+
+/** What a device is on; a board may only tell its firmware. */
+function versionText({ version, firmware }: FleetDevice): string {
+  return shown(version ?? (firmware === null ? "-" : `firmware ${firmware}`));
+}
+
+/** What is the matter with a device: what failed, what it was offered. */
+function matterText({ state, failed, offered }: FleetDevice): string {
+  if (state === "failed") return failed === null ? "" : `${shown(failed)} failed`;
+  return offered === null ? "" : `offered ${shown(offered)}`;
+}
+
+/** What a device of a state is, or what happened to it. */
+const STATE_WORDS: Record<DeviceState, string> = {
+  failed: "a release failed on it, or it does not get onto it",
+  silent: "offered a release, and not heard of since for unusually long",
+  offered: "offered a release, and not heard of since",
+  behind: "on an older release, and not offered the newest one yet",
+  current: "on the newest release that it may have",
+};
+
+// ──── Admin answers ──────────────────────────────────────────────────────────────────────────────
+// What is answered to an operator: never kept, and never taken for anything else.
 
 /** Limits of access. */
 const ADMIN = {
@@ -11994,6 +12603,12 @@ function adminText(
   if (path.startsWith("/-/api")) return jsonAnswer(status, { error: message }, headers);
   return plain(status, message, { ...ADMIN_HEADERS, ...headers });
 }
+
+// ──── Admin access ───────────────────────────────────────────────────────────────────────────────
+// Who may see and change the fleet: whoever has the admin token, or a cookie that was made with it.
+// A cookie holds no token, only proof that its browser had it; nothing is kept for it here, so that
+// all servers of a fleet accept it, also after a restart. Browsers send it by themselves, whatever
+// page they are on: a change by cookie must come from a page of this server.
 
 /** The token of a server, for who prints it. */
 export interface AdminToken {
@@ -12064,26 +12679,65 @@ class AdminAccess implements AdminToken, Disposable {
     }
   }
 
-  /** Answers a request that may not see what it asks for, or not do what it wants. */
-  check(request: Request, contact: Contact): Promise<Answer | undefined> | Answer | undefined {
+  /**
+   * Answers a request that may not see what it asks for, or not do what it wants.
+   *
+   * @param isForm whether a change has to pass `hasProof`, too
+   */
+  check(
+    request: Request,
+    contact: Contact,
+    isForm = false,
+  ): Promise<Answer | undefined> | Answer | undefined {
     const given = bearerOf(request.headers);
     if (given !== undefined) return this.#try(given, contact);
-    if (!this.#hasCookie(request.headers)) return this.#refuse(contact);
+    if (this.#session(request.headers) === undefined) return this.#refuse(contact);
     const { method } = request;
-    if (method === "GET" || method === "HEAD") return undefined;
+    if (method === "GET" || method === "HEAD" || isForm) return undefined;
     const origin = request.headers.get("origin");
-    if (origin !== null && this.#origins(request.headers, contact.peer).includes(origin)) {
-      return undefined;
-    }
+    if (this.#isOurs(request.headers, contact.peer)) return undefined;
     const found = origin === null ? "no Origin" : `Origin: ${printable(origin)}`;
     const proxy = "behind a proxy, serve needs --trust-proxy or --url";
     const what = `a change by cookie must come from a page of this server, found ${found}`;
     return adminText(contact, 403, `${what} (${proxy})`);
   }
 
-  /** Answers who opened the link that `serve` has printed: with a cookie, and without the token. */
-  async enter({ headers }: Request, contact: Contact): Promise<Answer> {
-    const refused = await this.#try(contact.query.token ?? "", contact);
+  /** Whether a page of this server sent a request. */
+  #isOurs(headers: Headers, peer: string): boolean {
+    const origin = headers.get("origin");
+    return origin !== null && this.#origins(headers, peer).includes(origin);
+  }
+
+  /**
+   * What the forms of our pages have in them: browsers that are to send no referrer send
+   * `Origin: null` with a form, and no other page can read this. Nothing without a cookie.
+   */
+  formProof(headers: Headers): string {
+    const expires = this.#session(headers);
+    return expires === undefined ? "" : this.#proof(`form ${expires}`);
+  }
+
+  /** Whether a form is of a page of ours, or sent with the token itself, which `check` has seen. */
+  hasProof({ headers }: Request, { peer }: Contact, given = ""): boolean {
+    if (bearerOf(headers) !== undefined || this.#isOurs(headers, peer)) return true;
+    const proof = this.formProof(headers);
+    return proof !== "" && isSameSecret(given, proof);
+  }
+
+  /** What devices begin their requests with, as far as is known here. */
+  baseFor(headers: Headers, peer: string): string {
+    const [asked] = this.#origins(headers, peer);
+    return this.#base?.href.replace(/\/$/, "") ?? asked ?? "http://SERVER";
+  }
+
+  /** Takes a browser's cookie away. */
+  get noCookie(): string {
+    return `${this.#cookieName}=; Max-Age=0; HttpOnly; SameSite=Strict`;
+  }
+
+  /** Answers who shows the token, by the link that `serve` prints or by the form: with a cookie. */
+  async enter({ headers }: Request, contact: Contact, token: string): Promise<Answer> {
+    const refused = await this.#try(token, contact);
     if (refused) return refused;
     const expires = Math.floor(Date.now() / 1000) + ADMIN.session;
     const cookie = [
@@ -12147,8 +12801,9 @@ class AdminAccess implements AdminToken, Disposable {
     return `ota-${this.#proof("cookie").slice(0, 8)}`;
   }
 
-  #hasCookie(headers: Headers): boolean {
-    if (this.#token === undefined) return false;
+  /** Until when the cookie of a browser is good; `undefined`: it has none that is. */
+  #session(headers: Headers): string | undefined {
+    if (this.#token === undefined) return undefined;
     const begin = `${this.#cookieName}=`;
     const cookies = (headers.get("cookie") ?? "").split(";").map((one) => one.trim());
     const [, expires, proof] =
@@ -12156,10 +12811,9 @@ class AdminAccess implements AdminToken, Disposable {
         .filter((one) => one.startsWith(begin))
         .map((one) => /^(\d{1,12})\.(.+)$/.exec(one.slice(begin.length)))
         .find((found) => found !== null) ?? [];
-    if (expires === undefined || proof === undefined) return false;
-    return (
-      isSameSecret(proof, this.#proof(`session ${expires}`)) && Number(expires) * 1000 > Date.now()
-    );
+    if (expires === undefined || proof === undefined) return undefined;
+    const isGood = isSameSecret(proof, this.#proof(`session ${expires}`));
+    return isGood && Number(expires) * 1000 > Date.now() ? expires : undefined;
   }
 
   /**
@@ -12205,7 +12859,7 @@ function refuseInput(message: string): never {
  * @throws {OTAError} exit code 2 when there is one that is unknown, there twice, or malformed
  */
 function readParameters<Name extends string>(
-  { url }: Request,
+  { url }: Pick<Request, "url">,
   names: readonly Name[],
 ): { [name in Name]?: string } {
   const mark = url.indexOf("?");
@@ -12240,7 +12894,7 @@ function decodeParameter(text: string): string {
 }
 
 /** Which devices a request wants. @throws {OTAError} exit code 2 */
-function readFilter(request: Request): DeviceFilter {
+function readFilter(request: Pick<Request, "url">): DeviceFilter {
   const names = ["state", "version", "model", "label", "q", "limit", "after"] as const;
   const { state, label, limit, ...texts } = readParameters(request, names);
   const known = DEVICE_STATES.find((name) => name === state);
@@ -12363,8 +13017,7 @@ function meantRollout(
   model: string | null,
 ): Rollout | undefined {
   const named = rollouts.filter((one) => isSameRelease(one.version, version));
-  const isOver = ({ state }: Rollout) => state === "done" || state === "aborted";
-  const running = named.filter((one) => !isOver(one));
+  const running = named.filter(({ state }) => isGoing(state));
   // Names of models have no case.
   const isOf = (one: Rollout) => (one.model ?? ROOT_MODEL).toLowerCase() === model?.toLowerCase();
   if (model !== null) return running.find(isOf) ?? named.find(isOf);
@@ -12517,7 +13170,7 @@ function bytesOf(release: Release): number {
 }
 
 /** The releases on offer: of each root, in the order of their versions. */
-function listReleases({ roots }: Releases): ListedRelease[] {
+function listReleases({ roots }: { roots: readonly ReleaseRoot[] }): ListedRelease[] {
   return roots.flatMap(({ model, versions, firmware }) => {
     const both = versions.map((release) => {
       const image = firmware.find(({ version }) => version.compare(release.version) === 0);
@@ -12551,10 +13204,6 @@ class FleetAPI {
 
   async answer(request: Request, contact: Contact): Promise<Answer> {
     const { path, method } = contact;
-    const isReading = method === "GET" || method === "HEAD";
-    if (path === "/-/" && contact.query.token !== undefined && isReading) {
-      return await this.access.enter(request, contact);
-    }
     const refused = await this.access.check(request, contact);
     if (refused) return refused;
     const methods = this.#methods(path);
@@ -12578,7 +13227,7 @@ class FleetAPI {
   #methods(path: string): string | undefined {
     if (/^\/-\/api\/devices\/[^/]*$/.test(path)) return "GET, HEAD, POST, DELETE";
     if (path.startsWith(ROLLOUTS_PATH)) return this.#rollouts.methods(path);
-    return ["/-/", "/-/api/fleet", "/-/api/devices"].includes(path) ? METHODS : undefined;
+    return ["/-/api/fleet", "/-/api/devices"].includes(path) ? METHODS : undefined;
   }
 
   async #answer(request: Request, contact: Contact): Promise<Answer> {
@@ -12589,7 +13238,6 @@ class FleetAPI {
     if (path.startsWith("/-/api/devices/")) return await this.#device(request, contact);
     if (path.startsWith(ROLLOUTS_PATH)) return await this.#rollouts.answer(request, contact);
     readParameters(request, []);
-    if (path === "/-/") return plain(200, this.#overview(), ADMIN_HEADERS);
     const summary = await this.fleet.summary();
     return jsonAnswer(200, { ...summary, releases: listReleases(this.releases) });
   }
@@ -12630,18 +13278,6 @@ class FleetAPI {
     } catch {
       return refuseInput("the id: expected UTF-8 in percent-encoding");
     }
-  }
-
-  #overview(): string {
-    return `ota.ts ${TOOL_VERSION}, the fleet in ${this.fleet.place}
-
-/-/api/fleet         devices by version, state and model; the releases
-/-/api/devices       devices: ?state= version= model= label=KEY=VALUE q= limit= after=
-/-/api/devices/ID    one device and its history; POST names and labels it, DELETE forgets it
-/-/api/rollouts      rollouts; POST starts one
-/-/api/rollouts/VERSION/ACTION   POST: pause, resume, advance, abort; ?model=
-/-/health            whether the server is well
-/-/metrics           numbers for Prometheus`;
   }
 }
 
@@ -12833,11 +13469,12 @@ class VersionStaging implements AsyncDisposable {
       const names = new Set([...versions, ...firmware].map(({ name }) => name));
       return [...names].map((version) => ({ version, model: model === "" ? null : model }));
     });
-    if (!fleet.staged) {
+    if (!fleet.admission.staged) {
       const keys = JSON.stringify(here.map(stagedKey));
-      fleet.staged = new Set(JSON.parse(await fleet.settingOr("staged since", keys)));
+      const kept = await fleet.settingOr("staged since", keys);
+      fleet.admission.staged = new Set(JSON.parse(kept));
     }
-    const fresh = here.filter((one) => fleet.isHeld(one));
+    const fresh = here.filter((one) => fleet.admission.isHeld(one));
     if (fresh.length === 0) return;
     const rollouts = await fleet.rollouts();
     for (const one of fresh) {
@@ -12857,8 +13494,2336 @@ class VersionStaging implements AsyncDisposable {
   }
 }
 
+// ════ VI Page ════════════════════════════════════════════════════════════════════════════════════
+// What an operator looks at: the fleet in a browser, on a laptop or on a phone in a van. Every view is
+// HTML made here, from what programs are answered, too; buttons are forms. It works whole without
+// JavaScript: one short script only brings the newest. Links are relative, since only the browser
+// knows what a proxy puts before `/-/`. At the end, the server: with its fleet, its API and its page.
+
+// ──── HTML templates ──────────────────────────────────────────────────────────────────────────────
+// HTML from templates. What is put into one is escaped, unless it was made by one.
+
+/** HTML that was made by a template. */
+class Markup {
+  constructor(readonly text: string) {}
+}
+
+/** What can be put into a template; what is not there takes no place. */
+type Piece = Markup | string | number | null | undefined | false | readonly Piece[];
+
+/** What stands between the pieces of a template, without its indentation, which nobody sees. */
+const templateParts = new WeakMap<TemplateStringsArray, string[]>();
+
+/** HTML; whatever is put into it is text, but for HTML that a template made. */
+function html(strings: TemplateStringsArray, ...pieces: Piece[]): Markup {
+  let parts = templateParts.get(strings);
+  if (!parts) {
+    parts = strings.map((part) => part.replace(/\n\s+/g, "\n"));
+    templateParts.set(strings, parts);
+  }
+  let text = parts[0]!;
+  for (const [i, piece] of pieces.entries()) text += markupOf(piece) + parts[i + 1]!;
+  return new Markup(text);
+}
+
+function markupOf(piece: Piece): string {
+  if (piece === null || piece === undefined || piece === false) return "";
+  if (piece instanceof Markup) return piece.text;
+  if (Array.isArray(piece)) return piece.map(markupOf).join("");
+  return Bun.escapeHTML(`${piece as string | number}`);
+}
+
+/**
+ * A text by a stranger: it may be written from right to left, and have characters that nobody sees
+ * or that turn the text around them.
+ */
+function said(text: string): Markup {
+  return html`<bdi>${shown(text)}</bdi>`;
+}
+
+/** A number with commas. */
+function grouped(count: number): string {
+  return count.toLocaleString("en-US");
+}
+
+/** `3,000 devices`, `1 device`. */
+function many(count: number, noun: string): string {
+  return `${grouped(count)} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+/** A duration in words: `90 s`, `2 h`. */
+function durationText(seconds: number): string {
+  if (seconds < 120) return `${seconds} s`;
+  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
+  return seconds < 172_800
+    ? `${Math.round(seconds / 3600)} h`
+    : `${Math.round(seconds / 86_400)} days`;
+}
+
+function percentText(fraction: number): string {
+  return `${Number((100 * fraction).toFixed(1))} %`;
+}
+
+/** The end of a minute that has begun: nothing that is to come by then comes before. */
+function wholeMinute(at: number): number {
+  return 60_000 * Math.ceil(at / 60_000);
+}
+
+/** How long ago; the exact time, in the browser's zone if it can, on hover. */
+function agoTime(at: number, now: number): Markup {
+  const iso = isoText(at);
+  return html`<time datetime="${iso}" title="${iso.replace("T", " ").replace(/\..*/, " UTC")}"
+    >${agoText(at, now)}</time
+  >`;
+}
+
+/** The time of day, with its date unless it is today's; the script writes it in the browser's zone. */
+function clockTime(at: number, now: number): Markup {
+  const iso = isoText(at);
+  const time = iso.slice(11, 16);
+  const text =
+    iso.slice(0, 10) === isoText(now).slice(0, 10) ? time : `${iso.slice(0, 10)} ${time}`;
+  return html`<time
+    datetime="${iso}"
+    data-clock
+    title="${iso.replace("T", " ").replace(/\..*/, " UTC")}"
+    >${text} UTC</time
+  >`;
+}
+
+/** What marks a state beside its colour: a shape. */
+const SHAPES = {
+  current: "M6 1.5a4.5 4.5 0 1 0 0 9a4.5 4.5 0 1 0 0-9z",
+  offered: "M6 1V9.6M2.2 6.2L6 10L9.8 6.2",
+  behind: "M6 2a4 4 0 1 0 0 8a4 4 0 1 0 0-8z",
+  silent: "M6 1.8L10.8 10.2H1.2z",
+  failed: "M2 2L10 10M10 2L2 10",
+  paused: "M4 2V10M8 2V10",
+} as const;
+
+type Shape = keyof typeof SHAPES;
+
+/** A shape and its colour; what it means stands beside it. */
+function mark(shape: Shape): Markup {
+  return html`<svg class="mark is-${shape}" viewBox="0 0 12 12" aria-hidden="true">
+    <path d="${SHAPES[shape]}" />
+  </svg>`;
+}
+
+/** A state: its shape and its word. */
+function stateTag(state: Shape, word: string = state): Markup {
+  return html`<span class="state is-${state}">${mark(state)} ${word}</span>`;
+}
+
+/** A field that is sent and not seen. */
+function hidden(name: string, value: string): Markup {
+  return html`<input type="hidden" name="${name}" value="${value}" />`;
+}
+
+/** One of several choices. */
+function option(value: string, text: string, chosen: string | undefined): Markup {
+  return html`<option value="${value}" ${value === (chosen ?? "") ? html` selected` : ""}>
+    ${text}
+  </option>`;
+}
+
+// ──── Page frame ──────────────────────────────────────────────────────────────────────────────────
+// What all views have in common.
+
+/** What a view is made with. */
+interface PageView {
+  /** From this path to `/-/`: `./` or `../`. */
+  up: string;
+  now: number;
+  /** What a form that changes something has to prove: that it is of a page of ours. */
+  proof: string;
+}
+
+/** A view, and how it is answered. */
+interface Page {
+  status?: number;
+  title: string;
+  /** Which entry of the navigation it is. */
+  at?: "fleet" | "devices";
+  /** Whether the script brings the newest. */
+  isLive?: boolean;
+  main: Markup;
+}
+
+/** A form that changes something. */
+function changeForm({ proof }: PageView, action: string, content: Piece, className = ""): Markup {
+  return html`<form method="post" action="${action}" class="${className}">
+    ${hidden("proof", proof)}${content}
+  </form>`;
+}
+
+/** What a link to the page of a device is. */
+function deviceLink({ up }: PageView, id: string): string {
+  // Browsers take `.` and `..` out of paths, even percent-encoded.
+  if (id === "." || id === "..") return `${up}devices/?id=${id}`;
+  return `${up}devices/${encodeURIComponent(id)}`;
+}
+
+/** A link to the devices that a filter takes. */
+function devicesLink({ up }: PageView, filter: Record<string, string | null | undefined>): string {
+  const parameters = Object.entries(filter).filter(([, value]) => value);
+  const search = parameters.map(([name, value]) => `${name}=${encodeURIComponent(value!)}`);
+  return `${up}devices${search.length > 0 ? `?${search.join("&")}` : ""}`;
+}
+
+/** The whole document. */
+function documentOf(view: PageView, page: Page, place: string, isIn = true): string {
+  const { up, now } = view;
+  const entry = (at: Page["at"], href: string, text: string) =>
+    html`<a href="${href}" ${page.at === at && html` aria-current="page"`}>${text}</a>`;
+  const nav = html`<nav aria-label="Views">
+    ${entry("fleet", up, "Fleet")}${entry("devices", `${up}devices`, "Devices")}
+  </nav>`;
+  const signOut = changeForm(view, `${up}sign-out`, html`<button class="quiet">Sign out</button>`);
+  const where = html` · the fleet in ${said(place)} · as of ${clockTime(now, now)}`;
+  const body = html`<a class="skip" href="#main">Skip to the content</a>
+    <header>
+      <a class="brand" href="${up}">ota<span>.ts</span></a
+      >${isIn && [nav, signOut]}
+    </header>
+    <p id="lost" role="status" hidden>
+      No answer from the server since <b></b>: this is how things stood then.
+    </p>
+    <main id="main" tabindex="-1" ${page.isLive && html` data-live`}>${page.main}</main>
+    <footer>
+      <p>ota.ts ${TOOL_VERSION}${isIn && where}</p>
+      ${isIn && programsLine(up)}
+    </footer>`;
+  return html`<!doctype html>
+    <html lang="en">
+      <head>
+        <meta charset="utf-8" />
+        <title>${page.title} · ota.ts</title>
+        <meta name="viewport" content="width=device-width, initial-scale=1" />
+        <meta name="color-scheme" content="light dark" />
+        <link rel="stylesheet" href="${up}page.css?${PAGE_VERSION}" />
+        <link rel="icon" href="${up}page.svg" />
+        <script src="${up}page.js?${PAGE_VERSION}" defer></script>
+      </head>
+      <body>
+        ${body}
+      </body>
+    </html> `.text;
+}
+
+function programsLine(up: string): Markup {
+  const paths = ["api/fleet", "api/devices", "health", "metrics"];
+  const links = paths.map((path) => html` <a href="${up}${path}">/-/${path}</a>`);
+  return html`<p>For programs:${links}</p>`;
+}
+
+/** Says what is the matter, and what to do about it. */
+function problemPage(status: number, title: string, ...lines: Piece[]): Page {
+  const paragraphs = lines.map((line) => html`<p>${line}</p>`);
+  return {
+    status,
+    title,
+    main: html`<section class="lead">
+      <h1>${mark("failed")} ${title}</h1>
+      ${paragraphs}
+    </section>`,
+  };
+}
+
+/** What somebody sees who has not shown the token. */
+function signInPage(up: string, problem?: string): Page {
+  return {
+    status: 401,
+    title: "Sign in",
+    main: html`<section class="sign-in">
+      <h1>Sign in</h1>
+      ${problem !== undefined && html`<p class="problem" role="alert">${mark("failed")} ${problem}</p>`}
+      <form method="post" action="${up}sign-in">
+        <label for="token">Admin token</label>
+        <input
+          id="token"
+          name="token"
+          type="password"
+          autocomplete="current-password"
+          required
+          autofocus
+        />
+        <button class="main">Sign in</button>
+      </form>
+      <p class="hint">
+        This page needs the admin token. The server prints a link with it when it starts, unless you
+        gave it one with <code>--admin-token</code>. (If a link from another page led here, and you
+        have signed in before: reload.)
+      </p>
+    </section>`,
+  };
+}
+
+// ──── Charts ──────────────────────────────────────────────────────────────────────────────────────
+// Charts in SVG. Each has its numbers beside it or in a table, for those who cannot see it. Colour is
+// for states alone: versions differ by how dark they are, and stand in the legend as in the chart.
+
+/** Versions in a chart at most; the others are one. */
+const CHARTED = 6;
+
+/** Points along a chart, as SVG has them. */
+function points(pairs: readonly (readonly [number, number])[]): string {
+  return pairs.map(([x, y]) => `${Number(x.toFixed(1))},${Number(y.toFixed(2))}`).join(" ");
+}
+
+/** The versions of a chart, newest first: the most frequent ones of all times in it. */
+function chartedVersions(samples: readonly FleetSample[]): string[] {
+  const most = new Map<string, number>();
+  for (const { versions } of samples) {
+    for (const [name, count] of Object.entries(versions)) {
+      most.set(name, Math.max(most.get(name) ?? 0, count));
+    }
+  }
+  const named = [...most].filter(([name]) => name !== "other");
+  const chosen = named.toSorted(([, a], [, b]) => b - a).slice(0, CHARTED);
+  const keyOf = (name: string) => (name === "none" ? "" : versionKey(name));
+  return chosen.map(([name]) => name).sort((a, b) => compareCodePoints(keyOf(b), keyOf(a)));
+}
+
+/** What a version of a chart is called. */
+function seriesName(name: string): Markup {
+  if (name === "none") return html`no version`;
+  return name === "other" ? html`others` : said(name);
+}
+
+const SPAN_WORDS: Record<FleetSpan, string> = {
+  hour: "the last hour",
+  day: "the last day",
+  week: "the last week",
+  year: "the last year",
+};
+
+/** The areas of a chart, one above the other, the last one at the bottom. */
+function stackedAreas(
+  samples: readonly FleetSample[],
+  series: readonly string[],
+  countOf: (sample: FleetSample, name: string) => number,
+  { begin, now, most }: { begin: number; now: number; most: number },
+): Markup[] {
+  const x = (at: number) => (1000 * (at - begin)) / (now - begin);
+  const y = (count: number) => 100 - (100 * count) / most;
+  const below = samples.map(() => 0);
+  return series.toReversed().map((name) => {
+    const edge = () => samples.map(({ at }, i) => [x(at), y(below[i]!)] as const);
+    const lower = edge();
+    for (const [i, sample] of samples.entries()) below[i]! += countOf(sample, name);
+    const outline = points([...edge(), ...lower.toReversed()]);
+    return html`<polygon class="tone-${toneOf(name, series)}" points="${outline}" />`;
+  });
+}
+
+/** How dark a version is in a chart. */
+function toneOf(name: string, series: readonly string[]): number {
+  return name === "other" ? CHARTED : series.indexOf(name);
+}
+
+/** How many devices were on which version, over time. */
+function versionsChart(view: PageView, overview: FleetOverview): Markup {
+  const { summary, span } = overview;
+  const { now } = view;
+  const samples = [
+    ...overview.samples.filter(({ at }) => at < now),
+    { at: now, versions: summary.versions },
+  ];
+  const names = chartedVersions(samples);
+  const rest = (sample: FleetSample) => {
+    const all = Object.values(sample.versions).reduce((sum, count) => sum + count, 0);
+    return all - names.reduce((sum, name) => sum + (sample.versions[name] ?? 0), 0);
+  };
+  const series = samples.some((sample) => rest(sample) > 0) ? [...names, "other"] : names;
+  const countOf = (sample: FleetSample, name: string) =>
+    name === "other" ? rest(sample) : (sample.versions[name] ?? 0);
+  const totals = samples.map((sample) =>
+    series.reduce((sum, name) => sum + countOf(sample, name), 0),
+  );
+  const most = Math.max(1, ...totals);
+  // The whole width, also while the fleet is younger than that.
+  const begin = Math.min(samples[0]!.at, now - SAMPLING.hour.step);
+  const areas = stackedAreas(samples, series, countOf, { begin, now, most });
+  const legend = series.map((name) => {
+    const count = countOf(samples.at(-1)!, name);
+    return html`<li>
+      <svg class="swatch" viewBox="0 0 10 10" aria-hidden="true">
+        <rect class="tone-${toneOf(name, series)}" width="10" height="10" />
+      </svg>
+      ${seriesName(name)} <b>${grouped(count)}</b>
+    </li>`;
+  });
+  return html`<figure class="chart">
+      <div class="plot">
+        <span class="top">${grouped(most)}</span>
+        <svg
+          viewBox="0 0 1000 100"
+          preserveAspectRatio="none"
+          role="img"
+          aria-label="Devices by version over ${SPAN_WORDS[span]}; the table below has the numbers"
+        >
+          ${areas}${[25, 50, 75].map((at) => html`<line class="grid" x1="0" x2="1000" y1="${at}" y2="${at}" />`)}
+        </svg>
+        <div class="axis">
+          ${clockTime(begin, now)}${clockTime((begin + now) / 2, now)}<span>now</span>
+        </div>
+      </div>
+      <ul class="legend">
+        ${legend}
+      </ul>
+    </figure>
+    ${samplesTable(view, samples, series, countOf)}`;
+}
+
+/** The numbers of that chart, not too many of them. */
+function samplesTable(
+  { now }: PageView,
+  samples: readonly FleetSample[],
+  series: readonly string[],
+  countOf: (sample: FleetSample, name: string) => number,
+): Markup {
+  const stride = Math.ceil(samples.length / 12);
+  const some = samples.toReversed().filter((_, i) => i % stride === 0);
+  return html`<details id="versions-table">
+    <summary>As a table</summary>
+    <div class="wide">
+      <table>
+        <thead>
+          <tr>
+            <th scope="col">Time</th>
+            ${series.map((name) => html`<th scope="col" class="n">${seriesName(name)}</th>`)}
+          </tr>
+        </thead>
+        <tbody>
+          ${some.map(
+            (sample) =>
+              html`<tr>
+                <th scope="row">${clockTime(sample.at, now)}</th>
+                ${series.map((name) => html`<td class="n">${grouped(countOf(sample, name))}</td>`)}
+              </tr>`,
+          )}
+        </tbody>
+      </table>
+    </div>
+  </details>`;
+}
+
+/** A bar in a table, beside the number that it shows. */
+function bar(count: number, most: number, shape?: Shape): Markup {
+  const width = count === 0 ? 0 : Math.max(0.7, (100 * count) / Math.max(1, most));
+  const tone = shape ? `is-${shape}` : "tone-2";
+  return html`<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">
+    <rect class="${tone}" width="${Number(width.toFixed(1))}" height="10" />
+  </svg>`;
+}
+
+const SEEN_WORDS = ["1 min", "10 min", "1 h", "6 h", "1 day", "7 days", "30 days"];
+
+/** When devices were last heard. */
+function seenChart(seen: readonly number[]): Markup {
+  const most = Math.max(...seen);
+  const rows = seen.map((count, i) => {
+    const words = SEEN_WORDS[i];
+    const when = words === undefined ? "longer ago" : `within ${words}`;
+    return html`<tr>
+      <th scope="row">${when}</th>
+      <td class="n">${grouped(count)}</td>
+      <td class="fill">${bar(count, most)}</td>
+    </tr>`;
+  });
+  return html`<table class="bars">
+    <thead class="unseen">
+      <tr>
+        <th scope="col">Last seen</th>
+        <th scope="col">Devices</th>
+        <th scope="col">Bar</th>
+      </tr>
+    </thead>
+    <tbody>
+      ${rows}
+    </tbody>
+  </table>`;
+}
+
+/** Where devices fail or fall silent. */
+function clustersChart(view: PageView, clusters: readonly FleetCluster[]): Markup {
+  if (clusters.length === 0)
+    return html`<p class="hint">None: no device has failed, and none is silent.</p>`;
+  const most = Math.max(...clusters.map(({ devices }) => devices));
+  const rows = clusters.map(({ state, version, model, devices }) => {
+    const from = version === null ? html`no version` : said(version);
+    const link =
+      version === null || model === null ? undefined : devicesLink(view, { state, version, model });
+    return html`<tr>
+      <td>${stateTag(state)}</td>
+      <td>${link === undefined ? from : html`<a href="${link}">${from}</a>`}</td>
+      <td>${model === null ? "–" : said(model)}</td>
+      <td class="n">${grouped(devices)}</td>
+      <td class="fill">${bar(devices, most, state)}</td>
+    </tr>`;
+  });
+  return html`<div class="wide">
+    <table class="bars">
+      <thead>
+        <tr>
+          <th scope="col">State</th>
+          <th scope="col">Came from</th>
+          <th scope="col">Model</th>
+          <th scope="col" class="n">Devices</th>
+          <th scope="col"><span class="unseen">Bar</span></th>
+        </tr>
+      </thead>
+      <tbody>
+        ${rows}
+      </tbody>
+    </table>
+  </div>`;
+}
+
+// ──── Costs on the page ──────────────────────────────────────────────────────────────────────────
+// What a step costs on the air, worked out once, beside everything else.
+
+/** What a step costs, for each kind of `AIR_DEVICES`, in bytes. */
+type StepCost = { name: string; bytes: number }[];
+
+/** What nobody has looked at for so long is not worked out, in milliseconds. */
+const COSTS_WANTED = 10_000;
+
+/** Costs of steps. */
+class AirCosts {
+  readonly #encoder = new Encoder();
+  readonly #known = new Cache<StepCost>(4000);
+  readonly #waiting = new Map<string, { asked: number; measure: () => Promise<StepCost> }>();
+  #isBusy = false;
+
+  /**
+   * @param from what devices are on
+   * @param to what they may have at most
+   * @returns `undefined` while it is worked out
+   */
+  of(root: ReleaseRoot, from: string, to: NewestItems): StepCost | undefined {
+    const here = root.find(from)?.id ?? from;
+    const key = JSON.stringify([root.model, here, to.version?.id, to.image?.sha256]);
+    const known = this.#known.get(key);
+    if (known) return known;
+    const asked = performance.now();
+    const waiting = this.#waiting.get(key);
+    if (waiting) waiting.asked = asked;
+    else this.#waiting.set(key, { asked, measure: () => this.#measure(root, from, to) });
+    if (!this.#isBusy) void this.#work();
+    return undefined;
+  }
+
+  async #measure(root: ReleaseRoot, from: string, to: NewestItems): Promise<StepCost> {
+    const costs: StepCost = [];
+    for (const device of AIR_DEVICES) {
+      const parts = await airCosts(root, from, "http://10.0.0.1:8000", this.#encoder, device, to);
+      costs.push({ name: device.name, bytes: parts.reduce((sum, { size }) => sum + size, 0) });
+    }
+    return costs;
+  }
+
+  /** One at a time: requests of devices come first. */
+  async #work(): Promise<void> {
+    this.#isBusy = true;
+    for (let next; (next = this.#waiting.entries().next().value);) {
+      const [key, { asked, measure }] = next;
+      // What cannot be read now is tried again when somebody looks again.
+      if (performance.now() - asked < COSTS_WANTED) {
+        await measure().then(
+          (cost) => this.#known.set(key, cost, 1),
+          () => {},
+        );
+      }
+      this.#waiting.delete(key);
+    }
+    this.#isBusy = false;
+  }
+}
+
+/** A step's costs in words. */
+function costText(cost: StepCost | undefined): Markup {
+  if (!cost) return html`<span class="hint">being worked out</span>`;
+  const parts = cost.map(({ name, bytes }) => {
+    const messages = Math.ceil(bytes / LORA_BYTES);
+    return html`${name} ${formatBytes(bytes)}
+      <span class="hint" title="LoRa messages of ${LORA_BYTES} bytes"
+        >(${grouped(messages)} msg)</span
+      >`;
+  });
+  return html`${parts.map((part, i) => [i > 0 && " · ", part])}`;
+}
+
+// ──── Rollouts on the page ────────────────────────────────────────────────────────────────────────
+// A rollout as a bar, what can be done with it, and the form that starts one.
+
+const ROLLOUT_SHAPES: Record<RolloutState, Shape> = {
+  waiting: "behind",
+  running: "offered",
+  paused: "paused",
+  halted: "failed",
+  done: "current",
+  aborted: "failed",
+};
+
+/** The parts of a rollout, in the order of its bar. */
+function rolloutParts(rollout: Rollout): { shape: Shape; word: string; count: number }[] {
+  const { proven, offered, failed, silent_devices: silent, acknowledged, eligible } = rollout;
+  const toCome = Math.max(0, eligible - proven - offered - failed - silent - acknowledged);
+  return [
+    { shape: "current", word: "proven", count: proven },
+    { shape: "offered", word: "on their way", count: offered },
+    { shape: "failed", word: "failed", count: failed },
+    { shape: "silent", word: "silent", count: silent },
+    ...(acknowledged > 0
+      ? [{ shape: "paused" as const, word: "bad before it was resumed", count: acknowledged }]
+      : []),
+    { shape: "behind", word: "still to come", count: toCome },
+  ];
+}
+
+function rolloutBar(rollout: Rollout): Markup {
+  const parts = rolloutParts(rollout);
+  const whole = Math.max(
+    1,
+    parts.reduce((sum, { count }) => sum + count, 0),
+  );
+  let x = 0;
+  const rects = parts.map(({ shape, count }, i) => {
+    // A single one is seen, however many there are; the last takes what is left.
+    const width =
+      i === parts.length - 1 ? 1000 - x : Math.max(count > 0 ? 6 : 0, (985 * count) / whole);
+    const rect = html`<rect
+      class="is-${shape}"
+      x="${Number(x.toFixed(1))}"
+      width="${Number(Math.max(0, width).toFixed(1))}"
+      height="10"
+    />`;
+    x += width;
+    return rect;
+  });
+  const legend = parts.map(({ shape, word, count }) => {
+    return html`<li${count === 0 && html` class="none"`}>${mark(shape)} <b>${grouped(count)}</b> ${word}</li>`;
+  });
+  return html`<svg
+      class="progress"
+      viewBox="0 0 1000 10"
+      preserveAspectRatio="none"
+      aria-hidden="true"
+    >
+      ${rects}
+    </svg>
+    <ul class="legend">
+      ${legend}
+    </ul>`;
+}
+
+/** The rules that a rollout goes by, in words. */
+function rolloutRules(rollout: Rollout | RolloutOptions): string {
+  const { first, soak, silent, tolerance, window, only } = rollout;
+  const pauses = "pauseAt" in rollout ? rollout.pauseAt : rollout.pause_at;
+  const rules = [
+    `first ${grouped(first)}, then as many again as are proven`,
+    soak > 0 ? `proven after ${durationText(soak)} on it` : "proven once on it",
+    `silent after ${durationText(silent)}`,
+    `halts beyond ${percentText(tolerance)} failed or silent`,
+  ];
+  if (pauses.length > 0) rules.push(`pauses at ${pauses.map(percentText).join(", ")}`);
+  if (only.length > 0)
+    rules.push(`only ${only.map(([key, value]) => `${key}=${value}`).join(" ")}`);
+  if (window !== null) rules.push(`offers within ${window}`);
+  return rules.join(" · ");
+}
+
+/** What can be done with a rollout now. */
+function actionsOf({ state, failed, silent_devices }: Rollout): RolloutAction[] {
+  // One that runs is resumed for the sake of bad devices only.
+  const isIdle = state === "running" && failed + silent_devices === 0;
+  return ROLLOUT_ACTIONS.filter((action) => {
+    return ACTIONS[action].includes(state) && !(action === "resume" && isIdle);
+  });
+}
+
+const ACTION_WORDS: Record<RolloutAction, string> = {
+  pause: "Pause",
+  resume: "Resume",
+  advance: "Advance…",
+  abort: "Abort…",
+};
+
+function rolloutButtons(view: PageView, rollout: Rollout): Markup {
+  const { version, model } = rollout;
+  const fields = [hidden("version", version), hidden("model", model ?? "")];
+  const buttons = actionsOf(rollout).map((action) => {
+    const button = html`${fields}<button name="action" value="${action}">
+        ${ACTION_WORDS[action]}
+      </button>`;
+    const path = `${view.up}rollouts/change`;
+    if (action === "pause" || action === "resume") return changeForm(view, path, button);
+    return html`<form action="${path}">${button}</form>`;
+  });
+  return html`<div class="buttons">${buttons}</div>`;
+}
+
+function rolloutItem(view: PageView, rollout: Rollout): Markup {
+  const { state, reason, changed, id } = rollout;
+  return html`<article class="rollout" data-key="rollout-${id}">
+    <h3>
+      ${said(rolloutName(rollout))} ${stateTag(ROLLOUT_SHAPES[state], state)}
+      <span class="hint">since ${clockTime(changed, view.now)}</span>
+    </h3>
+    ${rolloutBar(rollout)} ${reason !== null && html`<p class="reason">${said(reason)}</p>`}
+    <p>${rolloutProof(rollout)}.</p>
+    <p class="hint">${said(rolloutRules(rollout))}</p>
+    ${rolloutButtons(view, rollout)}
+  </article>`;
+}
+
+/** All rollouts: those that go on, and the last ones that are over. */
+function rolloutsSection(
+  view: PageView,
+  rollouts: readonly Rollout[],
+  hasReleases: boolean,
+): Markup {
+  const [over, open] = [
+    rollouts.filter(({ state }) => !isGoing(state)).slice(0, 5),
+    rollouts.filter(({ state }) => isGoing(state)),
+  ];
+  const next = hasReleases ? "start one at a release below" : "start one once there is a release";
+  const none = html`<p class="hint">
+    No rollout is under way: devices get the newest release when they next ask. To go step by step,
+    ${next}.
+  </p>`;
+  const past = over.map((one) => {
+    const { state, changed, proven, eligible, id } = one;
+    return html`<li data-key="rollout-${id}">
+      ${said(rolloutName(one))} ${stateTag(ROLLOUT_SHAPES[state], state)}
+      <span class="hint"
+        >${clockTime(changed, view.now)}, ${grouped(proven)} of ${grouped(eligible)} proven</span
+      >
+    </li>`;
+  });
+  return html`<section aria-labelledby="rollouts">
+    <h2 id="rollouts">Rollouts</h2>
+    ${open.length > 0 ? open.map((one) => rolloutItem(view, one)) : none}
+    ${
+      past.length > 0 &&
+      html`<ul class="past">
+        ${past}
+      </ul>`
+    }
+  </section>`;
+}
+
+// ──── Rollout forms ──────────────────────────────────────────────────────────────────────────────
+// What asks before a rollout is changed, and what starts one: it shows who will be hit before it begins.
+
+const ACTION_EFFECTS: Partial<Record<RolloutAction, string>> = {
+  advance: "It then goes to every device at once, whether or not those before have proven it.",
+  abort: "It then goes to no device any more, for good. Devices that are on it stay on it.",
+};
+
+/** Asks before a rollout is advanced or aborted. */
+function askPage(view: PageView, rollout: Rollout, action: RolloutAction): Page {
+  const { version, model } = rollout;
+  const word = ACTION_WORDS[action].replace("…", "");
+  const fields = [
+    hidden("version", version),
+    hidden("model", model ?? ""),
+    hidden("action", action),
+  ];
+  const buttons = html`${fields}<button class="main">${word} it</button>
+    <a class="button" href="${view.up}">Leave it as it is</a>`;
+  return {
+    title: `${word} ${version}?`,
+    at: "fleet",
+    main: html`<section class="lead">
+        <h1>${word} the rollout of ${said(rolloutName(rollout))}?</h1>
+        <p>${ACTION_EFFECTS[action] ?? ""}</p>
+      </section>
+      <section>
+        ${rolloutBar(rollout)}
+        ${changeForm(view, `${view.up}rollouts/change`, html`<div class="buttons">${buttons}</div>`)}
+      </section>`,
+  };
+}
+
+/** A rollout as the form has it: texts, as they were typed. */
+type RolloutFields = Partial<
+  Record<(typeof ROLLOUT_FIELDS)[number]["name"] | "version" | "model", string>
+>;
+
+/** A fraction as the form has it. */
+const asPercent = (fraction: number) => `${Number((100 * fraction).toPrecision(6))}`;
+
+const ROLLOUT_FIELDS = [
+  {
+    name: "first",
+    label: "First devices",
+    value: `${ROLLOUT_DEFAULTS.first}`,
+    hint: "then as many again as are proven",
+  },
+  {
+    name: "soak",
+    label: "Soak, seconds",
+    value: `${ROLLOUT_DEFAULTS.soak}`,
+    hint: "on the release before it counts as proven",
+  },
+  {
+    name: "silent",
+    label: "Silent after, seconds",
+    value: `${ROLLOUT_DEFAULTS.silent}`,
+    hint: "without a word since the offer",
+  },
+  {
+    name: "tolerance",
+    label: "Tolerance, %",
+    value: asPercent(ROLLOUT_DEFAULTS.tolerance),
+    hint: "failed or silent; more halts it",
+  },
+  {
+    name: "pause",
+    label: "Pause at, %",
+    value: ROLLOUT_DEFAULTS.pauseAt.map(asPercent).join(", "),
+    hint: "of the devices; empty: nowhere",
+  },
+  {
+    name: "only",
+    label: "Only",
+    value: "",
+    hint: "KEY=VALUE: a label, model or version; separated by commas",
+  },
+  {
+    name: "window",
+    label: "Window",
+    value: "",
+    hint: "when devices are offered it, such as 22:00-06:00",
+  },
+] as const;
+
+/** Who will be hit, before it begins. */
+function targetsTable(targets: readonly RolloutTarget[]): Markup {
+  const all = targets.reduce((sum, { devices }) => sum + devices, 0);
+  if (all === 0) {
+    return html`<p class="hint">
+      No device would get it: none that it is for was heard in the last 30 days and is on an older
+      version.
+    </p>`;
+  }
+  const rows = targets.slice(0, 20).map(({ model, version, devices }) => {
+    return html`<tr>
+      <td>${model === null ? "no model" : said(model)}</td>
+      <td>${version === null ? "no version" : said(version)}</td>
+      <td class="n">${grouped(devices)}</td>
+      <td class="fill">${bar(devices, all)}</td>
+    </tr>`;
+  });
+  return html`<p class="total"><b>${many(all, "device")}</b> would get it.</p>
+    <div class="wide">
+      <table class="bars">
+        <thead>
+          <tr>
+            <th scope="col">Model</th>
+            <th scope="col">On version</th>
+            <th scope="col" class="n">Devices</th>
+            <th scope="col"><span class="unseen">Bar</span></th>
+          </tr>
+        </thead>
+        <tbody>
+          ${rows}
+        </tbody>
+      </table>
+    </div>
+    ${targets.length > 20 && html`<p class="hint">and ${grouped(targets.length - 20)} more groups</p>`}`;
+}
+
+/** The form that starts a rollout; it can be sent to see who will be hit, and to begin. */
+function startPage(view: PageView, fields: RolloutFields, targets: Markup, problem?: string): Page {
+  const { version = "", model = "" } = fields;
+  const inputs = ROLLOUT_FIELDS.map(({ name, label, value, hint }) => {
+    return html`<div class="field">
+      <label for="${name}">${label}</label
+      ><input
+        id="${name}"
+        name="${name}"
+        value="${fields[name] ?? value}"
+        autocomplete="off"
+        aria-describedby="${name}-hint"
+      /><span class="hint" id="${name}-hint">${hint}</span>
+    </div>`;
+  });
+  const action = `${view.up}rollouts`;
+  return {
+    ...(problem !== undefined && { status: 400 }),
+    title: `Roll out ${version}`,
+    at: "fleet",
+    main: html`<section class="lead">
+        <h1>Roll out ${said(rolloutName({ version, model: model || null }))}</h1>
+        ${problem !== undefined && html`<p class="problem" role="alert">${mark("failed")} ${said(problem)}</p>`}
+      </section>
+      <form class="columns" action="${action}/new">
+        <section aria-labelledby="how">
+          <h2 id="how">How</h2>
+          ${hidden("version", version)}${hidden("model", model)}
+          <div class="fields">${inputs}</div>
+        </section>
+        <section aria-labelledby="who">
+          <h2 id="who">Who will be hit</h2>
+          ${targets}
+          <div class="buttons">
+            <button>Look again</button>
+            <button
+              class="main"
+              formmethod="post"
+              formaction="${action}"
+              name="proof"
+              value="${view.proof}"
+            >
+              Start the rollout
+            </button>
+          </div>
+        </section>
+      </form>`,
+  };
+}
+
+// ──── Releases on the page ────────────────────────────────────────────────────────────────────────
+// The releases of each root: what they are, what is wrong with them, and what they cost on the air.
+
+/** What the first view is made from. */
+interface FleetGlance {
+  releases: Releases;
+  rollouts: readonly Rollout[];
+  /** Absent: the store does not answer, for this reason. */
+  overview: FleetOverview | undefined;
+  problem: string | undefined;
+  costs: AirCosts;
+  /** What devices begin their requests with. */
+  base: string;
+}
+
+/** Versions that costs are shown from at most, for each release. */
+const COSTED = 10;
+/** Releases that are listed at most, the newest first. */
+const LISTED = 20;
+/** Warnings that are listed at most, for each release. */
+const WARNED = 5;
+
+/** What `manifest` warns of, as far as it was found. */
+interface FoundWarnings {
+  /** What a root was when they were looked for. */
+  of: string;
+  /** About no release that is offered. */
+  others: string[];
+  releases: Map<string, string[]>;
+}
+
+/** What the releases of a root are shown with. */
+interface RootGlance extends FleetGlance {
+  root: ReleaseRoot;
+  /** Its versions that devices are on, those of most devices first. */
+  on: [version: string, devices: number][];
+  warnings: FoundWarnings;
+}
+
+/** Warnings of a root are looked for once for what is in it. */
+const foundWarnings = new WeakMap<readonly Release[], FoundWarnings>();
+
+function warningsOf(root: ReleaseRoot): FoundWarnings {
+  const own = findWarnings(root);
+  const of = JSON.stringify(own);
+  const known = foundWarnings.get(root.versions);
+  if (known?.of === of) return known;
+  const byRelease = Map.groupBy(own, ({ of: release }) => release);
+  const texts = [...byRelease].map(([name, all]) => [name, all.map(({ text }) => text)] as const);
+  const releases = new Map(
+    texts.flatMap(([name, all]) => (name === undefined ? [] : [[name, all]])),
+  );
+  const others = texts.find(([name]) => name === undefined)?.[1] ?? [];
+  const found: FoundWarnings = { of, others, releases };
+  foundWarnings.set(root.versions, found);
+  // Files are many: what concerns boards comes a moment later.
+  void findStepWarnings(root, found).catch(() => {});
+  return found;
+}
+
+/** Adds what boards cannot do on their way to each release that is listed. */
+async function findStepWarnings(root: ReleaseRoot, { releases }: FoundWarnings): Promise<void> {
+  for (const { name, version } of root.versions.slice(-LISTED).toReversed()) {
+    const steps = await warningsOfSteps(root, itemsUpTo(root, version));
+    const froms = new Map<string, string[]>();
+    for (const { from, lines } of steps) {
+      for (const line of lines) froms.set(line, [...(froms.get(line) ?? []), from]);
+    }
+    const texts = [...froms].map(([line, all]) => {
+      const more = all.length > 3 ? ` and ${all.length - 3} more` : "";
+      return `from ${all.slice(-3).join(", ")}${more}: ${line}`;
+    });
+    if (texts.length > 0) releases.set(name, [...(releases.get(name) ?? []), ...texts]);
+  }
+}
+
+function warningsList(lines: readonly string[], key: string): Markup | undefined {
+  if (lines.length === 0) return undefined;
+  const rest = lines.length - WARNED;
+  return html`<details class="warnings" data-key="${key}">
+    <summary>${mark("silent")} ${many(lines.length, "warning")}</summary>
+    <ul>
+      ${lines.slice(0, WARNED).map((line) => html`<li>${said(line)}</li>`)}
+      ${rest > 0 && html`<li class="hint">and ${grouped(rest)} more</li>`}
+    </ul>
+  </details>`;
+}
+
+/** See `RootGlance`. */
+function fleetVersions(root: ReleaseRoot, overview: FleetOverview | undefined): RootGlance["on"] {
+  const counts = new Map<string, number>();
+  for (const [name, count] of Object.entries(overview?.summary.versions ?? {})) {
+    const version = new LooseVersion(name);
+    const known =
+      root.find(name) ?? root.firmware.find((image) => image.version.compare(version) === 0);
+    if (known) counts.set(known.name, (counts.get(known.name) ?? 0) + count);
+  }
+  return [...counts].sort(([, a], [, b]) => b - a);
+}
+
+/** What a release costs from where devices are. */
+function costsList({ root, on, costs }: RootGlance, name: string): Markup | undefined {
+  const target = new LooseVersion(name);
+  const from = on.filter(([one]) => target.compare(one) > 0);
+  if (from.length === 0) return undefined;
+  const to = itemsUpTo(root, target);
+  const rows = from.slice(0, COSTED).map(([one, count]) => {
+    return html`<li>
+      from ${said(one)} <span class="hint">(${many(count, "device")})</span>:
+      ${costText(costs.of(root, one, to))}
+    </li>`;
+  });
+  const rest = from.slice(COSTED).reduce((sum, [, count]) => sum + count, 0);
+  return html`<ul class="costs">
+    ${rows} ${rest > 0 && html`<li class="hint">and from others (${many(rest, "device")})</li>`}
+  </ul>`;
+}
+
+function signatureText(root: ReleaseRoot, version: string | null): Markup {
+  const release = version === null ? undefined : root.find(version);
+  if (release && root.isSigned(release)) return html`${mark("current")} signed`;
+  return html`<span class="hint">not signed</span>`;
+}
+
+/** The form that starts a rollout, unless one of that version is going on. */
+function rolloutStart(
+  { up }: PageView,
+  { root: { model }, overview, rollouts }: RootGlance,
+  name: string,
+): Markup | undefined {
+  const isGoingOn = rollouts.some((one) => {
+    return isGoing(one.state) && one.version === name && (one.model ?? "") === model;
+  });
+  if (!overview || isGoingOn) return undefined;
+  return html`<form action="${up}rollouts/new">
+    ${hidden("version", name)}${hidden("model", model)}<button>
+      Roll out…<span class="unseen"> ${name}</span>
+    </button>
+  </form>`;
+}
+
+function releaseRow(
+  view: PageView,
+  glance: RootGlance,
+  { version, files, bytes, firmware }: ListedRelease,
+  isNewest: boolean,
+): Markup {
+  const { root } = glance;
+  const name = version ?? firmware!;
+  const { summary } = glance.overview ?? {};
+  const on = version === null ? 0 : (summary?.versions[version] ?? 0);
+  const what = [
+    version !== null && many(files, "file"),
+    version !== null && firmware !== null && " and firmware",
+    ` ${formatBytes(bytes)}`,
+  ];
+  const costs = costsList(glance, name);
+  const warnings = warningsList(glance.warnings.releases.get(name) ?? [], "warnings");
+  const folded =
+    costs &&
+    html`<details data-key="costs">
+      <summary>On the air</summary>
+      ${costs}
+    </details>`;
+  return html`<tr data-key="release-${name}">
+      <th scope="row">
+        ${version === null && "firmware "}${said(name)}${isNewest && html` <span class="tag">newest</span>`}
+      </th>
+      <td>${what}</td>
+      <td>${signatureText(root, version)}</td>
+      <td class="n">${grouped(on)}</td>
+      <td>${rolloutStart(view, glance, name)}</td>
+    </tr>
+    ${
+      (costs ?? warnings) &&
+      html`<tr class="more">
+        <td colspan="5">${isNewest ? costs : folded}${warnings}</td>
+      </tr>`
+    }`;
+}
+
+function releasesSection(view: PageView, root: ReleaseRoot, fleet: FleetGlance): Markup {
+  const listed = listReleases({ roots: [root] }).toReversed();
+  const on = fleetVersions(root, fleet.overview);
+  const glance: RootGlance = { ...fleet, root, on, warnings: warningsOf(root) };
+  const { others } = glance.warnings;
+  if (listed.length + others.length === 0) return html``;
+  const id = `releases-${encodeURIComponent(root.model)}`;
+  const rows = listed.slice(0, LISTED).map((one, i) => releaseRow(view, glance, one, i === 0));
+  return html`<section aria-labelledby="${id}">
+    <h2 id="${id}">Releases${root.model !== "" && html` for ${said(root.model)}`}</h2>
+    ${
+      listed.length > 0 &&
+      html`<div class="wide">
+        <table class="releases">
+          <thead>
+            <tr>
+              <th scope="col">Version</th>
+              <th scope="col">Content</th>
+              <th scope="col">Signature</th>
+              <th scope="col" class="n">Devices</th>
+              <th scope="col"><span class="unseen">Rollout</span></th>
+            </tr>
+          </thead>
+          <tbody>
+            ${rows}
+          </tbody>
+        </table>
+      </div>`
+    }
+    ${listed.length > LISTED && html`<p class="hint">and ${grouped(listed.length - LISTED)} older ones</p>`}
+    ${warningsList(others, `${id}-warnings`)}
+  </section>`;
+}
+
+// ──── Fleet view ──────────────────────────────────────────────────────────────────────────────────
+// The first view: how things stand, in one sentence; and what stands behind it.
+
+/** How things stand. */
+interface FleetStanding {
+  shape: Shape;
+  sentence: Markup;
+  /** What to do next. */
+  next?: Markup;
+}
+
+/** How things stand: the most urgent alone. */
+function standingOf(view: PageView, glance: FleetGlance): FleetStanding {
+  const { releases, overview, problem, rollouts, base } = glance;
+  if (!overview) {
+    const next = html`${said(problem ?? "")}. Devices are served meanwhile, and what they say is
+    kept until it answers.`;
+    return { shape: "failed", sentence: html`The fleet's store does not answer`, next };
+  }
+  const { devices } = overview.summary;
+  const hasReleases = releases.roots.some(
+    ({ versions, firmware }) => versions.length + firmware.length > 0,
+  );
+  if (!hasReleases) {
+    const next = html`Put the files of each version into a directory named by it, such as
+      <code>1.0.0/flash/main.py</code>, in <code>${said(releases.root)}</code>: it is offered as
+      soon as it has settled, without a restart.`;
+    return { shape: "behind", sentence: html`There is no release yet`, next };
+  }
+  const halted = rollouts.find(({ state }) => state === "halted");
+  if (halted) return haltedStanding(view, halted);
+  if (devices === 0) {
+    const next = html`Let one ask for <code>${base}/manifest.json</code>; with a directory as a
+      device: <code>bun ota.ts client --url ${base} --root ./device</code>. It shows up here within
+      two seconds.`;
+    return { shape: "behind", sentence: html`No device has asked yet`, next };
+  }
+  return (
+    movingStanding(view, rollouts, overview.summary) ?? settledStanding(view, overview.summary)
+  );
+}
+
+function haltedStanding({ now }: PageView, rollout: Rollout): FleetStanding {
+  const { reason, changed } = rollout;
+  const name = said(rolloutName(rollout));
+  return {
+    shape: "failed",
+    sentence: html`Halted at ${clockTime(changed, now)}:
+    ${name}${reason !== null && html`, ${said(reason)}`}`,
+    next: html`Its rollout waits for you: look at the devices below, then resume or abort it.`,
+  };
+}
+
+/** Whether the van may leave: what still goes on, and until when that is not known to be bad. */
+function leavingMarkup({ states: { offered }, silent_at }: FleetSummary, now: number): Markup {
+  if (offered === 0) return html`May I leave? Yes: no board is installing.`;
+  const boards = html`${many(offered, "board")} ${offered === 1 ? "is" : "are"} still installing`;
+  const until =
+    silent_at !== null &&
+    html`; ${offered > 1 && "the last one "}counts as silent at
+    ${clockTime(wholeMinute(silent_at), now)}`;
+  return html`May I leave? ${boards}${until}.`;
+}
+
+/** While a rollout goes on. */
+function movingStanding(
+  { now }: PageView,
+  rollouts: readonly Rollout[],
+  summary: FleetSummary,
+): FleetStanding | undefined {
+  const paused = rollouts.find(({ state }) => state === "paused");
+  const running =
+    rollouts.find(({ state }) => state === "running") ??
+    rollouts.find(({ state }) => state === "waiting");
+  const one = paused ?? running;
+  if (!one) return undefined;
+  const { proven, eligible, changed } = one;
+  const done = html`${grouped(proven)} of ${many(eligible, "device")} proven`;
+  const leave = leavingMarkup(summary, now);
+  if (one === paused) {
+    return {
+      shape: "paused",
+      sentence: html`Paused at ${clockTime(changed, now)}: ${said(rolloutName(one))}, ${done}`,
+      next: leave,
+    };
+  }
+  return {
+    shape: "offered",
+    sentence: html`${said(rolloutName(one))} is on its way: ${done}`,
+    next: leave,
+  };
+}
+
+/** While no rollout needs or has anybody's attention. */
+function settledStanding({ now }: PageView, summary: FleetSummary): FleetStanding {
+  const { devices, states, versions } = summary;
+  const { failed, silent, offered, behind } = states;
+  const of = html` of ${many(devices, "device")} `;
+  const leave = offered > 0 && leavingMarkup(summary, now);
+  if (failed + silent > 0) {
+    const parts = [
+      failed > 0 && html`${grouped(failed)} failed`,
+      failed > 0 && silent > 0 && html`, `,
+      silent > 0 && html`${grouped(silent)} ${silent === 1 ? "is" : "are"} silent`,
+    ];
+    const sentence = html`${parts}, of ${many(devices, "device")}`;
+    return { shape: failed > 0 ? "failed" : "silent", sentence, ...(leave && { next: leave }) };
+  }
+  if (leave)
+    return {
+      shape: "offered",
+      sentence: leave,
+      next: html`${grouped(offered)}${of}were offered a release and have not come back on it yet.`,
+    };
+  if (behind > 0) {
+    const next = html`They are offered what they may have when they next ask.`;
+    return {
+      shape: "behind",
+      sentence: html`${grouped(behind)}${of}${behind === 1 ? "is" : "are"} on an older release`,
+      next,
+    };
+  }
+  const [only, ...others] = Object.keys(versions);
+  const where =
+    only !== undefined && others.length === 0 && only !== "none"
+      ? said(only)
+      : html`the newest release that they may have`;
+  return {
+    shape: "current",
+    sentence: html`${devices === 1 ? "The one device is" : html`All ${many(devices, "device")} are`}
+    on ${where}`,
+  };
+}
+
+function standingSection(view: PageView, glance: FleetGlance): Markup {
+  const { shape, sentence, next } = standingOf(view, glance);
+  const { summary } = glance.overview ?? {};
+  const counts =
+    summary &&
+    summary.devices > 0 &&
+    URGENCY.map((state) => {
+      const count = summary.states[state];
+      return html`<li>
+        <a
+          href="${devicesLink(view, { state })}"
+          ${count === 0 && html` class="none"`}
+          title="${STATE_WORDS[state]}"
+          >${mark(state)} <b>${grouped(count)}</b> ${state}</a
+        >
+      </li>`;
+    });
+  return html`<section class="lead">
+    <h1>${mark(shape)} ${sentence}</h1>
+    ${next && html`<p>${next}</p>`}
+    ${
+      counts &&
+      html`<ul class="counts" aria-label="Devices by state">
+        ${counts}
+      </ul>`
+    }
+  </section>`;
+}
+
+function spanLinks({ up }: PageView, { span }: FleetOverview): Markup {
+  const links = (Object.keys(SAMPLING) as FleetSpan[]).map((name) => {
+    return html`<a href="${up}?span=${name}" ${name === span && html` aria-current="true"`}
+      >${name}</a
+    >`;
+  });
+  return html`<span class="spans" role="group" aria-label="How far back">${links}</span>`;
+}
+
+function fleetPage(view: PageView, glance: FleetGlance): Page {
+  const { overview, rollouts, releases } = glance;
+  const hasReleases = releases.roots.some(({ versions }) => versions.length > 0);
+  const hasDevices = overview && overview.summary.devices > 0;
+  const charts =
+    hasDevices &&
+    html`<section aria-labelledby="versions">
+        <h2 id="versions">Versions over time ${spanLinks(view, overview)}</h2>
+        ${versionsChart(view, overview)}
+      </section>
+      <div class="columns">
+        <section aria-labelledby="clusters">
+          <h2 id="clusters">Where devices fail or fall silent</h2>
+          ${clustersChart(view, overview.clusters)}
+        </section>
+        <section aria-labelledby="seen">
+          <h2 id="seen">Last seen</h2>
+          ${seenChart(overview.seen)}
+        </section>
+      </div>`;
+  return {
+    ...(!overview && { status: 503 }),
+    title: "Fleet",
+    at: "fleet",
+    isLive: true,
+    main: html`${standingSection(view, glance)}
+    ${overview && rolloutsSection(view, rollouts, hasReleases)} ${charts}
+    ${releases.roots.map((root) => releasesSection(view, root, glance))}`,
+  };
+}
+
+// ──── Device list ────────────────────────────────────────────────────────────────────────────────
+// The devices: what needs a person first.
+
+/** Devices on a page. */
+const LISTED_DEVICES = 50;
+/** Events that are shown of a device. */
+const SHOWN_EVENTS = 100;
+
+function deviceItem(view: PageView, device: FleetDevice): Markup {
+  const { id, name, model, state, last_seen, labels } = device;
+  const matter = matterText(device);
+  const label = Object.entries(labels).map(
+    ([key, value]) => html` <span class="tag">${said(`${key}=${value}`)}</span>`,
+  );
+  return html`<li data-key="device-${encodeURIComponent(id)}">
+    <a href="${deviceLink(view, id)}"
+      >${stateTag(state)}
+      <span class="who"
+        ><b>${said(name ?? id)}</b
+        >${name !== null && html` <span class="hint">${said(id)}</span>`}</span
+      >
+      <span class="model">${model !== null && said(model)}</span>
+      <span class="version"
+        >${said(versionText(device))}${matter !== "" && html` <span class="hint">${said(matter)}</span>`}</span
+      >
+      <span class="when">${agoTime(last_seen, view.now)}</span
+      >${label.length > 0 && html`<span class="labels">${label.slice(0, 8)}</span>`}</a
+    >
+  </li>`;
+}
+
+function filterForm(
+  { up }: PageView,
+  filter: DeviceFilter,
+  { versions, models }: FleetSummary,
+): Markup {
+  const namesOf = (counts: Record<string, number>, chosen: string | undefined) => {
+    const names = Object.keys(counts).filter((name) => name !== "none" && name !== "other");
+    return chosen === undefined || names.includes(chosen) ? names : [chosen, ...names];
+  };
+  const choice = (name: "state" | "version" | "model", all: readonly string[]) => {
+    return html`<label
+      ><span class="unseen">${name}</span
+      ><select name="${name}">
+        ${option("", `any ${name}`, filter[name])}${all.map((one) => option(one, shown(one), filter[name]))}
+      </select></label
+    >`;
+  };
+  const newestFirst = namesOf(versions, filter.version).sort((a, b) =>
+    compareCodePoints(versionKey(b), versionKey(a)),
+  );
+  return html`<form class="filter" role="search" action="${up}devices">
+    <label class="grow"
+      ><span class="unseen">Search in ids, names, models and addresses</span
+      ><input
+        type="search"
+        name="q"
+        value="${filter.q ?? ""}"
+        placeholder="id, name, model or address"
+    /></label>
+    ${choice("state", URGENCY)}${choice("version", newestFirst)}${choice("model", namesOf(models, filter.model))}
+    <label
+      ><span class="unseen">Label, as key=value</span
+      ><input
+        name="label"
+        value="${filter.label?.join("=") ?? ""}"
+        placeholder="label=value"
+        size="12"
+    /></label>
+    <button>Search</button>
+  </form>`;
+}
+
+/** What a list says that has nothing in it. */
+function nothingListed({ up }: PageView, devices: number): Markup {
+  if (devices > 0) {
+    return html`<p class="empty">
+      No device is like that. <a href="${up}devices">Show all ${grouped(devices)}</a>
+    </p>`;
+  }
+  return html`<p class="empty">
+    No device has asked yet. Let one ask for a manifest: it shows up here within two seconds.
+    <a href="${up}">How to begin</a>
+  </p>`;
+}
+
+function devicesPage(
+  view: PageView,
+  filter: DeviceFilter,
+  summary: FleetSummary,
+  { devices, next }: DevicePage,
+): Page {
+  const { state, version, model, label, q, after } = filter;
+  const same = { state, version, model, label: label?.join("="), q };
+  const isAll = !version && !model && !label && !q;
+  const count = isAll ? many(state ? summary.states[state] : summary.devices, "device") : "Devices";
+  const more = html`<nav class="pages" aria-label="Pages">
+    ${after !== undefined && html`<a class="button" href="${devicesLink(view, same)}">From the beginning</a>`}${next !== null && html`<a class="button" rel="next" href="${devicesLink(view, { ...same, after: next })}">Next ${LISTED_DEVICES}</a>`}
+  </nav>`;
+  return {
+    title: "Devices",
+    at: "devices",
+    isLive: true,
+    main: html`<section>
+      <h1 class="plain">${count}${state !== undefined && isAll && html` ${state}`}</h1>
+      ${filterForm(view, filter, summary)}
+      ${
+        devices.length > 0
+          ? html`<ul class="devices">
+              ${devices.map((device) => deviceItem(view, device))}
+            </ul>`
+          : nothingListed(view, summary.devices)
+      }
+      ${more}
+    </section>`,
+  };
+}
+
+// ──── Device view ────────────────────────────────────────────────────────────────────────────────
+// One device: what is known of it, what it is called, and what happened to it.
+
+/** What a decision gives a device, in words. */
+function decisionText({ target, image }: Decision): Markup {
+  const files = target && html`the files of ${said(target.name)}`;
+  return html`${files}${target && image && " and "}${image && html`firmware ${said(image.name)}`}`;
+}
+
+/** Whether a rollout is for a device, by what its operator said. */
+function isForDevice({ only }: Rollout, { model, version, labels }: FleetDevice): boolean {
+  return [...valuesByKey(only)].every(([key, values]) => {
+    return values.some((value) => {
+      if (key === "model") return model !== null && asciiLower(model) === asciiLower(value);
+      if (key === "version") return isSameRelease(version, value);
+      return labels[key] === value;
+    });
+  });
+}
+
+/** Why a device may not have the newest version yet. */
+function heldText(
+  device: FleetDevice,
+  version: string,
+  rollout: Rollout | undefined,
+  fleet: Fleet,
+  now: number,
+): Markup {
+  const newest = html`${said(version)} is the newest`;
+  if (!rollout) return html`${newest}, and needs a rollout to be offered.`;
+  const { state, reason, only, window } = rollout;
+  const why = reason !== null && html`: ${said(reason)}`;
+  if (device.id.startsWith(BY_ADDRESS)) {
+    return html`${newest}; a device that does not say who it is takes no part in rollouts.`;
+  }
+  if (!isForDevice(rollout, device)) {
+    const pairs = only.map(([key, value]) => `${key}=${value}`).join(", ");
+    return html`${newest}; its rollout is only for ${said(pairs)}.`;
+  }
+  if (state !== "running") return html`${newest}; its rollout is ${state}${why}.`;
+  if (!fleet.admission.knows(rollout.id, device.id)) {
+    return html`${newest}; its rollout began before this device was heard, which gets it at the end.`;
+  }
+  if (window !== null && !isOpen(parseWindow(window), now)) {
+    return html`${newest}; its rollout offers it within ${said(window)}.`;
+  }
+  return html`${newest}; its rollout has not come to this device yet${why}.`;
+}
+
+/** What a device would be offered now, and why. */
+function offerText(
+  { now: at }: PageView,
+  device: FleetDevice,
+  releases: Releases,
+  fleet: Fleet,
+  rollouts: readonly Rollout[],
+): Markup {
+  const { id, version, firmware, model } = device;
+  const root = releases.forDevice({ model: model ?? "" });
+  const newest = root.versions.at(-1) ?? root.firmware.at(-1);
+  if (!newest) return html`Nothing: there is no release for it.`;
+  const query = {
+    ...{ devid: id, current_ver: version ?? "", ...(model !== null && { model }) },
+    ...(firmware !== null && { firmware_ver: firmware }),
+  };
+  // What only reports takes no place.
+  const asking = { query, address: device.address ?? "", method: "HEAD" };
+  const all = root.decide(query);
+  if (!all) {
+    return html`Nothing: it has the newest that it may have, ${said(newest.name)}.`;
+  }
+  const now = root.decide(query, fleet.newestFor(asking, root));
+  const isAll = now?.target === all.target && now?.image === all.image;
+  const { name } = (all.target ?? all.image)!;
+  if (isAll) {
+    const again = isSameRelease(device.failed, name) && " It has failed on this device before.";
+    return html`${decisionText(all)}: it is on ${said(versionText(device))}, and ${said(name)} is
+    the newest.${again}`;
+  }
+  const rollout = rollouts.find((one) => {
+    return isSameRelease(one.version, name) && (one.model ?? "") === root.model;
+  });
+  return html`${now ? html`${decisionText(now)}.` : "Nothing."}
+  ${heldText(device, name, rollout, fleet, at)}`;
+}
+
+const EVENT_SHAPES: Record<FleetEvent["kind"], Shape> = {
+  "first seen": "behind",
+  offered: "offered",
+  updated: "current",
+  failed: "failed",
+  "rolled back": "failed",
+  "back after silence": "behind",
+};
+
+function eventItem({ now }: PageView, { at, kind, from, to }: FleetEvent): Markup {
+  const step =
+    from !== null && to !== null && from !== to
+      ? html`${said(from)} → ${said(to)}`
+      : html`${(to ?? from) !== null && said((to ?? from)!)}`;
+  return html`<li>
+    ${clockTime(at, now)}
+    <span class="state is-${EVENT_SHAPES[kind]}">${mark(EVENT_SHAPES[kind])} ${kind}</span>
+    <span>${step}</span>
+  </li>`;
+}
+
+function editForm(
+  view: PageView,
+  device: FleetDevice,
+  typed?: { name: string; labels: string },
+): Markup {
+  const { id, name, labels } = device;
+  const lines = Object.entries(labels).map(([key, value]) => `${key}=${value}`);
+  const fields = html`<div class="field">
+      <label for="name">Name</label
+      ><input
+        id="name"
+        name="name"
+        value="${typed?.name ?? name ?? ""}"
+        maxlength="${MAX_TEXT}"
+        autocomplete="off"
+      />
+    </div>
+    <div class="field">
+      <label for="labels">Labels</label
+      ><textarea
+        id="labels"
+        name="labels"
+        rows="${Math.min(12, Math.max(3, lines.length + 1))}"
+        spellcheck="false"
+        aria-describedby="labels-hint"
+      >
+${typed?.labels ?? lines.join("\n")}</textarea
+      ><span class="hint" id="labels-hint">one a line, as key=value</span>
+    </div>
+    <div class="buttons"><button class="main">Save</button></div>`;
+  return changeForm(view, deviceLink(view, id), fields, "fields");
+}
+
+function devicePage(
+  view: PageView,
+  device: FleetDevice & { history: FleetEvent[] },
+  offer: Markup,
+  trial?: { problem: string; name: string; labels: string },
+): Page {
+  const { id, name, model, state, offered, failed, address, first_seen, last_seen, history } =
+    device;
+  const { now } = view;
+  const facts: [string, Piece][] = [
+    ["Id", said(id)],
+    ["Model", model === null ? "not said" : said(model)],
+    ["Version", said(versionText(device))],
+    ["Firmware", device.firmware === null ? "not said" : said(device.firmware)],
+    ["Offered", offered === null ? "nothing" : said(offered)],
+    ["Failed", failed === null ? "nothing" : said(failed)],
+    ["Address", address === null ? "–" : said(address)],
+    ["Last seen", agoTime(last_seen, now)],
+    ["First seen", agoTime(first_seen, now)],
+    ["Would be offered now", offer],
+  ];
+  const events = history.slice(-SHOWN_EVENTS).toReversed();
+  const older = history.length - events.length;
+  return {
+    ...(trial && { status: 400 }),
+    title: shown(name ?? id),
+    at: "devices",
+    isLive: trial === undefined,
+    main: html`<section class="lead">
+        <h1>${said(name ?? id)} ${stateTag(state)}</h1>
+        <p>${STATE_WORDS[state].replace(/^./, (letter) => letter.toUpperCase())}.</p>
+      </section>
+      <div class="columns even">
+        <section aria-labelledby="known">
+          <h2 id="known">What is known of it</h2>
+          <dl>
+            ${facts.map(
+              ([term, text]) =>
+                html`<dt>${term}</dt>
+                  <dd>${text}</dd>`,
+            )}
+          </dl>
+        </section>
+        <section aria-labelledby="given">
+          <h2 id="given">What you call it</h2>
+          ${trial && html`<p class="problem" role="alert">${mark("failed")} ${said(trial.problem)}</p>`}${editForm(view, device, trial)}
+        </section>
+      </div>
+      <section aria-labelledby="history">
+        <h2 id="history">What happened to it</h2>
+        <ol class="timeline">
+          ${events.map((event) => eventItem(view, event))}
+        </ol>
+        ${older > 0 && html`<p class="hint">and ${grouped(older)} earlier: <a href="${view.up}api/devices/${encodeURIComponent(id)}">all, in JSON</a></p>`}
+      </section>`,
+  };
+}
+
+// ──── Style ───────────────────────────────────────────────────────────────────────────────────────
+// One sheet for all views. Colours are for states, and the same few greys for all else.
+
+const PAGE_COLOURS = String.raw`
+:root { color-scheme: light dark; --paper: #fcfcfb; --raised: #ffffff; --ink: #1c1e21; --soft: #5a6068;
+  --line: #dfe1e4; --good: #1b7a46; --way: #2263c4; --warn: #8f5e00; --bad: #b8261d;
+  --idle: #767c85; --t0: #2f3a48; --t1: #5f6f83; --t2: #8b9bae; --t3: #b0bccb; --t4: #cdd6e0;
+  --t5: #e1e7ed; --t6: #f0f2f5; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14171a; --raised: #1b1f23; --ink: #e4e7ea; --soft: #9ca4ae; --line: #2f353b;
+    --good: #4cc583; --way: #6ea8fb; --warn: #e0ac3f; --bad: #f4776b; --idle: #7f8791;
+    --t0: #d3dbe4; --t1: #9aa8b8; --t2: #6f7f91; --t3: #536272; --t4: #3f4b58; --t5: #313b46;
+    --t6: #262e37; }
+}
+`;
+
+const PAGE_STYLE = String.raw`${PAGE_COLOURS}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; max-width: 76rem; padding: 0 1.25rem 2rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+a { color: inherit; text-decoration: underline var(--idle) 1px; text-underline-offset: .2em; }
+a:hover { text-decoration-color: currentColor; }
+header a, .counts a, .spans a, .devices a, .button { text-decoration: none; }
+header a:hover, .counts a:hover, .spans a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--ink); outline-offset: 2px; border-radius: 2px; }
+main:focus { outline: none; }
+[hidden], .skip:not(:focus), .unseen { position: absolute; width: 1px; height: 1px; margin: -1px;
+  overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+[hidden] { display: none; }
+header { display: flex; align-items: baseline; gap: 1.25rem; padding: .7rem 0; border-bottom: 1px solid var(--line); }
+header nav { display: flex; gap: 1rem; flex: 1; }
+nav a[aria-current] { color: var(--ink); font-weight: 600; border-bottom: 2px solid var(--ink); }
+.brand { font-weight: 700; color: var(--ink); }
+.brand span { color: var(--soft); font-weight: 400; }
+h1 { font-size: 1.5rem; line-height: 1.25; font-weight: 600; margin: 0; letter-spacing: -.01em; text-wrap: pretty; }
+h1.plain { margin-bottom: .75rem; }
+h2 { font-size: .8125rem; font-weight: 600; color: var(--soft); margin: 0 0 .5rem; display: flex; gap: 1rem;
+  align-items: baseline; justify-content: space-between; }
+h3 { font-size: 1rem; margin: 0 0 .4rem; font-weight: 600; }
+h3 .state { margin-left: .4rem; }
+p { margin: .3rem 0; max-width: 46rem; }
+code { font: .875em ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--t6); padding: .1em .3em; border-radius: 3px; }
+ul, ol { list-style: none; margin: 0; padding: 0; }
+section { margin: 1.4rem 0 0; min-width: 0; }
+.lead { margin-top: 1.5rem; }
+.hint, .lead p, footer, .axis, .top { color: var(--soft); }
+.hint, footer, .axis, .top, .tag { font-size: .8125rem; font-weight: 400; }
+footer { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: .6rem; display: flex; flex-wrap: wrap; gap: .2rem 2rem; }
+#lost, .problem { color: var(--bad); }
+#lost { border: 1px solid; border-radius: 4px; padding: .4rem .75rem; max-width: none; }
+.mark { width: .72em; height: .72em; fill: currentColor; stroke: currentColor; stroke-width: 1.4; overflow: visible;
+  flex: none; vertical-align: -.02em; margin-right: .1em; }
+.mark.is-behind, .mark.is-silent, .mark.is-offered, .mark.is-failed, .mark.is-paused { fill: none; }
+.mark.is-offered, .mark.is-failed, .mark.is-paused { stroke-width: 2.2; }
+.mark.is-silent { stroke-width: 1.8; }
+.is-current { color: var(--good); } .is-offered { color: var(--way); } .is-silent { color: var(--warn); }
+.is-failed { color: var(--bad); } .is-behind, .is-paused { color: var(--soft); }
+rect.is-current { fill: var(--good); } rect.is-offered { fill: var(--way); } rect.is-silent { fill: var(--warn); }
+rect.is-failed { fill: var(--bad); } rect.is-behind { fill: var(--t4); } rect.is-paused { fill: var(--t1); }
+.state { white-space: nowrap; font-weight: 500; font-size: .875rem; }
+.tag { border: 1px solid var(--line); border-radius: 3px; padding: 0 .35em; color: var(--soft); }
+.counts, .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.25rem; margin: .6rem 0 0; }
+.legend { font-size: .875rem; gap: .1rem 1.1rem; margin-top: .35rem; }
+.legend b, .counts b { font-weight: 600; }
+.none { color: var(--soft); }
+.none .mark { color: var(--idle); }
+.columns { display: grid; grid-template-columns: 3fr 2fr; gap: 0 2.5rem; }
+.columns.even { grid-template-columns: 1fr 1fr; }
+.rollout { border: 1px solid var(--line); border-radius: 6px; background: var(--raised); padding: .8rem 1rem; margin-bottom: .6rem; }
+.progress { display: block; width: 100%; height: 14px; border-radius: 3px; }
+.progress rect { stroke: var(--raised); stroke-width: 2; vector-effect: non-scaling-stroke; }
+.reason { font-weight: 500; }
+.past li { padding: .15rem 0; }
+.buttons, .pages { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .7rem; align-items: center; }
+button, .button { font: inherit; font-size: .875rem; line-height: 1.4; color: var(--ink); background: var(--raised);
+  border: 1px solid var(--idle); border-radius: 4px; padding: .25rem .75rem; cursor: pointer; }
+button:hover, .button:hover { border-color: var(--ink); text-decoration: none; }
+button.main { background: var(--ink); color: var(--paper); border-color: var(--ink); }
+button.quiet { border: 0; background: none; color: var(--soft); padding: 0; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; }
+th, td { text-align: left; padding: .28rem .75rem .28rem 0; font-weight: 400; vertical-align: baseline; }
+thead th { color: var(--soft); font-size: .8125rem; white-space: nowrap; }
+tbody tr { border-top: 1px solid var(--line); }
+.bars tbody tr { border-top: 0; }
+.bars tbody th { white-space: nowrap; width: 1%; }
+.bars td, .bars tbody th { padding-top: .12rem; padding-bottom: .12rem; }
+.n { text-align: right; }
+td.n { width: 1%; white-space: nowrap; }
+.bars td { white-space: nowrap; width: 1%; }
+.bars td.fill { width: auto; min-width: 3rem; padding-right: 0; }
+.bar { display: block; width: 100%; height: .7rem; }
+.bar rect.tone-2 { fill: var(--t2); }
+.wide { overflow-x: auto; position: relative; }
+.releases th[scope=row] { font-weight: 600; white-space: nowrap; }
+.releases td:last-child { text-align: right; padding-right: 0; }
+tr.more { border-top: 0; }
+tr.more td { padding-top: 0; text-align: left !important; }
+.costs { font-size: .8125rem; }
+figure { margin: 0; }
+.plot { position: relative; }
+.plot svg { display: block; width: 100%; height: 150px; background: var(--t6); border-radius: 3px; }
+.top { position: absolute; top: 2px; left: 4px; background: var(--paper); border-radius: 3px; padding: 0 .3em; line-height: 1.3; }
+.axis { display: flex; justify-content: space-between; margin-top: .1rem; }
+.grid { stroke: var(--paper); stroke-opacity: .45; stroke-dasharray: 2 4; vector-effect: non-scaling-stroke; }
+polygon { stroke: var(--paper); stroke-width: 1; vector-effect: non-scaling-stroke; }
+.tone-0 { fill: var(--t0); } .tone-1 { fill: var(--t1); } .tone-2 { fill: var(--t2); } .tone-3 { fill: var(--t3); }
+.tone-4 { fill: var(--t4); } .tone-5 { fill: var(--t5); } .tone-6 { fill: var(--t6); }
+.swatch { width: .75em; height: .75em; vertical-align: -.05em; border: 1px solid var(--idle); }
+.spans { display: flex; gap: .75rem; font-weight: 400; }
+.spans a[aria-current] { color: var(--ink); font-weight: 600; text-decoration: underline; }
+summary { cursor: pointer; font-size: .8125rem; color: var(--soft); margin-top: .35rem; }
+.more details { margin-bottom: .2rem; }
+.warnings li { font-size: .875rem; padding: .15rem 0; color: var(--ink); }
+input, select, textarea { font: inherit; font-size: .9375rem; color: var(--ink); background: var(--raised);
+  border: 1px solid var(--idle); border-radius: 4px; padding: .25rem .5rem; max-width: 100%; }
+::placeholder { color: var(--soft); opacity: 1; }
+.filter { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .75rem; }
+.filter .grow { flex: 1 1 14rem; }
+.filter .grow input { width: 100%; }
+.filter label { min-width: 0; max-width: 100%; }
+.filter select { max-width: 11rem; }
+.devices a { display: grid; grid-template-columns: 6rem minmax(0, 3fr) minmax(0, 1.3fr) minmax(0, 2.4fr) 7rem;
+  gap: 0 1rem; padding: .3rem 0; border-top: 1px solid var(--line); color: inherit; align-items: baseline; font-size: .875rem; }
+.devices a:hover { background: var(--t6); text-decoration: none; }
+.devices b { font-weight: 600; }
+.when { text-align: right; color: var(--soft); }
+.labels { grid-column: 2 / -1; }
+.empty { border: 1px dashed var(--idle); border-radius: 6px; padding: 1rem; max-width: none; }
+.field { margin-bottom: .6rem; }
+.field label { display: block; font-size: .8125rem; color: var(--soft); }
+.field input, .field textarea { width: 100%; display: block; }
+.field .hint { display: block; }
+form.columns .fields { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: 0; }
+dt { color: var(--soft); }
+dd { margin: 0; }
+.timeline li { display: grid; grid-template-columns: 10rem 11rem 1fr; gap: 0 1rem; padding: .25rem 0; border-top: 1px solid var(--line); font-size: .875rem; }
+.sign-in { max-width: 24rem; margin: 12vh auto 0; }
+.sign-in h1 { margin-bottom: .75rem; }
+.sign-in label { display: block; font-size: .875rem; color: var(--soft); }
+.sign-in input { width: 100%; margin: .2rem 0 .6rem; padding: .4rem .6rem; }
+@media (max-width: 52rem) {
+  body { padding: 0 .9rem 1.5rem; }
+  header { gap: .9rem; }
+  h1 { font-size: 1.25rem; }
+  .columns, .columns.even { grid-template-columns: 1fr; }
+  .devices a { grid-template-columns: 5.3rem 1fr auto; gap: 0 .5rem; }
+  .devices .who { grid-column: 2; } .devices .when { grid-column: 3; grid-row: 1; }
+  .devices .version, .devices .labels { grid-column: 2 / -1; }
+  .devices .model { grid-column: 2 / -1; }
+  .devices .model:empty { display: none; }
+  .timeline li { grid-template-columns: 7.2rem 1fr; }
+  .timeline li > :last-child { grid-column: 2; }
+  .releases thead { display: none; }
+  .releases tr { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline; padding: .4rem 0; }
+  .releases tr.more { padding: 0 0 .5rem; }
+  .releases td, .releases th { padding: 0; width: auto; }
+  .releases td.n::after { content: " on it"; color: var(--soft); }
+  .releases td:last-child { margin-left: auto; }
+  .releases tr.more td { margin: 0; }
+  #versions-table th { white-space: normal; }
+  .bars td:not(.n, .fill) { width: auto; min-width: 3.6rem; white-space: normal; }
+  .bars td.fill { min-width: 1.5rem; }
+  .bars th, .bars td { padding-right: .5rem; }
+  dl { grid-template-columns: 7.5rem 1fr; }
+  .filter select { max-width: 100%; }
+}
+@media (prefers-reduced-motion: no-preference) { .progress rect, .bar rect { transition: width .4s, x .4s; } }
+@media (forced-colors: active) { polygon, rect { forced-color-adjust: none; } }
+`;
+
+/** The mark of the page in a browser's tab. */
+const PAGE_ICON = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="6" fill="none" stroke="#2263c4" stroke-width="3" stroke-dasharray="28 10" transform="rotate(-60 8 8)"/><path d="M11 1l4 3-4.5 2.5z" fill="#2263c4"/></svg>`;
+
+// ──── Script ──────────────────────────────────────────────────────────────────────────────────────
+// The one script: it writes times in the browser's zone, and brings the newest every two seconds while
+// somebody looks. What is there is changed into what is new, element by element: so what has the focus,
+// is open, scrolled or typed stays.
+
+const PAGE_SCRIPT = String.raw`"use strict";
+(() => {
+  const EVERY = 2000;
+  const main = document.getElementById("main");
+  const lost = document.getElementById("lost");
+  const full = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
+  const time = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+  const date = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
+
+  // In the zone of this browser.
+  const localize = (root) => {
+    const today = date.format(new Date());
+    for (const element of root.querySelectorAll("time")) {
+      const at = new Date(element.dateTime);
+      if (Number.isNaN(at.getTime())) continue;
+      element.title = full.format(at);
+      if (!("clock" in element.dataset)) continue;
+      const day = date.format(at);
+      element.textContent = (day === today ? "" : day + " ") + time.format(at);
+    }
+  };
+
+  const keyOf = (node) => (node.nodeType === 1 ? node.id || node.dataset.key || "" : "");
+  const isLike = (a, b) => a.nodeName === b.nodeName && keyOf(a) === keyOf(b);
+
+  const change = (old, now) => {
+    if (old.nodeType !== 1) {
+      if (old.data !== now.data) old.data = now.data;
+      return;
+    }
+    for (const { name } of [...old.attributes]) {
+      // Who has opened something keeps it open.
+      if (!now.hasAttribute(name) && !(name === "open" && old.nodeName === "DETAILS")) old.removeAttribute(name);
+    }
+    for (const { name, value } of now.attributes) {
+      if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    }
+    // What is being typed is not in the nodes; a menu that is open would close.
+    if (old.nodeName === "SELECT" && old === document.activeElement) return;
+    changeChildren(old, now);
+  };
+
+  const changeChildren = (old, now) => {
+    const keyed = new Map([...old.children].filter(keyOf).map((child) => [keyOf(child), child]));
+    let at = old.firstChild;
+    for (const child of [...now.childNodes]) {
+      const key = keyOf(child);
+      const found = key ? keyed.get(key) : at && isLike(at, child) ? at : undefined;
+      if (!found || found.nodeName !== child.nodeName) {
+        old.insertBefore(child, at);
+        continue;
+      }
+      if (found === at) at = at.nextSibling;
+      else old.insertBefore(found, at);
+      change(found, child);
+    }
+    while (at) {
+      const next = at.nextSibling;
+      at.remove();
+      at = next;
+    }
+  };
+
+  const show = (text) => {
+    const found = new DOMParser().parseFromString(text, "text/html");
+    const newest = found.getElementById("main");
+    if (!newest) throw new Error("no page");
+    localize(found);
+    const focus = document.activeElement;
+    change(main, newest);
+    if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
+    document.title = found.title;
+    const [foot, newFoot] = [document, found].map((one) => one.querySelector("footer"));
+    if (foot && newFoot) change(foot, newFoot);
+  };
+
+  let timer;
+  let isAsking = false;
+  const bring = async () => {
+    clearTimeout(timer);
+    if (document.hidden || isAsking) return;
+    isAsking = true;
+    try {
+      const signal = AbortSignal.timeout(10_000);
+      const answer = await fetch(location.href, { cache: "no-store", signal });
+      if (answer.status === 401) return location.reload();
+      show(await answer.text());
+      lost.hidden = true;
+    } catch {
+      if (lost.hidden) lost.querySelector("b").textContent = time.format(new Date());
+      lost.hidden = false;
+    } finally {
+      isAsking = false;
+    }
+    timer = setTimeout(bring, EVERY);
+  };
+
+  localize(document);
+  if ("live" in main.dataset) {
+    timer = setTimeout(bring, EVERY);
+    document.addEventListener("visibilitychange", bring);
+  }
+})();
+`;
+
+/** Changes with style and script, so that browsers may keep them. */
+const PAGE_VERSION = sha256(PAGE_STYLE + PAGE_SCRIPT).slice(0, 12);
+
+// ──── Page files ─────────────────────────────────────────────────────────────────────────────────
+// What is the same for everybody: style, script and icon; and what a browser may do with a page.
+
+/** What a browser may do with a page: load style, script and icon from here, and send forms here. */
+const PAGE_POLICY = [
+  "default-src 'none'",
+  ...["script-src", "style-src", "img-src", "connect-src", "form-action"].map(
+    (name) => `${name} 'self'`,
+  ),
+  ...["base-uri 'none'", "frame-ancestors 'none'"],
+].join("; ");
+
+/** What is the same for everybody, and needs no token. */
+const PAGE_FILES: Record<string, () => Answer> = {
+  "/-/page.css": () => pageFile("text/css; charset=utf-8", PAGE_STYLE),
+  "/-/page.js": () => pageFile("text/javascript; charset=utf-8", PAGE_SCRIPT),
+  "/-/page.svg": () => pageFile("image/svg+xml", PAGE_ICON),
+};
+
+function pageFile(type: string, text: string): Answer {
+  const answer = content(type, new Blob([text]));
+  const headers = { ...answer.headers, ...ADMIN_HEADERS, "Cache-Control": "max-age=86400" };
+  return { ...answer, headers };
+}
+
+// ──── Form fields ────────────────────────────────────────────────────────────────────────────────
+// What forms say, as it was typed.
+
+/** The fields of a form, or the parameters of a view: those that are not empty. */
+type FormFields = Map<string, string>;
+
+function formFields(text: string): FormFields {
+  const fields: FormFields = new Map();
+  for (const [name, value] of new URLSearchParams(text)) if (value !== "") fields.set(name, value);
+  return fields;
+}
+
+/** The parameters of a view, which a form may have sent. @throws {OTAError} exit code 2 */
+function viewFields(request: Request, names: readonly string[]): FormFields {
+  const given = Object.entries(readParameters(request, names)) as [string, string][];
+  return new Map(given.filter(([, value]) => value !== ""));
+}
+
+/** Which devices a form asks for: as `readFilter`, but what is empty does not matter. */
+function formFilter(request: Request): DeviceFilter {
+  const names = ["state", "version", "model", "label", "q", "after"];
+  const search = new URLSearchParams([...viewFields(request, names)]);
+  return readFilter({ url: `/?${search}` });
+}
+
+/** The labels as they were typed. @throws {OTAError} exit code 2 when a line is none */
+function typedLabels(text: string, known: Record<string, string>): Record<string, string | null> {
+  const labels = new Map<string, string | null>(Object.keys(known).map((key) => [key, null]));
+  for (const line of text.split(/\r?\n/).map((one) => one.trim())) {
+    if (line === "") continue;
+    const at = line.indexOf("=");
+    const [key, value] = [line.slice(0, at).trim(), line.slice(at + 1).trim()];
+    if (at < 1 || key === "" || value === "")
+      refuseInput(`expected a label as key=value, found ${printable(line)}`);
+    labels.set(key, value);
+  }
+  const changed = [...labels].filter(([key, value]) => known[key] !== value);
+  return Object.fromEntries(changed);
+}
+
+/** What the options of the command are called in the form, where that is something else. */
+const ROLLOUT_LABELS: Record<string, string> = {
+  ...{ first: "first devices", silent: "silent after", "pause-at": "pause at" },
+};
+
+/** A rollout as it was typed. @throws {OTAError} exit code 2 when a field is wrong */
+function typedRollout(fields: FormFields): RolloutOptions {
+  const { first, soak, silent, tolerance } = ROLLOUT_DEFAULTS;
+  const number = (name: string, usual: number) => {
+    const text = fields.get(name)?.trim() ?? `${usual}`;
+    // What is none is refused with the others below.
+    return /^\d+(\.\d+)?$/.test(text) ? Number(text) : NaN;
+  };
+  const list = (name: string) => (fields.get(name) ?? "").split(",").map((one) => one.trim());
+  const options: RolloutOptions = {
+    version: fields.get("version") ?? refuseInput("which version?"),
+    model: fields.get("model") ?? null,
+    first: number("first", first),
+    soak: number("soak", soak),
+    silent: number("silent", silent),
+    tolerance: number("tolerance", 100 * tolerance) / 100,
+    pauseAt: list("pause")
+      .filter((text) => text !== "")
+      .map((text) => (/^\d+(\.\d+)?\s*%?$/.test(text) ? parseFloat(text) / 100 : NaN))
+      .sort((a, b) => a - b),
+    only: list("only")
+      .filter((text) => text !== "")
+      .map((text) => {
+        const [, key, value] = /^([^=]+)=(.+)$/s.exec(text) ?? [];
+        if (key === undefined) refuseInput(`only: expected KEY=VALUE, found ${printable(text)}`);
+        return [key, value!] as const;
+      }),
+    window: fields.get("window") ?? null,
+  };
+  try {
+    checkRollout(options);
+  } catch (error) {
+    if (!(error instanceof OTAError)) throw error;
+    // As the form calls them.
+    refuseInput(error.message.replace(/--([a-z-]+)/g, (_, name) => ROLLOUT_LABELS[name] ?? name));
+  }
+  return options;
+}
+
+// ──── Page views ──────────────────────────────────────────────────────────────────────────────────
+// Which view a path has, from what the fleet answers now.
+
+/** From a path to `/-/`. */
+function upFrom(path: string): string {
+  return path.split("/").length > 3 ? "../" : "./";
+}
+
+/** What is asked of a rollout. @throws {OTAError} exit code 2 */
+function actionOf(fields: FormFields) {
+  const action = (Object.keys(ACTION_WORDS) as RolloutAction[]).find(
+    (name) => name === fields.get("action"),
+  );
+  const version = fields.get("version");
+  if (!action || version === undefined)
+    return refuseInput("which rollout, and what to do with it?");
+  return { version, model: fields.get("model") ?? null, action };
+}
+
+/** The id of the device that a request is about. @throws {OTAError} exit code 2 */
+function idOf(request: Request, path: string): string {
+  const part = path.slice("/-/devices/".length);
+  const given = viewFields(request, part === "" ? ["id"] : []).get("id") ?? "";
+  // In a path, a plus is a plus.
+  return (part === "" ? given : decodeParameter(part.replaceAll("+", "%2B"))).toLowerCase();
+}
+
+/** Makes the views. */
+class PageViews {
+  readonly #costs = new AirCosts();
+
+  constructor(
+    private readonly fleet: Fleet,
+    private readonly releases: Releases,
+    private readonly access: AdminAccess,
+  ) {}
+
+  /** The view of a path. */
+  async of(request: Request, contact: Contact, view: PageView): Promise<Page> {
+    const { path } = contact;
+    if (path === "/-/") return await this.#fleetView(request, contact, view);
+    if (path === "/-/devices") {
+      const filter = formFilter(request);
+      const [summary, page] = await Promise.all([
+        this.fleet.summary(),
+        this.fleet.urgent({ ...filter, limit: LISTED_DEVICES }),
+      ]);
+      return devicesPage(view, filter, summary, page);
+    }
+    const names = ["version", "model"];
+    if (path === "/-/rollouts/new") {
+      names.push(...ROLLOUT_FIELDS.map(({ name }) => name));
+      return await this.start(view, viewFields(request, names));
+    }
+    if (path === "/-/rollouts/change") {
+      return await this.#askView(view, viewFields(request, [...names, "action"]));
+    }
+    return await this.device(view, idOf(request, path));
+  }
+
+  async #fleetView(request: Request, contact: Contact, view: PageView): Promise<Page> {
+    const span = viewFields(request, ["span"]).get("span") as FleetSpan | undefined;
+    const known = span !== undefined && Object.hasOwn(SAMPLING, span) ? span : undefined;
+    const glance: FleetGlance = {
+      ...{ releases: this.releases, rollouts: [], overview: undefined, problem: undefined },
+      ...{ costs: this.#costs, base: this.access.baseFor(request.headers, contact.peer) },
+    };
+    try {
+      const [overview, rollouts] = await Promise.all([
+        this.fleet.overview(known),
+        this.fleet.rollouts(),
+      ]);
+      return fleetPage(view, { ...glance, overview, rollouts });
+    } catch (error) {
+      if (!(error instanceof OTAError)) throw error;
+      return fleetPage(view, { ...glance, problem: error.message });
+    }
+  }
+
+  /** A device. @param trial what was typed, and what is wrong with it */
+  async device(
+    view: PageView,
+    id: string,
+    trial?: { problem: string; name: string; labels: string },
+  ): Promise<Page> {
+    const device = saidText(id) === null ? undefined : await this.fleet.device(id);
+    if (!device)
+      return problemPage(
+        404,
+        `No device ${shown(printable(id))}`,
+        html`<a href="${view.up}devices">All devices</a>`,
+      );
+    const rollouts = await this.fleet.rollouts();
+    return devicePage(
+      view,
+      device,
+      offerText(view, device, this.releases, this.fleet, rollouts),
+      trial,
+    );
+  }
+
+  /** The form that starts a rollout. @param problem what is wrong with what was typed */
+  async start(view: PageView, fields: FormFields, problem?: string): Promise<Page> {
+    const given = Object.fromEntries(fields) as RolloutFields;
+    if (given.version === undefined) refuseInput("which version?");
+    // Emptied is not the same as not asked for yet.
+    if (ROLLOUT_FIELDS.some(({ name }) => fields.has(name))) given.pause ??= "";
+    try {
+      const targets = await this.fleet.rolloutTargets(typedRollout(fields));
+      return startPage(view, given, targetsTable(targets), problem);
+    } catch (error) {
+      if (!(error instanceof OTAError)) throw error;
+      return startPage(
+        view,
+        given,
+        html`<p class="hint">It cannot be told yet.</p>`,
+        problem ?? error.message,
+      );
+    }
+  }
+
+  async #askView(view: PageView, fields: FormFields): Promise<Page> {
+    const { version, model, action } = actionOf(fields);
+    const rollouts = await this.fleet.rollouts();
+    const rollout = rollouts.find((one) => one.version === version && one.model === model);
+    if (!rollout || !actionsOf(rollout).includes(action)) {
+      return problemPage(
+        404,
+        "There is no such rollout any more",
+        html`<a href="${view.up}">The fleet</a>`,
+      );
+    }
+    return askPage(view, rollout, action);
+  }
+}
+
+// ──── Page requests ──────────────────────────────────────────────────────────────────────────────
+// The paths below `/-/` but for those of the API: views, and the forms on them.
+
+/** How a form is answered: with the view to see next, or with a page. */
+type Next = { see: string; cookie?: string } | Page;
+
+/** Answers for the page's paths. */
+class FleetPage {
+  readonly #views: PageViews;
+
+  constructor(
+    private readonly fleet: Fleet,
+    releases: Releases,
+    private readonly access: AdminAccess,
+  ) {
+    this.#views = new PageViews(fleet, releases, access);
+  }
+
+  async answer(request: Request, contact: Contact): Promise<Answer> {
+    const { path, method, query } = contact;
+    const isReading = method === "GET" || method === "HEAD";
+    if (isReading && Object.hasOwn(PAGE_FILES, path)) return PAGE_FILES[path]!();
+    if (path === "/-/" && query.token !== undefined && isReading) {
+      return await this.#enter(request, contact, query.token);
+    }
+    const methods = this.#methods(path);
+    const up = upFrom(path);
+    if (path === "/-/sign-in" && method === "POST") {
+      return await this.#enter(request, contact, (await this.#form(request)).get("token") ?? "");
+    }
+    // The forms of a page prove in their bodies that they are of a page of ours.
+    const refused = await this.access.check(request, contact, methods?.includes("POST"));
+    if (refused) return isReading && methods ? this.#signIn(refused, contact) : refused;
+    if (!methods) return adminText(contact, 404, "not found");
+    if (!methods.split(", ").includes(method)) {
+      return adminText(contact, 405, `only ${methods}`, { Allow: methods });
+    }
+    if (isReading && hasBody(request.headers)) {
+      return adminText(contact, 413, "only a POST has a body", { Connection: "close" });
+    }
+    const view: PageView = { up, now: Date.now(), proof: this.access.formProof(request.headers) };
+    const next = await this.#next(request, contact, view, isReading);
+    if (!("see" in next)) return this.#document(view, next);
+    const { see, cookie } = next;
+    const headers = { ...ADMIN_HEADERS, Location: see, ...(cookie && { "Set-Cookie": cookie }) };
+    return plain(303, `see ${see}`, headers);
+  }
+
+  /** Somebody shows a token. */
+  async #enter(request: Request, contact: Contact, token: string): Promise<Answer> {
+    const answer = await this.access.enter(request, contact, token);
+    const problem =
+      answer.status === 429
+        ? "Too many wrong tokens: try again in a second"
+        : "That is not the token of this server";
+    return this.#signIn(answer, contact, problem);
+  }
+
+  /** The sign-in page in the place of a refusal; other answers as they are. */
+  #signIn(answer: Answer, { path }: Contact, problem?: string): Answer {
+    const { status } = answer;
+    if (status !== 401 && status !== 429) return answer;
+    const up = upFrom(path);
+    const page = { ...signInPage(up, problem), status };
+    const made = this.#document({ up, now: Date.now(), proof: "" }, page, false);
+    return { ...made, headers: { ...answer.headers, ...made.headers } };
+  }
+
+  #document(view: PageView, page: Page, isIn = true): Answer {
+    const text = documentOf(view, page, this.fleet.place, isIn);
+    const answer = content("text/html; charset=utf-8", new Blob([text]));
+    const headers = { ...answer.headers, ...ADMIN_HEADERS, "Content-Security-Policy": PAGE_POLICY };
+    return { ...answer, status: page.status ?? 200, headers };
+  }
+
+  /** What can be done with a path; `undefined`: nothing. */
+  #methods(path: string): string | undefined {
+    const forms = ["/-/sign-out", "/-/sign-in", "/-/rollouts"];
+    if (forms.includes(path)) return "POST";
+    if (path === "/-/rollouts/change" || /^\/-\/devices\/[^/]*$/.test(path))
+      return "GET, HEAD, POST";
+    return ["/-/", "/-/devices", "/-/rollouts/new"].includes(path) ? METHODS : undefined;
+  }
+
+  async #form(request: Request): Promise<FormFields> {
+    const body = await readBody(request, ADMIN.body).catch(() => undefined);
+    return formFields(new TextDecoder().decode(body ?? new Uint8Array()));
+  }
+
+  async #next(
+    request: Request,
+    contact: Contact,
+    view: PageView,
+    isReading: boolean,
+  ): Promise<Next> {
+    try {
+      if (isReading) return await this.#views.of(request, contact, view);
+      const fields = await this.#form(request);
+      if (!this.access.hasProof(request, contact, fields.get("proof"))) {
+        return problemPage(
+          403,
+          "That form was not of a page of this server",
+          html`<a href="${view.up}">Look again</a>, and try it there.`,
+        );
+      }
+      return await this.#change(request, contact, view, fields);
+    } catch (error) {
+      if (!(error instanceof OTAError)) throw error;
+      const isWrong = error instanceof FormatError || error.exitCode === 2;
+      const title = isWrong ? "That cannot be done" : "That is not possible now";
+      const next = html`<a href="${view.up}">The fleet</a>`;
+      const page = problemPage(isWrong ? 400 : 503, title, said(error.message), next);
+      // A store that is away comes back.
+      return { ...page, isLive: isReading && !isWrong };
+    }
+  }
+
+  async #change(
+    request: Request,
+    contact: Contact,
+    view: PageView,
+    fields: FormFields,
+  ): Promise<Next> {
+    const { up } = view;
+    const { path } = contact;
+    if (path === "/-/sign-out") return { see: up, cookie: this.access.noCookie };
+    if (path === "/-/rollouts") {
+      try {
+        await this.fleet.startRollout(typedRollout(fields));
+      } catch (error) {
+        if (!(error instanceof OTAError)) throw error;
+        return await this.#views.start(view, fields, error.message);
+      }
+      await this.#hearOfRollouts();
+      return { see: up };
+    }
+    if (path === "/-/rollouts/change") {
+      const { version, model, action } = actionOf(fields);
+      const changed = await this.fleet.changeRollout(version, model, action);
+      await this.#hearOfRollouts();
+      return changed ? { see: up } : problemPage(404, "There is no such rollout any more");
+    }
+    return await this.#edit(view, idOf(request, path), fields);
+  }
+
+  /** Devices that ask from now on get what the operator wants: this server hears of it at once. */
+  async #hearOfRollouts(): Promise<void> {
+    // It will be told again, and the store has it.
+    await this.fleet.flush().catch(() => {});
+  }
+
+  async #edit(view: PageView, id: string, fields: FormFields): Promise<Next> {
+    const device = saidText(id) === null ? undefined : await this.fleet.device(id);
+    if (!device) return await this.#views.device(view, id);
+    const [name, labels] = [fields.get("name") ?? "", fields.get("labels") ?? ""];
+    try {
+      const changed = typedLabels(labels, device.labels);
+      await this.fleet.edit(id, { name: name.trim() || null, labels: changed });
+    } catch (error) {
+      if (!(error instanceof OTAError) || error.exitCode !== 2) throw error;
+      return await this.#views.device(view, id, { problem: error.message, name, labels });
+    }
+    return { see: deviceLink(view, id) };
+  }
+}
+
 // ──── Serving ─────────────────────────────────────────────────────────────────────────────────────
-// A server, with its fleet if it has one.
+// A server, with its fleet and its page if it has them.
 
 /** A server, and its fleet. */
 export interface FleetServer extends OTAServer {
@@ -12903,8 +15868,12 @@ export async function serve(options: ServeOptions = {}): Promise<FleetServer> {
   parts.use(fleet);
   parts.use(access);
   const api = new FleetAPI(fleet, releases, access);
+  const page = new FleetPage(fleet, releases, access);
+  const answer: Route = (request, contact) => {
+    return (contact.path.startsWith("/-/api") ? api : page).answer(request, contact);
+  };
   try {
-    const extension = fleetExtension(fleet, ownFile, api, parts);
+    const extension = fleetExtension(fleet, ownFile, answer, parts);
     const server = serveReleases(releases, options, extension);
     if (notify !== undefined) parts.use(new Notifier(fleet, notify, warn));
     if (options.staged) {
@@ -12953,12 +15922,11 @@ function ownFileOf(url: string, root: string): string | undefined {
 function fleetExtension(
   fleet: Fleet,
   ownFile: string | undefined,
-  api: FleetAPI,
+  answer: Route,
   parts: AsyncDisposableStack,
 ): Extension {
   return {
-    ownFile,
-    answer: (request, contact) => api.answer(request, contact),
+    ...{ ownFile, answer },
     note: (contact) => fleet.note(contact),
     newestFor: (contact, root) => fleet.newestFor(contact, root),
     metrics: (label) => fleetMetrics(fleet, label),
@@ -12994,7 +15962,7 @@ async function fleetMetrics(fleet: Fleet, label: (version: string) => string): P
   return lines;
 }
 
-// ════ VI Device disk ═════════════════════════════════════════════════════════════════════════════
+// ════ VII Device disk ════════════════════════════════════════════════════════════════════════════
 // The files of a device, and what it remembers of them below `.ota`. `Journal` changes them as one
 // transaction: after a crash at any point they are the old release or the new one. Nothing here
 // talks to a network.
@@ -14692,7 +17660,7 @@ export class Journal implements Disposable {
   }
 }
 
-// ════ VII Update ═════════════════════════════════════════════════════════════════════════════════
+// ════ VIII Update ════════════════════════════════════════════════════════════════════════════════
 // How a device gets to another release: it finds out what it has (Device survey), asks for a
 // manifest (Manifest client), plans the change (Target release, Plan and space), stages and
 // verifies all content (Receiving and retries, Fetching content), commits it (part VI), and lets
@@ -16384,7 +19352,7 @@ export abstract class OTA {
   }
 }
 
-// ════ VIII Transports ════════════════════════════════════════════════════════════════════════════
+// ════ IX Transports ══════════════════════════════════════════════════════════════════════════════
 // How bytes reach a device: over HTTP, or from a directory. Another transport is a class in a file
 // of its own; see `examples/lora-transport.ts`.
 
@@ -16589,7 +19557,7 @@ function isReal({ file, size }: ServedFile): boolean {
   }
 }
 
-// ════ IX Command line ════════════════════════════════════════════════════════════════════════════
+// ════ X Command line ═════════════════════════════════════════════════════════════════════════════
 // Options, output and commands. A command only calls what the parts above export, so a program can
 // do whatever the command line does.
 
@@ -16895,13 +19863,6 @@ function tell(text: string): void {
   process.stderr.write(`${text}\n`);
 }
 
-/** Formats a size: `812 B`, `4.1 KB`, `1.5 MB`. */
-function formatBytes(bytes: number): string {
-  if (bytes < 1000) return `${bytes} B`;
-  const power = Math.min(Math.floor(Math.log10(bytes) / 3), 4);
-  return `${(bytes / 1000 ** power).toFixed(1)} ${" KMGT"[power]}B`;
-}
-
 function outcomeLine({ result, from, to, firmware }: Outcome): string {
   const isFirmware = firmware !== undefined && from === to;
   const what = isFirmware ? `firmware ${firmware.to}` : to;
@@ -16960,29 +19921,7 @@ function progressBar(received: number, total: number, milliseconds: number): str
 }
 
 // ──── Costs ──────────────────────────────────────────────────────────────────────────────────────
-// What a release costs on the air, before it is published: `manifest --cost`.
-
-/** Payload of one LoRa downlink at a medium data rate, in bytes. */
-const LORA_BYTES = 200;
-
-/** The devices that costs are shown for: `client`, and a board with the library of the examples. */
-const AIR_DEVICES = [
-  { name: "client", accepted: new Set(codings(true)), isBrief: true },
-  {
-    name: "board",
-    accepted: new Set<Coding>(["ota-patch, deflate", "deflate"]),
-    isBrief: false,
-  },
-];
-
-/** What something costs on the air, in bytes, and how it is sent. */
-interface AirCost {
-  name: string;
-  /** Of the content itself; absent where that is not the same for all devices. */
-  plain?: number;
-  size: number;
-  how: string;
-}
+// What a release costs on the air, in lines: `manifest --cost`.
 
 /**
  * What a manifest and its content cost on the air, for each kind of device.
@@ -17019,58 +19958,6 @@ async function costLines(
     ...lines,
     row(totals, `bytes in all: ${messages} LoRa messages of ${LORA_BYTES}`),
   ];
-}
-
-/** What a manifest and its content cost on the air. */
-async function airCosts(
-  releases: ReleaseRoot,
-  ver: string | undefined,
-  base: string,
-  encoder: Encoder,
-  { accepted, isBrief }: (typeof AIR_DEVICES)[number],
-): Promise<AirCost[]> {
-  const costs: AirCost[] = [];
-  const sourceOf = ({ sha256: key, size, file }: IndexedFile): Source => {
-    return { key, size, read: async () => Bun.file(file) };
-  };
-  const has = releases.find(ver ?? "");
-  const oldImage = releases.firmware.find(({ version }) => version.compare(ver ?? "") === 0);
-  const query = { current_ver: ver, base: has?.digest, firmware_sha256: oldImage?.sha256 };
-  const decision = releases.decide(query);
-  const inliner = new Inliner(encoder, sourceOf);
-  const mayInline = decision && isBrief;
-  const inline = mayInline
-    ? await inliner.contentsFor(releases, decision, query, accepted)
-    : NOT_INLINE;
-  const plainForm = { extras: true, base: base + releases.urlPath, suffix: "" };
-  const form = isBrief ? briefForm(plainForm, decision, inline) : plainForm;
-  const json = utf8(fillIn(releases.compose(decision, form), decision, undefined));
-  // Boards take manifests as they are.
-  const forManifest = isBrief ? accepted : NO_CODINGS;
-  const { coding, level } = manifestCoding(forManifest, json.byteLength, isBrief, true);
-  const coded = await encodeManifest(json, coding, level);
-  const size = (coded ?? json).byteLength;
-  costs.push({ name: "manifest.json", size, how: coded ? coding! : "plain" });
-
-  // Content that the device has under another path, or already fetches, costs nothing.
-  const here = new Set([...(has?.files.values() ?? [])].map(({ sha256 }) => sha256));
-  const add = async (at: string, name: string, file: IndexedFile, old?: IndexedFile) => {
-    if (here.has(file.sha256)) return;
-    here.add(file.sha256);
-    if (inline.contents.has(at)) {
-      return costs.push({ name, plain: file.size, size: 0, how: "in the manifest" });
-    }
-    const { coded: form } = await encoder.smallest(accepted, sourceOf(file), old && sourceOf(old));
-    const size = form?.content.size ?? file.size;
-    return costs.push({ name, plain: file.size, size, how: form?.encoding ?? "plain" });
-  };
-  const { target, image } = decision ?? {};
-  const { added, changed } = changesBetween(decision?.has, target, true);
-  for (const [path, file] of [...added, ...changed]) {
-    await add(`${target!.name}/${path}`, path, file, has?.files.get(path));
-  }
-  if (image) await add(image.path, image.path, image, oldImage);
-  return costs;
 }
 
 // ──── Server commands ─────────────────────────────────────────────────────────────────────────────
@@ -17455,16 +20342,8 @@ async function runStatus(given: Given): Promise<number> {
 }
 
 // ──── Fleet tables ────────────────────────────────────────────────────────────────────────────────
-// Devices in lines: for people, as JSON, as CSV. What is said of them comes from strangers, or from
-// the file of another van: nothing of it may steer a terminal or be run by a spreadsheet.
-
-/** What a terminal might obey, or not show: controls, directions, separators of lines. */
-const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
-
-/** Text for a terminal: as it is, but for what a terminal might obey. */
-function shown(text: string): string {
-  return text.replace(UNSEEN, (character) => `\\u{${character.codePointAt(0)!.toString(16)}}`);
-}
+// Devices in lines: for people, as JSON, as CSV. Nothing of what is said of them may steer a terminal,
+// or be run by a spreadsheet.
 
 /** JSON for a terminal: the same value, with escapes for what a terminal might obey. */
 function safeJSON(value: unknown, indent?: number): string {
@@ -17508,41 +20387,6 @@ class Table {
         .trimEnd();
     });
   }
-}
-
-/** `3 devices`, `1 device`. */
-function counted(count: number, noun: string): string {
-  return `${count} ${noun}${count === 1 ? "" : "s"}`;
-}
-
-/** How long ago something was: `2 min ago`. */
-function agoText(at: number, now: number): string {
-  const seconds = Math.round(Math.abs(now - at) / 1000);
-  const [unit, size] =
-    seconds < 60 ? ["s", 1] : seconds < 3600 ? ["min", 60] : seconds < 172_800 ? ["h", 3600] : [];
-  const amount = unit
-    ? `${Math.floor(seconds / size!)} ${unit}`
-    : `${Math.floor(seconds / 86_400)} days`;
-  if (seconds < 1) return "just now";
-  // By the clock of another server, or one that was set back.
-  return at > now ? `in ${amount}` : `${amount} ago`;
-}
-
-/** A time that a machine reads, and people can. */
-function isoText(at: number): string {
-  const date = new Date(at);
-  return Number.isNaN(date.getTime()) ? "" : date.toISOString();
-}
-
-/** What a device is on; a board may only tell its firmware. */
-function versionText({ version, firmware }: FleetDevice): string {
-  return shown(version ?? (firmware === null ? "-" : `firmware ${firmware}`));
-}
-
-/** What is the matter with a device: what failed, what it was offered. */
-function matterText({ state, failed, offered }: FleetDevice): string {
-  if (state === "failed") return failed === null ? "" : `${shown(failed)} failed`;
-  return offered === null ? "" : `offered ${shown(offered)}`;
 }
 
 function labelsText({ labels }: FleetDevice, separator: string): string {
@@ -17611,14 +20455,6 @@ async function* deviceTexts(
 
 // ──── Fleet summary ───────────────────────────────────────────────────────────────────────────────
 // How a fleet stands, on one screen.
-
-const STATE_WORDS: Record<DeviceState, string> = {
-  failed: "a release failed on it, or it does not get onto it",
-  silent: "offered a release, and not heard of since for unusually long",
-  offered: "offered a release, and not heard of since",
-  behind: "on an older release, and not offered the newest one yet",
-  current: "on the newest release that it may have",
-};
 
 /** Columns of a screen. */
 const SCREEN = 80;

@@ -188,7 +188,7 @@ describe("who gets in", () => {
       "/-/metrics/x",
       "/-//",
     ];
-    for (const path of [...paths, "/-/api/devices/?id=a", "/-/page.css", "/-/health%20"]) {
+    for (const path of [...paths, "/-/api/devices/?id=a", "/-/page.htm", "/-/health%20"]) {
       for (const method of ["GET", "HEAD", "POST", "DELETE", "PUT", "OPTIONS"]) {
         const { status, headers, text } = await fleet.ask(path, { method, headers: {} });
         expect([method, path, status]).toEqual([method, path, 401]);
@@ -713,9 +713,11 @@ describe("answers", () => {
         const head = await fleet.ask(target, { headers, method: "HEAD" });
         expect([target, head.status, head.text]).toEqual([target, get.status, ""]);
         const lengthOf = (one: Answered) => one.headers.get("content-length");
-        expect([target, lengthOf(head)]).toEqual([target, lengthOf(get)]);
+        // The page may have changed in between: costs are worked out once somebody looks.
+        if (target !== "/-/") expect([target, lengthOf(head)]).toEqual([target, lengthOf(get)]);
         for (const one of [get, head]) {
-          const type = target.startsWith("/-/api") ? "application/json" : "text/plain";
+          const kind = target === "/-/" ? "text/html; charset=utf-8" : "text/plain";
+          const type = target.startsWith("/-/api") ? "application/json" : kind;
           expect([target, one.headers.get("content-type")]).toEqual([target, type]);
           expect(one.headers.get("x-content-type-options")).toBe("nosniff");
           expect(one.headers.get("cache-control")).toBe("no-store");
@@ -1352,7 +1354,7 @@ describe("a store that is away", () => {
     expect((await fleet.ask("/-/api/rollouts/1.0.1/stop", { method: "POST" })).status).toBe(404);
     expect((await fleet.ask(DEVICE, json([]))).status).toBe(400);
     expect((await fleet.ask("/-/api/fleet", json({}))).status).toBe(405);
-    expect((await fleet.ask("/-/")).status).toBe(200);
+    expect((await fleet.ask("/-/")).status).toBe(503);
     const { status } = await fleet.ask("/manifest.json?current_ver=1.0.0&devid=a", { headers: {} });
     expect(status).toBe(200);
   });
@@ -1455,8 +1457,8 @@ describe("a store that is away", () => {
     await using fleet = await Fleeted.start();
     const db = new Database(fleet.at("fleet.db"));
     // The server connects to it anew once it has failed.
-    db.run("ALTER TABLE ota_rollouts RENAME TO ota_rollouts_of_3");
-    db.run("UPDATE ota_meta SET value = '3' WHERE name = 'schema'");
+    db.run("ALTER TABLE ota_rollouts RENAME TO ota_rollouts_of_99");
+    db.run("UPDATE ota_meta SET value = '99' WHERE name = 'schema'");
     db.close();
     for (const [target, asked] of [...ASKED_OF_ROLLOUTS, ...ASKED_OF_ROLLOUTS]) {
       expect([target, (await fleet.ask(target, asked)).status]).toEqual([target, 503]);

@@ -34,7 +34,7 @@ describe.each(stores.each)("a store in %s", (_, { place, query, lock }) => {
     await using _ = await FleetWorld.open(url);
     await query(url, "UPDATE ota_meta SET value = '99' WHERE name = 'schema'");
     const failed = await failureOf(Fleet.open({ url, serving: true }));
-    expect(failed).toContain("was written by a newer ota.ts (schema 99, this one knows 2)");
+    expect(failed).toMatch(/was written by a newer ota\.ts \(schema 99, this one knows \d+\)/);
   });
 
   test("that was not made to its end is brought up, and keeps its name", async () => {

@@ -1,6 +1,7 @@
 /** How ota.ts is laid out: its contents name its parts and sections, in their order. */
 
 import { expect, test } from "bun:test";
+import { resolve } from "node:path";
 import { OTA_TS } from "./helpers/tool.ts";
 
 const source = await Bun.file(OTA_TS).text();
@@ -36,6 +37,18 @@ function built(): Part[] {
 test("the contents are those of the file", () => {
   expect(listed()).toEqual(built());
   expect(built().length).toBeGreaterThan(5);
+});
+
+test("the README lists the parts", async () => {
+  const readme = await Bun.file(resolve(import.meta.dir, "../README.md")).text();
+  const listed = [...readme.matchAll(/^\| ([IVX]+ [A-Z][a-z ]+?) +\|/gm)].map(([, name]) => name);
+  expect(listed).toEqual(built().map(({ name }) => name));
+});
+
+test("the contents fit 100 columns", () => {
+  const [contents] = /^\/\/ Contents\n(?:\/\/.*\n)+/m.exec(source) ?? [];
+  const wide = contents!.split("\n").filter((line) => line.length > 100);
+  expect(wide).toEqual([]);
 });
 
 test("every part and every section opens with a comment", () => {

@@ -5,6 +5,7 @@
 
 /** Program → the Debian package that has it. */
 const NEEDED: Record<string, string> = {
+  chromium: "chromium",
   curl: "curl",
   initdb: "postgresql",
   mount: "mount",

@@ -19,6 +19,7 @@ import { benchDevice } from "./device.ts";
 import { benchFleet } from "./fleet.ts";
 import { OTA, PAIRS, type Effort } from "./harness.ts";
 import { readPairs } from "./pairs.ts";
+import { benchPage } from "./page.ts";
 import { benchRollout } from "./rollout.ts";
 import { benchScale } from "./scale.ts";
 import { benchServer } from "./server.ts";
@@ -32,6 +33,7 @@ const PARTS: Record<string, (effort: Effort) => Promise<void>> = {
   air: benchAir,
   fleet: benchFleet,
   scale: benchScale,
+  page: benchPage,
   slow: benchSlow,
   rollout: benchRollout,
 };

@@ -21,7 +21,7 @@ import {
 
 /** Devices, and versions that each of them went through. */
 const DEVICES = 100_000;
-const VERSIONS = 10;
+export const VERSIONS = 10;
 /** Devices that report within a second. */
 const REPORTING = 10_000;
 const HOUR = 3600_000;
@@ -63,7 +63,8 @@ const ROWS = [
   "bytes for an event",
 ];
 
-interface Store {
+/** A place for a large fleet. */
+export interface Store {
   name: string;
   url: string;
   /** Bytes for a device and for an event with its indexes, once what is free is given back. */
@@ -72,7 +73,7 @@ interface Store {
   settle: () => Promise<unknown>;
 }
 
-function sqliteStore(): Store {
+export function sqliteStore(): Store {
   const url = `${scratch("scale")}/fleet.db`;
   const bytes = async (): Promise<[number, number]> => {
     const copy = `${url}-copy`;
@@ -93,7 +94,7 @@ function sqliteStore(): Store {
   return { name: "SQLite", url, bytes, settle: async () => {} };
 }
 
-async function postgresStore(postgres: Postgres): Promise<Store> {
+export async function postgresStore(postgres: Postgres): Promise<Store> {
   const url = await postgres.database();
   const bytesOf = async (table: string) => {
     await postgres.query(url, `VACUUM FULL ANALYZE ${table}`);
@@ -109,15 +110,22 @@ async function postgresStore(postgres: Postgres): Promise<Store> {
 }
 
 /** A fleet of many devices, whose time passes when told to. */
-class LargeFleet {
-  #now = 1_700_000_000_000;
+export class LargeFleet {
+  #now: number;
   #elapsed = 0;
   #fleet!: Fleet;
 
-  private constructor(private readonly devices: number) {}
+  private constructor(
+    private readonly devices: number,
+    end: number,
+  ) {
+    const rounds = VERSIONS + 3;
+    this.#now = end - rounds * (HOUR + (1000 * devices) / REPORTING) - 5 * HOUR;
+  }
 
-  static async fill(store: Store, devices: number): Promise<LargeFleet> {
-    const large = new LargeFleet(devices);
+  /** Fills a store with what happens within a day. @param end what its clock shows then */
+  static async fill(store: Store, devices: number, end = 1_700_000_000_000): Promise<LargeFleet> {
+    const large = new LargeFleet(devices, end);
     const { Fleet } = (await import(OTA)) as typeof import("../../ota.ts");
     large.#fleet = await Fleet.open({
       ...{ url: store.url, serving: true, tick: 0 },

@@ -75,6 +75,11 @@ export class Postgres implements AsyncDisposable {
     }
   }
 
+  /** Of the process that has all others of it as children. */
+  get pid(): number | undefined {
+    return this.#server?.pid;
+  }
+
   #url(database: string): string {
     return `postgres://postgres@127.0.0.1:${this.#port}/${database}`;
   }

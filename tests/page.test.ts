@@ -1,0 +1,1046 @@
+/**
+ * The page, as programs see it and in a real browser: Debian's Chromium. The server runs in this
+ * process. `SCREENSHOTS=1` keeps what the browser saw.
+ */
+
+import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { resolve } from "node:path";
+import {
+  Fleet,
+  ROLLOUT_DEFAULTS,
+  type DevicePage,
+  type FleetDevice,
+  serve,
+  type FleetServer,
+  type RolloutOptions,
+  type ServeOptions,
+} from "../ota.ts";
+import { Browser, endBrowser, type BrowserOptions } from "./helpers/browser.ts";
+import { Stores } from "./helpers/fleet.ts";
+import { layFleet, type Said } from "./helpers/laid-fleet.ts";
+import { layTree, Temp, type Tree } from "./helpers/temp.ts";
+import { until } from "./helpers/tool.ts";
+
+setDefaultTimeout(600_000);
+
+const EXAMPLE = resolve(import.meta.dir, "../examples/smart-meter");
+const TREE: Tree = {
+  "1.0.0/flash/main.py": "one\n",
+  "1.0.1/flash/main.py": "two\n",
+};
+/** What a device would be called by somebody who means harm. */
+const EVIL = `"><img src=x onerror=document.title='owned'><script>document.title='owned'</script>`;
+
+/** A server and who looks at it. */
+class Paged extends Temp implements AsyncDisposable {
+  server!: FleetServer;
+  readonly token = crypto.randomUUID();
+  #cookie = "";
+
+  static async start(options: ServeOptions = {}, tree: Tree = TREE): Promise<Paged> {
+    const paged = new Paged();
+    layTree(paged.at("root"), tree);
+    paged.server = await serve({
+      ...{ root: paged.at("root"), port: 0, host: "127.0.0.1", quiet: 0 },
+      ...{ adminToken: paged.token, fleet: paged.at("fleet.db"), ...options },
+    });
+    return paged;
+  }
+
+  /** A server whose store has this in it already. */
+  static async laid(all: readonly Said[], options: ServeOptions = {}, tree: Tree = TREE) {
+    using temp = new Temp();
+    await layFleet(temp.at("fleet.db"), all);
+    const paged = new Paged();
+    await Bun.write(paged.at("fleet.db"), Bun.file(temp.at("fleet.db")));
+    layTree(paged.at("root"), tree);
+    paged.server = await serve({
+      ...{ root: paged.at("root"), port: 0, host: "127.0.0.1", quiet: 0 },
+      ...{ adminToken: paged.token, fleet: paged.at("fleet.db"), ...options },
+    });
+    return paged;
+  }
+
+  /** The address of a view. */
+  at_(path = ""): string {
+    return `${this.server.url.origin}/-/${path}`;
+  }
+
+  /** Asks as a browser that has signed in. */
+  async ask(path: string, init: RequestInit = {}): Promise<Response> {
+    this.#cookie ||= (await fetch(this.at_(`?token=${this.token}`), { redirect: "manual" })).headers
+      .get("set-cookie")!
+      .split(";")[0]!;
+    const headers = { Cookie: this.#cookie, ...(init.headers as Record<string, string>) };
+    return await fetch(this.at_(path), { redirect: "manual", ...init, headers });
+  }
+
+  async html(path = "", status = 200): Promise<string> {
+    const response = await this.ask(path);
+    expect([path, response.status]).toEqual([path, status]);
+    return await response.text();
+  }
+
+  /** Sends a form that is on a view, as a browser does that is to send no referrer. */
+  async post(view: string, path: string, fields: Record<string, string>): Promise<Response> {
+    const [, proof = ""] = /name="proof"[^>]*? value="([^"]+)"/.exec(await this.html(view)) ?? [];
+    const body = new URLSearchParams({ proof, ...fields });
+    return await this.ask(path, { method: "POST", body, headers: { Origin: "null" } });
+  }
+
+  /** Devices only report, and are offered nothing. */
+  async report(...queries: Record<string, string>[]): Promise<void> {
+    await this.visit(...queries.map((query) => ({ ...query, method: "HEAD" })));
+  }
+
+  /** Devices ask for a manifest, and the store knows. */
+  async visit(...queries: Record<string, string>[]): Promise<void> {
+    for (const { method = "GET", ...query } of queries) {
+      const all = Object.entries({ current_ver: "1.0.0", ...query });
+      // Not as forms have it: to devices, a plus is a plus.
+      const search = all.map(([name, value]) => `${name}=${encodeURIComponent(value)}`);
+      const response = await fetch(`${this.server.url.origin}/manifest.json?${search.join("&")}`, {
+        method,
+      });
+      expect(response.status).toBe(200);
+      await response.bytes();
+    }
+    await this.server.fleet!.flush();
+  }
+
+  /** A browser that has signed in. */
+  async browse(options: BrowserOptions = {}, path = ""): Promise<Browser> {
+    const browser = await Browser.open(options);
+    await browser.go(this.at_(`?token=${this.token}`));
+    if (path !== "") await browser.go(this.at_(path));
+    return browser;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.server[Symbol.asyncDispose]();
+    this[Symbol.dispose]();
+  }
+}
+
+afterAll(endBrowser);
+
+/** The text of HTML, as far as a person would see it. */
+function textOf(page: string): string {
+  const apart = page.replace(/<\/(td|th|li|summary|button|ul|h\d|dt|dd|p)>/g, " ");
+  return apart
+    .replace(/<[^>]*>/g, "")
+    .replace(/\s+/g, " ")
+    .trim();
+}
+
+const VIEWS = ["", "devices", "devices/a", "rollouts/new?version=1.0.1"];
+
+describe("as programs see it", () => {
+  test("every view: HTML that may load nothing but from here, and is kept nowhere", async () => {
+    await using paged = await Paged.start();
+    await paged.visit({ devid: "a" });
+    for (const view of [...VIEWS, "devices/none"]) {
+      for (const method of ["GET", "HEAD"]) {
+        const { status, headers } = await paged.ask(view, { method });
+        expect([view, status]).toEqual([view, view.endsWith("none") ? 404 : 200]);
+        expect(headers.get("content-type")).toBe("text/html; charset=utf-8");
+        expect(headers.get("cache-control")).toBe("no-store");
+        expect(headers.get("x-content-type-options")).toBe("nosniff");
+        expect(headers.get("referrer-policy")).toBe("no-referrer");
+        const policy = headers.get("content-security-policy")!.split("; ");
+        expect(policy).toContain("default-src 'none'");
+        expect(policy).toContain("frame-ancestors 'none'");
+        for (const rule of policy) expect(rule).toMatch(/^[a-z-]+ '(self|none)'$/);
+      }
+      const page = await paged.html(view, view.endsWith("none") ? 404 : 200);
+      // No address but relative ones, and nothing that the policy forbids.
+      expect(page).not.toMatch(/(src|href|action)="(https?:|\/\/|\/)/);
+      expect(page).not.toMatch(/ style="|<style| on[a-z]+="|javascript:/);
+      expect(page).toStartWith("<!doctype html>");
+    }
+  });
+
+  test("style, script and icon: for everybody, since they are the same for all", async () => {
+    await using paged = await Paged.start();
+    const page = await paged.html();
+    const types = { css: "text/css", js: "text/javascript", svg: "image/svg+xml" };
+    for (const [ending, type] of Object.entries(types)) {
+      const [, path] = new RegExp(`"\\./(page\\.${ending}[^"]*)"`).exec(page)!;
+      const response = await fetch(paged.at_(path!));
+      expect(response.status).toBe(200);
+      expect(response.headers.get("content-type")).toStartWith(type);
+      expect(response.headers.get("x-content-type-options")).toBe("nosniff");
+      expect(await response.text()).not.toMatch(/https?:(?!\/\/www\.w3\.org\/2000\/svg)/);
+    }
+  });
+
+  test("without a cookie: 401 and the form to sign in; a wrong token costs a second", async () => {
+    await using paged = await Paged.start();
+    for (const view of VIEWS) {
+      const response = await fetch(paged.at_(view));
+      expect([view, response.status]).toEqual([view, 401]);
+      const text = await response.text();
+      expect(text).toContain(`action="${view.includes("/") ? "../" : "./"}sign-in"`);
+      expect(text).not.toContain("Devices");
+      expect(response.headers.get("content-security-policy")).toContain("default-src 'none'");
+    }
+    const signIn = (token: string) =>
+      fetch(paged.at_("sign-in"), {
+        ...{ method: "POST", redirect: "manual" as const },
+        body: new URLSearchParams({ token }),
+      });
+    for (const token of ["", "wrong", `${paged.token}x`]) {
+      const started = performance.now();
+      const refused = await signIn(token);
+      expect(performance.now() - started).toBeGreaterThan(990);
+      expect([refused.status, refused.headers.get("set-cookie")]).toEqual([401, null]);
+      expect(await refused.text()).toContain("That is not the token");
+    }
+    const entered = await signIn(paged.token);
+    expect([entered.status, entered.headers.get("location")]).toEqual([303, "./"]);
+    expect(entered.headers.get("set-cookie")).toMatch(/; HttpOnly; SameSite=Strict$/);
+  });
+
+  test("forms change only what a page of ours has asked for", async () => {
+    await using paged = await Paged.start();
+    await paged.visit({ devid: "a" });
+    const nameOf = async () => (await paged.server.fleet!.device("a"))!.name;
+    const body = () => new URLSearchParams({ name: "x", labels: "" });
+    for (const Origin of [undefined, "null", "http://evil.example"]) {
+      const headers: Record<string, string> = Origin === undefined ? {} : { Origin };
+      const init = { method: "POST", body: body(), headers };
+      expect((await paged.ask("devices/a", init)).status).toBe(403);
+      const wrong = { ...init, body: new URLSearchParams({ name: "x", proof: "wrong" }) };
+      expect((await paged.ask("devices/a", wrong)).status).toBe(403);
+      expect((await paged.ask("rollouts", init)).status).toBe(403);
+      expect((await paged.ask("sign-out", init)).status).toBe(403);
+    }
+    expect(await nameOf()).toBeNull();
+    // Without a cookie, a proof is worth nothing.
+    const proof = /name="proof"[^>]*? value="([^"]+)"/.exec(await paged.html("devices/a"))![1]!;
+    const stranger = { method: "POST", body: new URLSearchParams({ name: "x", proof }) };
+    expect((await fetch(paged.at_("devices/a"), stranger)).status).toBe(401);
+    expect(await nameOf()).toBeNull();
+    const saved = await paged.post("devices/a", "devices/a", { name: "x", labels: "" });
+    expect([saved.status, saved.headers.get("location")]).toEqual([303, "../devices/a"]);
+    expect(await nameOf()).toBe("x");
+    const Origin = paged.server.url.origin;
+    const named = { method: "POST", body: new URLSearchParams({ name: "y" }), headers: { Origin } };
+    expect((await paged.ask("devices/a", named)).status).toBe(303);
+    const out = await paged.post("", "sign-out", {});
+    expect(out.headers.get("set-cookie")).toContain("Max-Age=0");
+  });
+
+  test("labels: as they are typed; what is none is said, and stays typed", async () => {
+    await using paged = await Paged.start();
+    await paged.visit({ devid: "a" });
+    const save = (labels: string, name = "") =>
+      paged.post("devices/a", "devices/a", { name, labels });
+    const labels = async () => (await paged.server.fleet!.device("a"))!.labels;
+    expect((await save(" site = north \r\n\r\nkey=a=b\r\n", "Meter")).status).toBe(303);
+    expect(await labels()).toEqual({ site: "north", key: "a=b" });
+    expect((await save("key=c")).status).toBe(303);
+    expect(await labels()).toEqual({ key: "c" });
+    for (const wrong of ["north", "=x", "site=", `site=${"x".repeat(129)}`]) {
+      const refused = await save(wrong, "kept");
+      expect([wrong, refused.status]).toEqual([wrong, 400]);
+      const page = await refused.text();
+      expect(page).toContain('role="alert"');
+      expect(page).toContain(`${wrong}</textarea`);
+      expect(page).toContain('value="kept"');
+    }
+    expect(await labels()).toEqual({ key: "c" });
+  });
+
+  test("what strangers say is text, wherever it stands", async () => {
+    const evil = EVIL.slice(0, 100);
+    await using paged = await Paged.start({}, { ...TREE, "1.0.2<b>/flash/main.py": "x" });
+    const query = { devid: evil, model: evil, current_ver: evil, firmware_ver: evil, failed: evil };
+    await paged.visit({ devid: "a" }, query, { devid: "\u202eabc" }, { devid: ".." });
+    const fleet = paged.server.fleet!;
+    await fleet.edit(evil.toLowerCase(), { name: evil, labels: { "<i>": "<u>" } });
+    const id = encodeURIComponent(evil.toLowerCase());
+    const search = `devices?q=${id}&label=${encodeURIComponent("<i>=<u>")}&version=${id}`;
+    for (const view of ["", "devices", `devices/${id}`, search, "devices/?id=.."]) {
+      const page = await paged.html(view);
+      expect(page).not.toMatch(/<(img|script>|i>|u>)/i);
+      expect(page).not.toContain("\u202e");
+    }
+    expect(await paged.html("devices")).toContain("\\u{202e}abc");
+    expect(await paged.html("devices")).toContain('href="./devices/?id=.."');
+    expect(await paged.html(`rollouts/new?version=${id}`, 400)).not.toMatch(/<img|<script>/i);
+  });
+
+  test("the list begins with what needs a person, page by page, whatever is searched", async () => {
+    const said: Said[] = [];
+    for (let i = 0; i < 130; i++) {
+      const id = `d${String((i * 37) % 130).padStart(3, "0")}`;
+      if (i % 5 === 0) said.push({ id, query: { failed: "1.0.1" }, to: "1.0.1" });
+      else if (i % 5 === 1) said.push({ id, to: "1.0.1", ago: 7200_000 });
+      else if (i % 5 === 2) said.push({ id, to: "1.0.1", ago: 1000 });
+      else said.push({ id, version: i % 5 === 3 ? "1.0.0" : "1.0.1" });
+    }
+    await using paged = await Paged.laid(said);
+    const ranks = ["failed", "silent", "offered", "behind", "current"];
+    for (const search of ["", "q=D0", "state=offered", "version=1.0.0", "q=d&version=1.0.0"]) {
+      const found: [rank: number, id: string][] = [];
+      for (let next: string | undefined = `devices?${search}`; next !== undefined;) {
+        const page: string = await paged.html(next);
+        for (const [, id, state] of page.matchAll(/data-key="device-(\w+)"[^]*?is-(\w+)"/g)) {
+          found.push([ranks.indexOf(state!), id!]);
+        }
+        next = /rel="next"\s+href="\.\/([^"]+)"/.exec(page)?.[1]!.replaceAll("&amp;", "&");
+      }
+      const sorted = found.toSorted(([a, x], [b, y]) => a - b || (x < y ? -1 : 1));
+      expect([search, found]).toEqual([search, sorted]);
+      const parameters = new URLSearchParams(search);
+      const { devices } = await paged.server.fleet!.devices({
+        ...(Object.fromEntries(parameters) as object),
+        limit: 1000,
+      });
+      expect(found.map(([, id]) => id).sort()).toEqual(devices.map(({ id }) => id));
+      expect(new Set(found.map(([, id]) => id)).size).toBe(found.length);
+    }
+  });
+
+  test("a search finds the same whether many or few are like that, in either store", async () => {
+    const said: Said[] = [];
+    for (let i = 0; i < 5000; i++) {
+      const id = `${i % 1000 === 7 ? "rare-É" : "d"}${String((i * 37) % 5000).padStart(4, "0")}`;
+      const query = { sysname: i % 2500 === 9 ? "LoPy4" : "FiPy" };
+      if (i % 500 === 3) said.push({ id, query: { ...query, failed: "1.0.1" }, to: "1.0.1" });
+      else said.push({ id, query, version: i % 2 ? "1.0.0" : "1.0.1" });
+    }
+    await using stores = await Stores.start();
+    for (const [, kind] of stores.each) {
+      const url = await kind.place();
+      await layFleet(url, said);
+      const clock = { now: () => Date.now(), elapsed: () => performance.now() };
+      const newest = () => ({ version: "1.0.1", firmware: null });
+      await using fleet = await Fleet.open({ url, serving: true, tick: 0, newest, clock });
+      await fleet.edit("d0003", { name: "The one at the MILL" });
+      const all: FleetDevice[] = [];
+      for (let after: string | undefined, isMore = true; isMore;) {
+        const page = await fleet.devices({ limit: 1000, ...(after !== undefined && { after }) });
+        all.push(...page.devices);
+        isMore = page.next !== null;
+        after = page.next ?? undefined;
+      }
+      expect(all).toHaveLength(5000);
+      const ranks = ["failed", "silent", "offered", "behind", "current"];
+      for (const q of [
+        "D",
+        "rare-é",
+        "RARE",
+        "mill",
+        "lopy",
+        "10.0.0.1",
+        "no such",
+        "d00%",
+        "99",
+      ]) {
+        const has = (text: string | null) => text?.toLowerCase().includes(q.toLowerCase()) === true;
+        const expected = all
+          .filter(({ id, name, model, address }) => [id, name, model, address].some(has))
+          .toSorted((a, b) => {
+            return ranks.indexOf(a.state) - ranks.indexOf(b.state) || (a.id < b.id ? -1 : 1);
+          })
+          .map(({ id }) => id);
+        const found: string[] = [];
+        let after: string | null = "";
+        for (let pages = 0; after !== null && pages < 40; pages++) {
+          const page: DevicePage = await fleet.urgent({ q, limit: 50, ...(after && { after }) });
+          found.push(...page.devices.map(({ id }) => id));
+          after = page.next;
+        }
+        expect([q, found]).toEqual([q, expected.slice(0, 2000)]);
+      }
+      // What was just said is found at once.
+      await fleet.edit("d0004", { name: "also at the mill" });
+      const named = await fleet.urgent({ q: "mill", limit: 50 });
+      expect(named.devices.map(({ id }) => id).sort()).toEqual(["d0003", "d0004"]);
+    }
+  });
+
+  test("each emptiness says what to do next", async () => {
+    await using none = await Paged.start({}, {});
+    expect(await none.html()).toContain("There is no release yet");
+    await using paged = await Paged.start();
+    expect(await paged.html()).toContain("No device has asked yet");
+    expect(await paged.html()).toContain(`ota.ts client --url ${paged.server.url.origin}`);
+    expect(await paged.html("devices")).toContain("No device has asked yet");
+    await using one = await Paged.laid([{ id: "a", version: "1.0.1" }]);
+    const page = await one.html();
+    expect(page).toMatch(/The one device is\s+on/);
+    expect(page).toContain("No rollout is under way");
+    expect(await one.html("devices?q=none")).toContain("No device is like that");
+  });
+
+  test("the first view, from top to bottom", async () => {
+    await using paged = await Paged.laid([{ id: "a", query: { failed: "1.0.1" }, to: "1.0.1" }]);
+    const page = await paged.html();
+    const headings = [...page.matchAll(/<h[12][^>]*>([^]*?)(<span class="spans"|<\/h[12]>)/g)].map(
+      ([, text]) => textOf(text!),
+    );
+    expect(headings).toEqual([
+      "1 failed, of 1 device",
+      "Rollouts",
+      "Versions over time",
+      "Where devices fail or fall silent",
+      "Last seen",
+      "Releases",
+    ]);
+  });
+
+  test("each release: what it is, warnings, costs from each version below, and its form", async () => {
+    const tree: Tree = {
+      "1.0.0/flash/main.py": "one\n",
+      "1.0.1/flash/main.py": "two\n",
+      "1.0.2rc1/flash/main.py": "three\n",
+      "1.0.2rc1/flash/new/lib.py": "lib\n",
+      "firmware_1.0.1.bin": "image",
+      "firmware_1.0.3.bin": "image three",
+    };
+    const on = (id: string, version: string) => ({ id, version });
+    const all = [on("a", "1.0.0"), on("b", "1.0.1"), on("c", "1.0.1"), on("d", "9.9.9")];
+    await using paged = await Paged.laid(all, {}, tree);
+    /** Name → the text of its rows. */
+    const rows = async () => {
+      const page = await paged.html();
+      const parts = page.split(/<tr data-key="release-/).slice(1);
+      return new Map(
+        parts.map((part) => {
+          const text = part.slice(part.indexOf(">") + 1).split("</table>")[0]!;
+          return [part.slice(0, part.indexOf('"')), textOf(text)];
+        }),
+      );
+    };
+    const found = await until("all costs", rows, (some) => {
+      return ![...some.values()].some((text) => text.includes("being worked out"));
+    });
+    expect([...found.keys()]).toEqual(["1.0.3", "1.0.2rc1", "1.0.1", "1.0.0"]);
+    const cost = String.raw`client \d+ B \(\d msg\) · board \d+ B \(\d msg\)`;
+    const from = `from 1\\.0\\.1 \\(2 devices\\): ${cost} from 1\\.0\\.0 \\(1 device\\): ${cost}`;
+    expect(found.get("1.0.3")).toMatch(
+      new RegExp(`^firmware 1\\.0\\.3 newest 11 B not signed 0 Roll out… 1\\.0\\.3 ${from}$`),
+    );
+    expect(found.get("1.0.2rc1")).toMatch(
+      new RegExp(
+        `^1\\.0\\.2rc1 2 files 10 B not signed 0 Roll out… 1\\.0\\.2rc1 On the air ${from}`,
+      ),
+    );
+    expect(found.get("1.0.2rc1")).toContain("2 warnings 1.0.2rc1 sorts after 1.0.2");
+    expect(found.get("1.0.2rc1")).toContain("from 1.0.0, 1.0.1: 1.0.2rc1 adds the directory");
+    expect(found.get("1.0.1")).toMatch(/1 file and firmware 9 B not signed 2 .* from 1\.0\.0/);
+    expect(found.get("1.0.0")).toBe("1.0.0 1 file 4 B not signed 1 Roll out… 1.0.0");
+    // Of firmware alone, too.
+    expect(await paged.html("rollouts/new?version=1.0.3")).toContain("3 devices</b> would get it");
+  });
+
+  test("why a device is offered nothing", async () => {
+    await using paged = await Paged.start();
+    const ON_OLD = { current_ver: "1.0.0" };
+    await paged.report({ devid: "a", ...ON_OLD }, ON_OLD);
+    const { fleet } = paged.server;
+    const why = async (id = "a") => {
+      const text = textOf(await paged.html(`devices/${id}`));
+      return /Would be offered now (.*?\.) What you call it/.exec(text)![1]!;
+    };
+    expect(await why()).toMatch(
+      /^the files of 1\.0\.1: it is on 1\.0\.0, and 1\.0\.1 is\s+the newest\.$/,
+    );
+    const rollout = { ...ROLLOUT_DEFAULTS, version: "1.0.1", model: null };
+    const begin = async (options: Partial<RolloutOptions>) => {
+      await fleet!.startRollout({ ...rollout, ...options });
+      await until(
+        "it runs",
+        async () => {
+          await fleet!.flush();
+          return (await fleet!.rollouts())[0]!.state === "running";
+        },
+        Boolean,
+      );
+    };
+    const expectNothing = async (text: string, id?: string) => {
+      expect(await why(id)).toBe(`Nothing. 1.0.1 is the newest; ${text}.`);
+      await fleet!.changeRollout("1.0.1", null, "abort");
+      await fleet!.flush();
+    };
+    await begin({ only: [["site", "north"]] });
+    await expectNothing("its rollout is only for site=north");
+    await begin({});
+    await expectNothing(
+      "a device that does not say who it is takes no part in rollouts",
+      (await fleet!.devices()).devices.find(({ id }) => id !== "a")!.id,
+    );
+    await begin({});
+    await paged.report({ devid: "b", ...ON_OLD }, ON_OLD);
+    await expectNothing(
+      "its rollout began before this device was heard, which gets it at the end",
+      "b",
+    );
+    await begin({});
+    await expectNothing("its rollout has not come to this device yet");
+    expect(await why()).toEndWith("its rollout is aborted: by the operator.");
+  });
+
+  test("what there is not, and what is wrong", async () => {
+    await using paged = await Paged.start();
+    expect((await paged.ask("devices/none")).status).toBe(404);
+    expect((await paged.ask("nothing")).status).toBe(404);
+    for (const wrong of [
+      "?x=1",
+      "devices?state=x",
+      "devices/%zz",
+      "rollouts/new",
+      "devices?q=%00",
+    ]) {
+      const { status, headers } = await paged.ask(wrong);
+      expect([wrong, status]).toEqual([wrong, 400]);
+      expect(headers.get("content-security-policy")).toContain("default-src 'none'");
+    }
+    for (const path of ["", "nothing", "sign-out", "devices/a", "page.css", "api/fleet", "%zz"]) {
+      for (const method of ["GET", "POST", "PUT"]) {
+        for (const answer of [
+          await paged.ask(path, { method }),
+          await fetch(paged.at_(path), { method, redirect: "manual" }),
+        ]) {
+          const { headers, status } = answer;
+          const said = ["x-content-type-options", "referrer-policy"].map((name) =>
+            headers.get(name),
+          );
+          expect([path, method, status, ...said]).toEqual([
+            ...[path, method, status],
+            ...["nosniff", "no-referrer"],
+          ]);
+        }
+      }
+    }
+    for (const [path, allow] of [
+      ["", "GET, HEAD"],
+      ["rollouts", "POST"],
+      ["devices/a", "GET, HEAD, POST"],
+    ]) {
+      const { status, headers } = await paged.ask(path!, {
+        method: "PUT",
+        headers: { Origin: paged.server.url.origin },
+      });
+      expect([path, status, headers.get("allow")]).toEqual([path, 405, allow]);
+    }
+  });
+});
+
+/** Nothing that the browser complained of, but answers that are errors by design. */
+function expectQuiet({ complaints }: Browser, ...expected: RegExp[]): void {
+  const others = complaints.filter((line) => !expected.some((pattern) => pattern.test(line)));
+  expect(others).toEqual([]);
+}
+
+/** What is wider than its window, or scrolls sideways in itself. */
+const WIDER = `[document.documentElement, ...document.querySelectorAll("body *")]
+  .filter((element) => element.scrollWidth > element.clientWidth + 1)
+  .filter((element) => element === document.documentElement ||
+    /auto|scroll/.test(getComputedStyle(element).overflowX))
+  .filter((element) => !element.matches("input, textarea, select"))
+  .map((element) => element.outerHTML.slice(0, 200))`;
+
+/** Texts whose contrast to what is behind them is below 4.5:1. */
+const FAINT = `(() => {
+  const parse = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number);
+  const light = ([r, g, b]) => {
+    const [x, y, z] = [r, g, b].map((c) => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const contrast = (element, colour) => {
+    const [a, b] = [light(parse(colour)), light(behind(element))];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("[placeholder]")) {
+    const ratio = contrast(element, getComputedStyle(element, "::placeholder").color);
+    if (ratio < 4.5) found.push(element.placeholder + " " + ratio.toFixed(2));
+  }
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode()); ) {
+    const element = node.parentElement;
+    if (node.data.trim() === "" || element.closest("script, [hidden]")) continue;
+    const ratio = contrast(element, getComputedStyle(element).color);
+    if (ratio < 4.5) found.push(node.data.trim() + " " + ratio.toFixed(2));
+  }
+  return found;
+})()`;
+
+/** Controls without a name, for who cannot see what stands beside them. */
+const NAMELESS = `[...document.querySelectorAll("input:not([type=hidden]), select, textarea, button, a, summary")]
+  .filter((element) => {
+    const labels = [...(element.labels ?? [])].map((label) => label.textContent.trim()).join("");
+    return (labels || element.textContent.trim() || element.getAttribute("aria-label") || "") === "";
+  })
+  .map((element) => element.outerHTML)`;
+
+describe("the browser of these tests", () => {
+  test("tells of scripts that fail, of what is forbidden and of what is not there", async () => {
+    using other = Bun.serve({
+      ...{ port: 0, hostname: "127.0.0.1" },
+      routes: {
+        "/": new Response(
+          `<script src="/script.js"></script><script>let inline</script><img src="/none">`,
+          {
+            headers: {
+              "Content-Type": "text/html",
+              "Content-Security-Policy": "default-src 'self'",
+            },
+          },
+        ),
+        "/script.js": new Response(`console.error("said"); throw new Error("thrown")`),
+      },
+      fetch: () => new Response("", { status: 404 }),
+    });
+    using browser = await Browser.open();
+    await browser.go(other.url);
+    const expected = [/^said/, /thrown/, /Content Security Policy/, /status of 404/];
+    await until(
+      "four complaints",
+      () => browser.complaints,
+      (found) => expected.every((pattern) => found.some((line) => pattern.test(line))),
+    );
+  });
+
+  test("what does not come fails, with what was waited for and what the page says", async () => {
+    await using paged = await Paged.start();
+    const problemOf = (wait: Promise<void>) => {
+      return wait.then(
+        () => "it came",
+        (error: unknown) => String(error),
+      );
+    };
+    for (const scripts of [true, false]) {
+      using browser = await paged.browse({ scripts });
+      const problem = await problemOf(browser.follow("#never"));
+      expect(problem).toMatch(/#never[^]*\/-\/ says: [^]*No device has asked yet/);
+      browser.patience = 1;
+      expect(await problemOf(browser.until("h1", /never/))).toContain("h1 comes to match /never/");
+    }
+  });
+});
+
+/** Ids that stand twice, and references to none. */
+const BROKEN = `(() => {
+  const ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
+  const twice = ids.filter((id, i) => ids.indexOf(id) !== i);
+  const names = ["aria-labelledby", "aria-describedby", "for"];
+  const used = names.flatMap((name) => [...document.querySelectorAll("[" + name + "]")]
+    .flatMap((element) => element.getAttribute(name).split(" ")));
+  return [...twice, ...used.filter((id) => !ids.includes(id))];
+})()`;
+
+/** A PostgreSQL that is not there: a port where nobody listens. */
+async function nobody(): Promise<string> {
+  const gone = Bun.serve({ port: 0, hostname: "127.0.0.1", fetch: () => new Response() });
+  const { port } = gone;
+  await gone.stop(true);
+  return `postgres://nobody@127.0.0.1:${port}/none`;
+}
+
+describe("in a browser", () => {
+  test("sign in by the form; a wrong token is refused; out again", async () => {
+    await using paged = await Paged.start();
+    using browser = await Browser.open();
+    await browser.go(paged.at_());
+    await browser.shoot("sign-in");
+    await browser.type("#token", "wrong");
+    await browser.follow("button.main");
+    expect(await browser.text(".problem")).toBe("That is not the token of this server");
+    await browser.type("#token", paged.token);
+    await browser.follow("button.main");
+    expect(await browser.text("h1")).toBe("No device has asked yet");
+    expect(await browser.url()).toBe(paged.at_());
+    await browser.follow("header button");
+    expect(await browser.text("h1")).toBe("Sign in");
+    expectQuiet(browser, /status of 401/);
+  });
+
+  test("the fleet fills as devices ask, without a reload", async () => {
+    await using paged = await Paged.start({ root: EXAMPLE });
+    using browser = await paged.browse();
+    await browser.shoot("empty");
+    expect(await browser.text("h1")).toBe("No device has asked yet");
+    await paged.visit({ devid: "a" });
+    await browser.until("h1", /May I leave\? 1 board is still installing/);
+    await paged.visit({ devid: "b", current_ver: "1.0.1", firmware_ver: "1.0.1" });
+    await browser.until(".counts", /1 offered .* 1 current/);
+    await paged.visit({ devid: "a", current_ver: "1.0.1", firmware_ver: "1.0.1" });
+    await browser.until("h1", /All 2 devices are on 1\.0\.1/);
+    await browser.until(".costs, main", /1\.0\.1 newest/);
+    expectQuiet(browser);
+  });
+
+  test("what is typed, open, scrolled and focused stays while the newest comes", async () => {
+    const said = Array.from({ length: 60 }, (_, i) => ({ id: `d${i}`, query: { model: "m" } }));
+    await using paged = await Paged.laid(said);
+    using browser = await paged.browse({}, "devices");
+    await browser.type("[name=q]", "half a wo");
+    await browser.ask(`scrollTo(0, 700)`);
+    await paged.visit({ devid: "d30", failed: "1.0.1" }, { devid: "a-new-one" });
+    await browser.until("main", /61 devices.*failed d30/);
+    expect(await browser.ask(`document.activeElement.name + document.activeElement.value`)).toBe(
+      "qhalf a wo",
+    );
+    expect(await browser.ask(`scrollY`)).toBeGreaterThan(600);
+    await browser.go(paged.at_());
+    await browser.press("#versions-table summary");
+    expect(await browser.ask(`document.querySelector("#versions-table").open`)).toBe(true);
+    await paged.visit({ devid: "b-new-one" });
+    await browser.until("main", /62 devices/);
+    expect(await browser.ask(`document.querySelector("#versions-table").open`)).toBe(true);
+    expect(await browser.ask(`document.activeElement.textContent`)).toBe("As a table");
+    expectQuiet(browser);
+  });
+
+  test("a tab that nobody sees asks for nothing until somebody does", async () => {
+    await using paged = await Paged.laid([{ id: "a" }]);
+    using seen = await paged.browse();
+    using hidden = await Browser.open();
+    await hidden.before(`Object.defineProperty(document, "hidden", {
+      get: () => !globalThis.isSeen,
+    })`);
+    await hidden.go(paged.at_(`?token=${paged.token}`));
+    await paged.visit({ devid: "b" });
+    await seen.until("main", /2 devices/);
+    expect(await hidden.text("main")).not.toContain("2 devices");
+    await hidden.ask(`(globalThis.isSeen = true,
+      document.dispatchEvent(new Event("visibilitychange")))`);
+    await hidden.until("main", /2 devices/);
+    expectQuiet(seen);
+    expectQuiet(hidden);
+  });
+
+  test("search, a device and its timeline, its labels edited", async () => {
+    await using paged = await Paged.laid([
+      { id: "meter-7", ago: 7200_000 },
+      { id: "meter-7", ago: 3600_000, to: "1.0.1" },
+      { id: "meter-7", version: "1.0.1", ago: 60_000 },
+      { id: "gate", ago: 1000 },
+    ]);
+    using browser = await paged.browse({ zone: "Asia/Kolkata" }, "devices");
+    await browser.shoot("devices");
+    await browser.type("[name=q]", "METER");
+    await browser.follow(".filter button");
+    expect(await browser.text(".devices")).toMatch(/^current meter-7 1\.0\.1 1 min ago$/);
+    await browser.follow(".devices a");
+    expect(await browser.text(".timeline")).toMatch(
+      /updated 1\.0\.0 → 1\.0\.1 .*offered 1\.0\.0 → 1\.0\.1 .*first seen 1\.0\.0$/,
+    );
+    // As the browser's clock has it, and exact on hover.
+    const { history } = (await paged.server.fleet!.device("meter-7"))!;
+    const inIndia = new Date(history[2]!.at + 5.5 * 3600_000).toISOString().slice(11, 16);
+    expect(await browser.text(".timeline li:first-child time")).toContain(inIndia);
+    expect(await browser.ask(`document.querySelector(".timeline time").title`)).toMatch(
+      /India|GMT\+5:30/,
+    );
+    await browser.type("#name", "Meter at the mill");
+    await browser.type("#labels", "site=north\nring=first");
+    await browser.follow("main button");
+    expect(await browser.text("h1")).toBe("Meter at the mill current");
+    await browser.shoot("device");
+    const device = await paged.server.fleet!.device("meter-7");
+    expect([device!.name, device!.labels]).toEqual([
+      "Meter at the mill",
+      { site: "north", ring: "first" },
+    ]);
+    await browser.type("#labels", "no label");
+    await browser.follow("main button");
+    expect(await browser.text(".problem")).toContain("expected a label as key=value");
+    expectQuiet(browser, /status of 400/);
+  });
+
+  test("a device that is named as a script is harmless everywhere", async () => {
+    const evil = EVIL.slice(0, 100);
+    await using paged = await Paged.start();
+    const query = { devid: evil, model: evil, current_ver: evil, firmware_ver: evil, failed: evil };
+    await paged.visit(query);
+    await paged.server.fleet!.edit(evil.toLowerCase(), {
+      name: evil,
+      labels: { [evil.replaceAll("=", "")]: evil },
+    });
+    using browser = await paged.browse();
+    const id = encodeURIComponent(evil.toLowerCase());
+    for (const view of [
+      "",
+      "devices",
+      `devices?q=${id}`,
+      `devices/${id}`,
+      `devices?version=${id}`,
+    ]) {
+      await browser.go(paged.at_(view));
+      expect(await browser.ask(`document.querySelectorAll("main img, main script").length`)).toBe(
+        0,
+      );
+      expect(await browser.ask("document.title")).not.toBe("owned");
+      // Also when the script brings it.
+      await browser.ask(`document.dispatchEvent(new Event("visibilitychange"))`);
+    }
+    expect(await browser.text("main")).toContain("<img src=x");
+    expectQuiet(browser);
+  });
+
+  /** Devices that say so much and ask for nothing yet, on the example's first release. */
+  const IDS = ["a", "b", "c", "d", "e"];
+  const ON_FIRST = { current_ver: "1.0.0", firmware_ver: "1.0.0" };
+  const ON_SECOND = { current_ver: "1.0.1", firmware_ver: "1.0.1" };
+
+  /** A server whose devices are on the example's first release. */
+  async function onExample(): Promise<Paged> {
+    const paged = await Paged.start({ root: EXAMPLE });
+    await paged.report(...IDS.map((devid) => ({ devid, ...ON_FIRST })));
+    // It goes first: whose turn it is else depends on the name of the rollout.
+    await paged.server.fleet!.edit("a", { labels: { canary: "yes" } });
+    return paged;
+  }
+
+  /** Lets all devices ask until one of them was offered the release that is rolled out. */
+  async function offered(paged: Paged): Promise<string> {
+    const fleet = paged.server.fleet!;
+    // A server hears of a rollout when it writes: before that, it keeps nobody from anything.
+    await fleet.flush();
+    const ask = async () => {
+      await paged.visit(...IDS.map((devid) => ({ devid, ...ON_FIRST })));
+      const { devices } = await fleet.devices({ state: "offered" });
+      return devices.map(({ id }) => id);
+    };
+    const [first] = await until("a device is offered it", ask, ({ length }) => length === 1);
+    return first!;
+  }
+
+  for (const scripts of [true, false]) {
+    const how = scripts ? "" : ", without JavaScript";
+    test(`start a rollout of the example, watch it go, pause, resume, abort${how}`, async () => {
+      await using paged = await onExample();
+      using browser = await paged.browse({ scripts });
+      await browser.follow('[data-key="release-1.0.1"] button');
+      expect(await browser.text("h1")).toBe("Roll out 1.0.1");
+      expect(await browser.text(".total")).toBe("5 devices would get it.");
+      await browser.shoot("rollout-form");
+      // What is wrong is said, and stays typed.
+      await browser.type("#tolerance", "all");
+      await browser.follow("[formmethod]");
+      expect(await browser.text(".problem")).toContain("tolerance");
+      expect(await browser.ask(`document.querySelector("#tolerance").value`)).toBe("all");
+      // As with the command; emptied, it stays so.
+      expect(await browser.ask(`document.querySelector("#pause").value`)).toBe("5, 50");
+      await browser.type("#pause", "");
+      await browser.type("#tolerance", "5");
+      await browser.type("#only", "version=1.0.1");
+      await browser.follow("section button:not([formmethod])");
+      expect(await browser.text("main")).toContain("No device would get it");
+      expect(await browser.ask(`document.querySelector("#pause").value`)).toBe("");
+      await browser.type("#only", "");
+      await browser.follow("[formmethod]");
+      expect(await browser.url()).toBe(paged.at_());
+      await browser.until(".rollout h3", /1\.0\.1 running/);
+      expect(await browser.text(".rollout .legend")).toContain("5 still to come");
+      const first = await offered(paged);
+      await browser.until(".rollout .legend", /0 proven 1 on their way/);
+      await browser.until("h1", /1\.0\.1 is on its way: 0 of 5 devices proven/);
+      await paged.visit({ devid: first, ...ON_SECOND });
+      await browser.until(".rollout .legend", /1 proven/);
+      await browser.shoot("rollout-running");
+      await browser.follow('.rollout [value="pause"]');
+      expect(await browser.text("h1")).toContain("Paused at");
+      await browser.follow('.rollout [value="resume"]');
+      expect(await browser.text("h1")).toContain("is on its way");
+      // What cannot be undone asks first.
+      await browser.follow('.rollout [value="abort"]');
+      expect(await browser.text("h1")).toBe("Abort the rollout of 1.0.1?");
+      await browser.shoot("rollout-abort");
+      await browser.follow("a.button");
+      expect(await browser.text(".rollout h3")).toContain("running");
+      await browser.follow('.rollout [value="advance"]');
+      expect(await browser.text("h1")).toBe("Advance the rollout of 1.0.1?");
+      await browser.follow("button.main");
+      expect(await browser.url()).toBe(paged.at_());
+      await browser.follow('.rollout [value="abort"]');
+      await browser.follow("button.main");
+      await browser.until(".past", /1\.0\.1 aborted/);
+      expectQuiet(browser, /status of 400/);
+    });
+  }
+
+  test("a rollout that halted says why, and a device why it gets nothing", async () => {
+    await using paged = await onExample();
+    const only = [["version", "1.0.0"]] as const;
+    await paged.server.fleet!.startRollout({
+      ...{ version: "1.0.1", model: null, first: 1, soak: 0, silent: 3600, tolerance: 0.05 },
+      ...{ pauseAt: [], only, window: null },
+    });
+    using browser = await paged.browse();
+    const first = await offered(paged);
+    await paged.visit({ devid: first, ...ON_FIRST, failed: "1.0.1" });
+    await browser.until("h1", /Halted at \d\d:\d\d: 1\.0\.1, .*1 failed/);
+    await browser.until(".rollout .legend", /1 failed/);
+    await browser.until("[aria-labelledby=clusters]", /failed 1\.0\.0/);
+    await browser.shoot("rollout-halted");
+    const other = IDS.find((id) => id !== first)!;
+    await browser.go(paged.at_(`devices/${other}`));
+    expect(await browser.text("dl")).toContain(
+      "Nothing. 1.0.1 is the newest; its rollout is halted:",
+    );
+    expectQuiet(browser);
+  });
+
+  test("without JavaScript: everything, with times in UTC", async () => {
+    await using paged = await Paged.laid([{ id: "a" }, { id: "b", version: "1.0.1" }]);
+    using browser = await paged.browse({ scripts: false, zone: "Asia/Kolkata" });
+    expect(await browser.text("footer")).toMatch(/as of \d\d:\d\d UTC/);
+    const exact = `document.querySelector("footer time").title`;
+    expect(await browser.ask(exact)).toMatch(/^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC$/);
+    await browser.press("#versions-table summary");
+    expect(await browser.ask(`document.querySelector("#versions-table").open`)).toBe(true);
+    await browser.follow("nav a:last-child");
+    await browser.follow(".devices a");
+    await browser.type("#name", "Meter");
+    await browser.type("#labels", "site=north");
+    await browser.follow("main button");
+    expect(await browser.text("h1")).toBe("Meter behind");
+    expect((await paged.server.fleet!.device("a"))!.labels).toEqual({ site: "north" });
+    await browser.follow("header button");
+    expect(await browser.text("h1")).toBe("Sign in");
+    expectQuiet(browser, /status of 401/);
+  });
+
+  for (const dark of [false, true]) {
+    test(`at 360 px, ${dark ? "in the dark" : "in the light"}: no scrolling sideways, all can be read`, async () => {
+      const long = "x".repeat(128);
+      await using paged = await Paged.laid([
+        { id: long, query: { model: long, failed: "1.0.1" }, to: "1.0.1" },
+        { id: "silent", query: { model: "m" }, to: "1.0.1", ago: 7200_000 },
+        { id: "moving", to: "1.0.1", ago: 1000 },
+        { id: "newest", version: "1.0.1" },
+        { id: "odd", version: long },
+      ]);
+      await paged.server.fleet!.edit(long, { name: long, labels: { [long]: long, a: "b" } });
+      const rollout = { ...ROLLOUT_DEFAULTS, version: "1.0.1", model: null };
+      await paged.server.fleet!.startRollout({ ...rollout, only: [["model", long]] });
+      await using none = await Paged.start({}, {});
+      await using away = await Paged.start({ fleet: await nobody() });
+      using browser = await Browser.open({ width: 360, height: 740, dark });
+      const check = async (what: string, place = paged.at_(what)) => {
+        await browser.go(place);
+        expect([what, await browser.ask(WIDER)]).toEqual([what, []]);
+        expect([what, await browser.ask(FAINT)]).toEqual([what, []]);
+        expect([what, await browser.ask(NAMELESS)]).toEqual([what, []]);
+        expect([what, await browser.ask(BROKEN)]).toEqual([what, []]);
+        const landmarks = `["header", "main", "footer", "h1"].filter((name) => !document.querySelector(name))`;
+        expect([what, await browser.ask(landmarks)]).toEqual([what, []]);
+        const name = what.split(/[/?]/)[0] || "fleet";
+        await browser.shoot(`phone-${dark ? "dark" : "light"}-${name}`);
+      };
+      await check("sign-in", paged.at_());
+      for (const each of [paged, none, away]) await browser.go(each.at_(`?token=${each.token}`));
+      const background = await browser.ask<string>(
+        `getComputedStyle(document.body).backgroundColor`,
+      );
+      expect(Number(/\d+/.exec(background)![0])).toBeLessThan(dark ? 60 : 256);
+      await check("");
+      await check("devices");
+      await check(`devices/${long}`);
+      await check("devices/none");
+      await check("rollouts/new?version=1.0.1");
+      await check("rollouts/change?version=1.0.1&model=&action=abort");
+      await check("no release", none.at_());
+      await check("no device", none.at_("devices"));
+      await check("away", away.at_());
+      await check("devices away", away.at_("devices"));
+      expectQuiet(browser, /status of 40[14]/, /status of 503/);
+    });
+  }
+
+  test("what a screen reader finds: landmarks, headings in order, and a name for everything", async () => {
+    await using paged = await Paged.laid([
+      { id: "a", query: { failed: "1.0.1" }, to: "1.0.1" },
+      { id: "b", version: "1.0.1" },
+    ]);
+    const rollout = { ...ROLLOUT_DEFAULTS, version: "1.0.1", model: null };
+    await paged.server.fleet!.startRollout(rollout);
+    using browser = await paged.browse();
+    for (const view of ["", "devices", "devices/a", "rollouts/new?version=1.0.1"]) {
+      await browser.go(paged.at_(view));
+      const found = await browser.accessible();
+      const roles = found.map(({ role }) => role);
+      for (const role of ["banner", "navigation", "main", "contentinfo"]) {
+        expect([view, roles.filter((one) => one === role).length]).toEqual([
+          view,
+          role === "navigation" && view === "devices" ? 2 : 1,
+        ]);
+      }
+      expect(roles.includes("search")).toBe(view === "devices");
+      const levels = found.filter(({ role }) => role === "heading").map(({ level }) => level!);
+      // One of the first level, and none is left out.
+      const isNext = (level: number, i: number) => level <= (levels[i - 1] ?? 0) + 1;
+      expect([view, levels[0], levels.every(isNext)]).toEqual([view, 1, true]);
+      expect([view, levels.lastIndexOf(1)]).toEqual([view, 0]);
+      const named = /^(image|img|textbox|searchbox|combobox|button|link|region|navigation)$/;
+      const nameless = found.filter(({ role, name }) => named.test(role) && name.trim() === "");
+      expect([view, nameless]).toEqual([view, []]);
+    }
+    await browser.go(paged.at_());
+    const chart = (await browser.accessible()).find(({ role }) => /^ima?ge?$/.test(role));
+    expect(chart?.name).toBe(
+      "Devices by version over the last hour; the table below has the numbers",
+    );
+    await browser.press("#versions-table summary");
+    const table = await browser.accessible();
+    expect(table.filter(({ role }) => role === "columnheader").map(({ name }) => name)).toContain(
+      "1.0.0",
+    );
+  });
+
+  test("by the keyboard alone: into the content, to a device and on", async () => {
+    await using paged = await Paged.laid([{ id: "a" }]);
+    using browser = await paged.browse({}, "devices");
+    const focused = () =>
+      browser.ask<string>(`document.activeElement.innerText || document.activeElement.name`);
+    await browser.key("Tab");
+    expect(await focused()).toBe("Skip to the content");
+    const outline = `getComputedStyle(document.activeElement).outlineStyle`;
+    expect(await browser.ask(outline)).toBe("solid");
+    await browser.key("Enter");
+    const seen: string[] = [];
+    for (let i = 0; i < 7; i++) {
+      await browser.key("Tab");
+      seen.push((await focused()).replace(/\s+/g, " "));
+      expect(await browser.ask(outline)).toBe("solid");
+    }
+    expect(seen.slice(0, 6)).toEqual([
+      "q",
+      "any state failed silent offered behind current",
+      "any version 1.0.0",
+      "any model",
+      "label",
+      "Search",
+    ]);
+    expect(seen[6]!.trim()).toStartWith("behind a");
+  });
+
+  test("a store that is away says so; so does a server that is", async () => {
+    const paged = await Paged.start({ fleet: await nobody() });
+    using browser = await paged.browse();
+    expect(await browser.text("h1")).toBe("The fleet's store does not answer");
+    expect(await browser.text(".lead")).toMatch(/127\.0\.0\.1:\d+/);
+    expect(await browser.text(".lead")).not.toContain("nobody");
+    // What the server knows itself is there.
+    expect(await browser.text(".releases")).toContain("1.0.1 newest");
+    await browser.shoot("away");
+    await paged[Symbol.asyncDispose]();
+    await browser.until("#lost", /No answer from the server since \d\d:\d\d/);
+    expect(await browser.text("h1")).toBe("The fleet's store does not answer");
+    expectQuiet(browser, /status of 503|ERR_CONNECTION/);
+  });
+});
