@@ -15765,9 +15765,16 @@ class FleetPage {
     } catch (error) {
       if (!(error instanceof OTAError)) throw error;
       const isWrong = error instanceof FormatError || error.exitCode === 2;
+      // What the store said itself has no cause: somebody else was first.
+      const isLate = error.cause === undefined && !isReading;
       const title = isWrong ? "That cannot be done" : "That is not possible now";
       const next = html`<a href="${view.up}">The fleet</a>`;
-      const page = problemPage(isWrong ? 400 : 503, title, said(error.message), next);
+      const page = problemPage(
+        isWrong ? 400 : isLate ? 409 : 503,
+        title,
+        said(error.message),
+        next,
+      );
       // A store that is away comes back.
       return { ...page, isLive: isReading && !isWrong };
     }

@@ -484,6 +484,18 @@ describe("as programs see it", () => {
     expect(await why()).toEndWith("its rollout is aborted: by the operator.");
   });
 
+  test("a button on a page that is behind is refused, and says how the rollout stands", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const rollout = { ...ROLLOUT_DEFAULTS, version: "1.0.1", model: null };
+    await paged.server.fleet!.startRollout(rollout);
+    await paged.server.fleet!.changeRollout("1.0.1", null, "abort");
+    const late = { version: "1.0.1", model: "", action: "pause" };
+    const answer = await paged.post("devices/a", "rollouts/change", late);
+    expect(answer.status).toBe(409);
+    expect(textOf(await answer.text())).toContain("the rollout of 1.0.1 is aborted");
+  });
+
   test("what there is not, and what is wrong", async () => {
     await using paged = await Paged.start();
     expect((await paged.ask("devices/none")).status).toBe(404);
