@@ -110,6 +110,11 @@ export class OTAError extends Error {
   }
 }
 
+/** `3 devices`, `1 device`. */
+function counted(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
 /** The `code` of a system error (`"ENOENT"`), or `undefined` for anything else. */
 function errorCode(error: unknown): string | undefined {
   return error instanceof Error && "code" in error && typeof error.code === "string"
@@ -5103,6 +5108,11 @@ export class Releases extends ReleaseRoot {
     }
   }
 
+  /** The root of a model, in whatever case its name is written; `null`: the root itself. */
+  rootOf(model: string | null): ReleaseRoot | undefined {
+    return model === null ? this : this.#models.named(model);
+  }
+
   /** The root itself and those of models, in the order of their names. */
   get roots(): readonly ReleaseRoot[] {
     return [this, ...this.#models.all];
@@ -8294,7 +8304,8 @@ function checkRollout(options: RolloutOptions): void {
 /**
  * What is known of a device that was offered the version of a rollout. `way`: nothing yet, or it is
  * on the version, but not for long enough. `acknowledged`: it was bad, and the operator said to go on.
- * `outside`: one that was not known when the rollout began has come to an end, and proves nothing.
+ * `outside`: it proves nothing, and is not missed: it was not known when the rollout began, the
+ * operator forgot it, it went on to a later version, or had the content that has changed since.
  */
 type RolloutStanding = "way" | "proven" | "failed" | "silent" | "acknowledged" | "outside";
 
@@ -8408,21 +8419,29 @@ function hasNumber(numbers: Float64Array, number: number): boolean {
 // ──── Rollout waves ──────────────────────────────────────────────────────────────────────────────
 // Who is next. Devices go in waves, each at most as large as what is proven.
 
+/** How many devices were offered it and are not proven. */
+function unproven({ way, failed, silent }: RolloutProgress): number {
+  return way + failed + silent;
+}
+
+/** How many more may be, for the sake of those that are proven. */
+function placesLeft({ first }: RolloutOptions, progress: RolloutProgress): number {
+  return Math.max(first, progress.proven) - unproven(progress);
+}
+
 /** How many devices have had a place. */
-function placesTaken({ way, proven, failed, silent, acknowledged }: RolloutProgress): number {
-  return way + proven + failed + silent + acknowledged;
+function placesTaken(progress: RolloutProgress): number {
+  return progress.proven + unproven(progress) + progress.acknowledged;
 }
 
 /**
  * Whether it would be doubtful if all that are on their way were bad. Those that are well say so soon,
  * and would open it to ever more before anybody misses the others.
  */
-function areManyUnheard(
-  { tolerance }: RolloutOptions,
-  { way, proven, failed, silent }: RolloutProgress,
-): boolean {
-  const bad = way + failed + silent;
-  return way > 0 && bad >= 2 && binomialTail(bad, proven + bad, tolerance) < SUSPICION;
+function areManyUnheard({ tolerance }: RolloutOptions, progress: RolloutProgress): boolean {
+  const bad = unproven(progress);
+  if (progress.way === 0 || bad < 2) return false;
+  return binomialTail(bad, progress.proven + bad, tolerance) < SUSPICION;
 }
 
 /**
@@ -8451,25 +8470,22 @@ function cautiousWave({ tolerance }: RolloutOptions, progress: RolloutProgress):
  * proven: the next one goes when enough of the last have been heard.
  */
 function waveAfter(options: RolloutOptions, progress: RolloutProgress): number {
-  const { first } = options;
-  const { way, proven, failed, silent, most } = progress;
+  const { way, most } = progress;
   const taken = placesTaken(progress);
-  const unproven = way + failed + silent;
-  const cautious = cautiousWave(options, progress);
   const isOver = way === 0 || (taken >= most && !areManyUnheard(options, progress));
-  const wave = isOver ? Math.max(first, proven) - unproven : most - taken;
+  const wave = isOver ? placesLeft(options, progress) : most - taken;
   // So many may be unproven in any case.
-  return taken + Math.max(0, first - unproven, Math.min(wave, cautious));
+  const least = options.first - unproven(progress);
+  return taken + Math.max(0, least, Math.min(wave, cautiousWave(options, progress)));
 }
 
 /** How many more devices may be offered it now. */
-function freePlaces({ first, pauseAt }: RolloutOptions, progress: RolloutProgress): number {
-  const { way, proven, failed, silent, isOpen, most, pauses, eligible } = progress;
+function freePlaces(options: RolloutOptions, progress: RolloutProgress): number {
+  const { isOpen, most, pauses, eligible } = progress;
   if (isOpen) return ALL_PLACES;
   const taken = placesTaken(progress);
-  const places = Math.max(first, proven) - (way + failed + silent);
-  const free = Math.min(places, most - taken);
-  const pause = pauseAt[pauses];
+  const free = Math.min(placesLeft(options, progress), most - taken);
+  const pause = options.pauseAt[pauses];
   if (pause === undefined) return Math.max(0, free);
   return Math.max(0, Math.min(free, pauseDevices(pause, eligible) - taken));
 }
@@ -8502,8 +8518,6 @@ function shareAfter(
 // ──── Rollout ends ───────────────────────────────────────────────────────────────────────────────
 // When a rollout halts, pauses or stands still, and why: in words and numbers.
 
-const countText = (count: number, what: string) => `${count} ${what}${count === 1 ? "" : "s"}`;
-
 const percent = (fraction: number) => `${Number((100 * fraction).toPrecision(3))} %`;
 
 /** Why a rollout has to be halted, in words and numbers; `undefined`: it need not be. */
@@ -8512,7 +8526,7 @@ function haltReason(options: RolloutOptions, progress: RolloutProgress): string 
   const bad = failed + silent;
   if (bad === 0) return undefined;
   const kinds = [failed > 0 && `${failed} failed`, silent > 0 && `${silent} silent`];
-  const badText = `${countText(bad, "device")} bad (${kinds.filter(Boolean).join(", ")})`;
+  const badText = `${counted(bad, "device")} bad (${kinds.filter(Boolean).join(", ")})`;
   if (proven === 0) return `${badText}, and none is proven`;
   const chance = binomialTail(bad, proven + bad, options.tolerance);
   if (bad >= 2 && chance < SIGNIFICANCE) {
@@ -8521,7 +8535,7 @@ function haltReason(options: RolloutOptions, progress: RolloutProgress): string 
   }
   const places = Math.max(options.first, proven);
   if (!isOpen && way === 0 && bad >= places) {
-    return `${badText} hold all ${countText(places, "place")} that ${proven} proven allow`;
+    return `${badText} hold all ${counted(places, "place")} that ${proven} proven allow`;
   }
   return undefined;
 }
@@ -8537,16 +8551,15 @@ function heldReason(options: RolloutOptions, progress: RolloutProgress): string 
   }
   const isWaveComplete = placesTaken(progress) >= progress.most;
   if (progress.isOpen || !isWaveComplete || !areManyUnheard(options, progress)) return null;
-  return `held: ${countText(way, "device")} on the way must be heard first`;
+  return `held: ${counted(way, "device")} on the way must be heard first`;
 }
 
 /** Why a rollout has to wait for the operator. */
 function pauseReason({ pauseAt }: RolloutOptions, progress: RolloutProgress): string | undefined {
   const { way, proven, failed, silent, acknowledged, eligible, pauses, isOpen } = progress;
   const pause = pauseAt[pauses];
-  const taken = proven + failed + silent + acknowledged;
   if (pause === undefined || isOpen || way > 0 || eligible === 0) return undefined;
-  if (taken < pauseDevices(pause, eligible)) return undefined;
+  if (placesTaken(progress) < pauseDevices(pause, eligible)) return undefined;
   const bad = failed + silent + acknowledged;
   return `at ${percent(pause)}: ${proven} of ${eligible} proven, ${bad === 0 ? "none" : bad} bad`;
 }
@@ -9882,8 +9895,7 @@ function rolloutDigest(
   { version, model }: RolloutOptions,
   releases: Releases | undefined,
 ): string | null {
-  const name = model?.toLowerCase() ?? "";
-  const root = releases?.roots.find((one) => one.model.toLowerCase() === name);
+  const root = releases?.rootOf(model);
   const files = root?.find(version)?.digest;
   const image = root?.firmware.find((one) => one.version.compare(version) === 0)?.sha256;
   return files || image ? `${files ?? ""}+${image ?? ""}` : null;
@@ -10357,7 +10369,7 @@ async function advanceRollout(
   const halt = haltReason(options, progress);
   if (halt !== undefined) return set("halted", halt);
   if (progress.left === 0 && (progress.eligible > 0 || isForNobody(record))) {
-    return set("done", `nobody is left: ${countText(progress.proven, "device")} proven`);
+    return set("done", `nobody is left: ${counted(progress.proven, "device")} proven`);
   }
   progress.most = waveAfter(options, progress);
   if (record.state === "paused") return;
@@ -10434,6 +10446,12 @@ interface RolloutNews {
   isWanted: boolean;
 }
 
+/** What a server is told while there has never been a rollout. */
+const NO_ROLLOUTS: RolloutNews = {
+  ...{ revision: 0, views: [], steps: [], labels: "" },
+  ...{ lease: "", isMine: false, isWanted: false },
+};
+
 /** The label of devices that go first. */
 const CANARY = "canary=yes";
 
@@ -10445,15 +10463,14 @@ function isBarring({ state, options }: RolloutRecord): boolean {
   return state !== "done" || options.only.length > 0;
 }
 
-/** Takes, keeps or gives up the lease. */
+/** Takes, keeps or gives up the lease. @param meta what stands in the store */
 async function leaseFor(
   tx: Connection,
   server: string,
   { wants, expired }: RolloutAsk,
+  meta: ReadonlyMap<string, string>,
 ): Promise<Pick<RolloutNews, "lease" | "isMine" | "isWanted">> {
-  const rows = await tx.query("SELECT name, value FROM ota_meta WHERE name IN ('lease', 'wanted')");
-  const found = new Map(rows.map(({ name, value }) => [name, String(value)]));
-  const [lease, wanted] = [found.get("lease") ?? "", found.get("wanted") ?? ""];
+  const [lease, wanted] = [meta.get("lease") ?? "", meta.get("wanted") ?? ""];
   const [holder = "", nth = "0"] = lease.split(" ");
   const isMine = holder === server;
   if (!wants) {
@@ -10476,12 +10493,11 @@ async function rolloutNews(
   server: string,
   ask: RolloutAsk,
 ): Promise<Omit<RolloutNews, "steps">> {
-  const rows = await tx.query(
-    "SELECT name, value FROM ota_meta WHERE name IN ('rollouts', 'labels')",
-  );
-  const meta = new Map(rows.map(({ name, value }) => [name, Number(value)]));
+  const names = "'rollouts', 'labels', 'lease', 'wanted'";
+  const rows = await tx.query(`SELECT name, value FROM ota_meta WHERE name IN (${names})`);
+  const meta = new Map(rows.map(({ name, value }) => [String(name), String(value)]));
   const barring = lastRollouts(records).filter(isBarring);
-  const lease = await leaseFor(tx, server, ask);
+  const lease = await leaseFor(tx, server, ask, meta);
   const views: RolloutView[] = [];
   for (const record of barring) {
     const { id, state, options, digest, created, progress } = record;
@@ -10498,9 +10514,10 @@ async function rolloutNews(
   for (const { options } of views) {
     for (const [key, value] of options.only) if (isLabelKey(key)) pairs.add(`${key}=${value}`);
   }
-  const labels = views.length > 0 ? JSON.stringify([meta.get("labels") ?? 0, ...pairs]) : "";
+  const labels =
+    views.length > 0 ? JSON.stringify([Number(meta.get("labels") ?? 0), ...pairs]) : "";
   return {
-    ...{ revision: meta.get("rollouts") ?? 0, views, labels, ...lease },
+    ...{ revision: Number(meta.get("rollouts") ?? 0), views, labels, ...lease },
     ...(labels !== ask.labels && { labelled: await devicesByLabel(tx, pairs) }),
   };
 }
@@ -11186,9 +11203,9 @@ async function writeRollouts(
   tx: Connection,
   { rollouts: ask, up, at, before, after, server }: WriteMoment & Heard & { up: number },
 ): Promise<RolloutNews | undefined> {
-  // Most fleets have none.
-  const revision = await readRevision(tx);
-  const records = revision === 0 ? [] : await readRollouts(tx);
+  // Most fleets have none: there is nothing to read or to tell then.
+  if ((await readRevision(tx)) === 0) return ask && NO_ROLLOUTS;
+  const records = await readRollouts(tx);
   let changes: RolloutChange[] = [];
   if (records.some(({ state }) => isGoing(state))) {
     const { placed = [], digests = {} } = ask ?? {};
@@ -12511,11 +12528,6 @@ const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
 /** Text for people: as it is, but for what a terminal might obey, and for what nobody sees. */
 function shown(text: string): string {
   return text.replace(UNSEEN, (character) => `\\u{${character.codePointAt(0)!.toString(16)}}`);
-}
-
-/** `3 devices`, `1 device`. */
-function counted(count: number, noun: string): string {
-  return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }
 
 /** How long ago something was: `2 min ago`. */
