@@ -8262,6 +8262,12 @@ function stagedKey({ version, model }: Pick<RolloutOptions, "version" | "model">
   return `${asciiLower(model ?? "")} ${versionKey(version)}`;
 }
 
+/** A condition of `only` as it is typed, `KEY=VALUE`; `undefined`: it is none. */
+function typedCondition(text: string): [key: string, value: string] | undefined {
+  const [, key, value] = /^([^=]+)=(.+)$/s.exec(text) ?? [];
+  return key !== undefined && value !== undefined ? [key, value] : undefined;
+}
+
 function asPair(value: unknown, name: string): [string, string] {
   const pair = asList(value, name, asText);
   return pair.length === 2 ? [pair[0]!, pair[1]!] : malformed(`${name}: not a key and a value`);
@@ -12530,6 +12536,11 @@ function shown(text: string): string {
   return text.replace(UNSEEN, (character) => `\\u{${character.codePointAt(0)!.toString(16)}}`);
 }
 
+/** The end of a minute that has begun: nothing that is to come by then comes before. */
+function wholeMinute(at: number): number {
+  return 60_000 * Math.ceil(at / 60_000);
+}
+
 /** How long ago something was: `2 min ago`. */
 function agoText(at: number, now: number): string {
   const seconds = Math.round(Math.abs(now - at) / 1000);
@@ -13085,6 +13096,20 @@ function readRollout(body: Uint8Array): { options: RolloutOptions; isDry: boolea
 
 const ROLLOUT_ACTIONS = Object.keys(ACTIONS) as RolloutAction[];
 
+/**
+ * Whether a change was refused by how things stand, such as by what another operator did before. What
+ * the store said itself has no cause; but it may be no store of ours any more, and then nothing is
+ * possible.
+ */
+async function isConflict(error: OTAError, fleet: Fleet): Promise<boolean> {
+  if (error instanceof FormatError || error.exitCode !== 1 || error.cause !== undefined)
+    return false;
+  return await fleet.rollouts().then(
+    () => true,
+    () => false,
+  );
+}
+
 /** Answers for the paths of rollouts. */
 class RolloutAPI {
   constructor(private readonly fleet: Fleet) {}
@@ -13103,11 +13128,7 @@ class RolloutAPI {
       if (contact.method === "POST") return await this.#start(request, contact);
       return jsonAnswer(200, { rollouts: await this.fleet.rollouts() });
     } catch (error) {
-      if (!(error instanceof OTAError) || error instanceof FormatError) throw error;
-      // What the store said itself has no cause.
-      if (error.exitCode !== 1 || error.cause !== undefined) throw error;
-      // Either that is not possible as things stand, or it is no store of ours: then nothing is.
-      await this.fleet.rollouts();
+      if (!(error instanceof OTAError) || !(await isConflict(error, this.fleet))) throw error;
       return adminText(contact, 409, error.message);
     }
   }
@@ -13576,17 +13597,15 @@ function percentText(fraction: number): string {
   return `${Number((100 * fraction).toFixed(1))} %`;
 }
 
-/** The end of a minute that has begun: nothing that is to come by then comes before. */
-function wholeMinute(at: number): number {
-  return 60_000 * Math.ceil(at / 60_000);
+/** `2026-01-31 12:00:00 UTC`. */
+function exactTime(iso: string): string {
+  return iso.replace("T", " ").replace(/\..*/, " UTC");
 }
 
 /** How long ago; the exact time, in the browser's zone if it can, on hover. */
 function agoTime(at: number, now: number): Markup {
   const iso = isoText(at);
-  return html`<time datetime="${iso}" title="${iso.replace("T", " ").replace(/\..*/, " UTC")}"
-    >${agoText(at, now)}</time
-  >`;
+  return html`<time datetime="${iso}" title="${exactTime(iso)}">${agoText(at, now)}</time>`;
 }
 
 /** The time of day, with its date unless it is today's; the script writes it in the browser's zone. */
@@ -13595,12 +13614,7 @@ function clockTime(at: number, now: number): Markup {
   const time = iso.slice(11, 16);
   const text =
     iso.slice(0, 10) === isoText(now).slice(0, 10) ? time : `${iso.slice(0, 10)} ${time}`;
-  return html`<time
-    datetime="${iso}"
-    data-clock
-    title="${iso.replace("T", " ").replace(/\..*/, " UTC")}"
-    >${text} UTC</time
-  >`;
+  return html`<time datetime="${iso}" data-clock title="${exactTime(iso)}">${text} UTC</time>`;
 }
 
 /** What marks a state beside its colour: a shape. */
@@ -13727,6 +13741,28 @@ function programsLine(up: string): Markup {
   const paths = ["api/fleet", "api/devices", "health", "metrics"];
   const links = paths.map((path) => html` <a href="${up}${path}">/-/${path}</a>`);
   return html`<p>For programs:${links}</p>`;
+}
+
+/** The head of a column: of text, of numbers, or one that is only read aloud. */
+function columnHead(name: Piece, kind: "text" | "numbers" | "unseen" = "text"): Markup {
+  if (kind === "unseen") return html`<th scope="col"><span class="unseen">${name}</span></th>`;
+  return html`<th scope="col" ${kind === "numbers" && html`class="n"`}>${name}</th>`;
+}
+
+/** A table, which alone scrolls sideways where it is too wide. */
+function wideTable(className: string, heads: readonly Markup[], rows: readonly Markup[]): Markup {
+  return html`<div class="wide">
+    <table class="${className}">
+      <thead>
+        <tr>
+          ${heads}
+        </tr>
+      </thead>
+      <tbody>
+        ${rows}
+      </tbody>
+    </table>
+  </div>`;
 }
 
 /** Says what is the matter, and what to do about it. */
@@ -13897,29 +13933,21 @@ function samplesTable(
 ): Markup {
   const stride = Math.ceil(samples.length / 12);
   const some = samples.toReversed().filter((_, i) => i % stride === 0);
+  const heads = series.map((name) => columnHead(seriesName(name), "numbers"));
+  const rows = some.map((sample) => {
+    return html`<tr>
+      <th scope="row">${clockTime(sample.at, now)}</th>
+      ${series.map((name) => html`<td class="n">${grouped(countOf(sample, name))}</td>`)}
+    </tr>`;
+  });
   return html`<details id="versions-table">
     <summary>As a table</summary>
-    <div class="wide">
-      <table>
-        <thead>
-          <tr>
-            <th scope="col">Time</th>
-            ${series.map((name) => html`<th scope="col" class="n">${seriesName(name)}</th>`)}
-          </tr>
-        </thead>
-        <tbody>
-          ${some.map(
-            (sample) =>
-              html`<tr>
-                <th scope="row">${clockTime(sample.at, now)}</th>
-                ${series.map((name) => html`<td class="n">${grouped(countOf(sample, name))}</td>`)}
-              </tr>`,
-          )}
-        </tbody>
-      </table>
-    </div>
+    ${wideTable("", [columnHead("Time"), ...heads], rows)}
   </details>`;
 }
+
+/** The heads of a number of devices, and of its bar. */
+const BAR_HEADS = [columnHead("Devices", "numbers"), columnHead("Bar", "unseen")];
 
 /** A bar in a table, beside the number that it shows. */
 function bar(count: number, most: number, shape?: Shape): Markup {
@@ -13975,22 +14003,8 @@ function clustersChart(view: PageView, clusters: readonly FleetCluster[]): Marku
       <td class="fill">${bar(devices, most, state)}</td>
     </tr>`;
   });
-  return html`<div class="wide">
-    <table class="bars">
-      <thead>
-        <tr>
-          <th scope="col">State</th>
-          <th scope="col">Came from</th>
-          <th scope="col">Model</th>
-          <th scope="col" class="n">Devices</th>
-          <th scope="col"><span class="unseen">Bar</span></th>
-        </tr>
-      </thead>
-      <tbody>
-        ${rows}
-      </tbody>
-    </table>
-  </div>`;
+  const heads = ["State", "Came from", "Model"].map((name) => columnHead(name));
+  return wideTable("bars", [...heads, ...BAR_HEADS], rows);
 }
 
 // ──── Costs on the page ──────────────────────────────────────────────────────────────────────────
@@ -14332,21 +14346,7 @@ function targetsTable(targets: readonly RolloutTarget[]): Markup {
     </tr>`;
   });
   return html`<p class="total"><b>${many(all, "device")}</b> would get it.</p>
-    <div class="wide">
-      <table class="bars">
-        <thead>
-          <tr>
-            <th scope="col">Model</th>
-            <th scope="col">On version</th>
-            <th scope="col" class="n">Devices</th>
-            <th scope="col"><span class="unseen">Bar</span></th>
-          </tr>
-        </thead>
-        <tbody>
-          ${rows}
-        </tbody>
-      </table>
-    </div>
+    ${wideTable("bars", [columnHead("Model"), columnHead("On version"), ...BAR_HEADS], rows)}
     ${targets.length > 20 && html`<p class="hint">and ${grouped(targets.length - 20)} more groups</p>`}`;
 }
 
@@ -14589,27 +14589,13 @@ function releasesSection(view: PageView, root: ReleaseRoot, fleet: FleetGlance):
   if (listed.length + others.length === 0) return html``;
   const id = `releases-${encodeURIComponent(root.model)}`;
   const rows = listed.slice(0, LISTED).map((one, i) => releaseRow(view, glance, one, i === 0));
+  const heads = [
+    ...["Version", "Content", "Signature"].map((name) => columnHead(name)),
+    ...[columnHead("Devices", "numbers"), columnHead("Rollout", "unseen")],
+  ];
   return html`<section aria-labelledby="${id}">
     <h2 id="${id}">Releases${root.model !== "" && html` for ${said(root.model)}`}</h2>
-    ${
-      listed.length > 0 &&
-      html`<div class="wide">
-        <table class="releases">
-          <thead>
-            <tr>
-              <th scope="col">Version</th>
-              <th scope="col">Content</th>
-              <th scope="col">Signature</th>
-              <th scope="col" class="n">Devices</th>
-              <th scope="col"><span class="unseen">Rollout</span></th>
-            </tr>
-          </thead>
-          <tbody>
-            ${rows}
-          </tbody>
-        </table>
-      </div>`
-    }
+    ${rows.length > 0 && wideTable("releases", heads, rows)}
     ${listed.length > LISTED && html`<p class="hint">and ${grouped(listed.length - LISTED)} older ones</p>`}
     ${warningsList(others, `${id}-warnings`)}
   </section>`;
@@ -15516,9 +15502,8 @@ function typedRollout(fields: FormFields): RolloutOptions {
     only: list("only")
       .filter((text) => text !== "")
       .map((text) => {
-        const [, key, value] = /^([^=]+)=(.+)$/s.exec(text) ?? [];
-        if (key === undefined) refuseInput(`only: expected KEY=VALUE, found ${printable(text)}`);
-        return [key, value!] as const;
+        const found = `only: expected KEY=VALUE, found ${printable(text)}`;
+        return typedCondition(text) ?? refuseInput(found);
       }),
     window: fields.get("window") ?? null,
   };
@@ -15542,9 +15527,7 @@ function upFrom(path: string): string {
 
 /** What is asked of a rollout. @throws {OTAError} exit code 2 */
 function actionOf(fields: FormFields) {
-  const action = (Object.keys(ACTION_WORDS) as RolloutAction[]).find(
-    (name) => name === fields.get("action"),
-  );
+  const action = ROLLOUT_ACTIONS.find((name) => name === fields.get("action"));
   const version = fields.get("version");
   if (!action || version === undefined)
     return refuseInput("which rollout, and what to do with it?");
@@ -15777,16 +15760,11 @@ class FleetPage {
     } catch (error) {
       if (!(error instanceof OTAError)) throw error;
       const isWrong = error instanceof FormatError || error.exitCode === 2;
-      // What the store said itself has no cause: somebody else was first.
-      const isLate = error.cause === undefined && !isReading;
+      const isLate = !isReading && (await isConflict(error, this.fleet));
+      const status = isWrong ? 400 : isLate ? 409 : 503;
       const title = isWrong ? "That cannot be done" : "That is not possible now";
       const next = html`<a href="${view.up}">The fleet</a>`;
-      const page = problemPage(
-        isWrong ? 400 : isLate ? 409 : 503,
-        title,
-        said(error.message),
-        next,
-      );
+      const page = problemPage(status, title, said(error.message), next);
       // A store that is away comes back.
       return { ...page, isLive: isReading && !isWrong };
     }
@@ -20544,8 +20522,7 @@ function leavingText(
 
 /** A time as the clock on the wall has it; with the date, unless that is today. */
 function timeText(at: number, now: number): string {
-  // Minutes that have begun are not over: nobody is silent before.
-  const wall = new Date(Math.ceil(at / 60_000) * 60_000);
+  const wall = new Date(wholeMinute(at));
   const time = wall.toTimeString().slice(0, 5);
   if (wall.toDateString() === new Date(now).toDateString()) return time;
   const day = [wall.getFullYear(), wall.getMonth() + 1, wall.getDate()];
@@ -20837,8 +20814,8 @@ function parseShares(text: string): number[] {
 
 /** Reads one `--only`. */
 function parseOnly(text: string): [key: string, value: string] {
-  const [, key, value] = /^([^=]+)=(.+)$/s.exec(text) ?? [];
-  if (key !== undefined && value !== undefined) return [key, value];
+  const condition = typedCondition(text);
+  if (condition) return condition;
   const what = "K=V: a label, model=M or version=V";
   throw new OTAError(`--only expects ${what}, found ${text}`, 2);
 }
