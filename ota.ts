@@ -213,6 +213,17 @@ function liftSurrogate(unit: number): number {
   return unit < 0xd800 ? unit : unit < 0xe000 ? unit + 0x2000 : unit - 0x800;
 }
 
+const SECONDS = { "": 1, s: 1, m: 60, h: 3600, d: 86400 };
+
+/** Reads `90`, `90s`, `10m`, `1h` or `365d` as seconds. */
+function parseDuration(name: "every" | "expires" | "silent" | "soak", text: string): number {
+  const [, amount, unit] = /^(\d+)(s|m|h|d|)$/.exec(text) ?? [];
+  const seconds = Number(amount) * SECONDS[unit as keyof typeof SECONDS];
+  if (seconds >= 1 && seconds <= 100 * 365 * SECONDS.d) return seconds;
+  const examples = name === "expires" ? "365d or 12h" : "30s, 10m or 1h";
+  throw new OTAError(`--${name} expects a duration such as ${examples}, found ${text || '""'}`, 2);
+}
+
 // ──── Event loop ──────────────────────────────────────────────────────────────────────────────────
 // Long work must not keep the event loop from answering requests: it is done in slices, a few tasks at
 // a time, and without data structures that block when they grow.
@@ -8089,6 +8100,22 @@ export interface FleetDevice {
   labels: Record<string, string>;
 }
 
+/** How a device stands in a rollout: see `Rollout` and its numbers. */
+export interface DeviceRollout {
+  version: string;
+  model: string | null;
+  state: RolloutState;
+  standing: "offered" | "proven" | "failed" | "silent" | "acknowledged";
+}
+
+/** A device, and what happened to it. */
+export interface DeviceDetails extends FleetDevice {
+  /** The oldest first. */
+  history: FleetEvent[];
+  /** The rollouts that it was offered, the one that was begun last first. */
+  rollouts: DeviceRollout[];
+}
+
 /** How many devices there are, by version, state and model. */
 export interface FleetSummary {
   devices: number;
@@ -8123,9 +8150,19 @@ export interface FleetCluster {
   devices: number;
 }
 
+/** Devices of the same model that are on the same version and firmware. */
+export interface FleetGroup {
+  model: string | null;
+  version: string | null;
+  firmware: string | null;
+  devices: number;
+}
+
 /** What a page shows of a fleet at one look. */
 export interface FleetOverview {
   summary: FleetSummary;
+  /** The largest first, at most 500. */
+  groups: FleetGroup[];
   /** The largest first. */
   clusters: FleetCluster[];
   /** The oldest first. */
@@ -8219,6 +8256,16 @@ export type RolloutState = "waiting" | "running" | "paused" | "halted" | "done" 
 /** What an operator can do with a rollout. */
 export type RolloutAction = "pause" | "resume" | "advance" | "abort";
 
+/** A device that a rollout did not do well on. */
+export interface BadDevice {
+  id: string;
+  standing: "failed" | "silent";
+  /** What the operator calls it, what it is, and what it is on. */
+  name: string | null;
+  model: string | null;
+  version: string | null;
+}
+
 /** A rollout. Times are in milliseconds since 1970, durations in seconds. */
 export interface Rollout {
   id: string;
@@ -8245,6 +8292,8 @@ export interface Rollout {
   acknowledged: number;
   /** All devices that it is for: those that were known when it began, heard in the last 30 days. */
   eligible: number;
+  /** The bad ones, those that were heard last first, at most ten. */
+  bad: BadDevice[];
   created: number;
   /** When the state last changed. */
   changed: number;
@@ -8260,12 +8309,6 @@ export interface RolloutTarget {
 /** What `serve --staged` knows a version by. */
 function stagedKey({ version, model }: Pick<RolloutOptions, "version" | "model">): string {
   return `${asciiLower(model ?? "")} ${versionKey(version)}`;
-}
-
-/** A condition of `only` as it is typed, `KEY=VALUE`; `undefined`: it is none. */
-function typedCondition(text: string): [key: string, value: string] | undefined {
-  const [, key, value] = /^([^=]+)=(.+)$/s.exec(text) ?? [];
-  return key !== undefined && value !== undefined ? [key, value] : undefined;
 }
 
 function asPair(value: unknown, name: string): [string, string] {
@@ -8301,6 +8344,85 @@ function checkRollout(options: RolloutOptions): void {
   const isPair = (pair: readonly [string, string]) => pair.every((text) => saidText(text) !== null);
   expect(only.length <= MAX_ONLY && only.every(isPair), `up to ${MAX_ONLY} --only KEY=VALUE`, only);
   if (window !== null) parseWindow(window);
+}
+
+// ──── Typed rollouts ─────────────────────────────────────────────────────────────────────────────
+// A rollout as it is typed: as options of the command, or into the form of the page.
+
+/** What is typed; where nothing is, the default holds. */
+interface RolloutTexts {
+  first?: string | undefined;
+  soak?: string | undefined;
+  silent?: string | undefined;
+  tolerance?: string | undefined;
+  "pause-at"?: string | undefined;
+  only?: readonly string[] | undefined;
+  window?: string | undefined;
+}
+
+/** A condition of `only` as it is typed, `KEY=VALUE`; `undefined`: it is none. */
+function typedCondition(text: string): [key: string, value: string] | undefined {
+  const [, key, value] = /^([^=]+)=(.+)$/s.exec(text) ?? [];
+  return key !== undefined && value !== undefined ? [key, value] : undefined;
+}
+
+function parseFirst(text: string): number {
+  if (/^\d{1,9}$/.test(text)) return Number(text);
+  throw new OTAError(`--first expects a number of devices, found ${printable(text)}`, 2);
+}
+
+/** Reads `5%` as a fraction. */
+function parseShare(name: string, text: string): number {
+  const [, amount] = /^(\d{1,3}(?:\.\d{1,6})?) ?%$/.exec(text.trim()) ?? [];
+  if (amount !== undefined && Number(amount) <= 100) return Number(amount) / 100;
+  const found = printable(text) || '""';
+  throw new OTAError(`--${name} expects a percentage such as 5%, found ${found}`, 2);
+}
+
+/** Reads `5%,50%` as fractions. */
+function parseShares(text: string): number[] {
+  if (text === "none") return [];
+  return text
+    .split(",")
+    .map((one) => parseShare("pause-at", one))
+    .toSorted((a, b) => a - b);
+}
+
+function parseOnly(text: string): [key: string, value: string] {
+  const condition = typedCondition(text);
+  if (condition) return condition;
+  const what = "K=V: a label, model=M or version=V";
+  throw new OTAError(`--only expects ${what}, found ${printable(text)}`, 2);
+}
+
+/** Reads what is typed. @throws {OTAError} exit code 2: which option is wrong, and how */
+function typedRollout(version: string, model: string | null, texts: RolloutTexts): RolloutOptions {
+  const { first, soak, silent, tolerance, "pause-at": pauses, only, window } = texts;
+  const options: RolloutOptions = {
+    ...ROLLOUT_DEFAULTS,
+    ...{ version, model },
+    ...(first !== undefined && { first: parseFirst(first) }),
+    ...(soak !== undefined && { soak: /^0[smhd]?$/.test(soak) ? 0 : parseDuration("soak", soak) }),
+    ...(silent !== undefined && { silent: parseDuration("silent", silent) }),
+    ...(tolerance !== undefined && { tolerance: parseShare("tolerance", tolerance) }),
+    ...(pauses !== undefined && { pauseAt: parseShares(pauses) }),
+    ...(only && { only: only.map((text) => parseOnly(text)) }),
+    ...(window !== undefined && { window }),
+  };
+  checkRollout(options);
+  return options;
+}
+
+/** A duration as it is typed: `90s`, `10m`, `1h`. */
+function typedDuration(seconds: number): string {
+  const units = ["d", "h", "m"] as const;
+  const unit = units.find((one) => seconds > 0 && seconds % SECONDS[one] === 0) ?? "s";
+  return `${seconds / SECONDS[unit]}${unit}`;
+}
+
+/** A fraction as it is typed: `5%`. */
+function typedShare(fraction: number): string {
+  return `${Number((100 * fraction).toPrecision(6))}%`;
 }
 
 // ──── Rollout rules ───────────────────────────────────────────────────────────────────────────────
@@ -9362,7 +9484,7 @@ async function findDevice(
   db: Connection,
   id: string,
   basis: StateBasis,
-): Promise<(FleetDevice & { history: FleetEvent[] }) | undefined> {
+): Promise<DeviceDetails | undefined> {
   const values = new SQLValues();
   const text = `${devicesSQL(basis, values)} WHERE ota_devices.id = ${values.$(id)}`;
   const [row] = await db.query(text, values.all);
@@ -9372,7 +9494,21 @@ async function findDevice(
     `SELECT * FROM ota_events WHERE device = $1 ORDER BY at DESC LIMIT ${MAX_HISTORY}`,
     [id],
   );
-  return { ...device, history: historyOf(events) };
+  return { ...device, history: historyOf(events), rollouts: await rolloutsOfDevice(db, id) };
+}
+
+/** Rollouts that are told of a device at most. */
+const MAX_TAKEN_PART = 20;
+
+async function rolloutsOfDevice(db: Connection, id: string): Promise<DeviceRollout[]> {
+  const rows = await db.query(
+    `SELECT r.version, r.model, r.state,
+        CASE d.standing WHEN 'way' THEN 'offered' ELSE d.standing END AS standing
+      FROM ota_rollouts r JOIN ota_rollout_devices d ON d.rollout = r.id AND d.device = $1
+      WHERE d.standing <> 'outside' ORDER BY r.created DESC, r.id LIMIT ${MAX_TAKEN_PART}`,
+    [id],
+  );
+  return rows as unknown as DeviceRollout[];
 }
 
 /**
@@ -9421,8 +9557,9 @@ export const SEEN_WITHIN = [
   ...[60_000, 600_000, 3600_000, 6 * 3600_000, 86_400_000],
   ...[7 * 86_400_000, 30 * 86_400_000, Infinity],
 ];
-/** Clusters of failures at most. */
+/** Clusters of failures at most, and groups of devices. */
 const MAX_CLUSTERS = 12;
+const MAX_LISTED_GROUPS = 500;
 
 /** Counts the versions for all spans whose time has come. @param last when that was done last */
 async function sampleVersions(tx: Connection, at: number, last: number): Promise<void> {
@@ -9497,6 +9634,20 @@ async function readClusters(db: Connection, basis: StateBasis): Promise<FleetClu
     state: state as FleetCluster["state"],
     version: version as string | null,
     model: model as string | null,
+    devices: Number(n),
+  }));
+}
+
+/** See `FleetOverview`. */
+async function readGroups(db: Connection): Promise<FleetGroup[]> {
+  const rows = await db.query(
+    `SELECT model, version, firmware, SUM(devices) AS n FROM ota_cohorts
+      GROUP BY model, version, firmware ORDER BY n DESC, model, version, firmware LIMIT ${MAX_LISTED_GROUPS}`,
+  );
+  return rows.map(({ model, version, firmware, n }) => ({
+    model: model as string | null,
+    version: version as string | null,
+    firmware: firmware as string | null,
     devices: Number(n),
   }));
 }
@@ -9809,14 +9960,34 @@ async function writeRolloutDevices(
   }
 }
 
+/** Bad devices of a rollout that are named at most. */
+const MAX_BAD = 10;
+
+async function readBadDevices(
+  db: Connection,
+  { id, progress }: RolloutRecord,
+): Promise<BadDevice[]> {
+  if (progress.failed + progress.silent === 0) return [];
+  const rows = await db.query(
+    `SELECT r.device AS id, r.standing, d.name, d.model, d.version FROM ota_rollout_devices r
+      LEFT JOIN ota_devices d ON d.id = r.device
+      WHERE r.rollout = $1 AND r.standing IN ('failed', 'silent')
+      ORDER BY r.heard DESC, r.device LIMIT ${MAX_BAD}`,
+    [id],
+  );
+  return rows as unknown as BadDevice[];
+}
+
 /** A rollout as it is answered. */
-function rolloutOf({ id, state, reason, options, progress, ...times }: RolloutRecord): Rollout {
+async function rolloutOf(db: Connection, record: RolloutRecord): Promise<Rollout> {
+  const { id, state, reason, options, progress, ...times } = record;
   const { version, model, first, soak, silent, tolerance, pauseAt, only, window } = options;
   const { way, proven, failed, silent: silentDevices, acknowledged, eligible } = progress;
   return {
     ...{ id, version, model, state, reason, first, soak, silent, tolerance },
     ...{ pause_at: [...pauseAt], only: only.map(([key, value]) => [key, value]), window },
     ...{ proven, offered: way, failed, silent_devices: silentDevices, acknowledged, eligible },
+    bad: await readBadDevices(db, record),
     ...{ created: times.created, changed: times.changed },
   };
 }
@@ -10027,7 +10198,7 @@ async function beginRollout(tx: Connection, options: RolloutOptions, at: number)
   Object.assign(record.progress, await countEligible(tx, record, models, at));
   await writeRollout(tx, record);
   await bumpRollouts(tx);
-  return rolloutOf(record);
+  return await rolloutOf(tx, record);
 }
 
 /** From which states an action leads on. */
@@ -10066,7 +10237,7 @@ async function actOnRollout(
   if (record.state !== state) record.changed = Math.round(at);
   await writeRollout(tx, record);
   await bumpRollouts(tx);
-  return rolloutOf(record);
+  return await rolloutOf(tx, record);
 }
 
 /** Lets all devices that stand so stand in another way. */
@@ -10239,7 +10410,7 @@ async function advanceRollouts(
     if (JSON.stringify(record) === before) continue;
     await writeRollout(tx, record);
     if (record.state === state && record.reason === reason) continue;
-    changes.push({ rollout: rolloutOf(record), isStep: record.state !== state });
+    changes.push({ rollout: await rolloutOf(tx, record), isStep: record.state !== state });
   }
   return changes;
 }
@@ -11344,7 +11515,11 @@ class FleetStore {
 
   /** See `Fleet.rollouts`; this and what follows. */
   async rollouts(): Promise<Rollout[]> {
-    return (await readRollouts(this.db)).map(rolloutOf);
+    const rollouts: Rollout[] = [];
+    for (const record of await readRollouts(this.db)) {
+      rollouts.push(await rolloutOf(this.db, record));
+    }
+    return rollouts;
   }
 
   async startRollout(options: RolloutOptions, at: number): Promise<Rollout> {
@@ -11394,7 +11569,8 @@ class FleetStore {
   async overview(basis: StateBasis, now: number, span: FleetSpan | undefined) {
     const summary = await summarize(this.db, basis);
     const clusters = await readClusters(this.db, basis);
-    return { summary, clusters, ...(await readSamples(this.db, now, span)) };
+    const groups = await readGroups(this.db);
+    return { summary, clusters, groups, ...(await readSamples(this.db, now, span)) };
   }
 
   async seen(now: number): Promise<number[]> {
@@ -12407,8 +12583,8 @@ export class Fleet implements AsyncDisposable {
     return await this.#ask("devices", filter, this.#basis);
   }
 
-  /** A device and what happened to it, oldest first; `undefined` when it is not known. */
-  async device(id: string): Promise<(FleetDevice & { history: FleetEvent[] }) | undefined> {
+  /** A device and what happened to it; `undefined` when it is not known. */
+  async device(id: string): Promise<DeviceDetails | undefined> {
     return await this.#ask("device", id, this.#basis);
   }
 
@@ -13048,6 +13224,26 @@ function meantRollout(
   const models = [...new Set(some.map((one) => one.model ?? `${ROOT_MODEL} for the root's own`))];
   if (models.length < 2) return some[0];
   throw new OTAError(`several rollouts of ${version}: name the model (${models.join(", ")})`, 2);
+}
+
+/** What became of a device in a rollout. */
+const STANDING_WORDS: Record<DeviceRollout["standing"], string> = {
+  offered: "was offered it",
+  proven: "proven on it",
+  failed: "it failed here",
+  silent: "silent since it was offered",
+  acknowledged: "bad before it was resumed",
+};
+
+/** What became of a device in a rollout, in one line: `1.0.2 (halted): it failed here`. */
+function takenPartText(rollout: DeviceRollout): string {
+  const { state, standing } = rollout;
+  return `${rolloutName(rollout)} (${state}): ${STANDING_WORDS[standing]}`;
+}
+
+/** How many bad devices of a rollout are not among those that it names. */
+function unnamedBad({ failed, silent_devices, bad }: Rollout): number {
+  return Math.max(0, failed + silent_devices - bad.length);
 }
 
 /** How a rollout stands, in one line: `1.0.2 halted: 2 of 9 are silent`. */
@@ -13989,7 +14185,10 @@ function seenChart(seen: readonly number[]): Markup {
 /** Where devices fail or fall silent. */
 function clustersChart(view: PageView, clusters: readonly FleetCluster[]): Markup {
   if (clusters.length === 0)
-    return html`<p class="hint">None: no device has failed, and none is silent.</p>`;
+    return html`<p class="hint">
+      No device that is offered a release now has failed or is silent. What rollouts met that offer
+      nothing now stands with them.
+    </p>`;
   const most = Math.max(...clusters.map(({ devices }) => devices));
   const rows = clusters.map(({ state, version, model, devices }) => {
     const from = version === null ? html`no version` : said(version);
@@ -14192,6 +14391,23 @@ function rolloutButtons(view: PageView, rollout: Rollout): Markup {
   return html`<div class="buttons">${buttons}</div>`;
 }
 
+/** The bad devices of a rollout, each a link. */
+function badList(view: PageView, rollout: Rollout): Markup | undefined {
+  const { bad } = rollout;
+  if (bad.length === 0) return undefined;
+  const items = bad.map(({ id, standing, name, model, version }) => {
+    const what = [model !== null && said(model), html`on ${said(version ?? "no version")}`];
+    return html`<li>
+      ${stateTag(standing)} <a href="${deviceLink(view, id)}">${said(name ?? id)}</a>
+      <span class="hint">${what[0] && [what[0], ", "]}${what[1]}</span>
+    </li>`;
+  });
+  const more = unnamedBad(rollout);
+  return html`<ul class="bad" aria-label="Bad devices">
+    ${items}${more > 0 && html`<li class="hint">and ${grouped(more)} more</li>`}
+  </ul>`;
+}
+
 function rolloutItem(view: PageView, rollout: Rollout): Markup {
   const { state, reason, changed, id } = rollout;
   return html`<article class="rollout" data-key="rollout-${id}">
@@ -14200,6 +14416,7 @@ function rolloutItem(view: PageView, rollout: Rollout): Markup {
       <span class="hint">since ${clockTime(changed, view.now)}</span>
     </h3>
     ${rolloutBar(rollout)} ${reason !== null && html`<p class="reason">${said(reason)}</p>`}
+    ${badList(view, rollout)}
     <p>${rolloutProof(rollout)}.</p>
     <p class="hint">${said(rolloutRules(rollout))}</p>
     ${rolloutButtons(view, rollout)}
@@ -14280,9 +14497,6 @@ type RolloutFields = Partial<
   Record<(typeof ROLLOUT_FIELDS)[number]["name"] | "version" | "model", string>
 >;
 
-/** A fraction as the form has it. */
-const asPercent = (fraction: number) => `${Number((100 * fraction).toPrecision(6))}`;
-
 const ROLLOUT_FIELDS = [
   {
     name: "first",
@@ -14292,26 +14506,26 @@ const ROLLOUT_FIELDS = [
   },
   {
     name: "soak",
-    label: "Soak, seconds",
-    value: `${ROLLOUT_DEFAULTS.soak}`,
-    hint: "on the release before it counts as proven",
+    label: "Soak",
+    value: typedDuration(ROLLOUT_DEFAULTS.soak),
+    hint: "on the release before it counts as proven, such as 10m",
   },
   {
     name: "silent",
-    label: "Silent after, seconds",
-    value: `${ROLLOUT_DEFAULTS.silent}`,
+    label: "Silent after",
+    value: typedDuration(ROLLOUT_DEFAULTS.silent),
     hint: "without a word since the offer",
   },
   {
     name: "tolerance",
-    label: "Tolerance, %",
-    value: asPercent(ROLLOUT_DEFAULTS.tolerance),
+    label: "Tolerance",
+    value: typedShare(ROLLOUT_DEFAULTS.tolerance),
     hint: "failed or silent; more halts it",
   },
   {
-    name: "pause",
-    label: "Pause at, %",
-    value: ROLLOUT_DEFAULTS.pauseAt.map(asPercent).join(", "),
+    name: "pause-at",
+    label: "Pause at",
+    value: ROLLOUT_DEFAULTS.pauseAt.map(typedShare).join(", "),
     hint: "of the devices; empty: nowhere",
   },
   {
@@ -14434,8 +14648,8 @@ interface FoundWarnings {
 /** What the releases of a root are shown with. */
 interface RootGlance extends FleetGlance {
   root: ReleaseRoot;
-  /** Its versions that devices are on, those of most devices first. */
-  on: [version: string, devices: number][];
+  /** How many devices that it is for are on which of its releases, the most first. */
+  on: Map<string, number>;
   warnings: FoundWarnings;
 }
 
@@ -14488,22 +14702,23 @@ function warningsList(lines: readonly string[], key: string): Markup | undefined
   </details>`;
 }
 
-/** See `RootGlance`. */
-function fleetVersions(root: ReleaseRoot, overview: FleetOverview | undefined): RootGlance["on"] {
+/** See `RootGlance`. What only tells its firmware is on the release of that version. */
+function devicesOn(root: ReleaseRoot, { releases, overview }: FleetGlance): RootGlance["on"] {
   const counts = new Map<string, number>();
-  for (const [name, count] of Object.entries(overview?.summary.versions ?? {})) {
-    const version = new LooseVersion(name);
-    const known =
-      root.find(name) ?? root.firmware.find((image) => image.version.compare(version) === 0);
-    if (known) counts.set(known.name, (counts.get(known.name) ?? 0) + count);
+  for (const { model, version, firmware, devices } of overview?.groups ?? []) {
+    if (releases.forDevice({ model: model ?? "" }) !== root) continue;
+    const name = version ?? firmware ?? "";
+    const isThere = ({ version: one }: FirmwareImage) => one.compare(name) === 0;
+    const known = root.find(name) ?? root.firmware.find(isThere);
+    if (known) counts.set(known.name, (counts.get(known.name) ?? 0) + devices);
   }
-  return [...counts].sort(([, a], [, b]) => b - a);
+  return new Map([...counts].sort(([, a], [, b]) => b - a));
 }
 
 /** What a release costs from where devices are. */
 function costsList({ root, on, costs }: RootGlance, name: string): Markup | undefined {
   const target = new LooseVersion(name);
-  const from = on.filter(([one]) => target.compare(one) > 0);
+  const from = [...on].filter(([one]) => target.compare(one) > 0);
   if (from.length === 0) return undefined;
   const to = itemsUpTo(root, target);
   const rows = from.slice(0, COSTED).map(([one, count]) => {
@@ -14547,10 +14762,8 @@ function releaseRow(
   { version, files, bytes, firmware }: ListedRelease,
   isNewest: boolean,
 ): Markup {
-  const { root } = glance;
+  const { root, on } = glance;
   const name = version ?? firmware!;
-  const { summary } = glance.overview ?? {};
-  const on = version === null ? 0 : (summary?.versions[version] ?? 0);
   const what = [
     version !== null && many(files, "file"),
     version !== null && firmware !== null && " and firmware",
@@ -14570,7 +14783,7 @@ function releaseRow(
       </th>
       <td>${what}</td>
       <td>${signatureText(root, version)}</td>
-      <td class="n">${grouped(on)}</td>
+      <td class="n">${grouped(on.get(name) ?? 0)}</td>
       <td>${rolloutStart(view, glance, name)}</td>
     </tr>
     ${
@@ -14583,7 +14796,7 @@ function releaseRow(
 
 function releasesSection(view: PageView, root: ReleaseRoot, fleet: FleetGlance): Markup {
   const listed = listReleases({ roots: [root] }).toReversed();
-  const on = fleetVersions(root, fleet.overview);
+  const on = devicesOn(root, fleet);
   const glance: RootGlance = { ...fleet, root, on, warnings: warningsOf(root) };
   const { others } = glance.warnings;
   if (listed.length + others.length === 0) return html``;
@@ -15064,12 +15277,12 @@ ${typed?.labels ?? lines.join("\n")}</textarea
 
 function devicePage(
   view: PageView,
-  device: FleetDevice & { history: FleetEvent[] },
+  device: DeviceDetails,
   offer: Markup,
   trial?: { problem: string; name: string; labels: string },
 ): Page {
-  const { id, name, model, state, offered, failed, address, first_seen, last_seen, history } =
-    device;
+  const { id, name, model, state, offered, failed, address, history, rollouts } = device;
+  const { first_seen, last_seen } = device;
   const { now } = view;
   const facts: [string, Piece][] = [
     ["Id", said(id)],
@@ -15081,6 +15294,7 @@ function devicePage(
     ["Address", address === null ? "–" : said(address)],
     ["Last seen", agoTime(last_seen, now)],
     ["First seen", agoTime(first_seen, now)],
+    ...rollouts.map((one): [string, Piece] => ["Rollout", said(takenPartText(one))]),
     ["Would be offered now", offer],
   ];
   const events = history.slice(-SHOWN_EVENTS).toReversed();
@@ -15474,47 +15688,27 @@ function typedLabels(text: string, known: Record<string, string>): Record<string
   return Object.fromEntries(changed);
 }
 
-/** What the options of the command are called in the form, where that is something else. */
-const ROLLOUT_LABELS: Record<string, string> = {
-  ...{ first: "first devices", silent: "silent after", "pause-at": "pause at" },
-};
-
-/** A rollout as it was typed. @throws {OTAError} exit code 2 when a field is wrong */
-function typedRollout(fields: FormFields): RolloutOptions {
-  const { first, soak, silent, tolerance } = ROLLOUT_DEFAULTS;
-  const number = (name: string, usual: number) => {
-    const text = fields.get(name)?.trim() ?? `${usual}`;
-    // What is none is refused with the others below.
-    return /^\d+(\.\d+)?$/.test(text) ? Number(text) : NaN;
-  };
-  const list = (name: string) => (fields.get(name) ?? "").split(",").map((one) => one.trim());
-  const options: RolloutOptions = {
-    version: fields.get("version") ?? refuseInput("which version?"),
-    model: fields.get("model") ?? null,
-    first: number("first", first),
-    soak: number("soak", soak),
-    silent: number("silent", silent),
-    tolerance: number("tolerance", 100 * tolerance) / 100,
-    pauseAt: list("pause")
-      .filter((text) => text !== "")
-      .map((text) => (/^\d+(\.\d+)?\s*%?$/.test(text) ? parseFloat(text) / 100 : NaN))
-      .sort((a, b) => a - b),
-    only: list("only")
-      .filter((text) => text !== "")
-      .map((text) => {
-        const found = `only: expected KEY=VALUE, found ${printable(text)}`;
-        return typedCondition(text) ?? refuseInput(found);
-      }),
-    window: fields.get("window") ?? null,
-  };
+/** A rollout as it was typed into the form. @throws {OTAError} exit code 2 when a field is wrong */
+function formRollout(fields: FormFields): RolloutOptions {
+  const typed = (name: string) => fields.get(name)?.trim();
+  const only = typed("only")?.split(",") ?? [];
+  const texts = ROLLOUT_FIELDS.map(({ name }) => [name, typed(name)] as const);
+  const version = fields.get("version") ?? refuseInput("which version?");
   try {
-    checkRollout(options);
+    return typedRollout(version, fields.get("model") ?? null, {
+      ...Object.fromEntries(texts),
+      // What is emptied is not the default.
+      "pause-at": typed("pause-at") ?? "none",
+      only: only.map((text) => text.trim()).filter((text) => text !== ""),
+    });
   } catch (error) {
     if (!(error instanceof OTAError)) throw error;
     // As the form calls them.
-    refuseInput(error.message.replace(/--([a-z-]+)/g, (_, name) => ROLLOUT_LABELS[name] ?? name));
+    const labels = new Map<string, string>(ROLLOUT_FIELDS.map(({ name, label }) => [name, label]));
+    return refuseInput(
+      error.message.replace(/--([a-z-]+)/g, (_, name) => labels.get(name) ?? name),
+    );
   }
-  return options;
 }
 
 // ──── Page views ──────────────────────────────────────────────────────────────────────────────────
@@ -15621,9 +15815,9 @@ class PageViews {
     const given = Object.fromEntries(fields) as RolloutFields;
     if (given.version === undefined) refuseInput("which version?");
     // Emptied is not the same as not asked for yet.
-    if (ROLLOUT_FIELDS.some(({ name }) => fields.has(name))) given.pause ??= "";
+    if (ROLLOUT_FIELDS.some(({ name }) => fields.has(name))) given["pause-at"] ??= "";
     try {
-      const targets = await this.fleet.rolloutTargets(typedRollout(fields));
+      const targets = await this.fleet.rolloutTargets(formRollout(fields));
       return startPage(view, given, targetsTable(targets), problem);
     } catch (error) {
       if (!(error instanceof OTAError)) throw error;
@@ -15781,7 +15975,7 @@ class FleetPage {
     if (path === "/-/sign-out") return { see: up, cookie: this.access.noCookie };
     if (path === "/-/rollouts") {
       try {
-        await this.fleet.startRollout(typedRollout(fields));
+        await this.fleet.startRollout(formRollout(fields));
       } catch (error) {
         if (!(error instanceof OTAError)) throw error;
         return await this.#views.start(view, fields, error.message);
@@ -19810,17 +20004,6 @@ function releaseOption(given: Given, name: "ver" | "latest" | "firmware"): strin
   throw new OTAError(`--${name} expects a release name (${RELEASE_NAME_RULE}), found ${text}`, 2);
 }
 
-const SECONDS = { "": 1, s: 1, m: 60, h: 3600, d: 86400 };
-
-/** Reads `90`, `90s`, `10m`, `1h` or `365d` as seconds. */
-function parseDuration(name: "every" | "expires" | "silent" | "soak", text: string): number {
-  const [, amount, unit] = /^(\d+)(s|m|h|d|)$/.exec(text) ?? [];
-  const seconds = Number(amount) * SECONDS[unit as keyof typeof SECONDS];
-  if (seconds >= 1 && seconds <= 100 * 365 * SECONDS.d) return seconds;
-  const examples = name === "expires" ? "365d or 12h" : "30s, 10m or 1h";
-  throw new OTAError(`--${name} expects a duration such as ${examples}, found ${text}`, 2);
-}
-
 /** A signal that aborts on SIGINT or SIGTERM. */
 function interruption(reason: string): AbortSignal {
   const interrupted = new AbortController();
@@ -20681,7 +20864,7 @@ function runFleetShow(given: Given, [id = ""]: readonly string[]): Promise<numbe
 }
 
 /** All that is known of a device. */
-function deviceLines(device: FleetDevice & { history: FleetEvent[] }): string[] {
+function deviceLines(device: DeviceDetails): string[] {
   const now = Date.now();
   const { name, model, version, firmware, state, offered, failed, address } = device;
   const time = (at: number) => `${isoText(at)} (${agoText(at, now)})`;
@@ -20692,6 +20875,9 @@ function deviceLines(device: FleetDevice & { history: FleetEvent[] }): string[] 
     "first seen": time(device.first_seen),
     "last seen": time(device.last_seen),
     labels: labelsText(device, " ") || null,
+    ...(device.rollouts.length > 0 && {
+      rollouts: device.rollouts.map(takenPartText).join("; "),
+    }),
   });
   const events = device.history.map(({ at, kind, from, to }) => {
     const way = from === null || kind === "first seen" ? (to ?? "") : `${from} -> ${to ?? "none"}`;
@@ -20774,50 +20960,9 @@ function rolloutOptions(given: Given, version: string): RolloutOptions {
     throw new OTAError(`VERSION is a release name (${RELEASE_NAME_RULE}), found ${version}`, 2);
   }
   const { first, soak, "rollout --silent": silent, tolerance, only, window } = given;
-  const { "rollout --model": model } = given;
-  const pauses = given["pause-at"];
-  const options: RolloutOptions = {
-    ...ROLLOUT_DEFAULTS,
-    ...{ version, model: model ?? null },
-    ...(first !== undefined && { first: parseFirst(first) }),
-    ...(soak !== undefined && { soak: /^0[smhd]?$/.test(soak) ? 0 : parseDuration("soak", soak) }),
-    ...(silent !== undefined && { silent: parseDuration("silent", silent) }),
-    ...(tolerance !== undefined && { tolerance: parseShare("tolerance", tolerance) }),
-    ...(pauses !== undefined && { pauseAt: parseShares(pauses) }),
-    ...(only && { only: only.map((text) => parseOnly(text)) }),
-    ...(window !== undefined && { window }),
-  };
-  checkRollout(options);
-  return options;
-}
-
-function parseFirst(text: string): number {
-  if (/^\d{1,9}$/.test(text)) return Number(text);
-  throw new OTAError(`--first expects a number of devices, found ${text}`, 2);
-}
-
-/** Reads `5%` as a fraction. */
-function parseShare(name: string, text: string): number {
-  const [, amount] = /^(\d{1,3}(?:\.\d{1,6})?) ?%$/.exec(text.trim()) ?? [];
-  if (amount !== undefined && Number(amount) <= 100) return Number(amount) / 100;
-  throw new OTAError(`--${name} expects a percentage such as 5%, found ${text || '""'}`, 2);
-}
-
-/** Reads `5%,50%` as fractions. */
-function parseShares(text: string): number[] {
-  if (text === "none") return [];
-  return text
-    .split(",")
-    .map((one) => parseShare("pause-at", one))
-    .toSorted((a, b) => a - b);
-}
-
-/** Reads one `--only`. */
-function parseOnly(text: string): [key: string, value: string] {
-  const condition = typedCondition(text);
-  if (condition) return condition;
-  const what = "K=V: a label, model=M or version=V";
-  throw new OTAError(`--only expects ${what}, found ${text}`, 2);
+  const { "rollout --model": model = null, "pause-at": pauses } = given;
+  const texts = { first, soak, silent, tolerance, only, window, "pause-at": pauses };
+  return typedRollout(version, model, texts);
 }
 
 /**
@@ -20871,9 +21016,20 @@ function rolloutLines(rollouts: readonly Rollout[]): string[] {
     const rest = Math.max(0, eligible - proven - offered - badOf(rollout));
     const why = reason === null ? "" : `${reason}; `;
     const counts = `${rolloutProof(rollout)}; ${offered} on the way; ${rest} to come`;
-    return [rolloutName(rollout), state, why + counts].map(shown);
+    return [rolloutName(rollout), state, why + counts + badText(rollout)].map(shown);
   });
   return new Table().lines(rows);
+}
+
+/** Which devices are bad: `; silent: meter-7, meter-9 and 2 more`. */
+function badText(rollout: Rollout): string {
+  const { bad } = rollout;
+  const byStanding = Object.entries(Object.groupBy(bad, ({ standing }) => standing));
+  const texts = byStanding.map(([standing, some]) => {
+    return `; ${standing}: ${some.map(({ id }) => id).join(", ")}`;
+  });
+  const more = unnamedBad(rollout);
+  return texts.join("") + (more > 0 ? ` and ${more} more` : "");
 }
 
 function runRolloutStart(given: Given, [version = ""]: readonly string[]): Promise<number> {
