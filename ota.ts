@@ -36,13 +36,14 @@
 //      Request handling · Air costs · Listening
 // V    Fleet: who is on what, and what happened to whom.
 //      Device reports · Device records · Offers and failures · Windows · Fleet answers · Rollouts
-//      Rollout rules · Rollout waves · Rollout ends · Store schema · Store opening · Store writes
-//      Store limits · Forgetting · Store reads · Store lists · Fleet trends · Urgent devices
-//      Rollout records · Eligible devices · Rollout commands · Rollout silence · Rollout progress
-//      Rollout places · Merging · Rollout merging · Names and labels · Store batches
-//      Fleet store · Store thread · Fleet options · Place lease · Admission · Fleet writer
-//      Fleet questions · Fleet · Fleet words · Admin answers · Admin access · Fleet requests
-//      Rollout words · Rollout API · Fleet API · Rollout notices · Staged versions
+//      Typed rollouts · Rollout rules · Rollout waves · Rollout ends · Store schema
+//      Store opening · Store writes · Store limits · Forgetting · Store reads · Store lists
+//      Fleet trends · Urgent devices · Rollout records · Eligible devices · Rollout commands
+//      Rollout silence · Rollout progress · Rollout places · Merging · Rollout merging
+//      Names and labels · Store batches · Fleet store · Store thread · Fleet options
+//      Place lease · Admission · Fleet writer · Fleet questions · Fleet · Fleet words
+//      Admin answers · Admin access · Fleet requests · Rollout words · Rollout API · Fleet API
+//      Rollout notices · Staged versions
 // VI   Page: what an operator looks at, and the server with all of it.
 //      HTML templates · Page frame · Charts · Costs on the page · Rollouts on the page
 //      Rollout forms · Releases on the page · Fleet view · Device list · Device view · Style
@@ -8253,6 +8254,13 @@ export const ROLLOUT_DEFAULTS: Omit<RolloutOptions, "version" | "model"> = {
  */
 export type RolloutState = "waiting" | "running" | "paused" | "halted" | "done" | "aborted";
 
+/** What somebody saw of a rollout before deciding what to do with it. */
+export interface SeenRollout {
+  id: string;
+  /** How many devices were bad. */
+  bad: number;
+}
+
 /** What an operator can do with a rollout. */
 export type RolloutAction = "pause" | "resume" | "advance" | "abort";
 
@@ -8375,7 +8383,7 @@ function parseFirst(text: string): number {
 function parseShare(name: string, text: string): number {
   const [, amount] = /^(\d{1,3}(?:\.\d{1,6})?) ?%$/.exec(text.trim()) ?? [];
   if (amount !== undefined && Number(amount) <= 100) return Number(amount) / 100;
-  const found = printable(text) || '""';
+  const found = printable(text.trim()) || '""';
   throw new OTAError(`--${name} expects a percentage such as 5%, found ${found}`, 2);
 }
 
@@ -10209,16 +10217,33 @@ const ACTIONS: Record<RolloutAction, readonly RolloutState[]> = {
   abort: ["waiting", "running", "paused", "halted"],
 };
 
+/** @throws {OTAError} where a rollout is not what the operator saw any more */
+function checkSeen(
+  { id, options, progress }: RolloutRecord,
+  action: RolloutAction,
+  seen: SeenRollout,
+) {
+  if (id !== seen.id) {
+    throw new OTAError(`another rollout of ${options.version} was begun since: look at it first`);
+  }
+  const more = progress.failed + progress.silent - seen.bad;
+  if (action !== "resume" || more <= 0) return;
+  const what = `${counted(more, "device")} more went bad on ${options.version} since`;
+  throw new OTAError(`${what}: resume would acknowledge that, so look at it first`);
+}
+
 /** Does what the operator says. @returns `undefined` when there is no such rollout */
 async function actOnRollout(
   tx: Connection,
   { version, model }: Pick<RolloutOptions, "version" | "model">,
   action: RolloutAction,
   at: number,
+  seen?: SeenRollout,
 ): Promise<Rollout | undefined> {
   const key = rolloutKey({ version, model } as RolloutOptions);
   const record = (await readRollouts(tx)).find((one) => rolloutKey(one.options) === key);
   if (!record) return undefined;
+  if (seen) checkSeen(record, action, seen);
   const { state } = record;
   if (!ACTIONS[action].includes(state)) {
     const from = ACTIONS[action].join(", ");
@@ -11530,8 +11555,9 @@ class FleetStore {
     which: Pick<RolloutOptions, "version" | "model">,
     action: RolloutAction,
     at: number,
+    seen?: SeenRollout,
   ): Promise<Rollout | undefined> {
-    return await this.#transaction((tx) => actOnRollout(tx, which, action, at));
+    return await this.#transaction((tx) => actOnRollout(tx, which, action, at, seen));
   }
 
   async rolloutTargets(options: RolloutOptions, at: number): Promise<RolloutTarget[]> {
@@ -11850,7 +11876,8 @@ const FLEET = {
   last: 2000,
   /** Milliseconds for which a summary is as good as new. */
   summary: 1000,
-  /** The same for a count of when devices were heard, and for which devices a search finds. */
+  /** The same for a count of when more than a few devices were heard, and for what a search finds. */
+  few: 10_000,
   seen: 15_000,
   search: 10_000,
   /** Answers that are kept for so long at most. */
@@ -12509,6 +12536,11 @@ export class Fleet implements AsyncDisposable {
     return this.#writer.served;
   }
 
+  /** By the fleet's clock, in milliseconds since 1970. */
+  get now(): number {
+    return this.#writer.clock.now();
+  }
+
   /** How many reports went before they could be written. */
   get dropped(): number {
     return this.#writer.waiting.dropped;
@@ -12551,18 +12583,18 @@ export class Fleet implements AsyncDisposable {
   }
 
   /**
-   * What a page shows at one look; up to a second old, but for `seen`, up to 15 seconds.
+   * What a page shows at one look; up to a second old, but for `seen` of many devices, up to 15.
    *
    * @param span absent: one that has all there is, but no more than a week
    */
   async overview(span?: FleetSpan): Promise<FleetOverview> {
-    const now = this.#writer.clock.now();
-    const overview = this.#recent.get(`overview ${span}`, FLEET.summary, () => {
+    const { now } = this;
+    const found = await this.#recent.get(`overview ${span}`, FLEET.summary, () => {
       return this.#ask("overview", this.#basis, now, span);
     });
-    const seen = this.#recent.get("seen", FLEET.seen, () => this.#ask("seen", now));
-    const [found, counts] = await Promise.all([overview, seen]);
-    return { ...found, summary: timed(found.summary, this.#writer, this.#options), seen: counts };
+    const patience = found.summary.devices > FLEET.few ? FLEET.seen : FLEET.summary;
+    const seen = await this.#recent.get("seen", patience, () => this.#ask("seen", now));
+    return { ...found, summary: timed(found.summary, this.#writer, this.#options), seen };
   }
 
   /**
@@ -12596,7 +12628,7 @@ export class Fleet implements AsyncDisposable {
    */
   async edit(id: string, change: DeviceEdit): Promise<boolean> {
     checkEdit(change);
-    const edited = this.#ask("edit", id, change, this.#writer.clock.now());
+    const edited = this.#ask("edit", id, change, this.now);
     return await edited.finally(() => this.#recent.forget());
   }
 
@@ -12646,28 +12678,30 @@ export class Fleet implements AsyncDisposable {
    */
   async startRollout(options: RolloutOptions): Promise<Rollout> {
     checkRollout(options);
-    return await this.#ask("startRollout", options, this.#writer.clock.now());
+    return await this.#ask("startRollout", options, this.now);
   }
 
   /**
    * Does something with the rollout of a version that was begun last.
    *
+   * @param seen what the operator saw of it; absent: that does not matter
    * @returns the rollout after that; `undefined` when there is none
-   * @throws {OTAError} exit code 1 where its state does not allow it
+   * @throws {OTAError} exit code 1 where its state does not allow it, or it is not what was seen
    */
   async changeRollout(
     version: string,
     model: string | null,
     action: RolloutAction,
+    seen?: SeenRollout,
   ): Promise<Rollout | undefined> {
-    const at = this.#writer.clock.now();
-    return await this.#ask("changeRollout", { version, model }, action, at);
+    const at = this.now;
+    return await this.#ask("changeRollout", { version, model }, action, at, seen);
   }
 
   /** The devices that a rollout would reach, by model and by the version they are on; most first. */
   async rolloutTargets(options: RolloutOptions): Promise<RolloutTarget[]> {
     checkRollout(options);
-    return await this.#ask("rolloutTargets", options, this.#writer.clock.now());
+    return await this.#ask("rolloutTargets", options, this.now);
   }
 
   /** What was kept under a name; for all servers of the fleet. */
@@ -13770,6 +13804,14 @@ function said(text: string): Markup {
   return html`<bdi>${shown(text)}</bdi>`;
 }
 
+/** The same where there is little room: what is long is cut, and whole on hover. */
+function brief(text: string, most = 24): Markup {
+  const whole = shown(text);
+  const characters = [...whole];
+  if (characters.length <= most) return said(text);
+  return html`<bdi title="${whole}">${characters.slice(0, most - 1).join("")}…</bdi>`;
+}
+
 /** A number with commas. */
 function grouped(count: number): string {
   return count.toLocaleString("en-US");
@@ -13860,6 +13902,9 @@ interface PageView {
   /** What a form that changes something has to prove: that it is of a page of ours. */
   proof: string;
 }
+
+/** The fields of a form, or the parameters of a view: those that are not empty. */
+type FormFields = Map<string, string>;
 
 /** A view, and how it is answered. */
 interface Page {
@@ -13974,15 +14019,34 @@ function problemPage(status: number, title: string, ...lines: Piece[]): Page {
   };
 }
 
+function noRolloutPage({ up }: PageView): Page {
+  const next = html`<a href="${up}">The fleet</a>`;
+  return problemPage(404, "There is no such rollout any more", next);
+}
+
+/** What somebody wanted who has to sign in first. */
+interface Wanted {
+  /** The view to see then: below `/-/`. */
+  to?: string | undefined;
+  /** What was typed, and is not saved. */
+  typed?: string | undefined;
+}
+
 /** What somebody sees who has not shown the token. */
-function signInPage(up: string, problem?: string): Page {
+function signInPage(up: string, { to, typed }: Wanted, problem?: string): Page {
   return {
     status: 401,
     title: "Sign in",
     main: html`<section class="sign-in">
       <h1>Sign in</h1>
       ${problem !== undefined && html`<p class="problem" role="alert">${mark("failed")} ${problem}</p>`}
+      ${
+        typed !== undefined &&
+        html`<p>What you typed was not saved, since you are not signed in:</p>
+          <pre>${shown(typed).replaceAll("\\u{a}", "\n")}</pre>`
+      }
       <form method="post" action="${up}sign-in">
+        ${to !== undefined && hidden("to", to)}
         <label for="token">Admin token</label>
         <input
           id="token"
@@ -14032,7 +14096,7 @@ function chartedVersions(samples: readonly FleetSample[]): string[] {
 /** What a version of a chart is called. */
 function seriesName(name: string): Markup {
   if (name === "none") return html`no version`;
-  return name === "other" ? html`others` : said(name);
+  return name === "other" ? html`others` : brief(name);
 }
 
 const SPAN_WORDS: Record<FleetSpan, string> = {
@@ -14191,13 +14255,13 @@ function clustersChart(view: PageView, clusters: readonly FleetCluster[]): Marku
     </p>`;
   const most = Math.max(...clusters.map(({ devices }) => devices));
   const rows = clusters.map(({ state, version, model, devices }) => {
-    const from = version === null ? html`no version` : said(version);
+    const from = version === null ? html`no version` : brief(version);
     const link =
       version === null || model === null ? undefined : devicesLink(view, { state, version, model });
     return html`<tr>
       <td>${stateTag(state)}</td>
       <td>${link === undefined ? from : html`<a href="${link}">${from}</a>`}</td>
-      <td>${model === null ? "–" : said(model)}</td>
+      <td>${model === null ? "–" : brief(model)}</td>
       <td class="n">${grouped(devices)}</td>
       <td class="fill">${bar(devices, most, state)}</td>
     </tr>`;
@@ -14377,11 +14441,14 @@ const ACTION_WORDS: Record<RolloutAction, string> = {
   abort: "Abort…",
 };
 
+/** Which rollout a form is about, and what was seen of it. */
+function seenFields({ id, failed, silent_devices }: Rollout): Markup[] {
+  return [hidden("id", id), hidden("bad", `${failed + silent_devices}`)];
+}
+
 function rolloutButtons(view: PageView, rollout: Rollout): Markup {
-  const { version, model } = rollout;
-  const fields = [hidden("version", version), hidden("model", model ?? "")];
   const buttons = actionsOf(rollout).map((action) => {
-    const button = html`${fields}<button name="action" value="${action}">
+    const button = html`${seenFields(rollout)}<button name="action" value="${action}">
         ${ACTION_WORDS[action]}
       </button>`;
     const path = `${view.up}rollouts/change`;
@@ -14396,7 +14463,7 @@ function badList(view: PageView, rollout: Rollout): Markup | undefined {
   const { bad } = rollout;
   if (bad.length === 0) return undefined;
   const items = bad.map(({ id, standing, name, model, version }) => {
-    const what = [model !== null && said(model), html`on ${said(version ?? "no version")}`];
+    const what = [model !== null && brief(model), html`on ${brief(version ?? "no version")}`];
     return html`<li>
       ${stateTag(standing)} <a href="${deviceLink(view, id)}">${said(name ?? id)}</a>
       <span class="hint">${what[0] && [what[0], ", "]}${what[1]}</span>
@@ -14469,17 +14536,12 @@ const ACTION_EFFECTS: Partial<Record<RolloutAction, string>> = {
 
 /** Asks before a rollout is advanced or aborted. */
 function askPage(view: PageView, rollout: Rollout, action: RolloutAction): Page {
-  const { version, model } = rollout;
   const word = ACTION_WORDS[action].replace("…", "");
-  const fields = [
-    hidden("version", version),
-    hidden("model", model ?? ""),
-    hidden("action", action),
-  ];
+  const fields = [...seenFields(rollout), hidden("action", action)];
   const buttons = html`${fields}<button class="main">${word} it</button>
     <a class="button" href="${view.up}">Leave it as it is</a>`;
   return {
-    title: `${word} ${version}?`,
+    title: `${word} ${rollout.version}?`,
     at: "fleet",
     main: html`<section class="lead">
         <h1>${word} the rollout of ${said(rolloutName(rollout))}?</h1>
@@ -14553,8 +14615,8 @@ function targetsTable(targets: readonly RolloutTarget[]): Markup {
   }
   const rows = targets.slice(0, 20).map(({ model, version, devices }) => {
     return html`<tr>
-      <td>${model === null ? "no model" : said(model)}</td>
-      <td>${version === null ? "no version" : said(version)}</td>
+      <td>${model === null ? "no model" : brief(model)}</td>
+      <td>${version === null ? "no version" : brief(version)}</td>
       <td class="n">${grouped(devices)}</td>
       <td class="fill">${bar(devices, all)}</td>
     </tr>`;
@@ -14564,8 +14626,19 @@ function targetsTable(targets: readonly RolloutTarget[]): Markup {
     ${targets.length > 20 && html`<p class="hint">and ${grouped(targets.length - 20)} more groups</p>`}`;
 }
 
+/** What is wrong with what was asked for, and the status of an answer that says so. */
+interface Problem {
+  status: number;
+  text: string;
+}
+
 /** The form that starts a rollout; it can be sent to see who will be hit, and to begin. */
-function startPage(view: PageView, fields: RolloutFields, targets: Markup, problem?: string): Page {
+function startPage(
+  view: PageView,
+  fields: RolloutFields,
+  targets: Markup,
+  { isThere, problem }: { isThere: boolean; problem?: Problem | undefined },
+): Page {
   const { version = "", model = "" } = fields;
   const inputs = ROLLOUT_FIELDS.map(({ name, label, value, hint }) => {
     return html`<div class="field">
@@ -14581,12 +14654,13 @@ function startPage(view: PageView, fields: RolloutFields, targets: Markup, probl
   });
   const action = `${view.up}rollouts`;
   return {
-    ...(problem !== undefined && { status: 400 }),
+    ...(problem && { status: problem.status }),
     title: `Roll out ${version}`,
     at: "fleet",
     main: html`<section class="lead">
         <h1>Roll out ${said(rolloutName({ version, model: model || null }))}</h1>
-        ${problem !== undefined && html`<p class="problem" role="alert">${mark("failed")} ${said(problem)}</p>`}
+        ${!isThere && html`<p>It is not among the releases: its rollout waits until it is.</p>`}
+        ${problem && html`<p class="problem" role="alert">${mark("failed")} ${said(problem.text)}</p>`}
       </section>
       <form class="columns" action="${action}/new">
         <section aria-labelledby="how">
@@ -14779,7 +14853,7 @@ function releaseRow(
     </details>`;
   return html`<tr data-key="release-${name}">
       <th scope="row">
-        ${version === null && "firmware "}${said(name)}${isNewest && html` <span class="tag">newest</span>`}
+        ${version === null && "firmware "}${brief(name)}${isNewest && html` <span class="tag">newest</span>`}
       </th>
       <td>${what}</td>
       <td>${signatureText(root, version)}</td>
@@ -14844,7 +14918,7 @@ function standingOf(view: PageView, glance: FleetGlance): FleetStanding {
     return { shape: "behind", sentence: html`There is no release yet`, next };
   }
   const halted = rollouts.find(({ state }) => state === "halted");
-  if (halted) return haltedStanding(view, halted);
+  if (halted) return haltedStanding(view, halted, rollouts);
   if (devices === 0) {
     const next = html`Let one ask for <code>${base}/manifest.json</code>; with a directory as a
       device: <code>bun ota.ts client --url ${base} --root ./device</code>. It shows up here within
@@ -14856,15 +14930,28 @@ function standingOf(view: PageView, glance: FleetGlance): FleetStanding {
   );
 }
 
-function haltedStanding({ now }: PageView, rollout: Rollout): FleetStanding {
+function haltedStanding(
+  { now }: PageView,
+  rollout: Rollout,
+  rollouts: readonly Rollout[],
+): FleetStanding {
   const { reason, changed } = rollout;
   const name = said(rolloutName(rollout));
   return {
     shape: "failed",
     sentence: html`Halted at ${clockTime(changed, now)}:
     ${name}${reason !== null && html`, ${said(reason)}`}`,
-    next: html`Its rollout waits for you: look at the devices below, then resume or abort it.`,
+    next: html`Its rollout waits for you: look at its devices below, then resume or abort it.
+    ${othersText(rollout, rollouts)}`,
   };
+}
+
+/** That other rollouts wait for the operator as well. */
+function othersText(one: Rollout, rollouts: readonly Rollout[]): Markup | undefined {
+  const waiting = rollouts.filter(({ state }) => state === "halted" || state === "paused");
+  const others = waiting.filter(({ id }) => id !== one.id).length;
+  if (others === 0) return undefined;
+  return html`${many(others, "other rollout")} ${others === 1 ? "waits" : "wait"} for you, too. `;
 }
 
 /** Whether the van may leave: what still goes on, and until when that is not known to be bad. */
@@ -14885,24 +14972,28 @@ function movingStanding(
   summary: FleetSummary,
 ): FleetStanding | undefined {
   const paused = rollouts.find(({ state }) => state === "paused");
-  const running =
-    rollouts.find(({ state }) => state === "running") ??
-    rollouts.find(({ state }) => state === "waiting");
-  const one = paused ?? running;
+  const running = rollouts.filter(({ state }) => state === "running");
+  const troubled = running.find(({ failed, silent_devices }) => failed + silent_devices > 0);
+  const waiting = rollouts.find(({ state }) => state === "waiting");
+  const one = paused ?? troubled ?? running[0] ?? waiting;
   if (!one) return undefined;
-  const { proven, eligible, changed } = one;
+  const { proven, eligible, changed, reason } = one;
+  const name = said(rolloutName(one));
   const done = html`${grouped(proven)} of ${many(eligible, "device")} proven`;
   const leave = leavingMarkup(summary, now);
   if (one === paused) {
     return {
       shape: "paused",
-      sentence: html`Paused at ${clockTime(changed, now)}: ${said(rolloutName(one))}, ${done}`,
-      next: leave,
+      sentence: html`Paused at ${clockTime(changed, now)}: ${name}, ${done}`,
+      next: html`${othersText(one, rollouts)}${leave}`,
     };
   }
   return {
-    shape: "offered",
-    sentence: html`${said(rolloutName(one))} is on its way: ${done}`,
+    shape: one === troubled ? "silent" : one === waiting ? "behind" : "offered",
+    sentence:
+      one === waiting
+        ? html`The rollout of ${name} waits until that is among the releases`
+        : html`${name} is on its way: ${done}${reason !== null && html`; ${said(reason)}`}`,
     next: leave,
   };
 }
@@ -14932,7 +15023,10 @@ function settledStanding({ now }: PageView, summary: FleetSummary): FleetStandin
     const next = html`They are offered what they may have when they next ask.`;
     return {
       shape: "behind",
-      sentence: html`${grouped(behind)}${of}${behind === 1 ? "is" : "are"} on an older release`,
+      sentence:
+        devices === 1
+          ? html`The one device is on an older release`
+          : html`${grouped(behind)}${of}${behind === 1 ? "is" : "are"} on an older release`,
       next,
     };
   }
@@ -15050,7 +15144,7 @@ function deviceItem(view: PageView, device: FleetDevice): Markup {
 
 function filterForm(
   { up }: PageView,
-  filter: DeviceFilter,
+  typed: FormFields,
   { versions, models }: FleetSummary,
 ): Markup {
   const namesOf = (counts: Record<string, number>, chosen: string | undefined) => {
@@ -15061,11 +15155,11 @@ function filterForm(
     return html`<label
       ><span class="unseen">${name}</span
       ><select name="${name}">
-        ${option("", `any ${name}`, filter[name])}${all.map((one) => option(one, shown(one), filter[name]))}
+        ${option("", `any ${name}`, typed.get(name))}${all.map((one) => option(one, shown(one), typed.get(name)))}
       </select></label
     >`;
   };
-  const newestFirst = namesOf(versions, filter.version).sort((a, b) =>
+  const newestFirst = namesOf(versions, typed.get("version")).sort((a, b) =>
     compareCodePoints(versionKey(b), versionKey(a)),
   );
   return html`<form class="filter" role="search" action="${up}devices">
@@ -15074,17 +15168,13 @@ function filterForm(
       ><input
         type="search"
         name="q"
-        value="${filter.q ?? ""}"
+        value="${typed.get("q") ?? ""}"
         placeholder="id, name, model or address"
     /></label>
-    ${choice("state", URGENCY)}${choice("version", newestFirst)}${choice("model", namesOf(models, filter.model))}
+    ${choice("state", URGENCY)}${choice("version", newestFirst)}${choice("model", namesOf(models, typed.get("model")))}
     <label
       ><span class="unseen">Label, as key=value</span
-      ><input
-        name="label"
-        value="${filter.label?.join("=") ?? ""}"
-        placeholder="label=value"
-        size="12"
+      ><input name="label" value="${typed.get("label") ?? ""}" placeholder="label=value" size="12"
     /></label>
     <button>Search</button>
   </form>`;
@@ -15103,36 +15193,43 @@ function nothingListed({ up }: PageView, devices: number): Markup {
   </p>`;
 }
 
+/** What is listed; or what is wrong with the filter. */
+type DeviceListing = { filter: DeviceFilter; page: DevicePage } | { problem: string };
+
 function devicesPage(
   view: PageView,
-  filter: DeviceFilter,
+  typed: FormFields,
   summary: FleetSummary,
-  { devices, next }: DevicePage,
+  listing: DeviceListing,
 ): Page {
-  const { state, version, model, label, q, after } = filter;
+  const frame = (title: Piece, content: Piece) =>
+    html`<section>
+      <h1 class="plain">${title}</h1>
+      ${filterForm(view, typed, summary)}${content}
+    </section>`;
+  const page = { title: "Devices", at: "devices", isLive: true } as const;
+  if ("problem" in listing) {
+    const problem = html`<p class="problem" role="alert">
+      ${mark("failed")} ${said(listing.problem)}
+    </p>`;
+    return { ...page, status: 400, isLive: false, main: frame("Devices", problem) };
+  }
+  const { devices, next } = listing.page;
+  const { state, version, model, label, q, after } = listing.filter;
   const same = { state, version, model, label: label?.join("="), q };
   const isAll = !version && !model && !label && !q;
   const count = isAll ? many(state ? summary.states[state] : summary.devices, "device") : "Devices";
   const more = html`<nav class="pages" aria-label="Pages">
     ${after !== undefined && html`<a class="button" href="${devicesLink(view, same)}">From the beginning</a>`}${next !== null && html`<a class="button" rel="next" href="${devicesLink(view, { ...same, after: next })}">Next ${LISTED_DEVICES}</a>`}
   </nav>`;
-  return {
-    title: "Devices",
-    at: "devices",
-    isLive: true,
-    main: html`<section>
-      <h1 class="plain">${count}${state !== undefined && isAll && html` ${state}`}</h1>
-      ${filterForm(view, filter, summary)}
-      ${
-        devices.length > 0
-          ? html`<ul class="devices">
-              ${devices.map((device) => deviceItem(view, device))}
-            </ul>`
-          : nothingListed(view, summary.devices)
-      }
-      ${more}
-    </section>`,
-  };
+  const list =
+    devices.length > 0
+      ? html`<ul class="devices">
+          ${devices.map((device) => deviceItem(view, device))}
+        </ul>`
+      : nothingListed(view, summary.devices);
+  const title = html`${count}${state !== undefined && isAll && html` ${state}`}`;
+  return { ...page, main: frame(title, [list, more]) };
 }
 
 // ──── Device view ────────────────────────────────────────────────────────────────────────────────
@@ -15408,6 +15505,8 @@ rect.is-failed { fill: var(--bad); } rect.is-behind { fill: var(--t4); } rect.is
 .progress { display: block; width: 100%; height: 14px; border-radius: 3px; }
 .progress rect { stroke: var(--raised); stroke-width: 2; vector-effect: non-scaling-stroke; }
 .reason { font-weight: 500; }
+.bad li { padding: .1rem 0; }
+pre { white-space: pre-wrap; background: var(--t6); border-radius: 3px; padding: .4rem .6rem; margin: .3rem 0; }
 .past li { padding: .15rem 0; }
 .buttons, .pages { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .7rem; align-items: center; }
 button, .button { font: inherit; font-size: .875rem; line-height: 1.4; color: var(--ink); background: var(--raised);
@@ -15591,6 +15690,15 @@ const PAGE_SCRIPT = String.raw`"use strict";
     if (foot && newFoot) change(foot, newFoot);
   };
 
+  // What is being typed would be lost.
+  const isTyped = () =>
+    [...main.querySelectorAll("input, textarea")].some((one) => one.value !== one.defaultValue);
+  const signedOut = () => {
+    if (!isTyped()) return location.reload();
+    lost.textContent = "You are signed out: copy what you typed, and reload.";
+    lost.hidden = false;
+  };
+
   let timer;
   let isAsking = false;
   const bring = async () => {
@@ -15600,7 +15708,7 @@ const PAGE_SCRIPT = String.raw`"use strict";
     try {
       const signal = AbortSignal.timeout(10_000);
       const answer = await fetch(location.href, { cache: "no-store", signal });
-      if (answer.status === 401) return location.reload();
+      if (answer.status === 401) return signedOut();
       show(await answer.text());
       lost.hidden = true;
     } catch {
@@ -15651,9 +15759,6 @@ function pageFile(type: string, text: string): Answer {
 // ──── Form fields ────────────────────────────────────────────────────────────────────────────────
 // What forms say, as it was typed.
 
-/** The fields of a form, or the parameters of a view: those that are not empty. */
-type FormFields = Map<string, string>;
-
 function formFields(text: string): FormFields {
   const fields: FormFields = new Map();
   for (const [name, value] of new URLSearchParams(text)) if (value !== "") fields.set(name, value);
@@ -15666,11 +15771,12 @@ function viewFields(request: Request, names: readonly string[]): FormFields {
   return new Map(given.filter(([, value]) => value !== ""));
 }
 
+/** What the form of the list has, and where a page of it begins. */
+const FILTER_FIELDS = ["state", "version", "model", "label", "q", "after"];
+
 /** Which devices a form asks for: as `readFilter`, but what is empty does not matter. */
-function formFilter(request: Request): DeviceFilter {
-  const names = ["state", "version", "model", "label", "q", "after"];
-  const search = new URLSearchParams([...viewFields(request, names)]);
-  return readFilter({ url: `/?${search}` });
+function formFilter(typed: FormFields): DeviceFilter {
+  return readFilter({ url: `/?${new URLSearchParams([...typed])}` });
 }
 
 /** The labels as they were typed. @throws {OTAError} exit code 2 when a line is none */
@@ -15719,13 +15825,37 @@ function upFrom(path: string): string {
   return path.split("/").length > 3 ? "../" : "./";
 }
 
+/** What an error is for who asked. @throws what is no `OTAError` */
+async function problemOf(error: unknown, fleet: Fleet): Promise<Problem> {
+  if (!(error instanceof OTAError)) throw error;
+  const isWrong = error instanceof FormatError || error.exitCode === 2;
+  const status = isWrong ? 400 : (await isConflict(error, fleet)) ? 409 : 503;
+  return { status, text: error.message };
+}
+
 /** What is asked of a rollout. @throws {OTAError} exit code 2 */
-function actionOf(fields: FormFields) {
+function actionOf(fields: FormFields): { action: RolloutAction; seen: SeenRollout } {
   const action = ROLLOUT_ACTIONS.find((name) => name === fields.get("action"));
-  const version = fields.get("version");
-  if (!action || version === undefined)
+  const [id, bad] = [fields.get("id"), fields.get("bad") ?? ""];
+  if (!action || id === undefined || !/^\d{1,9}$/.test(bad)) {
     return refuseInput("which rollout, and what to do with it?");
-  return { version, model: fields.get("model") ?? null, action };
+  }
+  return { action, seen: { id, bad: Number(bad) } };
+}
+
+/** Whether a text is a view below `/-/`, and no more than that. */
+function isPlace(text: string): boolean {
+  return text.length <= 4000 && /^(devices|rollouts\/new)[!-~]*$/.test(text);
+}
+
+/** What somebody wanted who sent a form without being signed in. */
+function wantedBy(path: string, fields: FormFields): Wanted {
+  const given = [...fields].filter(([name]) => name !== "proof");
+  if (path === "/-/rollouts") return { to: `rollouts/new?${new URLSearchParams(given)}` };
+  if (!path.startsWith("/-/devices/")) return {};
+  const texts = given.map(([name, value]) => `${name}: ${value}`);
+  const typed = texts.join("\n").replaceAll("\r\n", "\n");
+  return { to: path.slice("/-/".length), typed };
 }
 
 /** The id of the device that a request is about. @throws {OTAError} exit code 2 */
@@ -15751,22 +15881,31 @@ class PageViews {
     const { path } = contact;
     if (path === "/-/") return await this.#fleetView(request, contact, view);
     if (path === "/-/devices") {
-      const filter = formFilter(request);
-      const [summary, page] = await Promise.all([
-        this.fleet.summary(),
-        this.fleet.urgent({ ...filter, limit: LISTED_DEVICES }),
-      ]);
-      return devicesPage(view, filter, summary, page);
+      return await this.#devicesView(view, viewFields(request, FILTER_FIELDS));
     }
-    const names = ["version", "model"];
     if (path === "/-/rollouts/new") {
-      names.push(...ROLLOUT_FIELDS.map(({ name }) => name));
+      const names = ["version", "model", ...ROLLOUT_FIELDS.map(({ name }) => name)];
       return await this.start(view, viewFields(request, names));
     }
     if (path === "/-/rollouts/change") {
-      return await this.#askView(view, viewFields(request, [...names, "action"]));
+      return await this.#askView(view, viewFields(request, ["id", "bad", "action"]));
     }
     return await this.device(view, idOf(request, path));
+  }
+
+  async #devicesView(view: PageView, typed: FormFields): Promise<Page> {
+    let filter: DeviceFilter;
+    try {
+      filter = formFilter(typed);
+    } catch (error) {
+      const { text } = await problemOf(error, this.fleet);
+      return devicesPage(view, typed, await this.fleet.summary(), { problem: text });
+    }
+    const [summary, page] = await Promise.all([
+      this.fleet.summary(),
+      this.fleet.urgent({ ...filter, limit: LISTED_DEVICES }),
+    ]);
+    return devicesPage(view, typed, summary, { filter, page });
   }
 
   async #fleetView(request: Request, contact: Contact, view: PageView): Promise<Page> {
@@ -15811,36 +15950,28 @@ class PageViews {
   }
 
   /** The form that starts a rollout. @param problem what is wrong with what was typed */
-  async start(view: PageView, fields: FormFields, problem?: string): Promise<Page> {
+  async start(view: PageView, fields: FormFields, problem?: Problem): Promise<Page> {
     const given = Object.fromEntries(fields) as RolloutFields;
     if (given.version === undefined) refuseInput("which version?");
     // Emptied is not the same as not asked for yet.
     if (ROLLOUT_FIELDS.some(({ name }) => fields.has(name))) given["pause-at"] ??= "";
+    const { version, model = null } = given;
+    const options = { ...ROLLOUT_DEFAULTS, version: version!, model };
+    const isThere = rolloutDigest(options, this.releases) !== null;
     try {
       const targets = await this.fleet.rolloutTargets(formRollout(fields));
-      return startPage(view, given, targetsTable(targets), problem);
+      return startPage(view, given, targetsTable(targets), { isThere, problem });
     } catch (error) {
-      if (!(error instanceof OTAError)) throw error;
-      return startPage(
-        view,
-        given,
-        html`<p class="hint">It cannot be told yet.</p>`,
-        problem ?? error.message,
-      );
+      const found = problem ?? (await problemOf(error, this.fleet));
+      const unknown = html`<p class="hint">It cannot be told yet.</p>`;
+      return startPage(view, given, unknown, { isThere, problem: found });
     }
   }
 
   async #askView(view: PageView, fields: FormFields): Promise<Page> {
-    const { version, model, action } = actionOf(fields);
-    const rollouts = await this.fleet.rollouts();
-    const rollout = rollouts.find((one) => one.version === version && one.model === model);
-    if (!rollout || !actionsOf(rollout).includes(action)) {
-      return problemPage(
-        404,
-        "There is no such rollout any more",
-        html`<a href="${view.up}">The fleet</a>`,
-      );
-    }
+    const { action, seen } = actionOf(fields);
+    const rollout = (await this.fleet.rollouts()).find(({ id }) => id === seen.id);
+    if (!rollout || !actionsOf(rollout).includes(action)) return noRolloutPage(view);
     return askPage(view, rollout, action);
   }
 }
@@ -15871,45 +16002,78 @@ class FleetPage {
       return await this.#enter(request, contact, query.token);
     }
     const methods = this.#methods(path);
-    const up = upFrom(path);
     if (path === "/-/sign-in" && method === "POST") {
-      return await this.#enter(request, contact, (await this.#form(request)).get("token") ?? "");
+      const fields = (await this.#form(request)) ?? new Map<string, string>();
+      return await this.#enter(request, contact, fields.get("token") ?? "", fields.get("to"));
     }
     // The forms of a page prove in their bodies that they are of a page of ours.
     const refused = await this.access.check(request, contact, methods?.includes("POST"));
-    if (refused) return isReading && methods ? this.#signIn(refused, contact) : refused;
-    if (!methods) return adminText(contact, 404, "not found");
+    if (refused) return await this.#refuse(request, contact, refused, methods);
+    const up = upFrom(path);
+    const view: PageView = {
+      ...{ up, now: this.fleet.now, proof: this.access.formProof(request.headers) },
+    };
+    if (!methods) {
+      if (!isReading) return adminText(contact, 404, "not found");
+      const next = html`<a href="${up}">The fleet</a>`;
+      return this.#document(view, problemPage(404, "There is no such page", next));
+    }
+    // Reloading what a form was sent to.
+    if (isReading && methods === "POST") return plain(303, "see /-/", this.#see(up));
     if (!methods.split(", ").includes(method)) {
       return adminText(contact, 405, `only ${methods}`, { Allow: methods });
     }
     if (isReading && hasBody(request.headers)) {
       return adminText(contact, 413, "only a POST has a body", { Connection: "close" });
     }
-    const view: PageView = { up, now: Date.now(), proof: this.access.formProof(request.headers) };
     const next = await this.#next(request, contact, view, isReading);
     if (!("see" in next)) return this.#document(view, next);
-    const { see, cookie } = next;
-    const headers = { ...ADMIN_HEADERS, Location: see, ...(cookie && { "Set-Cookie": cookie }) };
-    return plain(303, `see ${see}`, headers);
+    return plain(303, `see ${next.see}`, this.#see(next.see, next.cookie));
   }
 
-  /** Somebody shows a token. */
-  async #enter(request: Request, contact: Contact, token: string): Promise<Answer> {
+  #see(place: string, cookie?: string): Record<string, string> {
+    return { ...ADMIN_HEADERS, Location: place, ...(cookie && { "Set-Cookie": cookie }) };
+  }
+
+  /** Somebody shows a token. @param to what they wanted to see */
+  async #enter(request: Request, contact: Contact, token: string, to?: string): Promise<Answer> {
     const answer = await this.access.enter(request, contact, token);
+    const place = to !== undefined && isPlace(to) ? to : undefined;
+    if (answer.status === 303 && place !== undefined) {
+      return { ...answer, headers: { ...answer.headers, Location: `./${place}` } };
+    }
     const problem =
       answer.status === 429
         ? "Too many wrong tokens: try again in a second"
         : "That is not the token of this server";
-    return this.#signIn(answer, contact, problem);
+    return this.#signIn(answer, contact, { to: place }, problem);
+  }
+
+  /** A refusal, as somebody with a browser sees it. */
+  async #refuse(
+    request: Request,
+    contact: Contact,
+    refused: Answer,
+    methods: string | undefined,
+  ): Promise<Answer> {
+    const { method, path } = contact;
+    if (method === "GET" || method === "HEAD") {
+      const { pathname, search } = new URL(request.url);
+      const to = pathname.slice("/-/".length) + search;
+      return this.#signIn(refused, contact, methods && isPlace(to) ? { to } : {});
+    }
+    if (method !== "POST" || !methods?.includes("POST")) return refused;
+    const fields = await this.#form(request);
+    return this.#signIn(refused, contact, fields ? wantedBy(path, fields) : {});
   }
 
   /** The sign-in page in the place of a refusal; other answers as they are. */
-  #signIn(answer: Answer, { path }: Contact, problem?: string): Answer {
+  #signIn(answer: Answer, { path }: Contact, wanted: Wanted, problem?: string): Answer {
     const { status } = answer;
     if (status !== 401 && status !== 429) return answer;
     const up = upFrom(path);
-    const page = { ...signInPage(up, problem), status };
-    const made = this.#document({ up, now: Date.now(), proof: "" }, page, false);
+    const page = { ...signInPage(up, wanted, problem), status };
+    const made = this.#document({ up, now: this.fleet.now, proof: "" }, page, false);
     return { ...made, headers: { ...answer.headers, ...made.headers } };
   }
 
@@ -15929,9 +16093,10 @@ class FleetPage {
     return ["/-/", "/-/devices", "/-/rollouts/new"].includes(path) ? METHODS : undefined;
   }
 
-  async #form(request: Request): Promise<FormFields> {
-    const body = await readBody(request, ADMIN.body).catch(() => undefined);
-    return formFields(new TextDecoder().decode(body ?? new Uint8Array()));
+  /** The fields of a form that was sent; `undefined`: it is too long. */
+  async #form(request: Request): Promise<FormFields | undefined> {
+    const body = await readBody(request, ADMIN.body).catch(() => new Uint8Array());
+    return body && formFields(new TextDecoder().decode(body));
   }
 
   async #next(
@@ -15943,24 +16108,24 @@ class FleetPage {
     try {
       if (isReading) return await this.#views.of(request, contact, view);
       const fields = await this.#form(request);
+      const again = html`<a href="${view.up}">Look again</a>, and try it there.`;
+      if (!fields) {
+        return problemPage(413, "That is too long", `A form has up to ${ADMIN.body} bytes.`, again);
+      }
       if (!this.access.hasProof(request, contact, fields.get("proof"))) {
-        return problemPage(
-          403,
-          "That form was not of a page of this server",
-          html`<a href="${view.up}">Look again</a>, and try it there.`,
-        );
+        return problemPage(403, "That form was not of a page of this server", again);
       }
       return await this.#change(request, contact, view, fields);
     } catch (error) {
-      if (!(error instanceof OTAError)) throw error;
-      const isWrong = error instanceof FormatError || error.exitCode === 2;
-      const isLate = !isReading && (await isConflict(error, this.fleet));
-      const status = isWrong ? 400 : isLate ? 409 : 503;
-      const title = isWrong ? "That cannot be done" : "That is not possible now";
-      const next = html`<a href="${view.up}">The fleet</a>`;
-      const page = problemPage(status, title, said(error.message), next);
+      const { status, text } = await problemOf(error, this.fleet);
+      const title = status === 400 ? "That cannot be done" : "That is not possible now";
+      const isOfDevices = contact.path.startsWith("/-/devices");
+      const next = isOfDevices
+        ? html`<a href="${view.up}devices">All devices</a>`
+        : html`<a href="${view.up}">The fleet</a>`;
+      const page = problemPage(status, title, said(text), next);
       // A store that is away comes back.
-      return { ...page, isLive: isReading && !isWrong };
+      return { ...page, isLive: isReading && status === 503 };
     }
   }
 
@@ -15977,17 +16142,18 @@ class FleetPage {
       try {
         await this.fleet.startRollout(formRollout(fields));
       } catch (error) {
-        if (!(error instanceof OTAError)) throw error;
-        return await this.#views.start(view, fields, error.message);
+        return await this.#views.start(view, fields, await problemOf(error, this.fleet));
       }
       await this.#hearOfRollouts();
       return { see: up };
     }
     if (path === "/-/rollouts/change") {
-      const { version, model, action } = actionOf(fields);
-      const changed = await this.fleet.changeRollout(version, model, action);
+      const { action, seen } = actionOf(fields);
+      const rollout = (await this.fleet.rollouts()).find(({ id }) => id === seen.id);
+      if (!rollout) return noRolloutPage(view);
+      await this.fleet.changeRollout(rollout.version, rollout.model, action, seen);
       await this.#hearOfRollouts();
-      return changed ? { see: up } : problemPage(404, "There is no such rollout any more");
+      return { see: up };
     }
     return await this.#edit(view, idOf(request, path), fields);
   }

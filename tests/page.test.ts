@@ -18,6 +18,7 @@ import {
 import { Browser, endBrowser, type BrowserOptions } from "./helpers/browser.ts";
 import { Stores } from "./helpers/fleet.ts";
 import { layFleet, type Said } from "./helpers/laid-fleet.ts";
+import { Time } from "./helpers/rollout.ts";
 import { layTree, Temp, type Tree } from "./helpers/temp.ts";
 import { until } from "./helpers/tool.ts";
 
@@ -484,16 +485,322 @@ describe("as programs see it", () => {
     expect(await why()).toEndWith("its rollout is aborted: by the operator.");
   });
 
+  const ROLLOUT = { ...ROLLOUT_DEFAULTS, version: "1.0.1", model: null, pauseAt: [] };
+
+  /** A rollout of 1.0.1, and a server that knows of it. */
+  async function begun(paged: Paged, options: Partial<RolloutOptions> = {}): Promise<string> {
+    const fleet = paged.server.fleet!;
+    const { id } = await fleet.startRollout({ ...ROLLOUT, ...options });
+    const look = async () => {
+      await fleet.flush();
+      return (await fleet.rollouts()).find((one) => one.id === id)!.state;
+    };
+    await until("it runs", look, (state) => state === "running");
+    return id;
+  }
+
+  /** Lets devices ask until some of them were offered 1.0.1. */
+  async function placed(paged: Paged, ids: readonly string[], count: number): Promise<string[]> {
+    const ask = async () => {
+      await paged.visit(...ids.map((devid) => ({ devid })));
+      const { devices } = await paged.server.fleet!.devices({ state: "offered" });
+      return devices.map(({ id }) => id);
+    };
+    return await until("devices are offered it", ask, ({ length }) => length === count);
+  }
+
   test("a button on a page that is behind is refused, and says how the rollout stands", async () => {
     await using paged = await Paged.start();
     await paged.report({ devid: "a" });
-    const rollout = { ...ROLLOUT_DEFAULTS, version: "1.0.1", model: null };
-    await paged.server.fleet!.startRollout(rollout);
-    await paged.server.fleet!.changeRollout("1.0.1", null, "abort");
-    const late = { version: "1.0.1", model: "", action: "pause" };
-    const answer = await paged.post("devices/a", "rollouts/change", late);
-    expect(answer.status).toBe(409);
-    expect(textOf(await answer.text())).toContain("the rollout of 1.0.1 is aborted");
+    const fleet = paged.server.fleet!;
+    const { id } = await fleet.startRollout(ROLLOUT);
+    await fleet.changeRollout("1.0.1", null, "abort");
+    const press = async (fields: Record<string, string>) => {
+      const answer = await paged.post("devices/a", "rollouts/change", { bad: "0", ...fields });
+      return { status: answer.status, text: textOf(await answer.text()) };
+    };
+    const late = await press({ id, action: "pause" });
+    expect(late).toMatchObject({ status: 409, text: expect.stringContaining("1.0.1 is aborted") });
+    // Another one of the same version is not meant.
+    await fleet.startRollout(ROLLOUT);
+    const other = await press({ id, action: "abort" });
+    expect(other.text).toContain("another rollout of 1.0.1 was begun since: look at it first");
+    expect(other.status).toBe(409);
+    expect((await fleet.rollouts())[0]!.state).not.toBe("aborted");
+    expect((await press({ id: "none", action: "abort" })).status).toBe(404);
+    expect((await press({ id, action: "none" })).status).toBe(400);
+    expect((await press({ id, action: "abort", bad: "x" })).status).toBe(400);
+  });
+
+  test("resume acknowledges no device that its page did not show", async () => {
+    await using paged = await Paged.start();
+    const ids = ["a", "b", "c"];
+    await paged.report(...ids.map((devid) => ({ devid })));
+    const id = await begun(paged, { first: 3, tolerance: 0.9 });
+    const [first, second] = await placed(paged, ids, 3);
+    await paged.report({ devid: first!, failed: "1.0.1" });
+    const seen = await paged.html();
+    const [, bad] = /name="bad" value="(\d+)"/.exec(seen)!;
+    expect(bad).toBe("1");
+    await paged.report({ devid: second!, failed: "1.0.1" });
+    const resume = (bad: string) =>
+      paged.post("devices/a", "rollouts/change", { id, bad, action: "resume" });
+    const refused = await resume("1");
+    expect(refused.status).toBe(409);
+    expect(textOf(await refused.text())).toContain("1 device more went bad on 1.0.1 since");
+    const { state, acknowledged } = (await paged.server.fleet!.rollouts())[0]!;
+    expect([state, acknowledged]).toEqual(["halted", 0]);
+    expect((await resume("2")).status).toBe(303);
+    expect((await paged.server.fleet!.rollouts())[0]!.acknowledged).toBe(2);
+  });
+
+  test("a rollout names its bad devices, also when nothing is offered any more", async () => {
+    await using paged = await Paged.start();
+    const ids = ["a", "b", "c", "d", "e"];
+    await paged.report(...ids.map((devid) => ({ devid, model: "m" })));
+    await begun(paged);
+    const [first] = await placed(paged, ids, 1);
+    await paged.server.fleet!.edit(first!, { name: "At the mill" });
+    await paged.report({ devid: first!, model: "m", failed: "1.0.1" });
+    // What is not offered any more no longer fails on it.
+    await paged.report({ devid: first!, model: "m" });
+    const page = await paged.html();
+    expect(page).toContain("Halted at");
+    const [, list] = /<ul class="bad"[^>]*>([^]*?)<\/ul>/.exec(page)!;
+    expect(textOf(list!)).toBe("failed At the mill m, on 1.0.0");
+    expect(list).toContain(`href="./devices/${first}"`);
+    const device = textOf(await paged.html(`devices/${first}`));
+    expect(device).toContain("Rollout 1.0.1 (halted): it failed here");
+    const other = ids.find((id) => id !== first)!;
+    expect(textOf(await paged.html(`devices/${other}`))).not.toContain("Rollout 1.0.1");
+    // Programs are told the same.
+    const answer = await (await paged.ask("api/rollouts")).json();
+    const named = { id: first, standing: "failed", name: "At the mill", model: "m" };
+    expect(answer).toMatchObject({ rollouts: [{ bad: [{ ...named, version: "1.0.0" }] }] });
+    const part = { version: "1.0.1", model: null, state: "halted", standing: "failed" };
+    const known = await (await paged.ask(`api/devices/${first}`)).json();
+    expect(known).toMatchObject({ rollouts: [part] });
+  });
+
+  test("a rollout that waits for bad devices alone says so in the first sentence", async () => {
+    await using paged = await Paged.start();
+    const ids = ["a", "b", "c"];
+    await paged.report(...ids.map((devid) => ({ devid })));
+    await begun(paged, { first: 3, tolerance: 0.9 });
+    const [bad, ...good] = await placed(paged, ids, 3);
+    await paged.report(...good.map((devid) => ({ devid, current_ver: "1.0.1" })));
+    await paged.report({ devid: bad!, failed: "1.0.1" });
+    const headline = async () => {
+      await paged.server.fleet!.flush();
+      return textOf(/<h1>[^]*?<\/h1>/.exec(await paged.html())![0]);
+    };
+    const held = "held: only bad devices are left; resume acknowledges them";
+    const found = await until("it is held", headline, (text) => text.includes("held"));
+    expect(found).toBe(`1.0.1 is on its way: 2 of 3 devices proven; ${held}`);
+  });
+
+  test("of several rollouts that wait for the operator, each is counted", async () => {
+    await using paged = await Paged.laid(
+      [{ id: "a" }],
+      {},
+      {
+        ...TREE,
+        "1.0.2/flash/main.py": "three\n",
+        "1.0.3/flash/main.py": "four\n",
+      },
+    );
+    for (const version of ["1.0.1", "1.0.2", "1.0.3"]) {
+      await paged.server.fleet!.startRollout({ ...ROLLOUT, version });
+      await paged.server.fleet!.changeRollout(version, null, "pause");
+    }
+    const lead = textOf(/<section class="lead">[^]*?<\/section>/.exec(await paged.html())![0]);
+    expect(lead).toMatch(/^Paused at .*: 1\.0\.\d, .* 2 other rollouts wait for you, too\./);
+  });
+
+  test("with models, a release counts the devices that it is for", async () => {
+    const tree: Tree = {
+      ...TREE,
+      "lopy4/1.0.0/flash/main.py": "one\n",
+      "lopy4/1.0.1/flash/main.py": "two of lopy4\n",
+      "lopy4/firmware_1.0.2.bin": "image",
+    };
+    const lopy = { sysname: "LoPy4" };
+    await using paged = await Paged.laid(
+      [
+        { id: "a" },
+        { id: "b", query: { model: "unknown" } },
+        { id: "c", version: "1.0.1" },
+        { id: "d", query: lopy },
+        { id: "e", version: "1.0.1", query: lopy },
+        { id: "f", version: "1.0.1", query: lopy },
+        { id: "g", version: "1.0.1", query: lopy },
+        { id: "h", version: "", query: { ...lopy, firmware_ver: "1.0.2" } },
+      ],
+      {},
+      tree,
+    );
+    const page = await paged.html();
+    const numbers = page
+      .split(/aria-labelledby="releases-/)
+      .slice(1)
+      .map((section) => {
+        const rows = section.matchAll(/data-key="release-([^"]+)"[^]*?<td class="n">(\d+)<\/td>/g);
+        const froms = [
+          ...section.matchAll(/from <bdi>([^<]+)<\/bdi>\s*<span class="hint">\(([^)]+)/g),
+        ];
+        return [
+          section.slice(0, section.indexOf('"')),
+          Object.fromEntries([...rows].map(([, name, count]) => [name, Number(count)])),
+          froms.map(([, from, count]) => `${from}: ${count}`),
+        ];
+      });
+    expect(numbers).toEqual([
+      ["", { "1.0.1": 1, "1.0.0": 2 }, ["1.0.0: 2 devices"]],
+      [
+        "lopy4",
+        { "1.0.2": 1, "1.0.1": 3, "1.0.0": 1 },
+        ["1.0.1: 3 devices", "1.0.0: 1 device", "1.0.0: 1 device"],
+      ],
+    ]);
+  });
+
+  test("the form of a rollout: as the command has it, and says what is wrong with what", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const start = async (fields: Record<string, string>) => {
+      const all = { version: "1.0.1", model: "", "pause-at": "", ...fields };
+      const answer = await paged.post("devices/a", "rollouts", all);
+      return { status: answer.status, text: textOf(await answer.text()) };
+    };
+    for (const [fields, text] of [
+      [{ soak: "soon" }, "Soak expects a duration such as 30s, 10m or 1h, found soon"],
+      [{ silent: "0" }, "Silent after expects a duration such as 30s, 10m or 1h, found 0"],
+      [{ tolerance: "5" }, "Tolerance expects a percentage such as 5%, found 5"],
+      [{ "pause-at": "5%, all" }, "Pause at expects a percentage such as 5%, found all"],
+      [{ first: "none" }, "First devices expects a number of devices, found none"],
+      [{ only: "site" }, "Only expects K=V: a label, model=M or version=V, found site"],
+      [{ version: "a/b" }, "a version as its directory is named"],
+    ] as const) {
+      const found = await start(fields);
+      expect([fields, found.status]).toEqual([fields, 400]);
+      expect(found.text).toContain(text);
+    }
+    const typed = { soak: "10m", silent: "2h", tolerance: "2.5 %", "pause-at": "50%, 5%" };
+    expect((await start({ ...typed, only: "site=north, ring=1" })).status).toBe(303);
+    expect((await paged.server.fleet!.rollouts())[0]).toMatchObject({
+      ...{ soak: 600, silent: 7200, tolerance: 0.025, pause_at: [0.05, 0.5] },
+      only: [
+        ["site", "north"],
+        ["ring", "1"],
+      ],
+    });
+    const again = await start({});
+    expect(again.status).toBe(409);
+    expect(again.text).toContain("a rollout of 1.0.1 is");
+    const form = textOf(await paged.html("rollouts/new?version=1.0.2"));
+    expect(form).toContain("It is not among the releases: its rollout waits until it is.");
+    expect(textOf(await paged.html("rollouts/new?version=1.0.1"))).not.toContain("not among");
+    const model = textOf(await paged.html("rollouts/new?version=1.0.1&model=lopy4"));
+    expect(model).toContain("It is not among the releases");
+  });
+
+  test("a form whose store is away: 503 and why, with what was typed", async () => {
+    await using paged = await Paged.start({ fleet: await nobody() });
+    const page = await paged.html("rollouts/new?version=1.0.1&soak=10m", 503);
+    expect(page).toContain("does not answer");
+    expect(page).toContain('value="10m"');
+  });
+
+  test("who signs in sees what was wanted; what was typed is kept, and nothing is done", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    /** What the sign-in page has in its form; and where that leads with the token. */
+    const signIn = async (text: string) => {
+      const found = /name="to" value="([^"]*)"/.exec(text)?.[1]!.replaceAll("&amp;", "&");
+      const body = new URLSearchParams({ token: paged.token, ...(found && { to: found }) });
+      const init = { method: "POST", body, redirect: "manual" as const };
+      return (await fetch(paged.at_("sign-in"), init)).headers.get("location");
+    };
+    for (const [path, to] of [
+      ["", "./"],
+      ["devices?q=a%26b&state=behind", "./devices?q=a%26b&state=behind"],
+      ["devices/a%2Fb", "./devices/a%2Fb"],
+      ["rollouts/new?version=1.0.1", "./rollouts/new?version=1.0.1"],
+      ["nothing", "./"],
+      ["sign-in", "./"],
+    ] as const) {
+      const answer = await fetch(paged.at_(path));
+      expect([path, answer.status, await signIn(await answer.text())]).toEqual([path, 401, to]);
+    }
+    for (const to of [
+      "//evil.example",
+      "https://evil.example/",
+      "devices\r\nX-Evil: 1",
+      "..",
+      "x",
+    ]) {
+      const body = new URLSearchParams({ token: paged.token, to });
+      const init = { method: "POST", body, redirect: "manual" as const };
+      const { headers } = await fetch(paged.at_("sign-in"), init);
+      expect([to, headers.get("location")]).toEqual([to, "./"]);
+      expect(headers.get("x-evil")).toBeNull();
+    }
+    const post = async (path: string, fields: Record<string, string>) => {
+      const answer = await fetch(paged.at_(path), {
+        ...{ method: "POST", body: new URLSearchParams(fields), headers: { Origin: "null" } },
+      });
+      expect([path, answer.status]).toEqual([path, 401]);
+      expect(answer.headers.get("content-type")).toBe("text/html; charset=utf-8");
+      return await answer.text();
+    };
+    const rollout = await post("rollouts", { proof: "x", version: "1.0.1", soak: "<b>" });
+    expect(await signIn(rollout)).toBe("./rollouts/new?version=1.0.1&soak=%3Cb%3E");
+    expect(await paged.server.fleet!.rollouts()).toEqual([]);
+    const labels = "site=<i>\r\nring=1";
+    const edit = await post("devices/a", { proof: "x", name: "Mill", labels });
+    expect(edit).toContain("<pre>name: Mill\nlabels: site=&lt;i&gt;\nring=1</pre>");
+    expect(await signIn(edit)).toBe("./devices/a");
+    expect((await paged.server.fleet!.device("a"))!.name).toBeNull();
+    expect(await signIn(await post("rollouts/change", { id: "x", action: "abort" }))).toBe("./");
+    // Who reloads what a form was sent to.
+    for (const path of ["sign-in", "sign-out", "rollouts"]) {
+      const { status, headers } = await paged.ask(path);
+      expect([path, status, headers.get("location")]).toEqual([path, 303, "./"]);
+    }
+  });
+
+  test("a form that is too long is refused as such", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const labels = "x".repeat(65_536);
+    const answer = await paged.post("devices/a", "devices/a", { name: "", labels });
+    expect(answer.status).toBe(413);
+    expect(textOf(await answer.text())).toContain("A form has up to 65536 bytes.");
+  });
+
+  test("a filter that is wrong stays in its form, which says what was expected", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const page = await paged.html("devices?q=some&label=site", 400);
+    expect(page).toContain('value="site"');
+    expect(page).toContain('value="some"');
+    expect(textOf(page)).toContain("label: expected KEY=VALUE");
+    expect(await paged.html("devices?state=x", 400)).toContain('role="search"');
+    expect(await paged.html("nothing", 404)).toContain("There is no such page");
+  });
+
+  test("when devices were last heard is a second old at most in a small fleet", async () => {
+    const time = new Time();
+    await using paged = await Paged.start({ clock: time.clock, tick: 0 });
+    const heard = async () => {
+      const row = /within 1 min<\/th>\s*<td class="n">(\d+)/.exec(await paged.html());
+      return Number(row?.[1]);
+    };
+    await paged.report({ devid: "a" });
+    expect(await heard()).toBe(1);
+    await paged.report({ devid: "b" });
+    time.pass(1000);
+    expect(await heard()).toBe(2);
   });
 
   test("what there is not, and what is wrong", async () => {
@@ -506,6 +813,7 @@ describe("as programs see it", () => {
       "devices/%zz",
       "rollouts/new",
       "devices?q=%00",
+      "devices?other=1",
     ]) {
       const { status, headers } = await paged.ask(wrong);
       expect([wrong, status]).toEqual([wrong, 400]);
@@ -773,6 +1081,26 @@ describe("in a browser", () => {
     expectQuiet(browser, /status of 400/);
   });
 
+  test("signed out while something is typed: it stays, and the page says so", async () => {
+    await using paged = await Paged.laid([{ id: "a" }]);
+    using browser = await paged.browse({}, "devices/a");
+    await browser.type("#labels", "site=north");
+    await browser.signOut();
+    await browser.until("#lost", /You are signed out: copy what you typed, and reload/);
+    expect(await browser.ask(`document.querySelector("#labels").value`)).toBe("site=north");
+    // Sent all the same, nothing is saved; what was typed is there, and so is the way back.
+    await browser.follow("main button");
+    expect(await browser.text("h1")).toBe("Sign in");
+    expect(await browser.text("pre")).toContain("site=north");
+    await browser.type("#token", paged.token);
+    await browser.follow("button.main");
+    expect(await browser.url()).toBe(paged.at_("devices/a"));
+    // With nothing typed, the page asks for the token by itself.
+    await browser.leave("the end of a session", () => browser.signOut());
+    expect(await browser.text("h1")).toBe("Sign in");
+    expectQuiet(browser, /status of 401/);
+  });
+
   test("a device that is named as a script is harmless everywhere", async () => {
     const evil = EVIL.slice(0, 100);
     await using paged = await Paged.start();
@@ -843,16 +1171,16 @@ describe("in a browser", () => {
       // What is wrong is said, and stays typed.
       await browser.type("#tolerance", "all");
       await browser.follow("[formmethod]");
-      expect(await browser.text(".problem")).toContain("tolerance");
+      expect(await browser.text(".problem")).toContain("Tolerance expects a percentage");
       expect(await browser.ask(`document.querySelector("#tolerance").value`)).toBe("all");
       // As with the command; emptied, it stays so.
-      expect(await browser.ask(`document.querySelector("#pause").value`)).toBe("5, 50");
-      await browser.type("#pause", "");
-      await browser.type("#tolerance", "5");
+      expect(await browser.ask(`document.querySelector("#pause-at").value`)).toBe("5%, 50%");
+      await browser.type("#pause-at", "");
+      await browser.type("#tolerance", "5%");
       await browser.type("#only", "version=1.0.1");
       await browser.follow("section button:not([formmethod])");
       expect(await browser.text("main")).toContain("No device would get it");
-      expect(await browser.ask(`document.querySelector("#pause").value`)).toBe("");
+      expect(await browser.ask(`document.querySelector("#pause-at").value`)).toBe("");
       await browser.type("#only", "");
       await browser.follow("[formmethod]");
       expect(await browser.url()).toBe(paged.at_());
@@ -899,6 +1227,8 @@ describe("in a browser", () => {
     await browser.until(".rollout .legend", /1 failed/);
     await browser.until("[aria-labelledby=clusters]", /failed 1\.0\.0/);
     await browser.shoot("rollout-halted");
+    await browser.follow(".bad a");
+    expect(await browser.text("dl")).toContain("1.0.1 (halted): it failed here");
     const other = IDS.find((id) => id !== first)!;
     await browser.go(paged.at_(`devices/${other}`));
     expect(await browser.text("dl")).toContain(
@@ -939,7 +1269,8 @@ describe("in a browser", () => {
       ]);
       await paged.server.fleet!.edit(long, { name: long, labels: { [long]: long, a: "b" } });
       const rollout = { ...ROLLOUT_DEFAULTS, version: "1.0.1", model: null };
-      await paged.server.fleet!.startRollout({ ...rollout, only: [["model", long]] });
+      const only = [["model", long]] as const;
+      const { id } = await paged.server.fleet!.startRollout({ ...rollout, only });
       await using none = await Paged.start({}, {});
       await using away = await Paged.start({ fleet: await nobody() });
       using browser = await Browser.open({ width: 360, height: 740, dark });
@@ -965,12 +1296,14 @@ describe("in a browser", () => {
       await check(`devices/${long}`);
       await check("devices/none");
       await check("rollouts/new?version=1.0.1");
-      await check("rollouts/change?version=1.0.1&model=&action=abort");
+      await check(`rollouts/change?id=${id}&bad=0&action=abort`);
+      await check("devices?label=site");
+      await check("nothing");
       await check("no release", none.at_());
       await check("no device", none.at_("devices"));
       await check("away", away.at_());
       await check("devices away", away.at_("devices"));
-      expectQuiet(browser, /status of 40[14]/, /status of 503/);
+      expectQuiet(browser, /status of 40[014]/, /status of 503/);
     });
   }
 

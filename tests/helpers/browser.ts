@@ -192,6 +192,11 @@ export class Browser implements Disposable {
     await this.#within(`${url} loads`, this.view.navigate(String(url)));
   }
 
+  /** Loses its cookies, as when a session ends. */
+  async signOut(): Promise<void> {
+    await this.#within("cookies go", this.view.cdp("Network.clearBrowserCookies"));
+  }
+
   /** The text of an element as a person sees it; `undefined`: there is none. */
   async text(selector: string): Promise<string | undefined> {
     const found = await this.ask<string | null>(
@@ -277,8 +282,13 @@ export class Browser implements Disposable {
 
   /** Activates an element, and waits for the page that this leads to. */
   async follow(selector: string): Promise<void> {
+    await this.leave(selector, () => this.press(selector));
+  }
+
+  /** Does something that leads to another page, and waits for that. @param what in words */
+  async leave(what: string, act: () => Promise<void>): Promise<void> {
     await this.ask("void (globalThis.isLeft = true)");
-    await this.press(selector);
+    await act();
     // Without scripts, no event of the page tells when it was read.
     const look = async () => {
       const asked = this.view.evaluate<string>("globalThis.isLeft ? '' : document.readyState");
@@ -289,7 +299,7 @@ export class Browser implements Disposable {
       });
     };
     const arrived = until("another page", look, (found) => found === "complete", this.patience);
-    await this.#within(`${selector} leads to another page`, arrived, 2 * this.patience);
+    await this.#within(`${what} leads to another page`, arrived, 2 * this.patience);
   }
 
   /** Types into a field, in the place of what is in it. */
