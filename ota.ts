@@ -14881,7 +14881,7 @@ function releasesSection(view: PageView, root: ReleaseRoot, fleet: FleetGlance):
     ...[columnHead("Devices", "numbers"), columnHead("Rollout", "unseen")],
   ];
   return html`<section aria-labelledby="${id}">
-    <h2 id="${id}">Releases${root.model !== "" && html` for ${said(root.model)}`}</h2>
+    <h2 id="${id}"><span>Releases${root.model !== "" && html` for ${said(root.model)}`}</span></h2>
     ${rows.length > 0 && wideTable("releases", heads, rows)}
     ${listed.length > LISTED && html`<p class="hint">and ${grouped(listed.length - LISTED)} older ones</p>`}
     ${warningsList(others, `${id}-warnings`)}
@@ -15843,6 +15843,11 @@ function actionOf(fields: FormFields): { action: RolloutAction; seen: SeenRollou
   return { action, seen: { id, bad: Number(bad) } };
 }
 
+/** Whether a person asks, and not a program: it says that it reads HTML. */
+function isBrowser({ headers }: Request): boolean {
+  return headers.get("accept")?.includes("text/html") === true;
+}
+
 /** Whether a text is a view below `/-/`, and no more than that. */
 function isPlace(text: string): boolean {
   return text.length <= 4000 && /^(devices|rollouts\/new)[!-~]*$/.test(text);
@@ -16014,7 +16019,7 @@ class FleetPage {
       ...{ up, now: this.fleet.now, proof: this.access.formProof(request.headers) },
     };
     if (!methods) {
-      if (!isReading) return adminText(contact, 404, "not found");
+      if (!isBrowser(request)) return adminText(contact, 404, "not found");
       const next = html`<a href="${up}">The fleet</a>`;
       return this.#document(view, problemPage(404, "There is no such page", next));
     }
@@ -16057,6 +16062,7 @@ class FleetPage {
     methods: string | undefined,
   ): Promise<Answer> {
     const { method, path } = contact;
+    if (!methods && !isBrowser(request)) return refused;
     if (method === "GET" || method === "HEAD") {
       const { pathname, search } = new URL(request.url);
       const to = pathname.slice("/-/".length) + search;

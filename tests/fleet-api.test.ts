@@ -15,7 +15,13 @@ import {
 } from "bun:test";
 import { copyFileSync, mkdirSync, writeFileSync } from "node:fs";
 import { createServer, type Server as TCPServer, type Socket } from "node:net";
-import { serve, type FleetDevice, type FleetServer, type ServeOptions } from "../ota.ts";
+import {
+  serve,
+  type DeviceDetails,
+  type FleetDevice,
+  type FleetServer,
+  type ServeOptions,
+} from "../ota.ts";
 import { certify } from "./helpers/pki.ts";
 import { Postgres } from "./helpers/postgres.ts";
 import { Random, seeded } from "./helpers/random.ts";
@@ -554,9 +560,9 @@ describe("answers", () => {
   test("a device, and what happened to it", async () => {
     const before = Date.now() - 600_000;
     const { json } = await fleet.ask("/-/api/devices/m-1");
-    const { history, first_seen, last_seen, ...rest } = json() as unknown as FleetDevice & {
-      history: object[];
-    };
+    const details = json() as unknown as DeviceDetails;
+    const { history, rollouts, first_seen, last_seen, ...rest } = details;
+    expect(rollouts).toEqual([]);
     expect(rest as object).toEqual({
       ...{ id: "m-1", name: "The Cellar", model: "Wipy", version: "1.0.1", firmware: null },
       ...{ state: "current", offered: null, failed: null, address: "127.0.0.1" },

@@ -729,7 +729,7 @@ describe("as programs see it", () => {
       ["nothing", "./"],
       ["sign-in", "./"],
     ] as const) {
-      const answer = await fetch(paged.at_(path));
+      const answer = await fetch(paged.at_(path), { headers: { Accept: "text/html" } });
       expect([path, answer.status, await signIn(await answer.text())]).toEqual([path, 401, to]);
     }
     for (const to of [
@@ -786,7 +786,15 @@ describe("as programs see it", () => {
     expect(page).toContain('value="some"');
     expect(textOf(page)).toContain("label: expected KEY=VALUE");
     expect(await paged.html("devices?state=x", 400)).toContain('role="search"');
-    expect(await paged.html("nothing", 404)).toContain("There is no such page");
+  });
+
+  test("a path that there is not: a page for a browser, a line for a program", async () => {
+    await using paged = await Paged.start();
+    const program = await paged.ask("nothing");
+    expect([program.status, await program.text()]).toEqual([404, "not found\n"]);
+    const browser = await paged.ask("nothing", { headers: { Accept: "text/html,*/*" } });
+    expect(browser.status).toBe(404);
+    expect(textOf(await browser.text())).toContain("There is no such page The fleet");
   });
 
   test("when devices were last heard is a second old at most in a small fleet", async () => {

@@ -200,8 +200,13 @@ describe.concurrent("a rollout beside its server", () => {
     const { reason } = await van.state("halted");
     const { stdout } = await van.rollout();
     expect(stdout).toContain(
-      `1.0.1  halted  ${reason}; none proven, 1 bad: all may fail; 0 on the way`,
+      `1.0.1  halted  ${reason}; none proven, 1 bad: all may fail; 0 on the way; 1 to come; failed: a\n`,
     );
+    const known = await run(["fleet", "show", "a", "--fleet", van.at(".fleet.db")]);
+    expect(known.stdout).toMatch(/^rollouts: +1\.0\.1 \(halted\): it failed here$/m);
+    expect(
+      (await run(["fleet", "show", "b", "--fleet", van.at(".fleet.db")])).stdout,
+    ).not.toContain("rollouts:");
     const resumed = await van.rollout("resume", "1.0.1");
     expect([resumed.code, resumed.stdout]).toEqual([0, "1.0.1 running\n"]);
     van.pass();
