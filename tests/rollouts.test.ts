@@ -2,7 +2,15 @@
 
 import { afterAll, beforeAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import * as fs from "node:fs";
-import { binomialTail, Fleet, rolloutNumber, ROLLOUT_DEFAULTS, serve } from "../ota.ts";
+import {
+  binomialTail,
+  Fleet,
+  rolloutNumber,
+  ROLLOUT_DEFAULTS,
+  type RolloutAction,
+  type SeenRollout,
+  serve,
+} from "../ota.ts";
 import { failureOf, HOUR, Stores } from "./helpers/fleet.ts";
 import { INTERVAL, RolloutWorld, TREE } from "./helpers/rollout.ts";
 import { Random, seeded } from "./helpers/random.ts";
@@ -121,6 +129,61 @@ describe.each(stores.each)("a rollout in %s", (_, { place }) => {
     expect(await world.ask(first[0]!)).toBe("none");
     await world.second();
     expect((await world.rollout()).failed).toBe(1);
+  });
+
+  test("names the bad devices, those heard last first, and ten at most; and devices their part", async () => {
+    await using world = await RolloutWorld.open(await place(), 30);
+    await world.start({ first: 30, tolerance: 0.99 });
+    const ids = await world.askAll();
+    expect(ids).toHaveLength(30);
+    const part = async (id: string) => (await world.fleet.device(id))!.rollouts;
+    const rollout = { version: "1.0.1", model: null, state: "running" } as const;
+    expect(await part("m000")).toEqual([{ ...rollout, standing: "offered" }]);
+    await world.proveAll(["m000", "m001"]);
+    for (const id of ids.slice(-12)) {
+      await world.fail([id]);
+      await world.second(60);
+    }
+    await world.fleet.edit("m029", { name: "Mill" });
+    const { bad, failed } = await world.rollout();
+    expect(failed).toBe(12);
+    const named = ids.slice(-10).reverse();
+    expect(bad.map(({ id }) => id)).toEqual(named);
+    const last = { id: "m029", standing: "failed", name: "Mill", model: null, version: "1.0.0" };
+    expect(bad[0] as object).toEqual(last);
+    expect(await part("m000")).toEqual([{ ...rollout, standing: "proven" }]);
+    expect(await part("m029")).toEqual([{ ...rollout, standing: "failed" }]);
+    // Of one that is forgotten, the id is left.
+    await world.fleet.forget("m029");
+    const unknown = { id: "m029", standing: "failed", name: null, model: null, version: null };
+    expect((await world.rollout()).bad[0] as object).toEqual(unknown);
+    await world.fleet.changeRollout("1.0.1", null, "resume");
+    expect(await world.rollout()).toMatchObject({ acknowledged: 12, bad: [] });
+    expect(await part("m028")).toEqual([{ ...rollout, standing: "acknowledged" }]);
+  });
+
+  test("what its operator saw counts: another rollout, or more bad devices, are left as they are", async () => {
+    await using world = await RolloutWorld.open(await place(), 3);
+    const { id } = await world.start({ first: 3, tolerance: 0.9 });
+    await world.allowAll();
+    await world.second(3);
+    const ids = await world.askAll();
+    const change = (action: RolloutAction, seen: SeenRollout) =>
+      failureOf(world.fleet.changeRollout("1.0.1", null, action, seen));
+    await world.proveAll(ids.slice(0, 1));
+    await world.fail(ids.slice(1, 2));
+    expect(await change("resume", { id, bad: 0 })).toContain(
+      "1 device more went bad on 1.0.1 since: resume would acknowledge that, so look at it first",
+    );
+    expect(await change("abort", { id: "other", bad: 0 })).toContain(
+      "another rollout of 1.0.1 was begun since: look at it first",
+    );
+    expect(await world.rollout()).toMatchObject({ failed: 1, acknowledged: 0 });
+    // What is not acknowledged by it may have gone bad.
+    const paused = await world.fleet.changeRollout("1.0.1", null, "pause", { id, bad: 0 });
+    expect(paused!.state).toBe("paused");
+    const resumed = await world.fleet.changeRollout("1.0.1", null, "resume", { id, bad: 1 });
+    expect(resumed).toMatchObject({ state: "running", acknowledged: 1 });
   });
 
   test("halts when a device that was proven goes back", async () => {
