@@ -45,9 +45,10 @@
 //      Admin answers · Admin access · Fleet requests · Rollout words · Rollout API · Fleet API
 //      Rollout notices · Staged versions
 // VI   Page: what an operator looks at, and the server with all of it.
-//      HTML templates · Page frame · Charts · Costs on the page · Rollouts on the page
-//      Rollout forms · Releases on the page · Fleet view · Device list · Device view · Style
-//      Script · Page files · Form fields · Page views · Page requests · Serving
+//      HTML templates · Page frame · Charts · Costs on the page · Fleet glance
+//      Rollouts on the page · Rollout forms · Releases on the page · Fleet view · Device list
+//      Device view · Style · Script · Page files · Form fields · Page views · Page requests
+//      Serving
 // VII  Device disk: files changed as one transaction.
 //      Disk · Files · Preflight · Staging · State format · State files · Inventory
 //      Change preparation · Apply and sync · Repairs · Transactions · Journal
@@ -8662,16 +8663,18 @@ function haltReason(options: RolloutOptions, progress: RolloutProgress): string 
   const bad = failed + silent;
   if (bad === 0) return undefined;
   const kinds = [failed > 0 && `${failed} failed`, silent > 0 && `${silent} silent`];
-  const badText = `${counted(bad, "device")} bad (${kinds.filter(Boolean).join(", ")})`;
-  if (proven === 0) return `${badText}, and none is proven`;
+  const kind = kinds.filter(Boolean).join(", ");
+  if (proven === 0) return `${counted(bad, "device")} bad (${kind}), and none is proven`;
   const chance = binomialTail(bad, proven + bad, options.tolerance);
   if (bad >= 2 && chance < SIGNIFICANCE) {
-    const within = `within a tolerance of ${percent(options.tolerance)}`;
-    return `${badText} of ${proven + bad}: ${within} that has a chance of ${percent(chance)}`;
+    const share = `${bad} of ${proven + bad} devices bad (${kind})`;
+    const tolerance = `more than a tolerance of ${percent(options.tolerance)} explains`;
+    return `${share}: ${tolerance} (a chance of ${percent(chance)})`;
   }
   const places = Math.max(options.first, proven);
   if (!isOpen && way === 0 && bad >= places) {
-    return `${badText} hold all ${counted(places, "place")} that ${proven} proven allow`;
+    const place = `${places === 1 ? "the only place" : `all ${places} places`}`;
+    return `${counted(bad, "device")} bad (${kind}) in ${place} beside ${proven} proven`;
   }
   return undefined;
 }
@@ -10077,7 +10080,7 @@ function valuesByKey(only: RolloutOptions["only"]): Map<string, string[]> {
  * model; `null`: it is not there.
  */
 function rolloutDigest(
-  { version, model }: RolloutOptions,
+  { version, model }: Pick<RolloutOptions, "version" | "model">,
   releases: Releases | undefined,
 ): string | null {
   const root = releases?.rootOf(model);
@@ -11995,7 +11998,7 @@ class Admission {
   constructor(
     private readonly clock: FleetClock,
     private readonly releases: (() => Releases) | undefined,
-    private readonly isStaged: boolean,
+    readonly isStaged: boolean,
   ) {
     this.#lease = new PlaceLease(clock);
   }
@@ -13965,7 +13968,7 @@ function documentOf(view: PageView, page: Page, place: string, isIn = true): str
     <html lang="en">
       <head>
         <meta charset="utf-8" />
-        <title>${page.title} · ota.ts</title>
+        <title>${shown(page.title)} · ota.ts</title>
         <meta name="viewport" content="width=device-width, initial-scale=1" />
         <meta name="color-scheme" content="light dark" />
         <link rel="stylesheet" href="${up}page.css?${PAGE_VERSION}" />
@@ -14249,10 +14252,7 @@ function seenChart(seen: readonly number[]): Markup {
 /** Where devices fail or fall silent. */
 function clustersChart(view: PageView, clusters: readonly FleetCluster[]): Markup {
   if (clusters.length === 0)
-    return html`<p class="hint">
-      No device that is offered a release now has failed or is silent. What rollouts met that offer
-      nothing now stands with them.
-    </p>`;
+    return html`<p class="hint">No device that is offered a release has failed or is silent.</p>`;
   const most = Math.max(...clusters.map(({ devices }) => devices));
   const rows = clusters.map(({ state, version, model, devices }) => {
     const from = version === null ? html`no version` : brief(version);
@@ -14279,10 +14279,13 @@ type StepCost = { name: string; bytes: number }[];
 /** What nobody has looked at for so long is not worked out, in milliseconds. */
 const COSTS_WANTED = 10_000;
 
+/** Bytes of memory for costs: some thousand steps. */
+const MAX_COSTS = 4 << 20;
+
 /** Costs of steps. */
 class AirCosts {
   readonly #encoder = new Encoder();
-  readonly #known = new Cache<StepCost>(4000);
+  readonly #known = new Cache<StepCost>(MAX_COSTS);
   readonly #waiting = new Map<string, { asked: number; measure: () => Promise<StepCost> }>();
   #isBusy = false;
 
@@ -14321,7 +14324,7 @@ class AirCosts {
       // What cannot be read now is tried again when somebody looks again.
       if (performance.now() - asked < COSTS_WANTED) {
         await measure().then(
-          (cost) => this.#known.set(key, cost, 1),
+          (cost) => this.#known.set(key, cost, 64 * cost.length),
           () => {},
         );
       }
@@ -14342,6 +14345,48 @@ function costText(cost: StepCost | undefined): Markup {
       >`;
   });
   return html`${parts.map((part, i) => [i > 0 && " · ", part])}`;
+}
+
+// ──── Fleet glance ───────────────────────────────────────────────────────────────────────────────
+// What the first view is made from, and what follows from that for more than one part of it.
+
+/** What the first view is made from. */
+interface FleetGlance {
+  releases: Releases;
+  rollouts: readonly Rollout[];
+  /** Whether a new version gets a rollout by itself. */
+  isStaged: boolean;
+  /** Absent: the store does not answer, for this reason. */
+  overview: FleetOverview | undefined;
+  problem: string | undefined;
+  costs: AirCosts;
+  /** What devices begin their requests with. */
+  base: string;
+  /** The model whose releases are shown alone. */
+  model: string | undefined;
+}
+
+function hasReleases({ roots }: Releases): boolean {
+  return roots.some(({ versions, firmware }) => versions.length + firmware.length > 0);
+}
+
+/** Whether what a rollout is about is among the releases. */
+function isAmong(releases: Releases, which: Pick<Rollout, "version" | "model">): boolean {
+  return rolloutDigest(which, releases) !== null;
+}
+
+/** Why nobody is offered the newest release of a root, although no rollout goes on. */
+function heldBack({ releases, rollouts }: FleetGlance): Markup | undefined {
+  for (const { model, versions, firmware } of releases.roots) {
+    const newest = versions.at(-1) ?? firmware.at(-1);
+    const last = rollouts.find((one) => {
+      return (one.model ?? "") === model && isSameRelease(one.version, newest?.name ?? "");
+    });
+    if (last?.state !== "aborted") continue;
+    return html`${said(rolloutName(last))} was aborted: devices stay as they are. Start another
+    rollout of it, or publish a later version.`;
+  }
+  return undefined;
 }
 
 // ──── Rollouts on the page ────────────────────────────────────────────────────────────────────────
@@ -14490,28 +14535,32 @@ function rolloutItem(view: PageView, rollout: Rollout): Markup {
   </article>`;
 }
 
+/** What happens while no rollout is under way. */
+function withoutRollout(glance: FleetGlance): Markup | string {
+  if (glance.isStaged) return "A new version gets one by itself.";
+  if (!hasReleases(glance.releases)) return "Once there is a release, one can be started there.";
+  const next = "To go step by step, start one at a release below.";
+  return heldBack(glance) ?? `Devices get the newest release when they next ask. ${next}`;
+}
+
 /** All rollouts: those that go on, and the last ones that are over. */
-function rolloutsSection(
-  view: PageView,
-  rollouts: readonly Rollout[],
-  hasReleases: boolean,
-): Markup {
+function rolloutsSection(view: PageView, glance: FleetGlance): Markup {
+  const { rollouts } = glance;
   const [over, open] = [
     rollouts.filter(({ state }) => !isGoing(state)).slice(0, 5),
     rollouts.filter(({ state }) => isGoing(state)),
   ];
-  const next = hasReleases ? "start one at a release below" : "start one once there is a release";
-  const none = html`<p class="hint">
-    No rollout is under way: devices get the newest release when they next ask. To go step by step,
-    ${next}.
-  </p>`;
+  const none = html`<p class="hint">No rollout is under way. ${withoutRollout(glance)}</p>`;
   const past = over.map((one) => {
     const { state, changed, proven, eligible, id } = one;
+    const bad = badOf(one);
     return html`<li data-key="rollout-${id}">
       ${said(rolloutName(one))} ${stateTag(ROLLOUT_SHAPES[state], state)}
       <span class="hint"
-        >${clockTime(changed, view.now)}, ${grouped(proven)} of ${grouped(eligible)} proven</span
+        >${clockTime(changed, view.now)}, ${grouped(proven)} of ${grouped(eligible)}
+        proven${bad > 0 && `, ${grouped(bad)} bad`}</span
       >
+      ${badList(view, one)}
     </li>`;
   });
   return html`<section aria-labelledby="rollouts">
@@ -14691,22 +14740,12 @@ function startPage(
 // ──── Releases on the page ────────────────────────────────────────────────────────────────────────
 // The releases of each root: what they are, what is wrong with them, and what they cost on the air.
 
-/** What the first view is made from. */
-interface FleetGlance {
-  releases: Releases;
-  rollouts: readonly Rollout[];
-  /** Absent: the store does not answer, for this reason. */
-  overview: FleetOverview | undefined;
-  problem: string | undefined;
-  costs: AirCosts;
-  /** What devices begin their requests with. */
-  base: string;
-}
-
-/** Versions that costs are shown from at most, for each release. */
-const COSTED = 10;
-/** Releases that are listed at most, the newest first. */
-const LISTED = 20;
+/** Versions that costs are shown from at most: for the newest release, and for others. */
+const COSTED = { newest: 10, others: 3 };
+/** Releases that are listed at most, the newest first: of a root, of all together, and of each. */
+const LISTED = { root: 20, all: 40, least: 3 };
+/** Roots of models that are shown at most; others one by one. */
+const SHOWN_ROOTS = 12;
 /** Warnings that are listed at most, for each release. */
 const WARNED = 5;
 
@@ -14722,6 +14761,8 @@ interface FoundWarnings {
 /** What the releases of a root are shown with. */
 interface RootGlance extends FleetGlance {
   root: ReleaseRoot;
+  /** How many of its releases are listed. */
+  listed: number;
   /** How many devices that it is for are on which of its releases, the most first. */
   on: Map<string, number>;
   warnings: FoundWarnings;
@@ -14750,7 +14791,7 @@ function warningsOf(root: ReleaseRoot): FoundWarnings {
 
 /** Adds what boards cannot do on their way to each release that is listed. */
 async function findStepWarnings(root: ReleaseRoot, { releases }: FoundWarnings): Promise<void> {
-  for (const { name, version } of root.versions.slice(-LISTED).toReversed()) {
+  for (const { name, version } of root.versions.slice(-LISTED.root).toReversed()) {
     const steps = await warningsOfSteps(root, itemsUpTo(root, version));
     const froms = new Map<string, string[]>();
     for (const { from, lines } of steps) {
@@ -14790,18 +14831,22 @@ function devicesOn(root: ReleaseRoot, { releases, overview }: FleetGlance): Root
 }
 
 /** What a release costs from where devices are. */
-function costsList({ root, on, costs }: RootGlance, name: string): Markup | undefined {
+function costsList(
+  { root, on, costs }: RootGlance,
+  name: string,
+  most: number,
+): Markup | undefined {
   const target = new LooseVersion(name);
   const from = [...on].filter(([one]) => target.compare(one) > 0);
   if (from.length === 0) return undefined;
   const to = itemsUpTo(root, target);
-  const rows = from.slice(0, COSTED).map(([one, count]) => {
+  const rows = from.slice(0, most).map(([one, count]) => {
     return html`<li>
       from ${said(one)} <span class="hint">(${many(count, "device")})</span>:
       ${costText(costs.of(root, one, to))}
     </li>`;
   });
-  const rest = from.slice(COSTED).reduce((sum, [, count]) => sum + count, 0);
+  const rest = from.slice(most).reduce((sum, [, count]) => sum + count, 0);
   return html`<ul class="costs">
     ${rows} ${rest > 0 && html`<li class="hint">and from others (${many(rest, "device")})</li>`}
   </ul>`;
@@ -14843,7 +14888,7 @@ function releaseRow(
     version !== null && firmware !== null && " and firmware",
     ` ${formatBytes(bytes)}`,
   ];
-  const costs = costsList(glance, name);
+  const costs = costsList(glance, name, isNewest ? COSTED.newest : COSTED.others);
   const warnings = warningsList(glance.warnings.releases.get(name) ?? [], "warnings");
   const folded =
     costs &&
@@ -14857,7 +14902,7 @@ function releaseRow(
       </th>
       <td>${what}</td>
       <td>${signatureText(root, version)}</td>
-      <td class="n">${grouped(on.get(name) ?? 0)}</td>
+      <td class="n">${glance.overview ? grouped(on.get(name) ?? 0) : "–"}</td>
       <td>${rolloutStart(view, glance, name)}</td>
     </tr>
     ${
@@ -14868,24 +14913,44 @@ function releaseRow(
     }`;
 }
 
-function releasesSection(view: PageView, root: ReleaseRoot, fleet: FleetGlance): Markup {
+function releasesSection(view: PageView, glance: RootGlance): Markup {
+  const { root, listed: most } = glance;
   const listed = listReleases({ roots: [root] }).toReversed();
-  const on = devicesOn(root, fleet);
-  const glance: RootGlance = { ...fleet, root, on, warnings: warningsOf(root) };
   const { others } = glance.warnings;
   if (listed.length + others.length === 0) return html``;
   const id = `releases-${encodeURIComponent(root.model)}`;
-  const rows = listed.slice(0, LISTED).map((one, i) => releaseRow(view, glance, one, i === 0));
+  const rows = listed.slice(0, most).map((one, i) => releaseRow(view, glance, one, i === 0));
   const heads = [
     ...["Version", "Content", "Signature"].map((name) => columnHead(name)),
     ...[columnHead("Devices", "numbers"), columnHead("Rollout", "unseen")],
   ];
+  const rest = listed.length - most;
   return html`<section aria-labelledby="${id}">
     <h2 id="${id}"><span>Releases${root.model !== "" && html` for ${said(root.model)}`}</span></h2>
     ${rows.length > 0 && wideTable("releases", heads, rows)}
-    ${listed.length > LISTED && html`<p class="hint">and ${grouped(listed.length - LISTED)} older ones</p>`}
+    ${rest > 0 && html`<p class="hint">and ${grouped(rest)} older ones</p>`}
     ${warningsList(others, `${id}-warnings`)}
   </section>`;
+}
+
+/** The releases of all roots, or of one. */
+function releasesSections(view: PageView, glance: FleetGlance): Markup {
+  const { model } = glance;
+  const roots = glance.releases.roots.filter((root) => model === undefined || root.model === model);
+  const shown = roots.slice(0, SHOWN_ROOTS);
+  const share = Math.floor(LISTED.all / Math.max(1, shown.length));
+  const listed = Math.min(LISTED.root, Math.max(LISTED.least, share));
+  const sections = shown.map((root) => {
+    const on = devicesOn(root, glance);
+    return releasesSection(view, { ...glance, root, listed, on, warnings: warningsOf(root) });
+  });
+  const links = roots.slice(SHOWN_ROOTS).map((root) => {
+    return html` <a href="${view.up}?model=${encodeURIComponent(root.model)}"
+      >${brief(root.model)}</a
+    >`;
+  });
+  const all = model !== undefined && html`<p><a href="${view.up}">Releases for all models</a></p>`;
+  return html`${sections}${all}${links.length > 0 && html`<p class="hint">Releases for${links}</p>`}`;
 }
 
 // ──── Fleet view ──────────────────────────────────────────────────────────────────────────────────
@@ -14908,32 +14973,27 @@ function standingOf(view: PageView, glance: FleetGlance): FleetStanding {
     return { shape: "failed", sentence: html`The fleet's store does not answer`, next };
   }
   const { devices } = overview.summary;
-  const hasReleases = releases.roots.some(
-    ({ versions, firmware }) => versions.length + firmware.length > 0,
-  );
-  if (!hasReleases) {
+  if (!hasReleases(releases)) {
     const next = html`Put the files of each version into a directory named by it, such as
       <code>1.0.0/flash/main.py</code>, in <code>${said(releases.root)}</code>: it is offered as
       soon as it has settled, without a restart.`;
     return { shape: "behind", sentence: html`There is no release yet`, next };
   }
   const halted = rollouts.find(({ state }) => state === "halted");
-  if (halted) return haltedStanding(view, halted, rollouts);
+  if (halted) return haltedStanding(view, halted, glance);
   if (devices === 0) {
     const next = html`Let one ask for <code>${base}/manifest.json</code>; with a directory as a
       device: <code>bun ota.ts client --url ${base} --root ./device</code>. It shows up here within
       two seconds.`;
     return { shape: "behind", sentence: html`No device has asked yet`, next };
   }
-  return (
-    movingStanding(view, rollouts, overview.summary) ?? settledStanding(view, overview.summary)
-  );
+  return movingStanding(view, glance, overview) ?? settledStanding(view, glance, overview);
 }
 
 function haltedStanding(
   { now }: PageView,
   rollout: Rollout,
-  rollouts: readonly Rollout[],
+  { rollouts, overview }: FleetGlance,
 ): FleetStanding {
   const { reason, changed } = rollout;
   const name = said(rolloutName(rollout));
@@ -14941,8 +15001,8 @@ function haltedStanding(
     shape: "failed",
     sentence: html`Halted at ${clockTime(changed, now)}:
     ${name}${reason !== null && html`, ${said(reason)}`}`,
-    next: html`Its rollout waits for you: look at its devices below, then resume or abort it.
-    ${othersText(rollout, rollouts)}`,
+    next: html`It waits for you: look at its devices below, then resume or abort it.
+    ${othersText(rollout, rollouts)} ${overview && leavingMarkup(overview.summary, now)}`,
   };
 }
 
@@ -14968,8 +15028,8 @@ function leavingMarkup({ states: { offered }, silent_at }: FleetSummary, now: nu
 /** While a rollout goes on. */
 function movingStanding(
   { now }: PageView,
-  rollouts: readonly Rollout[],
-  summary: FleetSummary,
+  { rollouts, releases }: FleetGlance,
+  { summary }: FleetOverview,
 ): FleetStanding | undefined {
   const paused = rollouts.find(({ state }) => state === "paused");
   const running = rollouts.filter(({ state }) => state === "running");
@@ -14985,66 +15045,73 @@ function movingStanding(
     return {
       shape: "paused",
       sentence: html`Paused at ${clockTime(changed, now)}: ${name}, ${done}`,
-      next: html`${othersText(one, rollouts)}${leave}`,
+      next: html`It goes on when you resume it. ${othersText(one, rollouts)}${leave}`,
     };
   }
+  if (one === waiting) {
+    const sentence = isAmong(releases, one)
+      ? html`The rollout of ${name} is about to begin`
+      : html`The rollout of ${name} waits until that is among the releases`;
+    return { shape: "behind", sentence, next: leave };
+  }
   return {
-    shape: one === troubled ? "silent" : one === waiting ? "behind" : "offered",
-    sentence:
-      one === waiting
-        ? html`The rollout of ${name} waits until that is among the releases`
-        : html`${name} is on its way: ${done}${reason !== null && html`; ${said(reason)}`}`,
+    shape: one === troubled ? "silent" : "offered",
+    sentence: html`${name} is on its way: ${done}${reason !== null && html`; ${said(reason)}`}`,
     next: leave,
   };
 }
 
 /** While no rollout needs or has anybody's attention. */
-function settledStanding({ now }: PageView, summary: FleetSummary): FleetStanding {
+function settledStanding(
+  view: PageView,
+  glance: FleetGlance,
+  { summary }: FleetOverview,
+): FleetStanding {
   const { devices, states, versions } = summary;
   const { failed, silent, offered, behind } = states;
-  const of = html` of ${many(devices, "device")} `;
-  const leave = offered > 0 && leavingMarkup(summary, now);
+  const leave = offered > 0 && leavingMarkup(summary, view.now);
   if (failed + silent > 0) {
+    const state = failed > 0 ? "failed" : "silent";
     const parts = [
       failed > 0 && html`${grouped(failed)} failed`,
       failed > 0 && silent > 0 && html`, `,
       silent > 0 && html`${grouped(silent)} ${silent === 1 ? "is" : "are"} silent`,
     ];
+    const look = html`<a href="${devicesLink(view, { state })}">Look at them</a> first.`;
     const sentence = html`${parts}, of ${many(devices, "device")}`;
-    return { shape: failed > 0 ? "failed" : "silent", sentence, ...(leave && { next: leave }) };
+    return { shape: state, sentence, next: html`${look} ${leave}` };
   }
-  if (leave)
-    return {
-      shape: "offered",
-      sentence: leave,
-      next: html`${grouped(offered)}${of}were offered a release and have not come back on it yet.`,
-    };
+  if (leave) {
+    const next = html`What was offered a release has not come back on it yet.`;
+    return { shape: "offered", sentence: leave, next };
+  }
   if (behind > 0) {
-    const next = html`They are offered what they may have when they next ask.`;
-    return {
-      shape: "behind",
-      sentence:
-        devices === 1
-          ? html`The one device is on an older release`
-          : html`${grouped(behind)}${of}${behind === 1 ? "is" : "are"} on an older release`,
-      next,
-    };
+    const is = behind === 1 ? "is" : "are";
+    const which =
+      devices === 1 ? "The one device" : `${grouped(behind)} of ${grouped(devices)} devices`;
+    const next = heldBack(glance) ?? html`What there is for them they get at their next visit.`;
+    return { shape: "behind", sentence: html`${which} ${is} on an older release`, next };
   }
   const [only, ...others] = Object.keys(versions);
   const where =
     only !== undefined && others.length === 0 && only !== "none"
       ? said(only)
       : html`the newest release that they may have`;
-  return {
-    shape: "current",
-    sentence: html`${devices === 1 ? "The one device is" : html`All ${many(devices, "device")} are`}
-    on ${where}`,
-  };
+  const all = devices === 1 ? "The one device is" : `All ${many(devices, "device")} are`;
+  return { shape: "current", sentence: html`${all} on ${where}` };
 }
 
 function standingSection(view: PageView, glance: FleetGlance): Markup {
   const { shape, sentence, next } = standingOf(view, glance);
   const { summary } = glance.overview ?? {};
+  const bad = glance.rollouts
+    .filter(({ state }) => isGoing(state))
+    .reduce((sum, { failed, silent_devices }) => sum + failed + silent_devices, 0);
+  const inRollouts =
+    bad > 0 &&
+    html`<li>
+      <a href="#rollouts">${mark("failed")} <b>${grouped(bad)}</b> bad in rollouts</a>
+    </li>`;
   const counts =
     summary &&
     summary.devices > 0 &&
@@ -15065,7 +15132,7 @@ function standingSection(view: PageView, glance: FleetGlance): Markup {
     ${
       counts &&
       html`<ul class="counts" aria-label="Devices by state">
-        ${counts}
+        ${counts}${inRollouts}
       </ul>`
     }
   </section>`;
@@ -15081,8 +15148,7 @@ function spanLinks({ up }: PageView, { span }: FleetOverview): Markup {
 }
 
 function fleetPage(view: PageView, glance: FleetGlance): Page {
-  const { overview, rollouts, releases } = glance;
-  const hasReleases = releases.roots.some(({ versions }) => versions.length > 0);
+  const { overview } = glance;
   const hasDevices = overview && overview.summary.devices > 0;
   const charts =
     hasDevices &&
@@ -15105,9 +15171,8 @@ function fleetPage(view: PageView, glance: FleetGlance): Page {
     title: "Fleet",
     at: "fleet",
     isLive: true,
-    main: html`${standingSection(view, glance)}
-    ${overview && rolloutsSection(view, rollouts, hasReleases)} ${charts}
-    ${releases.roots.map((root) => releasesSection(view, root, glance))}`,
+    main: html`${standingSection(view, glance)} ${overview && rolloutsSection(view, glance)}
+    ${charts} ${releasesSections(view, glance)}`,
   };
 }
 
@@ -15398,7 +15463,7 @@ function devicePage(
   const older = history.length - events.length;
   return {
     ...(trial && { status: 400 }),
-    title: shown(name ?? id),
+    title: name ?? id,
     at: "devices",
     isLive: trial === undefined,
     main: html`<section class="lead">
@@ -15914,11 +15979,14 @@ class PageViews {
   }
 
   async #fleetView(request: Request, contact: Contact, view: PageView): Promise<Page> {
-    const span = viewFields(request, ["span"]).get("span") as FleetSpan | undefined;
+    const fields = viewFields(request, ["span", "model"]);
+    const span = fields.get("span") as FleetSpan | undefined;
     const known = span !== undefined && Object.hasOwn(SAMPLING, span) ? span : undefined;
     const glance: FleetGlance = {
       ...{ releases: this.releases, rollouts: [], overview: undefined, problem: undefined },
-      ...{ costs: this.#costs, base: this.access.baseFor(request.headers, contact.peer) },
+      ...{ costs: this.#costs, isStaged: this.fleet.admission.isStaged },
+      base: this.access.baseFor(request.headers, contact.peer),
+      model: fields.get("model"),
     };
     try {
       const [overview, rollouts] = await Promise.all([
@@ -15961,8 +16029,7 @@ class PageViews {
     // Emptied is not the same as not asked for yet.
     if (ROLLOUT_FIELDS.some(({ name }) => fields.has(name))) given["pause-at"] ??= "";
     const { version, model = null } = given;
-    const options = { ...ROLLOUT_DEFAULTS, version: version!, model };
-    const isThere = rolloutDigest(options, this.releases) !== null;
+    const isThere = isAmong(this.releases, { version: version!, model });
     try {
       const targets = await this.fleet.rolloutTargets(formRollout(fields));
       return startPage(view, given, targetsTable(targets), { isThere, problem });
