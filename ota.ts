@@ -8073,6 +8073,12 @@ export function isOpen({ spans }: TimeWindow, at: number): boolean {
   });
 }
 
+/** A window as it is shown: with its zone. */
+function windowText(window: string): string {
+  const isUTC = parseWindow(window).spans.every(({ zone }) => zone === "UTC");
+  return isUTC && !/utc/i.test(window) ? `${window} UTC` : window;
+}
+
 // ──── Fleet answers ───────────────────────────────────────────────────────────────────────────────
 // What a fleet can be asked, and what it answers; the API has the same field names.
 
@@ -8273,6 +8279,7 @@ export interface BadDevice {
   name: string | null;
   model: string | null;
   version: string | null;
+  firmware: string | null;
 }
 
 /** A rollout. Times are in milliseconds since 1970, durations in seconds. */
@@ -8303,6 +8310,8 @@ export interface Rollout {
   eligible: number;
   /** The bad ones, those that were heard last first, at most ten. */
   bad: BadDevice[];
+  /** Whether it is open to all devices at once: see `RolloutAction`. */
+  advanced: boolean;
   created: number;
   /** When the state last changed. */
   changed: number;
@@ -9980,7 +9989,8 @@ async function readBadDevices(
 ): Promise<BadDevice[]> {
   if (progress.failed + progress.silent === 0) return [];
   const rows = await db.query(
-    `SELECT r.device AS id, r.standing, d.name, d.model, d.version FROM ota_rollout_devices r
+    `SELECT r.device AS id, r.standing, d.name, d.model, d.version, d.firmware
+      FROM ota_rollout_devices r
       LEFT JOIN ota_devices d ON d.id = r.device
       WHERE r.rollout = $1 AND r.standing IN ('failed', 'silent')
       ORDER BY r.heard DESC, r.device LIMIT ${MAX_BAD}`,
@@ -9998,7 +10008,7 @@ async function rolloutOf(db: Connection, record: RolloutRecord): Promise<Rollout
     ...{ id, version, model, state, reason, first, soak, silent, tolerance },
     ...{ pause_at: [...pauseAt], only: only.map(([key, value]) => [key, value]), window },
     ...{ proven, offered: way, failed, silent_devices: silentDevices, acknowledged, eligible },
-    bad: await readBadDevices(db, record),
+    ...{ bad: await readBadDevices(db, record), advanced: progress.isOpen },
     ...{ created: times.created, changed: times.changed },
   };
 }
@@ -10220,6 +10230,15 @@ const ACTIONS: Record<RolloutAction, readonly RolloutState[]> = {
   abort: ["waiting", "running", "paused", "halted"],
 };
 
+/** @throws {OTAError} where the state of a rollout does not allow it */
+function checkAction(version: string, state: RolloutState, action: RolloutAction): void {
+  if (ACTIONS[action].includes(state)) return;
+  const from = ACTIONS[action].join(", ");
+  throw new OTAError(
+    `the rollout of ${version} is ${state}: ${action} is for those that are ${from}`,
+  );
+}
+
 /** @throws {OTAError} where a rollout is not what the operator saw any more */
 function checkSeen(
   { id, options, progress }: RolloutRecord,
@@ -10248,12 +10267,7 @@ async function actOnRollout(
   if (!record) return undefined;
   if (seen) checkSeen(record, action, seen);
   const { state } = record;
-  if (!ACTIONS[action].includes(state)) {
-    const from = ACTIONS[action].join(", ");
-    throw new OTAError(
-      `the rollout of ${version} is ${state}: ${action} is for those that are ${from}`,
-    );
-  }
+  checkAction(version, state, action);
   const { progress } = record;
   if (action === "pause") Object.assign(record, { state: "paused", reason: "by the operator" });
   if (action === "abort") Object.assign(record, { state: "aborted", reason: "by the operator" });
@@ -10582,7 +10596,9 @@ async function advanceRollout(
   if (pause !== undefined) return set("paused", pause);
   const { window } = options;
   const isClosed = window !== null && !isOpen(parseWindow(window), at);
-  record.reason = isClosed ? `held: it is not ${window}` : heldReason(options, progress);
+  record.reason = isClosed
+    ? `held: it is not ${windowText(window)}`
+    : heldReason(options, progress);
   // A time in which nobody may ask lets nobody in later.
   if (isClosed) progress.shared = up;
   Object.assign(progress, shareAfter(options, progress, up));
@@ -12774,7 +12790,7 @@ function isoText(at: number): string {
 }
 
 /** What a device is on; a board may only tell its firmware. */
-function versionText({ version, firmware }: FleetDevice): string {
+function versionText({ version, firmware }: Pick<FleetDevice, "version" | "firmware">): string {
   return shown(version ?? (firmware === null ? "-" : `firmware ${firmware}`));
 }
 
@@ -12946,11 +12962,11 @@ class AdminAccess implements AdminToken, Disposable {
 
   /**
    * What the forms of our pages have in them: browsers that are to send no referrer send
-   * `Origin: null` with a form, and no other page can read this. Nothing without a cookie.
+   * `Origin: null` with a form, and no other page can read this. A form stays good when its user
+   * signs in anew. Nothing without a cookie.
    */
   formProof(headers: Headers): string {
-    const expires = this.#session(headers);
-    return expires === undefined ? "" : this.#proof(`form ${expires}`);
+    return this.#session(headers) === undefined ? "" : this.#proof("form");
   }
 
   /** Whether a form is of a page of ours, or sent with the token itself, which `check` has seen. */
@@ -13956,9 +13972,7 @@ function documentOf(view: PageView, page: Page, place: string, isIn = true): str
       <a class="brand" href="${up}">ota<span>.ts</span></a
       >${isIn && [nav, signOut]}
     </header>
-    <p id="lost" role="status" hidden>
-      No answer from the server since <b></b>: this is how things stood then.
-    </p>
+    <p id="lost" role="status" hidden></p>
     <main id="main" tabindex="-1" ${page.isLive && html` data-live`}>${page.main}</main>
     <footer>
       <p>ota.ts ${TOOL_VERSION}${isIn && where}</p>
@@ -14009,6 +14023,12 @@ function wideTable(className: string, heads: readonly Markup[], rows: readonly M
   </div>`;
 }
 
+/** What is wrong with what was asked for, and the status of an answer that says so. */
+interface Problem {
+  status: number;
+  text: string;
+}
+
 /** Says what is the matter, and what to do about it. */
 function problemPage(status: number, title: string, ...lines: Piece[]): Page {
   const paragraphs = lines.map((line) => html`<p>${line}</p>`);
@@ -14031,23 +14051,31 @@ function noRolloutPage({ up }: PageView): Page {
 interface Wanted {
   /** The view to see then: below `/-/`. */
   to?: string | undefined;
+  /** Whether it was to change something. */
+  isChange?: boolean;
   /** What was typed, and is not saved. */
   typed?: string | undefined;
 }
 
+/** What was typed, for whoever has to type it again. */
+function typedText(typed: string | undefined): Markup | undefined {
+  if (typed === undefined) return undefined;
+  const lines = typed.split(/\r?\n/).map(shown);
+  return html`<section>
+    <p>What you typed was not saved:</p>
+    <pre>${lines.join("\n")}</pre>
+  </section>`;
+}
+
 /** What somebody sees who has not shown the token. */
-function signInPage(up: string, { to, typed }: Wanted, problem?: string): Page {
+function signInPage(up: string, { to, isChange, typed }: Wanted, problem?: string): Page {
   return {
     status: 401,
     title: "Sign in",
     main: html`<section class="sign-in">
       <h1>Sign in</h1>
       ${problem !== undefined && html`<p class="problem" role="alert">${mark("failed")} ${problem}</p>`}
-      ${
-        typed !== undefined &&
-        html`<p>What you typed was not saved, since you are not signed in:</p>
-          <pre>${shown(typed).replaceAll("\\u{a}", "\n")}</pre>`
-      }
+      ${isChange && html`<p>Nothing was changed, since you are not signed in.</p>`}${typedText(typed)}
       <form method="post" action="${up}sign-in">
         ${to !== undefined && hidden("to", to)}
         <label for="token">Admin token</label>
@@ -14250,7 +14278,7 @@ function seenChart(seen: readonly number[]): Markup {
 }
 
 /** Where devices fail or fall silent. */
-function clustersChart(view: PageView, clusters: readonly FleetCluster[]): Markup {
+function clustersChart(view: PageView, { clusters, summary }: FleetOverview): Markup {
   if (clusters.length === 0)
     return html`<p class="hint">No device that is offered a release has failed or is silent.</p>`;
   const most = Math.max(...clusters.map(({ devices }) => devices));
@@ -14267,7 +14295,10 @@ function clustersChart(view: PageView, clusters: readonly FleetCluster[]): Marku
     </tr>`;
   });
   const heads = ["State", "Came from", "Model"].map((name) => columnHead(name));
-  return wideTable("bars", [...heads, ...BAR_HEADS], rows);
+  const { failed, silent } = summary.states;
+  const rest = failed + silent - clusters.reduce((sum, { devices }) => sum + devices, 0);
+  return html`${wideTable("bars", [...heads, ...BAR_HEADS], rows)}
+  ${rest > 0 && html`<p class="hint">and ${many(rest, "device")} in smaller groups</p>`}`;
 }
 
 // ──── Costs on the page ──────────────────────────────────────────────────────────────────────────
@@ -14454,29 +14485,29 @@ function rolloutBar(rollout: Rollout): Markup {
 }
 
 /** The rules that a rollout goes by, in words. */
-function rolloutRules(rollout: Rollout | RolloutOptions): string {
-  const { first, soak, silent, tolerance, window, only } = rollout;
-  const pauses = "pauseAt" in rollout ? rollout.pauseAt : rollout.pause_at;
+function rolloutRules(rollout: Rollout): string {
+  const { first, soak, silent, tolerance, window, only, advanced, pause_at: pauses } = rollout;
   const rules = [
-    `first ${grouped(first)}, then as many again as are proven`,
+    advanced
+      ? "open to all devices at once"
+      : `first ${grouped(first)}, then as many again as are proven`,
     soak > 0 ? `proven after ${durationText(soak)} on it` : "proven once on it",
     `silent after ${durationText(silent)}`,
-    `halts beyond ${percentText(tolerance)} failed or silent`,
+    `halts when one is bad and none proven, or beyond ${percentText(tolerance)} bad`,
   ];
   if (pauses.length > 0) rules.push(`pauses at ${pauses.map(percentText).join(", ")}`);
   if (only.length > 0)
     rules.push(`only ${only.map(([key, value]) => `${key}=${value}`).join(" ")}`);
-  if (window !== null) rules.push(`offers within ${window}`);
+  if (window !== null) rules.push(`offers within ${windowText(window)}`);
   return rules.join(" · ");
 }
 
 /** What can be done with a rollout now. */
-function actionsOf({ state, failed, silent_devices }: Rollout): RolloutAction[] {
+function actionsOf({ state, failed, silent_devices, advanced }: Rollout): RolloutAction[] {
   // One that runs is resumed for the sake of bad devices only.
   const isIdle = state === "running" && failed + silent_devices === 0;
-  return ROLLOUT_ACTIONS.filter((action) => {
-    return ACTIONS[action].includes(state) && !(action === "resume" && isIdle);
-  });
+  const isVain: Partial<Record<RolloutAction, boolean>> = { resume: isIdle, advance: advanced };
+  return ROLLOUT_ACTIONS.filter((action) => ACTIONS[action].includes(state) && !isVain[action]);
 }
 
 const ACTION_WORDS: Record<RolloutAction, string> = {
@@ -14507,8 +14538,9 @@ function rolloutButtons(view: PageView, rollout: Rollout): Markup {
 function badList(view: PageView, rollout: Rollout): Markup | undefined {
   const { bad } = rollout;
   if (bad.length === 0) return undefined;
-  const items = bad.map(({ id, standing, name, model, version }) => {
-    const what = [model !== null && brief(model), html`on ${brief(version ?? "no version")}`];
+  const items = bad.map((device) => {
+    const { id, standing, name, model } = device;
+    const what = [model !== null && brief(model), html`on ${brief(versionText(device))}`];
     return html`<li>
       ${stateTag(standing)} <a href="${deviceLink(view, id)}">${said(name ?? id)}</a>
       <span class="hint">${what[0] && [what[0], ", "]}${what[1]}</span>
@@ -14649,7 +14681,7 @@ const ROLLOUT_FIELDS = [
     name: "window",
     label: "Window",
     value: "",
-    hint: "when devices are offered it, such as 22:00-06:00",
+    hint: "when it is offered: 22:00-06:00 Europe/Berlin; without a zone, UTC",
   },
 ] as const;
 
@@ -14673,12 +14705,6 @@ function targetsTable(targets: readonly RolloutTarget[]): Markup {
   return html`<p class="total"><b>${many(all, "device")}</b> would get it.</p>
     ${wideTable("bars", [columnHead("Model"), columnHead("On version"), ...BAR_HEADS], rows)}
     ${targets.length > 20 && html`<p class="hint">and ${grouped(targets.length - 20)} more groups</p>`}`;
-}
-
-/** What is wrong with what was asked for, and the status of an answer that says so. */
-interface Problem {
-  status: number;
-  text: string;
 }
 
 /** The form that starts a rollout; it can be sent to see who will be hit, and to begin. */
@@ -15159,7 +15185,7 @@ function fleetPage(view: PageView, glance: FleetGlance): Page {
       <div class="columns">
         <section aria-labelledby="clusters">
           <h2 id="clusters">Where devices fail or fall silent</h2>
-          ${clustersChart(view, overview.clusters)}
+          ${clustersChart(view, overview)}
         </section>
         <section aria-labelledby="seen">
           <h2 id="seen">Last seen</h2>
@@ -15202,7 +15228,7 @@ function deviceItem(view: PageView, device: FleetDevice): Markup {
         >${said(versionText(device))}${matter !== "" && html` <span class="hint">${said(matter)}</span>`}</span
       >
       <span class="when">${agoTime(last_seen, view.now)}</span
-      >${label.length > 0 && html`<span class="labels">${label.slice(0, 8)}</span>`}</a
+      >${label.length > 0 && html`<span class="labels">${label.slice(0, 8)}${label.length > 8 && html` <span class="hint">and ${label.length - 8} more</span>`}</span>`}</a
     >
   </li>`;
 }
@@ -15341,7 +15367,7 @@ function heldText(
     return html`${newest}; its rollout began before this device was heard, which gets it at the end.`;
   }
   if (window !== null && !isOpen(parseWindow(window), now)) {
-    return html`${newest}; its rollout offers it within ${said(window)}.`;
+    return html`${newest}; its rollout offers it within ${said(windowText(window))}.`;
   }
   return html`${newest}; its rollout has not come to this device yet${why}.`;
 }
@@ -15404,14 +15430,22 @@ function eventItem({ now }: PageView, { at, kind, from, to }: FleetEvent): Marku
   </li>`;
 }
 
-function editForm(
-  view: PageView,
-  device: FleetDevice,
-  typed?: { name: string; labels: string },
-): Markup {
-  const { id, name, labels } = device;
-  const lines = Object.entries(labels).map(([key, value]) => `${key}=${value}`);
-  const fields = html`<div class="field">
+/** What was typed about a device, and what is wrong with it. */
+interface DeviceTrial extends Problem {
+  name: string;
+  labels: string;
+}
+
+/** The labels of a device as they are typed: one a line. */
+function labelLines({ labels }: FleetDevice): string[] {
+  return Object.entries(labels).map(([key, value]) => `${key}=${value}`);
+}
+
+function editForm(view: PageView, device: FleetDevice, typed?: DeviceTrial): Markup {
+  const { id, name } = device;
+  const lines = labelLines(device);
+  const fields = html`${hidden("seen-name", name ?? "")}${hidden("seen-labels", lines.join("\n"))}
+    <div class="field">
       <label for="name">Name</label
       ><input
         id="name"
@@ -15441,7 +15475,7 @@ function devicePage(
   view: PageView,
   device: DeviceDetails,
   offer: Markup,
-  trial?: { problem: string; name: string; labels: string },
+  trial?: DeviceTrial,
 ): Page {
   const { id, name, model, state, offered, failed, address, history, rollouts } = device;
   const { first_seen, last_seen } = device;
@@ -15462,7 +15496,7 @@ function devicePage(
   const events = history.slice(-SHOWN_EVENTS).toReversed();
   const older = history.length - events.length;
   return {
-    ...(trial && { status: 400 }),
+    ...(trial && { status: trial.status }),
     title: name ?? id,
     at: "devices",
     isLive: trial === undefined,
@@ -15483,7 +15517,7 @@ function devicePage(
         </section>
         <section aria-labelledby="given">
           <h2 id="given">What you call it</h2>
-          ${trial && html`<p class="problem" role="alert">${mark("failed")} ${said(trial.problem)}</p>`}${editForm(view, device, trial)}
+          ${trial && html`<p class="problem" role="alert">${mark("failed")} ${said(trial.text)}</p>`}${editForm(view, device, trial)}
         </section>
       </div>
       <section aria-labelledby="history">
@@ -15600,7 +15634,8 @@ tr.more td { padding-top: 0; text-align: left !important; }
 .costs { font-size: .8125rem; }
 figure { margin: 0; }
 .plot { position: relative; }
-.plot svg { display: block; width: 100%; height: 150px; background: var(--t6); border-radius: 3px; }
+.plot svg { display: block; width: 100%; height: 150px; background: var(--raised); border: 1px solid var(--line);
+  border-radius: 3px; }
 .top { position: absolute; top: 2px; left: 4px; background: var(--paper); border-radius: 3px; padding: 0 .3em; line-height: 1.3; }
 .axis { display: flex; justify-content: space-between; margin-top: .1rem; }
 .grid { stroke: var(--paper); stroke-opacity: .45; stroke-dasharray: 2 4; vector-effect: non-scaling-stroke; }
@@ -15690,18 +15725,27 @@ const PAGE_SCRIPT = String.raw`"use strict";
 
   // In the zone of this browser.
   const localize = (root) => {
-    const today = date.format(new Date());
+    const now = new Date();
     for (const element of root.querySelectorAll("time")) {
       const at = new Date(element.dateTime);
       if (Number.isNaN(at.getTime())) continue;
       element.title = full.format(at);
       if (!("clock" in element.dataset)) continue;
-      const day = date.format(at);
-      element.textContent = (day === today ? "" : day + " ") + time.format(at);
+      const year = at.getFullYear() === now.getFullYear() ? "" : " " + at.getFullYear();
+      const day = at.toDateString() === now.toDateString() ? "" : date.format(at) + year + " ";
+      element.textContent = day + time.format(at);
     }
   };
 
-  const keyOf = (node) => (node.nodeType === 1 ? node.id || node.dataset.key || "" : "");
+  const keyOf = (node) => {
+    if (node.nodeType !== 1) return "";
+    return node.id || node.dataset.key || (node.nodeName === "OPTION" ? "option " + node.value : "");
+  };
+  const isChanged = (field) =>
+    field.nodeName === "SELECT"
+      ? [...field.options].some((one) => one.selected !== one.defaultSelected)
+      : field.value !== field.defaultValue;
+  const isTyped = (root) => [...root.querySelectorAll("input, textarea, select")].some(isChanged);
   const isLike = (a, b) => a.nodeName === b.nodeName && keyOf(a) === keyOf(b);
 
   const change = (old, now) => {
@@ -15716,7 +15760,8 @@ const PAGE_SCRIPT = String.raw`"use strict";
     for (const { name, value } of now.attributes) {
       if (old.getAttribute(name) !== value) old.setAttribute(name, value);
     }
-    // What is being typed is not in the nodes; a menu that is open would close.
+    // What is being typed stays with what the form showed; a menu that is open would close.
+    if (old.nodeName === "FORM" && isTyped(old)) return;
     if (old.nodeName === "SELECT" && old === document.activeElement) return;
     changeChildren(old, now);
   };
@@ -15755,17 +15800,14 @@ const PAGE_SCRIPT = String.raw`"use strict";
     if (foot && newFoot) change(foot, newFoot);
   };
 
-  // What is being typed would be lost.
-  const isTyped = () =>
-    [...main.querySelectorAll("input, textarea")].some((one) => one.value !== one.defaultValue);
-  const signedOut = () => {
-    if (!isTyped()) return location.reload();
-    lost.textContent = "You are signed out: copy what you typed, and reload.";
+  const tell = (text) => {
+    lost.textContent = text;
     lost.hidden = false;
   };
 
   let timer;
   let isAsking = false;
+  let since = "";
   const bring = async () => {
     clearTimeout(timer);
     if (document.hidden || isAsking) return;
@@ -15773,12 +15815,18 @@ const PAGE_SCRIPT = String.raw`"use strict";
     try {
       const signal = AbortSignal.timeout(10_000);
       const answer = await fetch(location.href, { cache: "no-store", signal });
-      if (answer.status === 401) return signedOut();
-      show(await answer.text());
-      lost.hidden = true;
+      const text = await answer.text();
+      since = "";
+      if (answer.ok || !isTyped(main)) {
+        if (answer.status === 401) return location.reload();
+        show(text);
+        lost.hidden = true;
+      } else if (answer.status === 401) {
+        tell("You are signed out. Sign in in another tab, then go on here.");
+      } else tell("The server answers " + answer.status + ": what you typed is still here.");
     } catch {
-      if (lost.hidden) lost.querySelector("b").textContent = time.format(new Date());
-      lost.hidden = false;
+      since ||= time.format(new Date());
+      tell("No answer from the server since " + since + ": this is how things stood then.");
     } finally {
       isAsking = false;
     }
@@ -15844,9 +15892,9 @@ function formFilter(typed: FormFields): DeviceFilter {
   return readFilter({ url: `/?${new URLSearchParams([...typed])}` });
 }
 
-/** The labels as they were typed. @throws {OTAError} exit code 2 when a line is none */
-function typedLabels(text: string, known: Record<string, string>): Record<string, string | null> {
-  const labels = new Map<string, string | null>(Object.keys(known).map((key) => [key, null]));
+/** Labels as they were typed. @throws {OTAError} exit code 2 when a line is none */
+function typedLabels(text: string): Map<string, string> {
+  const labels = new Map<string, string>();
   for (const line of text.split(/\r?\n/).map((one) => one.trim())) {
     if (line === "") continue;
     const at = line.indexOf("=");
@@ -15855,8 +15903,40 @@ function typedLabels(text: string, known: Record<string, string>): Record<string
       refuseInput(`expected a label as key=value, found ${printable(line)}`);
     labels.set(key, value);
   }
-  const changed = [...labels].filter(([key, value]) => known[key] !== value);
-  return Object.fromEntries(changed);
+  return labels;
+}
+
+/**
+ * What is to be changed in a device: what was typed, as far as it is not what the form showed. So
+ * what others have changed meanwhile stays.
+ *
+ * @throws {OTAError} exit code 1 where others have changed the same, 2 when a line is no label
+ */
+function typedEdit(fields: FormFields, device: FleetDevice): DeviceEdit {
+  const shownName = fields.get("seen-name") ?? "";
+  const shownLabels = typedLabels(fields.get("seen-labels") ?? "");
+  const name = fields.get("name")?.trim() ?? "";
+  const labels = typedLabels(fields.get("labels") ?? "");
+  const check = (what: string, seen: string, found: string, wanted: string) => {
+    if (found === seen || found === wanted) return;
+    const other = found === "" ? "removed it" : `made it ${shown(found)}`;
+    throw new OTAError(
+      `${shown(what)}: somebody else ${other} meanwhile; save again to replace it`,
+    );
+  };
+  const edit: DeviceEdit = { labels: {} };
+  if (name !== shownName) {
+    check("the name", shownName, device.name ?? "", name);
+    edit.name = name || null;
+  }
+  const changed: [string, string | null][] = [];
+  for (const key of new Set([...shownLabels.keys(), ...labels.keys()])) {
+    const [seen = "", wanted = ""] = [shownLabels.get(key), labels.get(key)];
+    if (seen === wanted) continue;
+    check(`the label ${key}`, seen, device.labels[key] ?? "", wanted);
+    changed.push([key, wanted || null]);
+  }
+  return { ...edit, labels: Object.fromEntries(changed) };
 }
 
 /** A rollout as it was typed into the form. @throws {OTAError} exit code 2 when a field is wrong */
@@ -15915,17 +15995,20 @@ function isBrowser({ headers }: Request): boolean {
 
 /** Whether a text is a view below `/-/`, and no more than that. */
 function isPlace(text: string): boolean {
-  return text.length <= 4000 && /^(devices|rollouts\/new)[!-~]*$/.test(text);
+  const isView = /^(devices(\/[^/?#\\]*)?|rollouts\/new)(\?[^#\\]*)?$/.test(text);
+  return isView && text.length <= 4000 && /^[!-~]*$/.test(text) && !text.includes("/..");
 }
 
-/** What somebody wanted who sent a form without being signed in. */
+/** What somebody wanted who sent a form. */
 function wantedBy(path: string, fields: FormFields): Wanted {
-  const given = [...fields].filter(([name]) => name !== "proof");
-  if (path === "/-/rollouts") return { to: `rollouts/new?${new URLSearchParams(given)}` };
-  if (!path.startsWith("/-/devices/")) return {};
-  const texts = given.map(([name, value]) => `${name}: ${value}`);
-  const typed = texts.join("\n").replaceAll("\r\n", "\n");
-  return { to: path.slice("/-/".length), typed };
+  const given = [...fields].filter(([name]) => name !== "proof" && !name.startsWith("seen-"));
+  const isChange = true;
+  if (path === "/-/rollouts") {
+    return { isChange, to: `rollouts/new?${new URLSearchParams(given)}` };
+  }
+  if (!path.startsWith("/-/devices/")) return { isChange };
+  const typed = given.map(([name, value]) => `${name}: ${value}`).join("\n");
+  return { isChange, to: path.slice("/-/".length), typed };
 }
 
 /** The id of the device that a request is about. @throws {OTAError} exit code 2 */
@@ -16001,11 +16084,7 @@ class PageViews {
   }
 
   /** A device. @param trial what was typed, and what is wrong with it */
-  async device(
-    view: PageView,
-    id: string,
-    trial?: { problem: string; name: string; labels: string },
-  ): Promise<Page> {
+  async device(view: PageView, id: string, trial?: DeviceTrial): Promise<Page> {
     const device = saidText(id) === null ? undefined : await this.fleet.device(id);
     if (!device)
       return problemPage(
@@ -16042,8 +16121,10 @@ class PageViews {
 
   async #askView(view: PageView, fields: FormFields): Promise<Page> {
     const { action, seen } = actionOf(fields);
+    if (!ACTION_EFFECTS[action]) refuseInput(`${action} does not ask`);
     const rollout = (await this.fleet.rollouts()).find(({ id }) => id === seen.id);
-    if (!rollout || !actionsOf(rollout).includes(action)) return noRolloutPage(view);
+    if (!rollout) return noRolloutPage(view);
+    checkAction(rollout.version, rollout.state, action);
     return askPage(view, rollout, action);
   }
 }
@@ -16076,7 +16157,8 @@ class FleetPage {
     const methods = this.#methods(path);
     if (path === "/-/sign-in" && method === "POST") {
       const fields = (await this.#form(request)) ?? new Map<string, string>();
-      return await this.#enter(request, contact, fields.get("token") ?? "", fields.get("to"));
+      const token = fields.get("token")?.trim() ?? "";
+      return await this.#enter(request, contact, token, fields.get("to"));
     }
     // The forms of a page prove in their bodies that they are of a page of ours.
     const refused = await this.access.check(request, contact, methods?.includes("POST"));
@@ -16137,7 +16219,9 @@ class FleetPage {
     }
     if (method !== "POST" || !methods?.includes("POST")) return refused;
     const fields = await this.#form(request);
-    return this.#signIn(refused, contact, fields ? wantedBy(path, fields) : {});
+    // Another site cannot have its texts shown here.
+    const isOurs = fields && request.headers.get("sec-fetch-site") !== "cross-site";
+    return this.#signIn(refused, contact, isOurs ? wantedBy(path, fields) : { isChange: true });
   }
 
   /** The sign-in page in the place of a refusal; other answers as they are. */
@@ -16178,27 +16262,32 @@ class FleetPage {
     view: PageView,
     isReading: boolean,
   ): Promise<Next> {
+    let typed: Markup | undefined;
+    const { path } = contact;
+    const { up } = view;
     try {
       if (isReading) return await this.#views.of(request, contact, view);
       const fields = await this.#form(request);
-      const again = html`<a href="${view.up}">Look again</a>, and try it there.`;
+      const again = html`<a href="${up}">Look again</a>, and try it there.`;
       if (!fields) {
         return problemPage(413, "That is too long", `A form has up to ${ADMIN.body} bytes.`, again);
       }
+      typed = typedText(wantedBy(path, fields).typed);
       if (!this.access.hasProof(request, contact, fields.get("proof"))) {
-        return problemPage(403, "That form was not of a page of this server", again);
+        const page = problemPage(403, "That form was not of a page of this server", again);
+        return { ...page, main: html`${page.main}${typed}` };
       }
       return await this.#change(request, contact, view, fields);
     } catch (error) {
       const { status, text } = await problemOf(error, this.fleet);
       const title = status === 400 ? "That cannot be done" : "That is not possible now";
-      const isOfDevices = contact.path.startsWith("/-/devices");
-      const next = isOfDevices
-        ? html`<a href="${view.up}devices">All devices</a>`
-        : html`<a href="${view.up}">The fleet</a>`;
+      const isOfDevices = path.startsWith("/-/devices");
+      const [place, name] = isOfDevices ? ["devices", "All devices"] : ["", "The fleet"];
+      const next = html`<a href="${up}${place}">${name}</a>`;
       const page = problemPage(status, title, said(text), next);
       // A store that is away comes back.
-      return { ...page, isLive: isReading && status === 503 };
+      const isLive = isReading && status === 503;
+      return { ...page, main: html`${page.main}${typed}`, isLive };
     }
   }
 
@@ -16240,13 +16329,13 @@ class FleetPage {
   async #edit(view: PageView, id: string, fields: FormFields): Promise<Next> {
     const device = saidText(id) === null ? undefined : await this.fleet.device(id);
     if (!device) return await this.#views.device(view, id);
-    const [name, labels] = [fields.get("name") ?? "", fields.get("labels") ?? ""];
     try {
-      const changed = typedLabels(labels, device.labels);
-      await this.fleet.edit(id, { name: name.trim() || null, labels: changed });
+      await this.fleet.edit(id, typedEdit(fields, device));
     } catch (error) {
-      if (!(error instanceof OTAError) || error.exitCode !== 2) throw error;
-      return await this.#views.device(view, id, { problem: error.message, name, labels });
+      const problem = await problemOf(error, this.fleet);
+      if (problem.status === 503) throw error;
+      const [name, labels] = [fields.get("name") ?? "", fields.get("labels") ?? ""];
+      return await this.#views.device(view, id, { ...problem, name, labels });
     }
     return { see: deviceLink(view, id) };
   }

@@ -4,6 +4,7 @@
  */
 
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
+import { rename } from "node:fs/promises";
 import { resolve } from "node:path";
 import {
   Fleet,
@@ -82,10 +83,23 @@ class Paged extends Temp implements AsyncDisposable {
     return await response.text();
   }
 
-  /** Sends a form that is on a view, as a browser does that is to send no referrer. */
-  async post(view: string, path: string, fields: Record<string, string>): Promise<Response> {
-    const [, proof = ""] = /name="proof"[^>]*? value="([^"]+)"/.exec(await this.html(view)) ?? [];
-    const body = new URLSearchParams({ proof, ...fields });
+  /**
+   * Sends a form that is on a view, as a browser does that is to send no referrer.
+   *
+   * @param page the view, if it was read before
+   */
+  async post(
+    view: string,
+    path: string,
+    fields: Record<string, string>,
+    page?: string,
+  ): Promise<Response> {
+    const text = page ?? (await this.html(view));
+    const hidden = text.matchAll(/name="(proof|seen-\w+)"[^>]*? value="([^"]*)"/g);
+    const given = Object.fromEntries(
+      [...hidden].map(([, name, value]) => [name, unescaped(value!)]),
+    );
+    const body = new URLSearchParams({ ...given, ...fields });
     return await this.ask(path, { method: "POST", body, headers: { Origin: "null" } });
   }
 
@@ -126,6 +140,12 @@ class Paged extends Temp implements AsyncDisposable {
 }
 
 afterAll(endBrowser);
+
+/** An attribute as a browser reads it. */
+function unescaped(value: string): string {
+  const names = { amp: "&", lt: "<", gt: ">", quot: '"', "#x27": "'" };
+  return value.replace(/&(#?\w+);/g, (_, name) => names[name as keyof typeof names]);
+}
 
 /** The text of HTML, as far as a person would see it. */
 function textOf(page: string): string {
@@ -228,7 +248,8 @@ describe("as programs see it", () => {
     expect([saved.status, saved.headers.get("location")]).toEqual([303, "../devices/a"]);
     expect(await nameOf()).toBe("x");
     const Origin = paged.server.url.origin;
-    const named = { method: "POST", body: new URLSearchParams({ name: "y" }), headers: { Origin } };
+    const fields = { "seen-name": "x", name: "y" };
+    const named = { method: "POST", body: new URLSearchParams(fields), headers: { Origin } };
     expect((await paged.ask("devices/a", named)).status).toBe(303);
     const out = await paged.post("", "sign-out", {});
     expect(out.headers.get("set-cookie")).toContain("Max-Age=0");
@@ -253,6 +274,52 @@ describe("as programs see it", () => {
       expect(page).toContain('value="kept"');
     }
     expect(await labels()).toEqual({ key: "c" });
+  });
+
+  test("what others changed since a device was shown stays; where both changed it, that is said", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const fleet = paged.server.fleet!;
+    await fleet.edit("a", { name: "Mill", labels: { site: "north", ring: "1", " k": " v " } });
+    const shown = await paged.html("devices/a");
+    const save = (fields: Record<string, string>) =>
+      paged.post(
+        "",
+        "devices/a",
+        { name: "Mill", labels: "site=north\nring=1\nk=v", ...fields },
+        shown,
+      );
+    const found = async () => {
+      const { name, labels } = (await fleet.device("a"))!;
+      return { name, labels };
+    };
+    await fleet.edit("a", { name: "Old mill", labels: { canary: "yes", ring: null } });
+    // Only what was typed into: of the rest, what others have made of it.
+    expect((await save({ labels: "site=south\nring=1\nk=v" })).status).toBe(303);
+    const labels = { site: "south", canary: "yes", " k": " v " };
+    expect(await found()).toEqual({ name: "Old mill", labels });
+    for (const [fields, what] of [
+      [{ name: "New mill" }, "the name: somebody else made it Old mill meanwhile"],
+      [{ labels: "site=east" }, "the label site: somebody else made it south meanwhile"],
+      [{ labels: "site=north\nring=2" }, "the label ring: somebody else removed it meanwhile"],
+    ] as const) {
+      const refused = await save(fields);
+      expect([what, refused.status]).toEqual([what, 409]);
+      const page = await refused.text();
+      expect(page).toContain(what);
+      for (const typed of Object.values(fields)) expect(page).toContain(typed);
+    }
+    expect(await found()).toEqual({ name: "Old mill", labels });
+    // Who saves again has seen it.
+    const refused = await (await save({ name: "New mill" })).text();
+    const again = await paged.post(
+      "",
+      "devices/a",
+      { name: "New mill", labels: "site=south\ncanary=yes\nk=v" },
+      refused,
+    );
+    expect(again.status).toBe(303);
+    expect(await found()).toEqual({ name: "New mill", labels });
   });
 
   test("what strangers say is text, wherever it stands", async () => {
@@ -529,6 +596,11 @@ describe("as programs see it", () => {
     expect(other.text).toContain("another rollout of 1.0.1 was begun since: look at it first");
     expect(other.status).toBe(409);
     expect((await fleet.rollouts())[0]!.state).not.toBe("aborted");
+    // What asks first says the same; and only what is asked about can be asked for.
+    const asked = await paged.html(`rollouts/change?id=${id}&bad=0&action=advance`, 409);
+    expect(textOf(asked)).toContain("the rollout of 1.0.1 is aborted");
+    await paged.html("rollouts/change?id=none&bad=0&action=abort", 404);
+    await paged.html(`rollouts/change?id=${id}&bad=0&action=resume`, 400);
     expect((await press({ id: "none", action: "abort" })).status).toBe(404);
     expect((await press({ id, action: "none" })).status).toBe(400);
     expect((await press({ id, action: "abort", bad: "x" })).status).toBe(400);
@@ -602,6 +674,115 @@ describe("as programs see it", () => {
     );
   });
 
+  const headline = async (paged: Paged): Promise<string> => {
+    return textOf(/<section class="lead">[^]*?<\/section>/.exec(await paged.html())![0]);
+  };
+
+  test("before a rollout begins, while it is open to all, and after it was aborted", async () => {
+    await using paged = await Paged.start({ tick: 0 });
+    const fleet = paged.server.fleet!;
+    await paged.report({ devid: "a" }, { devid: "b" });
+    expect(await headline(paged)).toStartWith(
+      "2 of 2 devices are on an older release What there is",
+    );
+    await fleet.startRollout({ ...ROLLOUT, version: "1.0.2" });
+    expect(await headline(paged)).toStartWith(
+      "The rollout of 1.0.2 waits until that is among the releases",
+    );
+    await fleet.changeRollout("1.0.2", null, "abort");
+    await fleet.startRollout(ROLLOUT);
+    expect(await headline(paged)).toStartWith("The rollout of 1.0.1 is about to begin");
+    await fleet.flush();
+    await fleet.flush();
+    await fleet.changeRollout("1.0.1", null, "advance");
+    const page = await paged.html();
+    expect(textOf(page)).toContain("open to all devices at once · proven once on it");
+    expect(page).not.toContain('value="advance"');
+    expect(await (await paged.ask("api/rollouts")).json()).toMatchObject({
+      rollouts: [{ advanced: true }, { advanced: false }],
+    });
+    await fleet.changeRollout("1.0.1", null, "abort");
+    await fleet.flush();
+    const aborted = "1.0.1 was aborted: devices stay as they are. Start another rollout of it";
+    expect(await headline(paged)).toStartWith(`2 of 2 devices are on an older release ${aborted}`);
+    expect(textOf(await paged.html())).toContain(`No rollout is under way. ${aborted}`);
+    await paged.visit({ devid: "a" });
+    expect((await fleet.device("a"))!.offered).toBeNull();
+  });
+
+  test("a server that is staged: a new version gets a rollout by itself", async () => {
+    await using paged = await Paged.start({ staged: true });
+    await paged.report({ devid: "a" });
+    expect(textOf(await paged.html())).toContain("A new version gets one by itself.");
+  });
+
+  test("firmware alone: on which image devices are, and that it can be rolled out", async () => {
+    const tree = { "firmware_1.0.0.bin": "one", "firmware_1.0.1.bin": "two" };
+    await using paged = await Paged.start({}, tree);
+    await paged.report({ devid: "a", current_ver: "", firmware_ver: "1.0.0" });
+    const page = textOf(await paged.html());
+    expect(page).toContain("To go step by step, start one at a release below.");
+    expect(page).toMatch(/firmware 1\.0\.0 3 B not signed 1 /);
+    await begun(paged);
+    const offered = async () => {
+      await paged.visit({ devid: "a", current_ver: "", firmware_ver: "1.0.0" });
+      return (await paged.server.fleet!.device("a"))!.offered;
+    };
+    await until("it is offered", offered, (one) => one !== null);
+    await paged.report({ devid: "a", current_ver: "", firmware_ver: "1.0.0", failed: "1.0.1" });
+    expect(textOf(await paged.html())).toContain("failed a on firmware 1.0.0");
+  });
+
+  test("a rollout that is over still says how many were bad", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" }, { devid: "b" });
+    await begun(paged);
+    const [first] = await placed(paged, ["a", "b"], 1);
+    await paged.report({ devid: first!, failed: "1.0.1" });
+    await paged.server.fleet!.changeRollout("1.0.1", null, "abort");
+    const [, past] = /<ul class="past">([^]*?)<\/section>/.exec(await paged.html())!;
+    expect(textOf(past!)).toMatch(
+      new RegExp(`^1\\.0\\.1 aborted .*, 0 of 2 proven, 1 bad failed ${first} on 1\\.0\\.0`),
+    );
+  });
+
+  test("costs of all steps are worked out, and kept", async () => {
+    const versions = Array.from({ length: 9 }, (_, i) => `1.0.${i}`);
+    const tree = Object.fromEntries(versions.map((one) => [`${one}/flash/main.py`, `${one}\n`]));
+    const said = versions.map((version) => ({ id: `on-${version}`, version }));
+    await using paged = await Paged.laid(said, {}, tree);
+    const page = await until(
+      "no cost is missing",
+      () => paged.html(),
+      (text) => !text.includes("being worked out"),
+    );
+    // From all others to the newest one, and from three at most to each before it.
+    expect(page.match(/ msg\)/g)).toHaveLength(2 * (8 + 3 + 3 + 3 + 3 + 3 + 2 + 1));
+    expect(await paged.html()).not.toContain("being worked out");
+  });
+
+  test("with many models and releases a view stays small; each model has one of its own", async () => {
+    const tree: Tree = {};
+    const said: Said[] = [];
+    for (let model = 0; model < 30; model++) {
+      for (let version = 0; version < 20; version++) {
+        tree[`model-${model}/1.0.${version}/flash/main.py`] = `${version}\n`;
+        const query = { model: `model-${model}` };
+        said.push({ id: `m${model}-${version}`, version: `1.0.${version}`, query });
+      }
+    }
+    await using paged = await Paged.laid(said, {}, tree);
+    const all = await paged.html();
+    expect(Buffer.byteLength(all)).toBeLessThan(100_000);
+    const links = [...all.matchAll(/href="\.\/(\?model=[^"]+)"/g)].map(([, link]) => link!);
+    const shown = all.match(/aria-labelledby="releases-/g)!.length;
+    expect(links.length + shown).toBe(30);
+    const one = await paged.html(links[0]!);
+    expect(one.match(/aria-labelledby="releases-/g)).toHaveLength(1);
+    expect(one.match(/data-key="release-/g)).toHaveLength(20);
+    expect(one).toContain("Releases for all models");
+  });
+
   test("of several rollouts that wait for the operator, each is counted", async () => {
     await using paged = await Paged.laid(
       [{ id: "a" }],
@@ -616,8 +797,9 @@ describe("as programs see it", () => {
       await paged.server.fleet!.startRollout({ ...ROLLOUT, version });
       await paged.server.fleet!.changeRollout(version, null, "pause");
     }
-    const lead = textOf(/<section class="lead">[^]*?<\/section>/.exec(await paged.html())![0]);
-    expect(lead).toMatch(/^Paused at .*: 1\.0\.\d, .* 2 other rollouts wait for you, too\./);
+    expect(await headline(paged)).toMatch(
+      /^Paused at .*: 1\.0\.\d, .* 2 other rollouts wait for you, too\./,
+    );
   });
 
   test("with models, a release counts the devices that it is for", async () => {
@@ -707,6 +889,25 @@ describe("as programs see it", () => {
     expect(model).toContain("It is not among the releases");
   });
 
+  test("a form stays good when its user signs in anew, and a token is taken with spaces around", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const form = await paged.html("devices/a");
+    const body = new URLSearchParams({ token: ` ${paged.token}\n` });
+    const signIn = { method: "POST", body, redirect: "manual" as const };
+    const cookie = (await fetch(paged.at_("sign-in"), signIn)).headers.get("set-cookie")!;
+    const [, proof] = /name="proof" value="([^"]+)"/.exec(form)!;
+    const saved = await fetch(paged.at_("devices/a"), {
+      ...{
+        method: "POST",
+        redirect: "manual",
+        body: new URLSearchParams({ proof: proof!, name: "x" }),
+      },
+      headers: { Cookie: cookie.split(";")[0]!, Origin: "null" },
+    });
+    expect(saved.status).toBe(303);
+  });
+
   test("a form whose store is away: 503 and why, with what was typed", async () => {
     await using paged = await Paged.start({ fleet: await nobody() });
     const page = await paged.html("rollouts/new?version=1.0.1&soak=10m", 503);
@@ -739,6 +940,9 @@ describe("as programs see it", () => {
       "//evil.example",
       "https://evil.example/",
       "devices\r\nX-Evil: 1",
+      "devices/../../x",
+      "devices\\..",
+      "devices/a/b",
       "..",
       "x",
     ]) {
@@ -762,6 +966,12 @@ describe("as programs see it", () => {
     const labels = "site=<i>\r\nring=1";
     const edit = await post("devices/a", { proof: "x", name: "Mill", labels });
     expect(edit).toContain("<pre>name: Mill\nlabels: site=&lt;i&gt;\nring=1</pre>");
+    expect(edit).toContain("Nothing was changed, since you are not signed in.");
+    const foreign = await fetch(paged.at_("devices/a"), {
+      ...{ method: "POST", body: new URLSearchParams({ name: "Call 555" }) },
+      headers: { "Sec-Fetch-Site": "cross-site" },
+    });
+    expect([foreign.status, (await foreign.text()).includes("555")]).toEqual([401, false]);
     expect(await signIn(edit)).toBe("./devices/a");
     expect((await paged.server.fleet!.device("a"))!.name).toBeNull();
     expect(await signIn(await post("rollouts/change", { id: "x", action: "abort" }))).toBe("./");
@@ -1097,7 +1307,7 @@ describe("in a browser", () => {
     using browser = await paged.browse({}, "devices/a");
     await browser.type("#labels", "site=north");
     await browser.signOut();
-    await browser.until("#lost", /You are signed out: copy what you typed, and reload/);
+    await browser.until("#lost", /You are signed out\. Sign in in another tab/);
     expect(await browser.ask(`document.querySelector("#labels").value`)).toBe("site=north");
     // Sent all the same, nothing is saved; what was typed is there, and so is the way back.
     await browser.follow("main button");
@@ -1110,6 +1320,51 @@ describe("in a browser", () => {
     await browser.leave("the end of a session", () => browser.signOut());
     expect(await browser.text("h1")).toBe("Sign in");
     expectQuiet(browser, /status of 401/);
+  });
+
+  test("what is typed stays while the store is away, and so does what was chosen", async () => {
+    await using paged = await Paged.laid([
+      { id: "a", query: { model: "m3" } },
+      { id: "b", query: { model: "m2" } },
+    ]);
+    using browser = await paged.browse({}, "devices/a");
+    await browser.type("#name", "At the mill");
+    const file = paged.at("fleet.db");
+    await rename(file, `${file}.away`);
+    await browser.until("#lost", /The server answers 503: what you typed is still here/);
+    expect(await browser.ask(`document.querySelector("#name").value`)).toBe("At the mill");
+    await rename(`${file}.away`, file);
+    await browser.until("#lost[hidden]", /./);
+    expect(await browser.ask(`document.querySelector("#name").value`)).toBe("At the mill");
+    await browser.go(paged.at_("devices"));
+    await browser.ask(`void (document.querySelector("[name=model]").value = "m2")`);
+    await paged.report({ devid: "c", model: "m1" });
+    await browser.until("main", /3 devices/);
+    expect(await browser.ask(`document.querySelector("[name=model]").value`)).toBe("m2");
+    // What nobody has chosen in is up to date.
+    await browser.go(paged.at_("devices"));
+    await paged.report({ devid: "d", model: "m0" });
+    await browser.until("[name=model]", /m0/);
+    expectQuiet(browser, /status of 503/);
+  });
+
+  test("times of other days and years say which", async () => {
+    const hour = 3600_000;
+    await using paged = await Paged.laid([
+      { id: "a", ago: 500 * 24 * hour },
+      { id: "a", ago: 366 * 24 * hour, to: "1.0.1" },
+      { id: "a", version: "1.0.1", ago: 1000 },
+    ]);
+    using browser = await paged.browse({}, "devices/a");
+    const { history } = (await paged.server.fleet!.device("a"))!;
+    const times = await browser.ask<string[]>(
+      `[...document.querySelectorAll(".timeline time")].map((one) => one.textContent)`,
+    );
+    expect(times[0]).toMatch(/^\d\d:\d\d$/);
+    for (const [i, time] of times.slice(1).toReversed().entries()) {
+      const year = new Date(history[i]!.at).getFullYear();
+      expect(time).toMatch(new RegExp(`^[A-Z][a-z]+ \\d+ ${year} \\d\\d:\\d\\d$`));
+    }
   });
 
   test("a device that is named as a script is harmless everywhere", async () => {
@@ -1136,7 +1391,11 @@ describe("in a browser", () => {
       );
       expect(await browser.ask("document.title")).not.toBe("owned");
       // Also when the script brings it.
-      await browser.ask(`document.dispatchEvent(new Event("visibilitychange"))`);
+      await browser.refreshed();
+      expect(await browser.ask(`document.querySelectorAll("main img, main script").length`)).toBe(
+        0,
+      );
+      expect(await browser.ask("document.title")).not.toBe("owned");
     }
     expect(await browser.text("main")).toContain("<img src=x");
     expectQuiet(browser);

@@ -62,7 +62,7 @@ export async function benchPage({ quick }: Effort): Promise<void> {
 }
 
 /** A view, and how it is asked for in each round. */
-type View = [name: string, path: (round: number) => string];
+type View = [name: string, path: (round: number, rollout: string) => string];
 
 const idOf = (device: number) => `30aea4${device.toString(16).padStart(6, "0")}`;
 const NEWEST = `1.0.${VERSIONS}`;
@@ -87,7 +87,7 @@ const VIEWS: View[] = [
   ["A rollout's form", () => `rollouts/new?version=${NEWEST}`],
   ["A rollout's form, one model", () => `rollouts/new?version=${NEWEST}&only=model%3DFiPy`],
   ["A rollout's form, one label", () => `rollouts/new?version=${NEWEST}&only=site%3Dnorth`],
-  ["Abort a rollout?", () => `rollouts/change?version=${NEWEST}&model=&action=abort`],
+  ["Abort a rollout?", (_, rollout) => `rollouts/change?id=${rollout}&bad=0&action=abort`],
 ];
 
 /** What was measured of a view. */
@@ -111,7 +111,7 @@ async function lookAtAll(root: string, store: Store, rounds: number): Promise<Lo
     await fleet.edit(idOf(i * 499), { name: `Meter ${i}`, labels: { site: "north", row: `${i}` } });
   }
   const rollout = { ...ota.ROLLOUT_DEFAULTS, version: NEWEST, model: null };
-  await fleet.startRollout(rollout);
+  const { id } = await fleet.startRollout(rollout);
   for (let i = 0; i < 3; i++) await fleet.flush();
   const ask = browser(server.url.origin, token);
   const looks: Look[] = [];
@@ -122,7 +122,7 @@ async function lookAtAll(root: string, store: Store, rounds: number): Promise<Lo
       // What is as good as new for a while is not, so much later.
       skipped += name === "Fleet, every two seconds" ? EVERY : 60_000;
       const started = performance.now();
-      const text = await ask(path(Math.max(0, round)));
+      const text = await ask(path(Math.max(0, round), id));
       if (round >= 0) times.push(performance.now() - started);
       bytes = Math.max(bytes, Buffer.byteLength(text));
     }
@@ -145,7 +145,7 @@ function browser(origin: string, token: string): (path: string) => Promise<strin
   };
 }
 
-const OPEN: View[] = [
+const OPEN: [name: string, path: (tab: number) => string][] = [
   ["Fleet", () => ""],
   ["Devices", () => "devices"],
   ["A search that finds all", () => "devices?q=30aea4"],

@@ -192,6 +192,22 @@ export class Browser implements Disposable {
     await this.#within(`${url} loads`, this.view.navigate(String(url)));
   }
 
+  /** Waits until the page's script has brought the newest since now. */
+  async refreshed(): Promise<void> {
+    // The second begins when the first has been shown.
+    const script = `globalThis.awaited = new Promise((resolve) => {
+      let left = 2;
+      const observer = new PerformanceObserver((list) => {
+        left -= list.getEntries().filter(({ initiatorType }) => initiatorType === "fetch").length;
+        if (left > 0) return;
+        observer.disconnect();
+        resolve();
+      });
+      observer.observe({ type: "resource" });
+    })`;
+    await this.#within("the script brings the newest", this.view.evaluate(script));
+  }
+
   /** Loses its cookies, as when a session ends. */
   async signOut(): Promise<void> {
     await this.#within("cookies go", this.view.cdp("Network.clearBrowserCookies"));
