@@ -9408,23 +9408,46 @@ async function summarize(db: Connection, basis: StateBasis): Promise<FleetSummar
 // ──── Store lists ────────────────────────────────────────────────────────────────────────────────
 // Reading devices: those that a filter takes, or one with its history.
 
-/** SQL for which devices a filter takes. */
-function filterSQL(filter: DeviceFilter, basis: StateBasis, values: SQLValues): string {
+/** SQL for which cohorts a filter takes; empty: all. */
+function cohortsSQL(
+  { state, version, model }: DeviceFilter,
+  basis: StateBasis,
+  values: SQLValues,
+): string {
   const { $ } = values;
-  const { state, version, model, label, q, after } = filter;
-  const cohorts: string[] = [];
   const where: string[] = [];
   if (state !== undefined) {
     const isOfCohort = state === "silent" ? "offered" : state;
-    cohorts.push(`${cohortStateSQL(basis, values)} = ${$(isOfCohort)}`);
-    if (state === "silent") where.push(silentSQL(basis, values));
-    if (state === "offered") where.push(`NOT ${silentSQL(basis, values)}`);
+    where.push(`${cohortStateSQL(basis, values)} = ${$(isOfCohort)}`);
   }
-  if (version !== undefined) cohorts.push(`version_key = ${$(versionKey(version))}`);
-  if (model !== undefined) cohorts.push(`LOWER(model) = ${$(asciiLower(model))}`);
-  if (cohorts.length > 0) {
-    where.push(`cohort IN (SELECT id FROM ota_cohorts WHERE ${cohorts.join(" AND ")})`);
-  }
+  if (version !== undefined) where.push(`version_key = ${$(versionKey(version))}`);
+  if (model !== undefined) where.push(`LOWER(model) = ${$(asciiLower(model))}`);
+  return where.length > 0 ? `WHERE ${where.join(" AND ")}` : "";
+}
+
+/** Cohorts that a filter takes, where they are known. */
+interface Among {
+  /** Absent: they are too many to be named. */
+  cohorts: string[] | undefined;
+  /** Devices in them. */
+  devices: number;
+}
+
+/** SQL for which devices a filter takes. */
+function filterSQL(
+  filter: DeviceFilter,
+  basis: StateBasis,
+  values: SQLValues,
+  among?: Among,
+): string {
+  const { $ } = values;
+  const { state, label, q, after } = filter;
+  const where: string[] = [];
+  const cohorts = among?.cohorts ? "" : cohortsSQL(filter, basis, values);
+  if (among?.cohorts) where.push(`cohort IN (${among.cohorts.map($).join(", ")})`);
+  else if (cohorts !== "") where.push(`cohort IN (SELECT id FROM ota_cohorts ${cohorts})`);
+  if (state === "silent") where.push(silentSQL(basis, values));
+  if (state === "offered") where.push(`NOT ${silentSQL(basis, values)}`);
   if (label !== undefined) {
     const [key, value] = [$(label[0]), $(label[1])];
     where.push(`id IN (SELECT device FROM ota_labels WHERE key = ${key} AND value = ${value})`);
@@ -9444,19 +9467,32 @@ function searchSQL(q: string, { $ }: SQLValues): string {
   return `(${columns.join(" OR ")} OR ${is("name")} OR ${isModel})`;
 }
 
+/** Devices that are read together, and not in the order of their ids, at most. */
+const FEW = 5000;
+
+/**
+ * SQL for devices that are then put in the order of their ids. PostgreSQL would go through the whole
+ * fleet in that order, for the first ones that are right, even where few are: a limit, which is never
+ * reached, keeps it from that.
+ */
+function fewSQL(where: string, among: Among | undefined): string {
+  if (!among || among.devices > FEW) return `ota_devices ${where}`;
+  return `(SELECT id FROM ota_devices ${where} LIMIT ${2 * FEW}) AS few`;
+}
+
 /** Lists devices in the order of their ids. */
 async function listDevices(
   db: Connection,
   filter: DeviceFilter,
   basis: StateBasis,
+  among?: Among,
 ): Promise<DevicePage> {
   const limit = Math.min(Math.max(1, filter.limit ?? 100), MAX_PAGE);
   const values = new SQLValues();
   const select = devicesSQL(basis, values);
   // The ids first, of which an index has all that is needed; then only the rows of this page.
-  const ids =
-    `SELECT ota_devices.id FROM ota_devices ${filterSQL(filter, basis, values)} ` +
-    `ORDER BY ota_devices.id LIMIT ${limit + 1}`;
+  const where = filterSQL(filter, basis, values, among);
+  const ids = `SELECT id FROM ${fewSQL(where, among)} ORDER BY id LIMIT ${limit + 1}`;
   const text = `${select} WHERE ota_devices.id IN (${ids}) ORDER BY ota_devices.id`;
   const rows = await db.query(text, values.all);
   const page = rows.slice(0, limit);
@@ -9698,12 +9734,38 @@ function urgentCursor(after: string | undefined): { first: number; id: string } 
 /** The states, what needs a person first. */
 const URGENCY: readonly DeviceState[] = DEVICE_STATES.toReversed();
 
-/** The states that a list goes through, and where it begins in each. */
-function urgentParts({ state, after }: DeviceFilter): { state: DeviceState; after?: string }[] {
+/** Devices of a state, as a list goes through them. */
+interface UrgentPart {
+  state: DeviceState;
+  /** The id after which it begins. */
+  after?: string;
+  /** A database that is told their cohorts finds them sooner. */
+  among: Among;
+}
+
+/** Cohorts that are named in a statement at most. */
+const NAMED_COHORTS = 500;
+
+/** The states that a list goes through, but for those that no device is in. */
+async function urgentParts(
+  db: Connection,
+  { state, after, ...filter }: DeviceFilter,
+  basis: StateBasis,
+): Promise<UrgentPart[]> {
   const cursor = urgentCursor(after);
+  const values = new SQLValues();
+  const text =
+    `SELECT id, ${cohortStateSQL(basis, values)} AS state, devices FROM ota_cohorts ` +
+    cohortsSQL(filter, basis, values);
+  const byState = Map.groupBy(await db.query(text, values.all), (row) => row["state"]);
   return URGENCY.flatMap((one, rank) => {
     if (rank < (cursor?.first ?? 0) || (state !== undefined && state !== one)) return [];
-    return [{ state: one, ...(rank === cursor?.first && { after: cursor.id }) }];
+    const found = byState.get(one === "silent" ? "offered" : one) ?? [];
+    if (found.length === 0) return [];
+    const cohorts = found.length > NAMED_COHORTS ? undefined : found.map(({ id }) => String(id));
+    const devices = found.reduce((sum, row) => sum + Number(row["devices"]), 0);
+    const begin = rank === cursor?.first && { after: cursor.id };
+    return [{ state: one, ...begin, among: { cohorts, devices } }];
   });
 }
 
@@ -9723,10 +9785,10 @@ async function listUrgent(
   if (ids) return { devices: await devicesOf(db, ids.ids, basis), next: ids.next };
   const found: FleetDevice[] = [];
   const { after: _, ...same } = filter;
-  for (const part of urgentParts(filter)) {
+  for (const { among, ...part } of await urgentParts(db, filter, basis)) {
     if (found.length > limit) break;
     const page = { ...same, ...part, limit: limit + 1 - found.length };
-    found.push(...(await listDevices(db, page, basis)).devices);
+    found.push(...(await listDevices(db, page, basis, among)).devices);
   }
   const devices = found.slice(0, limit);
   const last = devices.at(-1);
@@ -9753,8 +9815,8 @@ interface FoundDevice {
   state: DeviceState;
 }
 
-/** Devices of a state that a search looks at one by one. */
-const LOOKED_AT = 2000;
+/** Devices of a state that a search looks at before it looks at all. */
+const LOOKED_AT = 1000;
 
 /**
  * Looks at the first devices alone, where what many have in them is found at once.
@@ -9768,21 +9830,22 @@ async function searchFirst(
 ): Promise<FoundDevice[] | undefined> {
   const found: FoundDevice[] = [];
   const { after: _, ...same } = filter;
-  for (const part of urgentParts(filter)) {
+  for (const { among, ...part } of await urgentParts(db, filter, basis)) {
     const values = new SQLValues();
-    const first =
-      `SELECT id, name, address, cohort FROM ota_devices ` +
-      `${filterSQL({ ...same, ...part }, basis, values)} ORDER BY id LIMIT ${LOOKED_AT}`;
-    const looked = `SELECT COUNT(*) AS n FROM (${first}) AS first`;
-    const [row] = await db.query(looked, values.all);
+    const where = filterSQL({ ...same, ...part }, basis, values, among);
+    const first = `SELECT id FROM ${fewSQL(where, among)} ORDER BY id LIMIT ${LOOKED_AT}`;
+    // That limit, too, keeps a database from looking at others before.
+    const looked =
+      `SELECT ota_devices.id, name, address, cohort FROM (${first}) AS first ` +
+      `JOIN ota_devices ON ota_devices.id = first.id LIMIT ${LOOKED_AT}`;
     const text =
-      `SELECT id FROM (${first}) AS first WHERE ${searchSQL(q!, values)} ` +
+      `SELECT id FROM (${looked}) AS looked WHERE ${searchSQL(q!, values)} ` +
       `ORDER BY id LIMIT ${limit - found.length}`;
     for (const { id } of await db.query(text, values.all)) {
       found.push({ id: String(id), state: part.state });
     }
     if (found.length === limit) return found;
-    if (Number(row!["n"]) === LOOKED_AT) return undefined;
+    if (among.devices > LOOKED_AT) return undefined;
   }
   return found;
 }
@@ -10065,8 +10128,8 @@ function eligibleSQL(
     if (key === "model") isForCohort.push(`LOWER(c.model) IN (${list(asciiLower)})`);
     else if (key === "version") isBelow.push(`c.version_key IN (${list(versionKey)})`);
     else {
-      const of = `device = d.id AND key = ${$(key)} AND value IN (${list(String)})`;
-      isFor.push(`EXISTS (SELECT 1 FROM ota_labels WHERE ${of})`);
+      const of = `key = ${$(key)} AND value IN (${list(String)})`;
+      isFor.push(`d.id IN (SELECT device FROM ota_labels WHERE ${of})`);
     }
   }
   const rows = () => `ota_rollout_devices r ON r.rollout = ${$(id)} AND r.device = d.id`;

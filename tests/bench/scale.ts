@@ -116,6 +116,7 @@ export class LargeFleet {
   #fleet!: Fleet;
 
   private constructor(
+    private readonly store: Store,
     private readonly devices: number,
     end: number,
   ) {
@@ -125,7 +126,7 @@ export class LargeFleet {
 
   /** Fills a store with what happens within a day. @param end what its clock shows then */
   static async fill(store: Store, devices: number, end = 1_700_000_000_000): Promise<LargeFleet> {
-    const large = new LargeFleet(devices, end);
+    const large = new LargeFleet(store, devices, end);
     const { Fleet } = (await import(OTA)) as typeof import("../../ota.ts");
     large.#fleet = await Fleet.open({
       ...{ url: store.url, serving: true, tick: 0 },
@@ -184,6 +185,7 @@ export class LargeFleet {
         await this.#fleet.flush();
       }
     }
+    await this.store.settle();
     this.#pass(HOUR);
   }
 
