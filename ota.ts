@@ -8914,6 +8914,8 @@ function connect({ file, url }: StorePlace, access: StoreAccess): Connection {
       idle_in_transaction_session_timeout: `${STORE_PATIENCE}`,
       // A plan made while a table was empty would read all of it for ever.
       plan_cache_mode: "force_custom_plan",
+      // To start processes for a question takes as long as to answer it.
+      max_parallel_workers_per_gather: "0",
     },
   });
   return new Connection(sql, false);
