@@ -10217,11 +10217,13 @@ async function usualInterval(db: Connection): Promise<number> {
  */
 async function countTargets(
   db: Connection,
-  record: RolloutRecord,
+  options: RolloutOptions,
   models: readonly string[],
   at: number,
 ): Promise<RolloutTarget[]> {
   const values = new SQLValues();
+  // As if it were the first one: whatever there is now is known before it.
+  const record = { id: "", options, digest: null, created: at, progress: newProgress(0, true) };
   const { isFor, isForCohort, isBelow } = eligibleSQL(record, values, models, at);
   // By cohort first: devices are many, and an index has all that this needs of them.
   const rows = await db.query(
@@ -11645,8 +11647,7 @@ class FleetStore {
   }
 
   async rolloutTargets(options: RolloutOptions, at: number): Promise<RolloutTarget[]> {
-    const record = await newRollout(this.db, options, at);
-    return await countTargets(this.db, record, await servedModels(this.db), at);
+    return await countTargets(this.db, options, await servedModels(this.db), at);
   }
 
   /** Sees to it that the store can be written. */
