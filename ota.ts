@@ -9427,7 +9427,7 @@ function cohortsSQL(
   return where.length > 0 ? `WHERE ${where.join(" AND ")}` : "";
 }
 
-/** Cohorts that a filter takes, where they are known. */
+/** Cohorts that a filter takes. */
 interface Among {
   /** Absent: they are too many to be named. */
   cohorts: string[] | undefined;
@@ -9435,18 +9435,21 @@ interface Among {
   devices: number;
 }
 
+/** A filter, and what a database need not find out for each device. */
+interface StoreFilter extends DeviceFilter {
+  among?: Among;
+  /** Whether no model has `q` in it: the cohort is the last thing in a row. */
+  isNoModel?: boolean;
+}
+
 /** SQL for which devices a filter takes. */
-function filterSQL(
-  filter: DeviceFilter,
-  basis: StateBasis,
-  values: SQLValues,
-  among?: Among,
-): string {
+function filterSQL(filter: StoreFilter, basis: StateBasis, values: SQLValues): string {
   const { $ } = values;
   const { state, label, q, after } = filter;
   const where: string[] = [];
-  const cohorts = among?.cohorts ? "" : cohortsSQL(filter, basis, values);
-  if (among?.cohorts) where.push(`cohort IN (${among.cohorts.map($).join(", ")})`);
+  const named = filter.among?.cohorts;
+  const cohorts = named ? "" : cohortsSQL(filter, basis, values);
+  if (named) where.push(`cohort IN (${cohortList(named).map($).join(", ")})`);
   else if (cohorts !== "") where.push(`cohort IN (SELECT id FROM ota_cohorts ${cohorts})`);
   if (state === "silent") where.push(silentSQL(basis, values));
   if (state === "offered") where.push(`NOT ${silentSQL(basis, values)}`);
@@ -9454,19 +9457,40 @@ function filterSQL(
     const [key, value] = [$(label[0]), $(label[1])];
     where.push(`id IN (SELECT device FROM ota_labels WHERE key = ${key} AND value = ${value})`);
   }
-  if (q !== undefined && q !== "") where.push(searchSQL(q, values));
+  if (q !== undefined && q !== "") where.push(searchSQL(filter, values));
   if (after !== undefined) where.push(`id > ${$(after)}`);
   return where.length > 0 ? `WHERE ${where.join(" AND ")}` : "";
 }
 
+/** Cohorts in a power of two, with some that there are not: see `chunks`. */
+function cohortList(ids: readonly string[]): string[] {
+  const length = 2 ** Math.ceil(Math.log2(ids.length));
+  return Array.from({ length }, (_, i) => ids[i] ?? "");
+}
+
+/** SQL for whether a column, in lower case, has a text in it. */
+function partSQL(column: string, text: string, { $ }: SQLValues): string {
+  return `${column} LIKE ${$(`%${text.replace(/[\\%_]/g, "\\$&")}%`)} ESCAPE '\\'`;
+}
+
+const modelSQL = (q: string, values: SQLValues) => partSQL("LOWER(model)", asciiLower(q), values);
+
 /** SQL for whether a device has a text in its id, name, model or address. */
-function searchSQL(q: string, { $ }: SQLValues): string {
-  const part = (text: string) => `${$(`%${text.replace(/[\\%_]/g, "\\$&")}%`)} ESCAPE '\\'`;
-  const is = (column: string) => `LOWER(${column}) LIKE ${part(asciiLower(q))}`;
-  // Ids and addresses are in lower case; models are looked at once for each cohort.
-  const isModel = `cohort IN (SELECT id FROM ota_cohorts WHERE ${is("model")})`;
-  const columns = ["id", "address"].map((column) => `${column} LIKE ${part(q.toLowerCase())}`);
-  return `(${columns.join(" OR ")} OR ${is("name")} OR ${isModel})`;
+function searchSQL({ q = "", isNoModel }: StoreFilter, values: SQLValues): string {
+  const any = ["id", "address"].map((column) => partSQL(column, q.toLowerCase(), values));
+  any.push(partSQL("LOWER(name)", asciiLower(q), values));
+  if (!isNoModel) {
+    any.push(`cohort IN (SELECT id FROM ota_cohorts WHERE ${modelSQL(q, values)})`);
+  }
+  return `(${any.join(" OR ")})`;
+}
+
+/** Finds out whether a search is about a model, once instead of for each device. */
+async function withModels(db: Connection, filter: DeviceFilter): Promise<StoreFilter> {
+  if (!filter.q) return filter;
+  const values = new SQLValues();
+  const text = `SELECT id FROM ota_cohorts WHERE ${modelSQL(filter.q, values)} LIMIT 1`;
+  return { ...filter, isNoModel: (await db.query(text, values.all)).length === 0 };
 }
 
 /** Devices that are read together, and not in the order of their ids, at most. */
@@ -9477,7 +9501,7 @@ const FEW = 5000;
  * fleet in that order, for the first ones that are right, even where few are: a limit, which is never
  * reached, keeps it from that.
  */
-function fewSQL(where: string, among: Among | undefined): string {
+function fewSQL(where: string, { among }: StoreFilter): string {
   if (!among || among.devices > FEW) return `ota_devices ${where}`;
   return `(SELECT id FROM ota_devices ${where} LIMIT ${2 * FEW}) AS few`;
 }
@@ -9485,16 +9509,15 @@ function fewSQL(where: string, among: Among | undefined): string {
 /** Lists devices in the order of their ids. */
 async function listDevices(
   db: Connection,
-  filter: DeviceFilter,
+  filter: StoreFilter,
   basis: StateBasis,
-  among?: Among,
 ): Promise<DevicePage> {
   const limit = Math.min(Math.max(1, filter.limit ?? 100), MAX_PAGE);
   const values = new SQLValues();
   const select = devicesSQL(basis, values);
   // The ids first, of which an index has all that is needed; then only the rows of this page.
-  const where = filterSQL(filter, basis, values, among);
-  const ids = `SELECT id FROM ${fewSQL(where, among)} ORDER BY id LIMIT ${limit + 1}`;
+  const where = filterSQL(filter, basis, values);
+  const ids = `SELECT id FROM ${fewSQL(where, filter)} ORDER BY id LIMIT ${limit + 1}`;
   const text = `${select} WHERE ota_devices.id IN (${ids}) ORDER BY ota_devices.id`;
   const rows = await db.query(text, values.all);
   const page = rows.slice(0, limit);
@@ -9787,10 +9810,10 @@ async function listUrgent(
   if (ids) return { devices: await devicesOf(db, ids.ids, basis), next: ids.next };
   const found: FleetDevice[] = [];
   const { after: _, ...same } = filter;
-  for (const { among, ...part } of await urgentParts(db, filter, basis)) {
+  for (const part of await urgentParts(db, filter, basis)) {
     if (found.length > limit) break;
     const page = { ...same, ...part, limit: limit + 1 - found.length };
-    found.push(...(await listDevices(db, page, basis, among)).devices);
+    found.push(...(await listDevices(db, page, basis)).devices);
   }
   const devices = found.slice(0, limit);
   const last = devices.at(-1);
@@ -9803,7 +9826,7 @@ async function searchUrgent(
   { limit = 50, ...filter }: DeviceFilter,
   basis: StateBasis,
 ): Promise<FoundIds> {
-  const most = { ...filter, limit: limit + 1 };
+  const most = await withModels(db, { ...filter, limit: limit + 1 });
   const found = (await searchFirst(db, most, basis)) ?? (await searchAll(db, most, basis));
   const page = found.slice(0, limit);
   const last = page.at(-1);
@@ -9827,27 +9850,27 @@ const LOOKED_AT = 1000;
  */
 async function searchFirst(
   db: Connection,
-  { q, limit = 50, ...filter }: DeviceFilter,
+  { limit = 50, ...search }: StoreFilter,
   basis: StateBasis,
 ): Promise<FoundDevice[] | undefined> {
   const found: FoundDevice[] = [];
-  const { after: _, ...same } = filter;
-  for (const { among, ...part } of await urgentParts(db, filter, basis)) {
+  const { q: _, after: __, ...same } = search;
+  for (const part of await urgentParts(db, search, basis)) {
     const values = new SQLValues();
-    const where = filterSQL({ ...same, ...part }, basis, values, among);
-    const first = `SELECT id FROM ${fewSQL(where, among)} ORDER BY id LIMIT ${LOOKED_AT}`;
+    const where = filterSQL({ ...same, ...part }, basis, values);
+    const first = `SELECT id FROM ${fewSQL(where, part)} ORDER BY id LIMIT ${LOOKED_AT}`;
     // That limit, too, keeps a database from looking at others before.
     const looked =
       `SELECT ota_devices.id, name, address, cohort FROM (${first}) AS first ` +
       `JOIN ota_devices ON ota_devices.id = first.id LIMIT ${LOOKED_AT}`;
     const text =
-      `SELECT id FROM (${looked}) AS looked WHERE ${searchSQL(q!, values)} ` +
+      `SELECT id FROM (${looked}) AS looked WHERE ${searchSQL(search, values)} ` +
       `ORDER BY id LIMIT ${limit - found.length}`;
     for (const { id } of await db.query(text, values.all)) {
       found.push({ id: String(id), state: part.state });
     }
     if (found.length === limit) return found;
-    if (among.devices > LOOKED_AT) return undefined;
+    if (part.among.devices > LOOKED_AT) return undefined;
   }
   return found;
 }
@@ -9855,7 +9878,7 @@ async function searchFirst(
 /** Looks at all devices in one pass, whatever is found. */
 async function searchAll(
   db: Connection,
-  { limit = 50, after, ...filter }: DeviceFilter,
+  { limit = 50, after, ...filter }: StoreFilter,
   basis: StateBasis,
 ): Promise<FoundDevice[]> {
   const values = new SQLValues();
@@ -11666,7 +11689,7 @@ class FleetStore {
   }
 
   async devices(filter: DeviceFilter, basis: StateBasis) {
-    return await listDevices(this.db, filter, basis);
+    return await listDevices(this.db, await withModels(this.db, filter), basis);
   }
 
   async urgent(filter: DeviceFilter, basis: StateBasis, found?: FoundIds) {
