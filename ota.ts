@@ -9506,13 +9506,17 @@ function fewSQL(where: string, { among }: StoreFilter): string {
   return `(SELECT id FROM ota_devices ${where} LIMIT ${2 * FEW}) AS few`;
 }
 
+/** A filter for no more devices than a page may have. */
+function bounded({ limit = 100, ...filter }: DeviceFilter): DeviceFilter {
+  return { ...filter, limit: Math.min(Math.max(1, limit), MAX_PAGE) };
+}
+
 /** Lists devices in the order of their ids. */
 async function listDevices(
   db: Connection,
-  filter: StoreFilter,
+  { limit = 100, ...filter }: StoreFilter,
   basis: StateBasis,
 ): Promise<DevicePage> {
-  const limit = Math.min(Math.max(1, filter.limit ?? 100), MAX_PAGE);
   const values = new SQLValues();
   const select = devicesSQL(basis, values);
   // The ids first, of which an index has all that is needed; then only the rows of this page.
@@ -9803,7 +9807,7 @@ interface FoundIds {
 /** Lists devices; `after` is a cursor. @param ids of those that `searchUrgent` found */
 async function listUrgent(
   db: Connection,
-  { limit = 50, ...filter }: DeviceFilter,
+  { limit = 100, ...filter }: DeviceFilter,
   basis: StateBasis,
   ids?: FoundIds,
 ): Promise<DevicePage> {
@@ -9823,7 +9827,7 @@ async function listUrgent(
 /** Finds a page of the devices with a text in them. */
 async function searchUrgent(
   db: Connection,
-  { limit = 50, ...filter }: DeviceFilter,
+  { limit = 100, ...filter }: DeviceFilter,
   basis: StateBasis,
 ): Promise<FoundIds> {
   const most = await withModels(db, { ...filter, limit: limit + 1 });
@@ -9850,7 +9854,7 @@ const LOOKED_AT = 1000;
  */
 async function searchFirst(
   db: Connection,
-  { limit = 50, ...search }: StoreFilter,
+  { limit = 100, ...search }: StoreFilter,
   basis: StateBasis,
 ): Promise<FoundDevice[] | undefined> {
   const found: FoundDevice[] = [];
@@ -9878,7 +9882,7 @@ async function searchFirst(
 /** Looks at all devices in one pass, whatever is found. */
 async function searchAll(
   db: Connection,
-  { limit = 50, after, ...filter }: StoreFilter,
+  { limit = 100, after, ...filter }: StoreFilter,
   basis: StateBasis,
 ): Promise<FoundDevice[]> {
   const values = new SQLValues();
@@ -11689,15 +11693,15 @@ class FleetStore {
   }
 
   async devices(filter: DeviceFilter, basis: StateBasis) {
-    return await listDevices(this.db, await withModels(this.db, filter), basis);
+    return await listDevices(this.db, await withModels(this.db, bounded(filter)), basis);
   }
 
   async urgent(filter: DeviceFilter, basis: StateBasis, found?: FoundIds) {
-    return await listUrgent(this.db, filter, basis, found);
+    return await listUrgent(this.db, bounded(filter), basis, found);
   }
 
   async search(filter: DeviceFilter, basis: StateBasis) {
-    return await searchUrgent(this.db, filter, basis);
+    return await searchUrgent(this.db, bounded(filter), basis);
   }
 
   async overview(basis: StateBasis, now: number, span: FleetSpan | undefined) {
