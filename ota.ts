@@ -8321,6 +8321,8 @@ export interface Rollout {
 export interface RolloutTarget {
   model: string | null;
   version: string | null;
+  /** Of those that tell no version. */
+  firmware: string | null;
   devices: number;
 }
 
@@ -10254,16 +10256,18 @@ async function countTargets(
   const { isFor, isForCohort, isBelow } = eligibleSQL(record, values, models, at);
   // By cohort first: devices are many, and an index has all that this needs of them.
   const rows = await db.query(
-    `SELECT c.model AS model, c.version AS version, SUM(d.n) AS n FROM
+    `SELECT c.model AS model, c.version AS version,
+        CASE WHEN c.version IS NULL THEN c.firmware END AS firmware, SUM(d.n) AS n FROM
         (SELECT d.cohort AS cohort, COUNT(*) AS n FROM ota_devices d WHERE ${isFor}
           GROUP BY d.cohort) d
         JOIN ota_cohorts c ON c.id = d.cohort WHERE ${isForCohort} AND ${isBelow}
-      GROUP BY c.model, c.version ORDER BY n DESC, model, version`,
+      GROUP BY 1, 2, 3 ORDER BY n DESC, model, version, firmware`,
     values.all,
   );
-  return rows.map(({ model, version, n }) => ({
+  return rows.map(({ model, version, firmware, n }) => ({
     model: model as string | null,
     version: version as string | null,
+    firmware: firmware as string | null,
     devices: Number(n),
   }));
 }
@@ -14787,10 +14791,11 @@ function targetsTable(targets: readonly RolloutTarget[]): Markup {
       version.
     </p>`;
   }
-  const rows = targets.slice(0, 20).map(({ model, version, devices }) => {
+  const rows = targets.slice(0, 20).map((target) => {
+    const { model, devices } = target;
     return html`<tr>
       <td>${model === null ? "no model" : brief(model)}</td>
-      <td>${version === null ? "no version" : brief(version)}</td>
+      <td>${brief(versionText(target))}</td>
       <td class="n">${grouped(devices)}</td>
       <td class="fill">${bar(devices, all)}</td>
     </tr>`;
@@ -21481,9 +21486,10 @@ async function planLines(
   if (total === 0) return [`${name} goes to no device that is known`];
   const cost = await stepCosts(options, root);
   const rows = [];
-  for (const { model, version: from, devices } of targets.slice(0, MAX_STEPS)) {
-    const costs = (await cost?.(model, from)) ?? [];
-    rows.push([model ?? "-", from ?? "none", `${devices}`, ...costs.map(formatBytes)]);
+  for (const target of targets.slice(0, MAX_STEPS)) {
+    const { model, version, devices } = target;
+    const costs = (await cost?.(model, version)) ?? [];
+    rows.push([model ?? "-", versionText(target), `${devices}`, ...costs.map(formatBytes)]);
   }
   const rest = targets.slice(MAX_STEPS).reduce((sum, { devices }) => sum + devices, 0);
   const heads = AIR_DEVICES.map((device) => device.name.toUpperCase());

@@ -1085,7 +1085,7 @@ describe("rollouts", () => {
     const tried = await start({ version: "1.0.1", dry_run: true });
     expect([tried.status, tried.json() as unknown]).toEqual([
       200,
-      { targets: [{ model: null, version: "1.0.0", devices: 2 }] },
+      { targets: [{ model: null, version: "1.0.0", firmware: null, devices: 2 }] },
     ]);
     const window = "Mon-Sun 00:00-24:00";
     const only = [["site", "Pau"]];

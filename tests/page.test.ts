@@ -731,6 +731,8 @@ describe("as programs see it", () => {
     await until("it is offered", offered, (one) => one !== null);
     await paged.report({ devid: "a", current_ver: "", firmware_ver: "1.0.0", failed: "1.0.1" });
     expect(textOf(await paged.html())).toContain("failed a on firmware 1.0.0");
+    const form = textOf(await paged.html("rollouts/new?version=1.0.1"));
+    expect(form).toMatch(/On version Devices Bar no model firmware 1\.0\.0 1/);
   });
 
   test("a rollout that is over still says how many were bad", async () => {
