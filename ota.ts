@@ -15144,7 +15144,7 @@ function leavingMarkup({ states: { offered }, silent_at }: FleetSummary, now: nu
   const boards = html`${many(offered, "board")} ${offered === 1 ? "is" : "are"} still installing`;
   const until =
     silent_at !== null &&
-    html`; ${offered > 1 && "the last one "}counts as silent at
+    html`; ${offered > 1 ? "the last one" : "it"} counts as silent at
     ${clockTime(wholeMinute(silent_at), now)}`;
   return html`May I leave? ${boards}${until}.`;
 }
