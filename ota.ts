@@ -15990,18 +15990,31 @@ function formFilter(typed: FormFields): DeviceFilter {
   return readFilter({ url: `/?${new URLSearchParams([...typed])}` });
 }
 
-/** Labels as they were typed. @throws {OTAError} exit code 2 when a line is none */
-function typedLabels(text: string): Map<string, string> {
-  const labels = new Map<string, string>();
-  for (const line of text.split(/\r?\n/).map((one) => one.trim())) {
-    if (line === "") continue;
-    const at = line.indexOf("=");
-    const [key, value] = [line.slice(0, at).trim(), line.slice(at + 1).trim()];
-    if (at < 1 || key === "" || value === "")
-      refuseInput(`expected a label as key=value, found ${printable(line)}`);
-    labels.set(key, value);
-  }
-  return labels;
+/** The lines of a field, without the spaces around them. */
+function linesOf(text = ""): Set<string> {
+  const lines = text.split(/\r?\n/).map((line) => line.trim());
+  return new Set(lines.filter((line) => line !== ""));
+}
+
+/** A label as it was typed. @throws {OTAError} exit code 2 when it is none */
+function typedLabel(line: string): [key: string, value: string] {
+  const at = line.indexOf("=");
+  const [key, value] = [line.slice(0, at).trim(), line.slice(at + 1).trim()];
+  if (at < 1 || key === "" || value === "")
+    refuseInput(`expected a label as key=value, found ${printable(line)}`);
+  return [key, value];
+}
+
+/** @throws {OTAError} where others made something else of what was seen, than what is wanted */
+function checkUnchanged(
+  what: string,
+  seen: string | null,
+  found: string | null,
+  wanted: string | null,
+): void {
+  if (found === seen || found === wanted) return;
+  const other = found === null ? "removed it" : `made it ${shown(found)}`;
+  throw new OTAError(`${shown(what)}: somebody else ${other} meanwhile; save again to replace it`);
 }
 
 /**
@@ -16011,30 +16024,26 @@ function typedLabels(text: string): Map<string, string> {
  * @throws {OTAError} exit code 1 where others have changed the same, 2 when a line is no label
  */
 function typedEdit(fields: FormFields, device: FleetDevice): DeviceEdit {
-  const shownName = fields.get("seen-name") ?? "";
-  const shownLabels = typedLabels(fields.get("seen-labels") ?? "");
-  const name = fields.get("name")?.trim() ?? "";
-  const labels = typedLabels(fields.get("labels") ?? "");
-  const check = (what: string, seen: string, found: string, wanted: string) => {
-    if (found === seen || found === wanted) return;
-    const other = found === "" ? "removed it" : `made it ${shown(found)}`;
-    throw new OTAError(
-      `${shown(what)}: somebody else ${other} meanwhile; save again to replace it`,
-    );
-  };
-  const edit: DeviceEdit = { labels: {} };
-  if (name !== shownName) {
-    check("the name", shownName, device.name ?? "", name);
-    edit.name = name || null;
+  const shownName = fields.get("seen-name") ?? null;
+  const name = fields.get("name")?.trim() || null;
+  if (name !== shownName) checkUnchanged("the name", shownName, device.name, name);
+  const [before, after] = [linesOf(fields.get("seen-labels")), linesOf(fields.get("labels"))];
+  // Keys may be called as what every object has.
+  const now = new Map(Object.entries(device.labels));
+  // By its line, a label is found whatever spaces are in it.
+  const lines = new Map(labelLines(device).map((line, i) => [line.trim(), [...now][i]!]));
+  const seen = new Map<string, string>();
+  const labels = new Map<string, string | null>();
+  for (const line of before.difference(after)) {
+    const [key, value] = lines.get(line) ?? typedLabel(line);
+    seen.set(key, value);
+    labels.set(key, null);
   }
-  const changed: [string, string | null][] = [];
-  for (const key of new Set([...shownLabels.keys(), ...labels.keys()])) {
-    const [seen = "", wanted = ""] = [shownLabels.get(key), labels.get(key)];
-    if (seen === wanted) continue;
-    check(`the label ${key}`, seen, device.labels[key] ?? "", wanted);
-    changed.push([key, wanted || null]);
+  for (const line of after.difference(before)) labels.set(...typedLabel(line));
+  for (const [key, wanted] of labels) {
+    checkUnchanged(`the label ${key}`, seen.get(key) ?? null, now.get(key) ?? null, wanted);
   }
-  return { ...edit, labels: Object.fromEntries(changed) };
+  return { ...(name !== shownName && { name }), labels: Object.fromEntries(labels) };
 }
 
 /** A rollout as it was typed into the form. @throws {OTAError} exit code 2 when a field is wrong */

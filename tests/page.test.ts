@@ -286,7 +286,7 @@ describe("as programs see it", () => {
       paged.post(
         "",
         "devices/a",
-        { name: "Mill", labels: "site=north\nring=1\nk=v", ...fields },
+        { name: "Mill", labels: "site=north\nring=1\n k= v ", ...fields },
         shown,
       );
     const found = async () => {
@@ -295,7 +295,7 @@ describe("as programs see it", () => {
     };
     await fleet.edit("a", { name: "Old mill", labels: { canary: "yes", ring: null } });
     // Only what was typed into: of the rest, what others have made of it.
-    expect((await save({ labels: "site=south\nring=1\nk=v" })).status).toBe(303);
+    expect((await save({ labels: "site=south\nring=1\n k= v " })).status).toBe(303);
     const labels = { site: "south", canary: "yes", " k": " v " };
     expect(await found()).toEqual({ name: "Old mill", labels });
     for (const [fields, what] of [
@@ -315,11 +315,31 @@ describe("as programs see it", () => {
     const again = await paged.post(
       "",
       "devices/a",
-      { name: "New mill", labels: "site=south\ncanary=yes\nk=v" },
+      { name: "New mill", labels: "site=south\ncanary=yes\n k= v " },
       refused,
     );
     expect(again.status).toBe(303);
     expect(await found()).toEqual({ name: "New mill", labels });
+  });
+
+  test("labels that nobody can type stay as they are, and can be removed", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const odd = { blank: "  ", " k": " v ", a: "b=c", constructor: "x" };
+    await paged.server.fleet!.edit("a", { labels: odd });
+    const save = async (labels: (lines: string) => string) => {
+      const page = await paged.html("devices/a");
+      const [, lines] = /<textarea[^>]*>\n([^]*?)<\/textarea/.exec(page)!;
+      const fields = { name: "", labels: labels(unescaped(lines!)) };
+      expect((await paged.post("", "devices/a", fields, page)).status).toBe(303);
+      return (await paged.server.fleet!.device("a"))!.labels;
+    };
+    const more = await save((lines) => `${lines}\ntoString=1`);
+    expect(Object.entries(more)).toContainEqual(["toString", "1"]);
+    expect(Object.keys(more)).toHaveLength(5);
+    expect(await save(() => "a=b=c")).toEqual({ a: "b=c" });
+    expect(await save((lines) => lines)).toEqual({ a: "b=c" });
+    expect(await save(() => "")).toEqual({});
   });
 
   test("what strangers say is text, wherever it stands", async () => {
