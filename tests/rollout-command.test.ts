@@ -191,6 +191,14 @@ describe.concurrent("a rollout beside its server", () => {
     );
   });
 
+  test("is waited for until its servers act on it", async () => {
+    await using van = await before({}, "a");
+    publish(van);
+    await eventually("1.0.1 is served", () => van.server.releases.versions.length === 2);
+    const { stdout } = await van.rollout("start", "1.0.1");
+    expect(stdout).toContain("\n1.0.1 running; ");
+  });
+
   test("halts, and says why; resume acknowledges what was bad", async () => {
     await using van = await before({}, "a", "b");
     await van.rollout("start", "1.0.1", "--pause-at", "none");

@@ -1,5 +1,7 @@
 /** A server with a fleet of its own, devices that ask it, and `rollout` as its operator types it. */
 
+import { spyOn } from "bun:test";
+import { AsyncLocalStorage } from "node:async_hooks";
 import { renameSync } from "node:fs";
 import { type FleetServer, type Rollout, serve, type ServeOptions } from "../../ota.ts";
 import { layTree, Temp, type Tree } from "./temp.ts";
@@ -11,6 +13,18 @@ export const RELEASES: Tree = {
   "1.0.1/main.py": "two\n".repeat(100),
   "1.0.1/lib.py": "x".repeat(500),
 };
+
+/**
+ * Whose command runs. A command waits for two seconds, within which the servers of its fleet write
+ * twice, and act on what it wrote; those of a van do that at once, and its commands wait for it.
+ */
+const commands = new AsyncLocalStorage<Van>();
+const sleep = Bun.sleep.bind(Bun);
+spyOn(Bun, "sleep").mockImplementation(async (time) => {
+  const van = commands.getStore();
+  if (!van) return await sleep(time);
+  for (let times = 0; times < 2; times++) await van.flush();
+});
 
 /** A server with its releases, and whoever asks it. */
 export class Van extends Temp implements AsyncDisposable {
@@ -56,7 +70,7 @@ export class Van extends Temp implements AsyncDisposable {
     const query = new URLSearchParams({ devid, current_ver: version, ...saying });
     const answer = await fetch(new URL(`/manifest.json?${query}`, this.server.url));
     const manifest = (await answer.json()) as { version: string } | null;
-    await this.server.fleet!.flush();
+    await this.flush();
     return manifest?.version ?? "none";
   }
 
@@ -77,9 +91,15 @@ export class Van extends Temp implements AsyncDisposable {
     );
   }
 
+  /** Its servers write, and act on what they hear from the store, as they do each second. */
+  async flush(): Promise<void> {
+    await Promise.all(this.servers.map(({ fleet }) => fleet!.flush()));
+  }
+
   rollout(...args: string[]): Promise<Ran> {
     const elsewhere = this.fleet === undefined ? [] : ["--fleet", this.fleet];
-    return run(["rollout", ...args, "--root", this.path, ...elsewhere]);
+    const command = ["rollout", ...args, "--root", this.path, ...elsewhere];
+    return commands.run(this, () => run(command));
   }
 
   async list(): Promise<Rollout[]> {
@@ -91,11 +111,12 @@ export class Van extends Temp implements AsyncDisposable {
 
   /** Waits for the newest rollout to be in a state. */
   async state(state: string): Promise<Rollout> {
-    return await until(
-      `the rollout is ${state}`,
-      async () => (await this.list())[0]!,
-      (rollout) => rollout?.state === state,
-    );
+    const newest = async () => {
+      await this.flush();
+      return (await this.server.fleet!.rollouts())[0];
+    };
+    await until(`the rollout is ${state}`, newest, (rollout) => rollout?.state === state);
+    return (await this.list())[0]!;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
