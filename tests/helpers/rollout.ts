@@ -127,7 +127,7 @@ export class RolloutWorld implements AsyncDisposable {
   async askAll(version = "1.0.1"): Promise<string[]> {
     const offered: string[] = [];
     // Four intervals are enough for the share to reach everyone in small fleets.
-    for (let interval = 0; interval < 14; interval++) {
+    for (let interval = 0; interval < 7; interval++) {
       for (const [id, on] of this.devices) {
         if (on === version) continue;
         if (offered.includes(id)) {
@@ -136,7 +136,7 @@ export class RolloutWorld implements AsyncDisposable {
         }
         if ((await this.ask(id)) === version) offered.push(id);
       }
-      this.time.pass(INTERVAL / 2);
+      this.time.pass(INTERVAL);
       await this.flush();
       await this.second();
     }
