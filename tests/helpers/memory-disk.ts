@@ -606,17 +606,25 @@ export class MemoryDisk implements Disk {
 
   #above(call: string, path: string): { parent: Inode; name: string } {
     const parts = split(path);
-    const name = parts.pop();
+    const name = parts.at(-1);
     if (name === undefined) throw failure("EBUSY", call, path);
-    const parent = this.#walk(call, parts, path);
+    const parent = this.#walk(call, parts.slice(0, -1), path);
     if (parent.kind !== "directory") throw failure("ENOTDIR", call, path);
     return { parent, name };
   }
 }
 
-function split(path: string): string[] {
-  if (path.startsWith("/")) throw new Error(`no path below the root: ${path}`);
-  return path.split("/").filter((part) => part !== "");
+/** The same few paths are asked for again and again. */
+const partsOf = new Map<string, readonly string[]>();
+
+function split(path: string): readonly string[] {
+  let parts = partsOf.get(path);
+  if (!parts) {
+    if (path.startsWith("/")) throw new Error(`no path below the root: ${path}`);
+    parts = path.split("/").filter((part) => part !== "");
+    partsOf.set(path, parts);
+  }
+  return parts;
 }
 
 function canFail(name: OperationName, code: Fault["code"]): boolean {
@@ -661,22 +669,28 @@ function apply(image: Image, change: Pending, inodes: ReadonlyMap<number, Inode>
   return true;
 }
 
-/** Whether a change cannot be durable without an earlier one. */
-function needs(change: Pending, earlier: Pending): boolean {
-  const entries = [change.from, change.to].filter((entry) => entry !== undefined);
-  const others = [earlier.from, earlier.to].filter((entry) => entry !== undefined);
-  const sharesEntry = entries.some((entry) => {
-    return others.some(({ directory, name }) => {
-      return directory === entry.directory && name === entry.name;
-    });
-  });
+/** Whether a change cannot be durable without an earlier one. (Asked so often that it makes nothing.) */
+function needs({ kind, inode, from, to }: Pending, earlier: Pending): boolean {
+  const sharesEntry =
+    isSame(from, earlier.from) ||
+    isSame(from, earlier.to) ||
+    isSame(to, earlier.from) ||
+    isSame(to, earlier.to);
   // A directory must be there before something is in it, and empty before it goes.
-  const standsIn = entries.some(({ directory }) => directory === earlier.inode);
+  const standsIn = from?.directory === earlier.inode || to?.directory === earlier.inode;
   const empties =
-    change.kind === "leave" && others.some(({ directory }) => directory === change.inode);
-  const isMode = earlier.kind === "mode" && earlier.inode === change.inode;
-  const isModeOf = change.kind === "mode" && earlier.inode === change.inode;
-  return sharesEntry || standsIn || empties || isMode || isModeOf;
+    kind === "leave" && (earlier.from?.directory === inode || earlier.to?.directory === inode);
+  const isModeOf = (kind === "mode" || earlier.kind === "mode") && earlier.inode === inode;
+  return sharesEntry || standsIn || empties || isModeOf;
+}
+
+function isSame(one: Pending["from"], other: Pending["from"]): boolean {
+  return (
+    one !== undefined &&
+    other !== undefined &&
+    one.directory === other.directory &&
+    one.name === other.name
+  );
 }
 
 function settleContent(inode: Inode): void {

@@ -49,7 +49,8 @@ export class Postgres implements AsyncDisposable {
   async database(): Promise<string> {
     const name = `fleet_${++this.#databases}`;
     await using sql = new Bun.SQL(this.#url("postgres"), { max: 1 });
-    await sql.unsafe(`CREATE DATABASE ${name} TEMPLATE template0`);
+    // Files that are copied need no log.
+    await sql.unsafe(`CREATE DATABASE ${name} TEMPLATE template0 STRATEGY FILE_COPY`);
     return this.#url(name);
   }
 
