@@ -121,10 +121,20 @@ export interface StoreKind {
 export class Stores implements AsyncDisposable {
   readonly temp = new Temp();
 
-  private constructor(readonly postgres: Postgres) {}
+  private constructor(private readonly server?: Postgres) {}
 
   static async start(): Promise<Stores> {
     return new Stores(await Postgres.start());
+  }
+
+  /** Without PostgreSQL. */
+  static ofSQLite(): Stores {
+    return new Stores();
+  }
+
+  get postgres(): Postgres {
+    if (!this.server) throw new Error("there is no PostgreSQL");
+    return this.server;
   }
 
   readonly sqlite: StoreKind = {
@@ -159,7 +169,7 @@ export class Stores implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    await this.postgres[Symbol.asyncDispose]();
+    await this.server?.[Symbol.asyncDispose]();
     this.temp[Symbol.dispose]();
   }
 }
