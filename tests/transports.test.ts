@@ -221,8 +221,10 @@ describe("content that", () => {
       using device = new Device();
       await using server = await doubleThat(BIG, does);
       // Of a process the memory can be told.
-      const how = memory === undefined ? "client" : "process";
-      const ended: Ran & { memory?: number } = await device[how](patience(says), server);
+      const ended: Ran & { memory?: number } =
+        memory === undefined
+          ? await device.client(patience(says), server)
+          : await device.process(patience(says), server, { isMeasured: true });
       const { code, stdout, stderr } = ended;
       expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
       expect(stderr).toMatch(says);
@@ -357,7 +359,9 @@ describe("a manifest that", () => {
     test.concurrent(name, async () => {
       using device = new Device();
       await using server = await doubleThat(MANIFEST, does);
-      const { code, stdout, stderr, memory } = await device.process(patience(says), server);
+      const { code, stdout, stderr, memory } = await device.process(patience(says), server, {
+        isMeasured: true,
+      });
       expect({ code, stdout }).toEqual({ code: 1, stdout: "" });
       expect(stderr).toMatch(says);
       expect(server.asked.map(({ path }) => path)).toEqual(Array<string>(tries).fill(MANIFEST));

@@ -937,7 +937,7 @@ describe.concurrent("content that is other than indexed is not sent", () => {
     await using world = new World(BOTH);
     fs.linkSync(world.at("releases/1.0.1/flash/main.py"), world.at("elsewhere"));
     const args = ["--root", world.releases, "--host", "127.0.0.1"];
-    await using tool = await Serving.start(args);
+    await using tool = await Serving.start(args, { isMeasured: true });
     const { url } = tool;
     fs.truncateSync(world.at("elsewhere"), 1.5 * 2 ** 30);
     const response = await fetch(`${url}/1.0.1/flash/main.py`);

@@ -25,7 +25,7 @@ export interface Ran {
 /** How a process ended. */
 export interface Ended extends Ran {
   signal: string | null;
-  /** The most memory that it had, in bytes. */
+  /** The most memory that it had, in bytes; NaN unless it was measured. */
   memory: number;
 }
 
@@ -40,6 +40,8 @@ export interface ToolOptions {
   script?: string;
   /** Another copy of Bun. */
   bun?: string;
+  /** Whether its memory is measured. To look at it so often takes more than many a process does. */
+  isMeasured?: boolean;
 }
 
 /**
@@ -66,6 +68,7 @@ export class Tool implements AsyncDisposable {
 
   constructor(args: readonly string[], options: ToolOptions = {}) {
     const { cwd, env, prefix = [], script = OTA_TS, bun = process.execPath } = options;
+    const { isMeasured = false } = options;
     this.#child = Bun.spawn([...prefix, bun, script, ...args], {
       ...(cwd !== undefined && { cwd }),
       env: { ...process.env, NO_COLOR: "1", ...env },
@@ -75,8 +78,9 @@ export class Tool implements AsyncDisposable {
     });
     const texts = (["stdout", "stderr"] as const).map((name) => this.#follow(name));
     const { pid } = this.#child;
-    let memory = 0;
-    const sampler = setInterval(() => (memory = Math.max(memory, peakOf(pid))), 10);
+    let memory = isMeasured ? 0 : NaN;
+    const measure = () => (memory = Math.max(memory, peakOf(pid)));
+    const sampler = isMeasured ? setInterval(measure, 10) : undefined;
     this.ended = Promise.all([this.#child.exited, ...texts]).then(() => {
       this.#isOver = true;
       for (const watcher of this.#watchers) watcher();
