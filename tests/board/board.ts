@@ -6,7 +6,11 @@
 // which leaves the interpreter for good; not one more line of Python runs. What a board would lose
 // then is lost too: of a file that was open for writing nothing is certain.
 import { join } from "node:path";
-import { type FileSystem, type Stream } from "@micropython/micropython-webassembly-pyscript";
+import {
+  type FileNode,
+  type FileSystem,
+  type Stream,
+} from "@micropython/micropython-webassembly-pyscript";
 import { FixedHeap, load } from "./heap.ts";
 import type { Link } from "./link.ts";
 
@@ -299,18 +303,18 @@ export class Board {
   #save(FS: FileSystem, kept: ReadonlyMap<string, Uint8Array>): void {
     this.files = new Map();
     this.directories = new Set();
-    const walk = (at: string) => {
-      for (const name of FS.readdir(at || "/")) {
-        if (name === "." || name === ".." || (at === "" && NOT_FLASH.has(name) && name !== "hw"))
-          continue;
+    // From node to node: to look each path up again takes longer.
+    const walk = (directory: FileNode, at: string) => {
+      for (const [name, node] of Object.entries(directory.contents as Record<string, FileNode>)) {
+        if (at === "" && NOT_FLASH.has(name) && name !== "hw") continue;
         const path = `${at}/${name}`;
-        if (FS.isDir(FS.stat(path).mode)) {
+        if (FS.isDir(node.mode)) {
           this.directories.add(path);
-          walk(path);
+          walk(node, path);
         } else this.files.set(path, kept.get(path) ?? new Uint8Array(FS.readFile(path)));
       }
     };
-    walk("");
+    walk(FS.root, "");
   }
 
   /** A file that was open for writing: as far as it got, half, empty, or not there at all. */

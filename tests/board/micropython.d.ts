@@ -5,6 +5,11 @@ declare module "@micropython/micropython-webassembly-pyscript" {
     node: { contents: Uint8Array | null; usedBytes: number };
     flags: number;
   }
+  /** A file, or a directory with its entries by name. */
+  export interface FileNode {
+    mode: number;
+    contents: unknown;
+  }
   export interface DeviceOps {
     open?(stream: Stream): void;
     close?(stream: Stream): void;
@@ -13,6 +18,7 @@ declare module "@micropython/micropython-webassembly-pyscript" {
   }
   /** Emscripten's file system, in memory. Everything that Python does to files goes through it. */
   export interface FileSystem {
+    root: FileNode;
     ErrnoError: new (errno: number) => Error;
     open(path: string, flags: number | string, mode?: number): Stream;
     close(stream: Stream): void;
