@@ -1388,45 +1388,51 @@ describe("a store that is away", () => {
     close();
   });
 
-  test("that takes connections and says nothing: rollouts are 503 as well, in the end", async () => {
-    const { url, close } = await silent();
-    await using fleet = await Fleeted.start({ fleet: url });
-    const answers = ASKED_OF_ROLLOUTS.map(([target, asked]) => fleet.ask(target, asked));
-    for (const { status, json: found } of await Promise.all(answers)) {
-      expect([status, found()["error"]]).toEqual([
-        503,
-        expect.stringContaining("does not answer"),
-      ] as never);
-    }
-    close();
-  });
+  test.concurrent(
+    "that takes connections and says nothing: rollouts are 503 as well, in the end",
+    async () => {
+      const { url, close } = await silent();
+      await using fleet = await Fleeted.start({ fleet: url });
+      const answers = ASKED_OF_ROLLOUTS.map(([target, asked]) => fleet.ask(target, asked));
+      for (const { status, json: found } of await Promise.all(answers)) {
+        expect([status, found()["error"]]).toEqual([
+          503,
+          expect.stringContaining("does not answer"),
+        ] as never);
+      }
+      close();
+    },
+  );
 
-  test("at the start: nobody gets in until it tells the token, then who has it does", async () => {
-    using temp = new Temp();
-    const file = temp.at("fleet.db");
-    {
-      await using first = await Fleeted.start({ fleet: file });
-      await first.visit({ devid: "a" });
-    }
-    const db = new Database(file);
-    db.run("BEGIN IMMEDIATE");
-    await using fleet = await Fleeted.start({ fleet: file, adminToken: undefined });
-    const { admin } = fleet.server;
-    expect([admin!.isKnown, admin!.made]).toEqual([false, undefined]);
-    expect((await fleet.ask("/-/api/fleet")).status).toBe(503);
-    expect((await fleet.ask(`/-/?token=${TOKEN}`, { headers: {} })).status).toBe(503);
-    expect((await fleet.ask("/-/api/fleet", { headers: {} })).status).toBe(401);
-    expect((await fleet.ask("/-/api/fleet", { headers: { Cookie: "ota-x=1.x" } })).status).toBe(
-      401,
-    );
-    db.run("ROLLBACK");
-    db.close();
-    await admin!.known;
-    const headers = { Authorization: `Bearer ${admin!.made}` };
-    expect((await fleet.ask(DEVICE, { headers })).status).toBe(200);
-  });
+  test.concurrent(
+    "at the start: nobody gets in until it tells the token, then who has it does",
+    async () => {
+      using temp = new Temp();
+      const file = temp.at("fleet.db");
+      {
+        await using first = await Fleeted.start({ fleet: file });
+        await first.visit({ devid: "a" });
+      }
+      const db = new Database(file);
+      db.run("BEGIN IMMEDIATE");
+      await using fleet = await Fleeted.start({ fleet: file, adminToken: undefined });
+      const { admin } = fleet.server;
+      expect([admin!.isKnown, admin!.made]).toEqual([false, undefined]);
+      expect((await fleet.ask("/-/api/fleet")).status).toBe(503);
+      expect((await fleet.ask(`/-/?token=${TOKEN}`, { headers: {} })).status).toBe(503);
+      expect((await fleet.ask("/-/api/fleet", { headers: {} })).status).toBe(401);
+      expect((await fleet.ask("/-/api/fleet", { headers: { Cookie: "ota-x=1.x" } })).status).toBe(
+        401,
+      );
+      db.run("ROLLBACK");
+      db.close();
+      await admin!.known;
+      const headers = { Authorization: `Bearer ${admin!.made}` };
+      expect((await fleet.ask(DEVICE, { headers })).status).toBe(200);
+    },
+  );
 
-  test("locked: it can be read, and a change is 503", async () => {
+  test.concurrent("locked: it can be read, and a change is 503", async () => {
     await using fleet = await Fleeted.start();
     await fleet.visit({ devid: "a" });
     const db = new Database(fleet.at("fleet.db"));
@@ -1442,7 +1448,7 @@ describe("a store that is away", () => {
     expect((await fleet.ask(DEVICE, json({ name: "x" }))).status).toBe(200);
   });
 
-  test("locked: rollouts are listed, and none is started or changed", async () => {
+  test.concurrent("locked: rollouts are listed, and none is started or changed", async () => {
     await using fleet = await Fleeted.start();
     expect((await fleet.ask("/-/api/rollouts", json({ version: "1.0.9" }))).status).toBe(201);
     const db = new Database(fleet.at("fleet.db"));
