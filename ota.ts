@@ -13701,6 +13701,7 @@ class Notifier implements AsyncDisposable {
   readonly #stop = new AbortController();
   #timer: Timer | undefined;
   #look: Promise<void> = Promise.resolve();
+  readonly #made = Date.now();
   /** When some server of the fleet first was to tell. */
   #begun: number | undefined;
   /** Rollouts that nothing more is to be told of, as they are. */
@@ -13734,7 +13735,7 @@ class Notifier implements AsyncDisposable {
 
   async #lookAround(): Promise<void> {
     // What had happened before anybody was to be told is no news.
-    this.#begun ??= Number(await this.fleet.settingOr("notices since", `${Date.now()}`));
+    this.#begun ??= Number(await this.fleet.settingOr("notices since", `${this.#made}`));
     const rollouts = await this.fleet.rollouts();
     const told = rollouts.filter(({ id, state, changed }) => {
       return TOLD_STATES.includes(state) && this.#over.get(id) !== changed;
