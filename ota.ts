@@ -8169,7 +8169,7 @@ export interface FleetGroup {
 /** What a page shows of a fleet at one look. */
 export interface FleetOverview {
   summary: FleetSummary;
-  /** The largest first, at most 500. */
+  /** The largest first, at most 2,000. */
   groups: FleetGroup[];
   /** The largest first. */
   clusters: FleetCluster[];
@@ -8264,8 +8264,8 @@ export type RolloutState = "waiting" | "running" | "paused" | "halted" | "done" 
 /** What somebody saw of a rollout before deciding what to do with it. */
 export interface SeenRollout {
   id: string;
-  /** How many devices were bad. */
-  bad: number;
+  /** `went_bad` of it. */
+  wentBad: number;
 }
 
 /** What an operator can do with a rollout. */
@@ -8310,7 +8310,9 @@ export interface Rollout {
   eligible: number;
   /** The bad ones, those that were heard last first, at most ten. */
   bad: BadDevice[];
-  /** Whether it is open to all devices at once: see `RolloutAction`. */
+  /** How often a device went bad so far, whatever became of it since. */
+  went_bad: number;
+  /** Whether the operator has opened it to all of its devices at once. */
   advanced: boolean;
   created: number;
   /** When the state last changed. */
@@ -8342,6 +8344,11 @@ const ROLLOUT_MEMORY = 30 * 24 * 3600_000;
 /** Conditions of a rollout at most. */
 const MAX_ONLY = 64;
 
+/** A fraction as it is typed: `5%`. */
+function typedShare(fraction: number): string {
+  return `${Number((100 * fraction).toPrecision(6))}%`;
+}
+
 /** @throws {OTAError} exit code 2 when no rollout can be like that */
 function checkRollout(options: RolloutOptions): void {
   const { version, model, first, soak, silent, tolerance, pauseAt, only, window } = options;
@@ -8360,7 +8367,7 @@ function checkRollout(options: RolloutOptions): void {
   expect(isShare, "--tolerance between 0 % (0) and 100 % (1)", tolerance);
   const isStep = (at: number, i: number) => at > (pauseAt[i - 1] ?? 0) && at < 1;
   const steps = "--pause-at as up to 16 percentages that ascend, between 0 % (0) and 100 % (1)";
-  expect(pauseAt.length <= 16 && pauseAt.every(isStep), steps, pauseAt);
+  expect(pauseAt.length <= 16 && pauseAt.every(isStep), steps, pauseAt.map(typedShare));
   const isPair = (pair: readonly [string, string]) => pair.every((text) => saidText(text) !== null);
   expect(only.length <= MAX_ONLY && only.every(isPair), `up to ${MAX_ONLY} --only KEY=VALUE`, only);
   if (window !== null) parseWindow(window);
@@ -8388,15 +8395,14 @@ function typedCondition(text: string): [key: string, value: string] | undefined 
 
 function parseFirst(text: string): number {
   if (/^\d{1,9}$/.test(text)) return Number(text);
-  throw new OTAError(`--first expects a number of devices, found ${printable(text)}`, 2);
+  throw new OTAError(`--first expects a number of devices, found ${text || '""'}`, 2);
 }
 
 /** Reads `5%` as a fraction. */
 function parseShare(name: string, text: string): number {
   const [, amount] = /^(\d{1,3}(?:\.\d{1,6})?) ?%$/.exec(text.trim()) ?? [];
   if (amount !== undefined && Number(amount) <= 100) return Number(amount) / 100;
-  const found = printable(text.trim()) || '""';
-  throw new OTAError(`--${name} expects a percentage such as 5%, found ${found}`, 2);
+  throw new OTAError(`--${name} expects a percentage such as 5%, found ${text.trim() || '""'}`, 2);
 }
 
 /** Reads `5%,50%` as fractions. */
@@ -8412,7 +8418,7 @@ function parseOnly(text: string): [key: string, value: string] {
   const condition = typedCondition(text);
   if (condition) return condition;
   const what = "K=V: a label, model=M or version=V";
-  throw new OTAError(`--only expects ${what}, found ${printable(text)}`, 2);
+  throw new OTAError(`--only expects ${what}, found ${text}`, 2);
 }
 
 /** Reads what is typed. @throws {OTAError} exit code 2: which option is wrong, and how */
@@ -8438,11 +8444,6 @@ function typedDuration(seconds: number): string {
   const units = ["d", "h", "m"] as const;
   const unit = units.find((one) => seconds > 0 && seconds % SECONDS[one] === 0) ?? "s";
   return `${seconds / SECONDS[unit]}${unit}`;
-}
-
-/** A fraction as it is typed: `5%`. */
-function typedShare(fraction: number): string {
-  return `${Number((100 * fraction).toPrecision(6))}%`;
 }
 
 // ──── Rollout rules ───────────────────────────────────────────────────────────────────────────────
@@ -8490,6 +8491,8 @@ interface RolloutProgress extends Record<RolloutStanding, number> {
   isFirst: boolean;
   /** How often a device's standing was written: tells servers what is new. */
   seq: number;
+  /** See `Rollout.went_bad`. */
+  wentBad: number;
 }
 
 function newProgress(up: number, isFirst: boolean): RolloutProgress {
@@ -8505,7 +8508,7 @@ function newProgress(up: number, isFirst: boolean): RolloutProgress {
       share: 0,
       shared: up,
     },
-    ...{ clock: 0, clocked: up, isQuiet: false, most: 0, pauses: 0, seq: 0 },
+    ...{ clock: 0, clocked: up, isQuiet: false, most: 0, pauses: 0, seq: 0, wentBad: 0 },
     ...{ isOpen: false, isOther: false, isFirst },
   };
 }
@@ -9646,7 +9649,7 @@ export const SEEN_WITHIN = [
 ];
 /** Clusters of failures at most, and groups of devices. */
 const MAX_CLUSTERS = 12;
-const MAX_LISTED_GROUPS = 500;
+const MAX_LISTED_GROUPS = 2000;
 
 /** Counts the versions for all spans whose time has come. @param last when that was done last */
 async function sampleVersions(tx: Connection, at: number, last: number): Promise<void> {
@@ -9970,7 +9973,11 @@ function rolloutRecordOf(row: SQLRow): RolloutRecord {
     digest: row["digest"] as string | null,
     created: Number(row["created"]),
     changed: Number(row["changed"]),
-    progress: parseJSON(String(row["progress"])) as unknown as RolloutProgress,
+    // Who wrote it may not have counted that yet.
+    progress: {
+      wentBad: 0,
+      ...asObject(parseJSON(String(row["progress"])), "progress"),
+    } as unknown as RolloutProgress,
   };
 }
 
@@ -10053,10 +10060,12 @@ async function writeRolloutDevices(
   rows: readonly RolloutDevice[],
   before: ReadonlyMap<string, RolloutStanding>,
 ): Promise<void> {
+  const isBad = (one?: RolloutStanding) => one === "failed" || one === "silent";
   for (const { device, standing } of rows) {
     const stood = before.get(device);
     if (stood) progress[stood]--;
     progress[standing]++;
+    if (isBad(standing) && !isBad(stood)) progress.wentBad++;
   }
   for (const some of chunks(rows)) {
     const values = some.flatMap(({ device, standing, offered_up, on_up, heard, known }) => {
@@ -10102,7 +10111,8 @@ async function rolloutOf(db: Connection, record: RolloutRecord): Promise<Rollout
     ...{ id, version, model, state, reason, first, soak, silent, tolerance },
     ...{ pause_at: [...pauseAt], only: only.map(([key, value]) => [key, value]), window },
     ...{ proven, offered: way, failed, silent_devices: silentDevices, acknowledged, eligible },
-    ...{ bad: await readBadDevices(db, record), advanced: progress.isOpen },
+    ...{ bad: await readBadDevices(db, record), went_bad: progress.wentBad },
+    advanced: progress.isOpen,
     ...{ created: times.created, changed: times.changed },
   };
 }
@@ -10346,7 +10356,7 @@ function checkSeen(
   if (id !== seen.id) {
     throw new OTAError(`another rollout of ${options.version} was begun since: look at it first`);
   }
-  const more = progress.failed + progress.silent - seen.bad;
+  const more = progress.wentBad - seen.wentBad;
   if (action !== "resume" || more <= 0) return;
   const what = `${counted(more, "device")} more went bad on ${options.version} since`;
   throw new OTAError(`${what}: resume would acknowledge that, so look at it first`);
@@ -12891,6 +12901,11 @@ function versionText({ version, firmware }: Pick<FleetDevice, "version" | "firmw
   return shown(version ?? (firmware === null ? "-" : `firmware ${firmware}`));
 }
 
+/** The same in a sentence. */
+function onText(device: Pick<FleetDevice, "version" | "firmware">): string {
+  return device.version === null && device.firmware === null ? "no version" : versionText(device);
+}
+
 /** What is the matter with a device: what failed, what it was offered. */
 function matterText({ state, failed, offered }: FleetDevice): string {
   if (state === "failed") return failed === null ? "" : `${shown(failed)} failed`;
@@ -12921,8 +12936,9 @@ const ADMIN = {
   /** Milliseconds between two tries to read the token, at first and at most. */
   retry: 500,
   pause: 30_000,
-  /** Bytes of a body. */
+  /** Bytes of a body; and of a form of somebody who is signed in, which percent-encodes all. */
   body: 64 * 1024,
+  form: 256 * 1024,
   /** Fewer characters are guessed. */
   strong: 12,
 };
@@ -13038,6 +13054,8 @@ class AdminAccess implements AdminToken, Disposable {
     contact: Contact,
     isForm = false,
   ): Promise<Answer | undefined> | Answer | undefined {
+    // Nobody is out for good because the store is away.
+    if (this.#token === undefined) return this.#refuse(contact, 503);
     const given = bearerOf(request.headers);
     if (given !== undefined) return this.#try(given, contact);
     if (this.#session(request.headers) === undefined) return this.#refuse(contact);
@@ -13069,8 +13087,13 @@ class AdminAccess implements AdminToken, Disposable {
   /** Whether a form is of a page of ours, or sent with the token itself, which `check` has seen. */
   hasProof({ headers }: Request, { peer }: Contact, given = ""): boolean {
     if (bearerOf(headers) !== undefined || this.#isOurs(headers, peer)) return true;
-    const proof = this.formProof(headers);
-    return proof !== "" && isSameSecret(given, proof);
+    return this.formProof(headers) !== "" && isSameSecret(given, this.#proof("form"));
+  }
+
+  /** Whether a form is of a page of ours, whether or not its sender is still signed in. */
+  isOurForm({ headers }: Request, { peer }: Contact, given = ""): boolean {
+    if (this.#token === undefined) return false;
+    return this.#isOurs(headers, peer) || isSameSecret(given, this.#proof("form"));
   }
 
   /** What devices begin their requests with, as far as is known here. */
@@ -13921,12 +13944,21 @@ function said(text: string): Markup {
   return html`<bdi>${shown(text)}</bdi>`;
 }
 
-/** The same where there is little room: what is long is cut, and whole on hover. */
+/** Text for people where there is little room: what is long is cut. */
+function cutText(text: string, most: number): string {
+  const characters = [...shown(text)];
+  return characters.length <= most ? shown(text) : `${characters.slice(0, most - 1).join("")}…`;
+}
+
+/** A text by a stranger where there is little room. */
+function cut(text: string, most: number): Markup {
+  return html`<bdi>${cutText(text, most)}</bdi>`;
+}
+
+/** The same, and whole on hover. */
 function brief(text: string, most = 24): Markup {
   const whole = shown(text);
-  const characters = [...whole];
-  if (characters.length <= most) return said(text);
-  return html`<bdi title="${whole}">${characters.slice(0, most - 1).join("")}…</bdi>`;
+  return whole.length <= most ? said(text) : html`<span title="${whole}">${cut(text, most)}</span>`;
 }
 
 /** A number with commas. */
@@ -14035,8 +14067,14 @@ interface Page {
 }
 
 /** A form that changes something. */
-function changeForm({ proof }: PageView, action: string, content: Piece, className = ""): Markup {
-  return html`<form method="post" action="${action}" class="${className}">
+function changeForm(
+  { proof }: PageView,
+  action: string,
+  content: Piece,
+  { className, key }: { className?: string; key?: string } = {},
+): Markup {
+  const marks = [className && html` class="${className}"`, key && html` data-key="${key}"`];
+  return html`<form method="post" action="${action}" ${marks}>
     ${hidden("proof", proof)}${content}
   </form>`;
 }
@@ -14151,8 +14189,9 @@ interface Wanted {
   to?: string | undefined;
   /** Whether it was to change something. */
   isChange?: boolean;
-  /** What was typed, and is not saved. */
+  /** What was typed, and is not saved; with the proof that it was typed into a form of ours. */
   typed?: string | undefined;
+  proof?: string | undefined;
 }
 
 /** What was typed, for whoever has to type it again. */
@@ -14165,8 +14204,17 @@ function typedText(typed: string | undefined): Markup | undefined {
   </section>`;
 }
 
+/** What everybody sees while the token is not known. */
+function awayPage({ typed }: Wanted): Page {
+  const title = "The fleet's store does not answer";
+  const next = "Nobody can sign in until it does. Devices are served meanwhile.";
+  const page = problemPage(503, title, next);
+  return { ...page, isLive: true, main: html`${page.main}${typedText(typed)}` };
+}
+
 /** What somebody sees who has not shown the token. */
-function signInPage(up: string, { to, isChange, typed }: Wanted, problem?: string): Page {
+function signInPage(up: string, wanted: Wanted, problem?: string): Page {
+  const { to, isChange, typed, proof } = wanted;
   return {
     status: 401,
     title: "Sign in",
@@ -14176,6 +14224,7 @@ function signInPage(up: string, { to, isChange, typed }: Wanted, problem?: strin
       ${isChange && html`<p>Nothing was changed, since you are not signed in.</p>`}${typedText(typed)}
       <form method="post" action="${up}sign-in">
         ${to !== undefined && hidden("to", to)}
+        ${typed !== undefined && [hidden("typed", typed), hidden("proof", proof ?? "")]}
         <label for="token">Admin token</label>
         <input
           id="token"
@@ -14220,6 +14269,11 @@ function chartedVersions(samples: readonly FleetSample[]): string[] {
   const chosen = named.toSorted(([, a], [, b]) => b - a).slice(0, CHARTED);
   const keyOf = (name: string) => (name === "none" ? "" : versionKey(name));
   return chosen.map(([name]) => name).sort((a, b) => compareCodePoints(keyOf(b), keyOf(a)));
+}
+
+/** How many devices are on a version: versions may be called as what every object has. */
+function devicesAt({ versions }: FleetSample, name: string): number {
+  return Object.hasOwn(versions, name) ? versions[name]! : 0;
 }
 
 /** What a version of a chart is called. */
@@ -14270,11 +14324,11 @@ function versionsChart(view: PageView, overview: FleetOverview): Markup {
   const names = chartedVersions(samples);
   const rest = (sample: FleetSample) => {
     const all = Object.values(sample.versions).reduce((sum, count) => sum + count, 0);
-    return all - names.reduce((sum, name) => sum + (sample.versions[name] ?? 0), 0);
+    return all - names.reduce((sum, name) => sum + devicesAt(sample, name), 0);
   };
   const series = samples.some((sample) => rest(sample) > 0) ? [...names, "other"] : names;
   const countOf = (sample: FleetSample, name: string) =>
-    name === "other" ? rest(sample) : (sample.versions[name] ?? 0);
+    name === "other" ? rest(sample) : devicesAt(sample, name);
   const totals = samples.map((sample) =>
     series.reduce((sum, name) => sum + countOf(sample, name), 0),
   );
@@ -14504,18 +14558,40 @@ function isAmong(releases: Releases, which: Pick<Rollout, "version" | "model">):
   return rolloutDigest(which, releases) !== null;
 }
 
-/** Why nobody is offered the newest release of a root, although no rollout goes on. */
-function heldBack({ releases, rollouts }: FleetGlance): Markup | undefined {
-  for (const { model, versions, firmware } of releases.roots) {
-    const newest = versions.at(-1) ?? firmware.at(-1);
-    const last = rollouts.find((one) => {
-      return (one.model ?? "") === model && isSameRelease(one.version, newest?.name ?? "");
-    });
-    if (last?.state !== "aborted") continue;
-    return html`${said(rolloutName(last))} was aborted: devices stay as they are. Start another
-    rollout of it, or publish a later version.`;
-  }
-  return undefined;
+/** Whether a rollout is of a release of a root; names of models have no case. */
+function isOfRelease({ version, model }: Rollout, root: ReleaseRoot, name: string): boolean {
+  return asciiLower(model ?? "") === asciiLower(root.model) && isSameRelease(version, name);
+}
+
+/** Whether devices that a root is for are below a release of it. */
+function areBehind({ releases, overview }: FleetGlance, root: ReleaseRoot, name: string): boolean {
+  const newest = new LooseVersion(name);
+  return (overview?.groups ?? []).some(({ model, version, firmware }) => {
+    if (releases.forDevice({ model: model ?? "" }) !== root) return false;
+    return newest.compare(version ?? firmware ?? "") > 0;
+  });
+}
+
+/** Why devices that are behind are not offered the newest release, although no rollout goes on. */
+function heldBack(glance: FleetGlance): Markup | undefined {
+  const { releases, rollouts } = glance;
+  const reasons = releases.roots.flatMap((root) => {
+    const newest = root.versions.at(-1) ?? root.firmware.at(-1);
+    if (!newest || !areBehind(glance, root, newest.name)) return [];
+    const last = rollouts.find((one) => isOfRelease(one, root, newest.name));
+    if (!last) return [];
+    const name = said(rolloutName(last));
+    const next = "Start another rollout of it, or publish a later version.";
+    if (last.state === "aborted") {
+      return [html`${name} was aborted: nobody is offered it any more. ${next} `];
+    }
+    if (last.state !== "done" || last.only.length === 0) return [];
+    const only = brief(last.only.map((pair) => pair.join("=")).join(" "), 80);
+    return [
+      html`${name} went to some devices alone (${only}), and is offered to no others. ${next} `,
+    ];
+  });
+  return reasons.length === 0 ? undefined : html`${reasons.slice(0, 3)}`;
 }
 
 // ──── Rollouts on the page ────────────────────────────────────────────────────────────────────────
@@ -14587,11 +14663,11 @@ function rolloutRules(rollout: Rollout): string {
   const { first, soak, silent, tolerance, window, only, advanced, pause_at: pauses } = rollout;
   const rules = [
     advanced
-      ? "open to all devices at once"
+      ? "open to all of its devices at once"
       : `first ${grouped(first)}, then as many again as are proven`,
     soak > 0 ? `proven after ${durationText(soak)} on it` : "proven once on it",
     `silent after ${durationText(silent)}`,
-    `halts when one is bad and none proven, or beyond ${percentText(tolerance)} bad`,
+    `halts when one is bad and none proven, or more are than ${percentText(tolerance)} explains`,
   ];
   if (pauses.length > 0) rules.push(`pauses at ${pauses.map(percentText).join(", ")}`);
   if (only.length > 0)
@@ -14615,52 +14691,68 @@ const ACTION_WORDS: Record<RolloutAction, string> = {
   abort: "Abort…",
 };
 
+/** What comes of an action that asks first. */
+const ACTION_EFFECTS: Partial<Record<RolloutAction, string>> = {
+  advance:
+    "It then goes at once to every device that it is for (within its window, if it has one), " +
+    "whether or not those before have proven it.",
+  abort: "It then goes to no device any more, for good. Devices that are on it stay on it.",
+};
+
 /** Which rollout a form is about, and what was seen of it. */
-function seenFields({ id, failed, silent_devices }: Rollout): Markup[] {
-  return [hidden("id", id), hidden("bad", `${failed + silent_devices}`)];
+function seenFields({ id, went_bad }: Rollout): Markup[] {
+  return [hidden("id", id), hidden("bad", `${went_bad}`)];
 }
 
 function rolloutButtons(view: PageView, rollout: Rollout): Markup {
   const buttons = actionsOf(rollout).map((action) => {
     const button = html`${seenFields(rollout)}<button name="action" value="${action}">
-        ${ACTION_WORDS[action]}
+        ${ACTION_WORDS[action]}<span class="unseen"> ${rolloutName(rollout)}</span>
       </button>`;
     const path = `${view.up}rollouts/change`;
-    if (action === "pause" || action === "resume") return changeForm(view, path, button);
-    return html`<form action="${path}">${button}</form>`;
+    if (!ACTION_EFFECTS[action]) return changeForm(view, path, button, { key: action });
+    return html`<form action="${path}" data-key="${action}">${button}</form>`;
   });
   return html`<div class="buttons">${buttons}</div>`;
 }
 
-/** The bad devices of a rollout, each a link. */
-function badList(view: PageView, rollout: Rollout): Markup | undefined {
+/** The bad devices of a rollout, each a link. @param most of them at most */
+function badList(view: PageView, rollout: Rollout, most: number): Markup | undefined {
   const { bad } = rollout;
   if (bad.length === 0) return undefined;
-  const items = bad.map((device) => {
+  const items = bad.slice(0, most).map((device) => {
     const { id, standing, name, model } = device;
-    const what = [model !== null && brief(model), html`on ${brief(versionText(device))}`];
+    const what = [model !== null && cut(model, 24), html`on ${cut(onText(device), 24)}`];
     return html`<li>
-      ${stateTag(standing)} <a href="${deviceLink(view, id)}">${said(name ?? id)}</a>
+      ${stateTag(standing)} <a href="${deviceLink(view, id)}">${cut(name ?? id, 40)}</a>
       <span class="hint">${what[0] && [what[0], ", "]}${what[1]}</span>
     </li>`;
   });
-  const more = unnamedBad(rollout);
+  const more = unnamedBad(rollout) + bad.length - items.length;
   return html`<ul class="bad" aria-label="Bad devices">
     ${items}${more > 0 && html`<li class="hint">and ${grouped(more)} more</li>`}
   </ul>`;
 }
 
-function rolloutItem(view: PageView, rollout: Rollout): Markup {
+/** @param bad devices that are named at most */
+function rolloutItem(
+  view: PageView,
+  { releases }: FleetGlance,
+  rollout: Rollout,
+  bad: number,
+): Markup {
   const { state, reason, changed, id } = rollout;
+  const isGone = state !== "waiting" && !isAmong(releases, rollout);
   return html`<article class="rollout" data-key="rollout-${id}">
     <h3>
       ${said(rolloutName(rollout))} ${stateTag(ROLLOUT_SHAPES[state], state)}
       <span class="hint">since ${clockTime(changed, view.now)}</span>
     </h3>
     ${rolloutBar(rollout)} ${reason !== null && html`<p class="reason">${said(reason)}</p>`}
-    ${badList(view, rollout)}
+    ${isGone && html`<p class="reason">It is not among the releases any more: nobody is offered it.</p>`}
+    ${badList(view, rollout, bad)}
     <p>${rolloutProof(rollout)}.</p>
-    <p class="hint">${said(rolloutRules(rollout))}</p>
+    <p class="hint">${cut(rolloutRules(rollout), 500)}</p>
     ${rolloutButtons(view, rollout)}
   </article>`;
 }
@@ -14673,45 +14765,56 @@ function withoutRollout(glance: FleetGlance): Markup | string {
   return heldBack(glance) ?? `Devices get the newest release when they next ask. ${next}`;
 }
 
+/** Rollouts that go on, and are shown whole or in a line at most: what needs a person first. */
+const ROLLOUT_CARDS = 8;
+const ROLLOUT_LINES = 40;
+const ROLLOUT_URGENCY = ["halted", "paused", "troubled", "running", "waiting"];
+
 /** All rollouts: those that go on, and the last ones that are over. */
 function rolloutsSection(view: PageView, glance: FleetGlance): Markup {
   const { rollouts } = glance;
-  const [over, open] = [
-    rollouts.filter(({ state }) => !isGoing(state)).slice(0, 5),
-    rollouts.filter(({ state }) => isGoing(state)),
-  ];
+  const urgency = ({ state, failed, silent_devices }: Rollout) => {
+    const isTroubled = state === "running" && failed + silent_devices > 0;
+    return ROLLOUT_URGENCY.indexOf(isTroubled ? "troubled" : state);
+  };
+  const open = rollouts
+    .filter(({ state }) => isGoing(state))
+    .toSorted((a, b) => urgency(a) - urgency(b));
+  const cards = open.slice(0, ROLLOUT_CARDS);
+  const over = rollouts.filter(({ state }) => !isGoing(state)).slice(0, 5);
+  const lines = [...open.slice(ROLLOUT_CARDS, ROLLOUT_LINES), ...over];
+  const more = open.length - ROLLOUT_LINES;
+  const bad = cards.length > 3 ? 3 : MAX_BAD;
   const none = html`<p class="hint">No rollout is under way. ${withoutRollout(glance)}</p>`;
-  const past = over.map((one) => {
-    const { state, changed, proven, eligible, id } = one;
-    const bad = badOf(one);
-    return html`<li data-key="rollout-${id}">
-      ${said(rolloutName(one))} ${stateTag(ROLLOUT_SHAPES[state], state)}
-      <span class="hint"
-        >${clockTime(changed, view.now)}, ${grouped(proven)} of ${grouped(eligible)}
-        proven${bad > 0 && `, ${grouped(bad)} bad`}</span
-      >
-      ${badList(view, one)}
-    </li>`;
-  });
   return html`<section aria-labelledby="rollouts">
     <h2 id="rollouts">Rollouts</h2>
-    ${open.length > 0 ? open.map((one) => rolloutItem(view, one)) : none}
+    ${cards.length > 0 ? cards.map((one) => rolloutItem(view, glance, one, bad)) : none}
     ${
-      past.length > 0 &&
+      lines.length > 0 &&
       html`<ul class="past">
-        ${past}
+        ${lines.map((one) => rolloutLine(view, one))}
       </ul>`
     }
+    ${more > 0 && html`<p class="hint">and ${many(more, "rollout")} more</p>`}
   </section>`;
+}
+
+/** A rollout that is over, or one of many. */
+function rolloutLine(view: PageView, rollout: Rollout): Markup {
+  const { state, changed, proven, eligible, id } = rollout;
+  const bad = badOf(rollout);
+  return html`<li data-key="rollout-${id}">
+    ${said(rolloutName(rollout))} ${stateTag(ROLLOUT_SHAPES[state], state)}
+    <span class="hint"
+      >${clockTime(changed, view.now)}, ${grouped(proven)} of ${grouped(eligible)}
+      proven${bad > 0 && `, ${grouped(bad)} bad`}</span
+    >
+    ${badList(view, rollout, 3)}
+  </li>`;
 }
 
 // ──── Rollout forms ──────────────────────────────────────────────────────────────────────────────
 // What asks before a rollout is changed, and what starts one: it shows who will be hit before it begins.
-
-const ACTION_EFFECTS: Partial<Record<RolloutAction, string>> = {
-  advance: "It then goes to every device at once, whether or not those before have proven it.",
-  abort: "It then goes to no device any more, for good. Devices that are on it stay on it.",
-};
 
 /** Asks before a rollout is advanced or aborted. */
 function askPage(view: PageView, rollout: Rollout, action: RolloutAction): Page {
@@ -14761,7 +14864,7 @@ const ROLLOUT_FIELDS = [
     name: "tolerance",
     label: "Tolerance",
     value: typedShare(ROLLOUT_DEFAULTS.tolerance),
-    hint: "failed or silent; more halts it",
+    hint: "of its devices; more bad ones than that explains halt it",
   },
   {
     name: "pause-at",
@@ -14796,7 +14899,7 @@ function targetsTable(targets: readonly RolloutTarget[]): Markup {
     const { model, devices } = target;
     return html`<tr>
       <td>${model === null ? "no model" : brief(model)}</td>
-      <td>${brief(versionText(target))}</td>
+      <td>${brief(onText(target))}</td>
       <td class="n">${grouped(devices)}</td>
       <td class="fill">${bar(devices, all)}</td>
     </tr>`;
@@ -14986,18 +15089,25 @@ function signatureText(root: ReleaseRoot, version: string | null): Markup {
 /** The form that starts a rollout, unless one of that version is going on. */
 function rolloutStart(
   { up }: PageView,
-  { root: { model }, overview, rollouts }: RootGlance,
+  { root, overview, rollouts }: RootGlance,
   name: string,
 ): Markup | undefined {
+  const { model } = root;
   const isGoingOn = rollouts.some((one) => {
-    return isGoing(one.state) && one.version === name && (one.model ?? "") === model;
+    return isGoing(one.state) && isOfRelease(one, root, name);
   });
   if (!overview || isGoingOn) return undefined;
   return html`<form action="${up}rollouts/new">
     ${hidden("version", name)}${hidden("model", model)}<button>
-      Roll out…<span class="unseen"> ${name}</span>
+      Roll out…<span class="unseen"> ${rolloutName({ version: name, model: model || null })}</span>
     </button>
   </form>`;
+}
+
+/** How many devices are on a release; beyond what groups there are room for, at least so many. */
+function countText({ overview }: FleetGlance, count: number): string {
+  if (!overview) return "–";
+  return `${overview.groups.length < MAX_LISTED_GROUPS ? "" : "≥ "}${grouped(count)}`;
 }
 
 function releaseRow(
@@ -15027,7 +15137,7 @@ function releaseRow(
       </th>
       <td>${what}</td>
       <td>${signatureText(root, version)}</td>
-      <td class="n">${glance.overview ? grouped(on.get(name) ?? 0) : "–"}</td>
+      <td class="n">${countText(glance, on.get(name) ?? 0)}</td>
       <td>${rolloutStart(view, glance, name)}</td>
     </tr>
     ${
@@ -15166,6 +15276,11 @@ function movingStanding(
   const name = said(rolloutName(one));
   const done = html`${grouped(proven)} of ${many(eligible, "device")} proven`;
   const leave = leavingMarkup(summary, now);
+  if (one !== waiting && !isAmong(releases, one)) {
+    const sentence = html`${name} is not among the releases any more: ${done}`;
+    const next = html`Its rollout stands still until it is back: abort it, or put it back. ${leave}`;
+    return { shape: "silent", sentence, next };
+  }
   if (one === paused) {
     return {
       shape: "paused",
@@ -15313,21 +15428,21 @@ function deviceItem(view: PageView, device: FleetDevice): Markup {
   const { id, name, model, state, last_seen, labels } = device;
   const matter = matterText(device);
   const label = Object.entries(labels).map(
-    ([key, value]) => html` <span class="tag">${said(`${key}=${value}`)}</span>`,
+    ([key, value]) => html` <span class="tag">${cut(`${key}=${value}`, 24)}</span>`,
   );
-  return html`<li data-key="device-${encodeURIComponent(id)}">
+  return html`<li data-key="device-${Bun.hash(id).toString(36)}">
     <a href="${deviceLink(view, id)}"
       >${stateTag(state)}
       <span class="who"
-        ><b>${said(name ?? id)}</b
-        >${name !== null && html` <span class="hint">${said(id)}</span>`}</span
+        ><b>${cut(name ?? id, 40)}</b
+        >${name !== null && html` <span class="hint">${cut(id, 40)}</span>`}</span
       >
-      <span class="model">${model !== null && said(model)}</span>
+      <span class="model">${model !== null && cut(model, 24)}</span>
       <span class="version"
-        >${said(versionText(device))}${matter !== "" && html` <span class="hint">${said(matter)}</span>`}</span
+        >${cut(versionText(device), 24)}${matter !== "" && html` <span class="hint">${cut(matter, 40)}</span>`}</span
       >
       <span class="when">${agoTime(last_seen, view.now)}</span
-      >${label.length > 0 && html`<span class="labels">${label.slice(0, 8)}${label.length > 8 && html` <span class="hint">and ${label.length - 8} more</span>`}</span>`}</a
+      >${label.length > 0 && html`<span class="labels">${label.slice(0, 4)}${label.length > 4 && html` <span class="hint">and ${label.length - 4} more</span>`}</span>`}</a
     >
   </li>`;
 }
@@ -15345,7 +15460,7 @@ function filterForm(
     return html`<label
       ><span class="unseen">${name}</span
       ><select name="${name}">
-        ${option("", `any ${name}`, typed.get(name))}${all.map((one) => option(one, shown(one), typed.get(name)))}
+        ${option("", `any ${name}`, typed.get(name))}${all.map((one) => option(one, cutText(one, 40), typed.get(name)))}
       </select></label
     >`;
   };
@@ -15498,12 +15613,10 @@ function offerText(
   const { name } = (all.target ?? all.image)!;
   if (isAll) {
     const again = isSameRelease(device.failed, name) && " It has failed on this device before.";
-    return html`${decisionText(all)}: it is on ${said(versionText(device))}, and ${said(name)} is
-    the newest.${again}`;
+    return html`${decisionText(all)}: it is on ${said(onText(device))}, and ${said(name)} is the
+    newest.${again}`;
   }
-  const rollout = rollouts.find((one) => {
-    return isSameRelease(one.version, name) && (one.model ?? "") === root.model;
-  });
+  const rollout = rollouts.find((one) => isOfRelease(one, root, name));
   return html`${now ? html`${decisionText(now)}.` : "Nothing."}
   ${heldText(device, name, rollout, fleet, at)}`;
 }
@@ -15529,10 +15642,13 @@ function eventItem({ now }: PageView, { at, kind, from, to }: FleetEvent): Marku
   </li>`;
 }
 
-/** What was typed about a device, and what is wrong with it. */
+/** A form about a device that was not saved. */
 interface DeviceTrial extends Problem {
+  /** What stands in it. */
   name: string;
   labels: string;
+  /** What it showed when it was filled in; absent: how things are now. */
+  seen?: { name: string; labels: string };
 }
 
 /** The labels of a device as they are typed: one a line. */
@@ -15540,10 +15656,20 @@ function labelLines({ labels }: FleetDevice): string[] {
   return Object.entries(labels).map(([key, value]) => `${key}=${value}`);
 }
 
+/** Marks of the labels that a form showed, which tell whether a line is one of them. */
+function labelMarks(lines: Iterable<string>): string {
+  return [...lines].map(labelMark).join(" ");
+}
+
+function labelMark(line: string): string {
+  return sha256(line.trim()).slice(0, 12);
+}
+
 function editForm(view: PageView, device: FleetDevice, typed?: DeviceTrial): Markup {
   const { id, name } = device;
   const lines = labelLines(device);
-  const fields = html`${hidden("seen-name", name ?? "")}${hidden("seen-labels", lines.join("\n"))}
+  const seen = typed?.seen ?? { name: name ?? "", labels: labelMarks(lines) };
+  const fields = html`${hidden("seen-name", seen.name)}${hidden("seen-labels", seen.labels)}
     <div class="field">
       <label for="name">Name</label
       ><input
@@ -15567,7 +15693,7 @@ ${typed?.labels ?? lines.join("\n")}</textarea
       ><span class="hint" id="labels-hint">one a line, as key=value</span>
     </div>
     <div class="buttons"><button class="main">Save</button></div>`;
-  return changeForm(view, deviceLink(view, id), fields, "fields");
+  return changeForm(view, deviceLink(view, id), fields, { className: "fields" });
 }
 
 function devicePage(
@@ -15838,8 +15964,11 @@ const PAGE_SCRIPT = String.raw`"use strict";
 
   const keyOf = (node) => {
     if (node.nodeType !== 1) return "";
-    return node.id || node.dataset.key || (node.nodeName === "OPTION" ? "option " + node.value : "");
+    // A form's own properties may be fields of it.
+    const key = node.getAttribute("id") || node.getAttribute("data-key");
+    return key || (node.nodeName === "OPTION" ? "option " + node.value : "");
   };
+  const isField = ({ nodeName }) => nodeName === "INPUT" || nodeName === "TEXTAREA";
   const isChanged = (field) =>
     field.nodeName === "SELECT"
       ? [...field.options].some((one) => one.selected !== one.defaultSelected)
@@ -15863,6 +15992,9 @@ const PAGE_SCRIPT = String.raw`"use strict";
     if (old.nodeName === "FORM" && isTyped(old)) return;
     if (old.nodeName === "SELECT" && old === document.activeElement) return;
     changeChildren(old, now);
+    // What was ever typed into keeps its value else.
+    if (isField(old) && old.value !== old.defaultValue) old.value = old.defaultValue;
+    if (old.nodeName === "OPTION") old.selected = old.defaultSelected;
   };
 
   const changeChildren = (old, now) => {
@@ -16002,49 +16134,65 @@ function typedLabel(line: string): [key: string, value: string] {
   const at = line.indexOf("=");
   const [key, value] = [line.slice(0, at).trim(), line.slice(at + 1).trim()];
   if (at < 1 || key === "" || value === "")
-    refuseInput(`expected a label as key=value, found ${printable(line)}`);
+    refuseInput(`expected a label as key=value, found ${shown(line)}`);
   return [key, value];
 }
 
-/** @throws {OTAError} where others made something else of what was seen, than what is wanted */
-function checkUnchanged(
-  what: string,
-  seen: string | null,
-  found: string | null,
-  wanted: string | null,
-): void {
-  if (found === seen || found === wanted) return;
-  const other = found === null ? "removed it" : `made it ${shown(found)}`;
-  throw new OTAError(`${shown(what)}: somebody else ${other} meanwhile; save again to replace it`);
+/** What was typed about a device. */
+interface TypedEdit {
+  edit: DeviceEdit;
+  /** What somebody else has made of the same meanwhile, in words. */
+  conflicts: string[];
+  /** How it would then be, as it is typed. */
+  name: string;
+  labels: string;
 }
 
 /**
  * What is to be changed in a device: what was typed, as far as it is not what the form showed. So
  * what others have changed meanwhile stays.
  *
- * @throws {OTAError} exit code 1 where others have changed the same, 2 when a line is no label
+ * @throws {OTAError} exit code 2 when a line is no label, or two are of one key
  */
-function typedEdit(fields: FormFields, device: FleetDevice): DeviceEdit {
-  const shownName = fields.get("seen-name") ?? null;
-  const name = fields.get("name")?.trim() || null;
-  if (name !== shownName) checkUnchanged("the name", shownName, device.name, name);
-  const [before, after] = [linesOf(fields.get("seen-labels")), linesOf(fields.get("labels"))];
-  // Keys may be called as what every object has.
+function typedEdit(fields: FormFields, device: FleetDevice): TypedEdit {
+  const shownName = fields.get("seen-name")?.trim() ?? "";
+  const name = fields.get("name")?.trim() ?? "";
+  const marks = new Set(fields.get("seen-labels")?.split(" "));
+  const after = linesOf(fields.get("labels"));
+  // Keys may be called as what every object has, and have spaces around them.
   const now = new Map(Object.entries(device.labels));
-  // By its line, a label is found whatever spaces are in it.
-  const lines = new Map(labelLines(device).map((line, i) => [line.trim(), [...now][i]!]));
-  const seen = new Map<string, string>();
+  const lines = new Map(labelLines(device).map((line, i) => [line.trim(), [...now.keys()][i]!]));
   const labels = new Map<string, string | null>();
-  for (const line of before.difference(after)) {
-    const [key, value] = lines.get(line) ?? typedLabel(line);
-    seen.set(key, value);
-    labels.set(key, null);
+  for (const [line, key] of lines) {
+    if (marks.has(labelMark(line)) && !after.has(line)) labels.set(key, null);
   }
-  for (const line of after.difference(before)) labels.set(...typedLabel(line));
-  for (const [key, wanted] of labels) {
-    checkUnchanged(`the label ${key}`, seen.get(key) ?? null, now.get(key) ?? null, wanted);
+  const conflicts: string[] = [];
+  const check = (what: string, isSeen: boolean, found: string, wanted: string) => {
+    if (isSeen || found === wanted) return;
+    conflicts.push(`${what}: somebody else ${found === "" ? "removed it" : `made it ${found}`}`);
+  };
+  const typed = new Set<string>();
+  for (const line of after) {
+    if (lines.has(line) || marks.has(labelMark(line))) continue;
+    const [key, value] = typedLabel(line);
+    if (typed.has(key)) refuseInput(`the label ${shown(key)}: once at most`);
+    typed.add(key);
+    const found = now.get(key) ?? "";
+    check(`the label ${key}`, found === "" || labels.has(key), found, value);
+    labels.set(key, value);
   }
-  return { ...(name !== shownName && { name }), labels: Object.fromEntries(labels) };
+  const isNamed = name !== shownName;
+  if (isNamed) check("the name", (device.name ?? "").trim() === shownName, device.name ?? "", name);
+  for (const [key, value] of labels) {
+    if (value === null) now.delete(key);
+    else now.set(key, value);
+  }
+  return {
+    edit: { ...(isNamed && { name: name || null }), labels: Object.fromEntries(labels) },
+    conflicts,
+    name: isNamed ? name : (device.name ?? ""),
+    labels: [...now].map(([key, value]) => `${key}=${value}`).join("\n"),
+  };
 }
 
 /** A rollout as it was typed into the form. @throws {OTAError} exit code 2 when a field is wrong */
@@ -16058,7 +16206,7 @@ function formRollout(fields: FormFields): RolloutOptions {
       ...Object.fromEntries(texts),
       // What is emptied is not the default.
       "pause-at": typed("pause-at") ?? "none",
-      only: only.map((text) => text.trim()).filter((text) => text !== ""),
+      only: only.map((text) => text.trim().replace(/\s*=\s*/, "=")).filter(Boolean),
     });
   } catch (error) {
     if (!(error instanceof OTAError)) throw error;
@@ -16093,7 +16241,7 @@ function actionOf(fields: FormFields): { action: RolloutAction; seen: SeenRollou
   if (!action || id === undefined || !/^\d{1,9}$/.test(bad)) {
     return refuseInput("which rollout, and what to do with it?");
   }
-  return { action, seen: { id, bad: Number(bad) } };
+  return { action, seen: { id, wentBad: Number(bad) } };
 }
 
 /** Whether a person asks, and not a program: it says that it reads HTML. */
@@ -16103,12 +16251,14 @@ function isBrowser({ headers }: Request): boolean {
 
 /** Whether a text is a view below `/-/`, and no more than that. */
 function isPlace(text: string): boolean {
-  const isView = /^(devices(\/[^/?#\\]*)?|rollouts\/new)(\?[^#\\]*)?$/.test(text);
-  return isView && text.length <= 4000 && /^[!-~]*$/.test(text) && !text.includes("/..");
+  const isView = /^(devices(\/[^/?#\\]*)?|rollouts\/(new|change))?(\?[^#\\]*)?$/.test(text);
+  const isHarmless = /^[!-~]*$/.test(text) && !text.includes("/..") && !text.includes("token=");
+  return isView && isHarmless && text.length <= 4000;
 }
 
 /** What somebody wanted who sent a form. */
 function wantedBy(path: string, fields: FormFields): Wanted {
+  const proof = fields.get("proof");
   const given = [...fields].filter(([name]) => name !== "proof" && !name.startsWith("seen-"));
   const isChange = true;
   if (path === "/-/rollouts") {
@@ -16116,7 +16266,7 @@ function wantedBy(path: string, fields: FormFields): Wanted {
   }
   if (!path.startsWith("/-/devices/")) return { isChange };
   const typed = given.map(([name, value]) => `${name}: ${value}`).join("\n");
-  return { isChange, to: path.slice("/-/".length), typed };
+  return { isChange, to: path.slice("/-/".length), typed, proof };
 }
 
 /** The id of the device that a request is about. @throws {OTAError} exit code 2 */
@@ -16265,8 +16415,10 @@ class FleetPage {
     const methods = this.#methods(path);
     if (path === "/-/sign-in" && method === "POST") {
       const fields = (await this.#form(request)) ?? new Map<string, string>();
-      const token = fields.get("token")?.trim() ?? "";
-      return await this.#enter(request, contact, token, fields.get("to"));
+      const [to, typed, proof] = ["to", "typed", "proof"].map((name) => fields.get(name));
+      const isOurs = this.access.isOurForm(request, contact, proof);
+      const wanted = { to, ...(isOurs && typed !== undefined && { typed, proof }) };
+      return await this.#enter(request, contact, fields.get("token")?.trim() ?? "", wanted);
     }
     // The forms of a page prove in their bodies that they are of a page of ours.
     const refused = await this.access.check(request, contact, methods?.includes("POST"));
@@ -16297,8 +16449,13 @@ class FleetPage {
     return { ...ADMIN_HEADERS, Location: place, ...(cookie && { "Set-Cookie": cookie }) };
   }
 
-  /** Somebody shows a token. @param to what they wanted to see */
-  async #enter(request: Request, contact: Contact, token: string, to?: string): Promise<Answer> {
+  /** Somebody shows a token. */
+  async #enter(
+    request: Request,
+    contact: Contact,
+    token: string,
+    { to, ...typed }: Wanted = {},
+  ): Promise<Answer> {
     const answer = await this.access.enter(request, contact, token);
     const place = to !== undefined && isPlace(to) ? to : undefined;
     if (answer.status === 303 && place !== undefined) {
@@ -16308,7 +16465,7 @@ class FleetPage {
       answer.status === 429
         ? "Too many wrong tokens: try again in a second"
         : "That is not the token of this server";
-    return this.#signIn(answer, contact, { to: place }, problem);
+    return this.#signIn(answer, contact, { to: place, ...typed }, problem);
   }
 
   /** A refusal, as somebody with a browser sees it. */
@@ -16328,17 +16485,18 @@ class FleetPage {
     if (method !== "POST" || !methods?.includes("POST")) return refused;
     const fields = await this.#form(request);
     // Another site cannot have its texts shown here.
-    const isOurs = fields && request.headers.get("sec-fetch-site") !== "cross-site";
+    const isOurs = fields && this.access.isOurForm(request, contact, fields.get("proof"));
     return this.#signIn(refused, contact, isOurs ? wantedBy(path, fields) : { isChange: true });
   }
 
   /** The sign-in page in the place of a refusal; other answers as they are. */
   #signIn(answer: Answer, { path }: Contact, wanted: Wanted, problem?: string): Answer {
     const { status } = answer;
-    if (status !== 401 && status !== 429) return answer;
+    if (status !== 401 && status !== 429 && status !== 503) return answer;
     const up = upFrom(path);
-    const page = { ...signInPage(up, wanted, problem), status };
-    const made = this.#document({ up, now: this.fleet.now, proof: "" }, page, false);
+    const page = status === 503 ? awayPage(wanted) : signInPage(up, wanted, problem);
+    const view = { up, now: this.fleet.now, proof: "" };
+    const made = this.#document(view, { ...page, status }, false);
     return { ...made, headers: { ...answer.headers, ...made.headers } };
   }
 
@@ -16359,8 +16517,8 @@ class FleetPage {
   }
 
   /** The fields of a form that was sent; `undefined`: it is too long. */
-  async #form(request: Request): Promise<FormFields | undefined> {
-    const body = await readBody(request, ADMIN.body).catch(() => new Uint8Array());
+  async #form(request: Request, most = ADMIN.body): Promise<FormFields | undefined> {
+    const body = await readBody(request, most).catch(() => new Uint8Array());
     return body && formFields(new TextDecoder().decode(body));
   }
 
@@ -16375,16 +16533,15 @@ class FleetPage {
     const { up } = view;
     try {
       if (isReading) return await this.#views.of(request, contact, view);
-      const fields = await this.#form(request);
+      const fields = await this.#form(request, ADMIN.form);
       const again = html`<a href="${up}">Look again</a>, and try it there.`;
       if (!fields) {
-        return problemPage(413, "That is too long", `A form has up to ${ADMIN.body} bytes.`, again);
+        return problemPage(413, "That is too long", `A form has up to ${ADMIN.form} bytes.`, again);
+      }
+      if (!this.access.hasProof(request, contact, fields.get("proof"))) {
+        return problemPage(403, "That form was not of a page of this server", again);
       }
       typed = typedText(wantedBy(path, fields).typed);
-      if (!this.access.hasProof(request, contact, fields.get("proof"))) {
-        const page = problemPage(403, "That form was not of a page of this server", again);
-        return { ...page, main: html`${page.main}${typed}` };
-      }
       return await this.#change(request, contact, view, fields);
     } catch (error) {
       const { status, text } = await problemOf(error, this.fleet);
@@ -16438,12 +16595,19 @@ class FleetPage {
     const device = saidText(id) === null ? undefined : await this.fleet.device(id);
     if (!device) return await this.#views.device(view, id);
     try {
-      await this.fleet.edit(id, typedEdit(fields, device));
+      const { edit, conflicts, ...merged } = typedEdit(fields, device);
+      if (conflicts.length > 0) {
+        const text = `${conflicts.join("; ")}. What you typed stands below: save it, or change it`;
+        return await this.#views.device(view, id, { status: 409, text, ...merged });
+      }
+      await this.fleet.edit(id, edit);
     } catch (error) {
       const problem = await problemOf(error, this.fleet);
       if (problem.status === 503) throw error;
-      const [name, labels] = [fields.get("name") ?? "", fields.get("labels") ?? ""];
-      return await this.#views.device(view, id, { ...problem, name, labels });
+      const field = (one: string) => fields.get(one) ?? "";
+      const seen = { name: field("seen-name"), labels: field("seen-labels") };
+      const typed = { name: field("name"), labels: field("labels"), seen };
+      return await this.#views.device(view, id, { ...problem, ...typed });
     }
     return { see: deviceLink(view, id) };
   }

@@ -280,52 +280,88 @@ describe("as programs see it", () => {
     await using paged = await Paged.start();
     await paged.report({ devid: "a" });
     const fleet = paged.server.fleet!;
-    await fleet.edit("a", { name: "Mill", labels: { site: "north", ring: "1", " k": " v " } });
+    await fleet.edit("a", {
+      name: "Mill",
+      labels: { site: "north", ring: "1", row: "7", " k": " v " },
+    });
     const shown = await paged.html("devices/a");
-    const save = (fields: Record<string, string>) =>
-      paged.post(
-        "",
-        "devices/a",
-        { name: "Mill", labels: "site=north\nring=1\n k= v ", ...fields },
-        shown,
-      );
+    const LINES = ["ring=1", "row=7", "site=north", " k= v "];
+    const save = (name: string, lines: readonly string[], page = shown) =>
+      paged.post("", "devices/a", { name, labels: lines.join("\n") }, page);
     const found = async () => {
       const { name, labels } = (await fleet.device("a"))!;
       return { name, labels };
     };
-    await fleet.edit("a", { name: "Old mill", labels: { canary: "yes", ring: null } });
-    // Only what was typed into: of the rest, what others have made of it.
-    expect((await save({ labels: "site=south\nring=1\n k= v " })).status).toBe(303);
-    const labels = { site: "south", canary: "yes", " k": " v " };
+    await fleet.edit("a", { name: "Old mill", labels: { canary: "yes", ring: null, row: "8" } });
+    // Only what was typed: of the rest, what others have made of it.
+    expect((await save("Mill", LINES.with(2, "site=south"))).status).toBe(303);
+    const labels = { site: "south", canary: "yes", row: "8", " k": " v " };
     expect(await found()).toEqual({ name: "Old mill", labels });
-    for (const [fields, what] of [
-      [{ name: "New mill" }, "the name: somebody else made it Old mill meanwhile"],
-      [{ labels: "site=east" }, "the label site: somebody else made it south meanwhile"],
-      [{ labels: "site=north\nring=2" }, "the label ring: somebody else removed it meanwhile"],
-    ] as const) {
-      const refused = await save(fields);
-      expect([what, refused.status]).toEqual([what, 409]);
-      const page = await refused.text();
-      expect(page).toContain(what);
-      for (const typed of Object.values(fields)) expect(page).toContain(typed);
+    const both = await save("New mill", ["ring=2", "row=9", "site=east", " k= v "]);
+    expect(both.status).toBe(409);
+    const page = await both.text();
+    for (const conflict of [
+      "the name: somebody else made it Old mill",
+      "the label row: somebody else made it 8",
+      "the label site: somebody else made it south",
+    ]) {
+      expect(page).toContain(conflict);
     }
     expect(await found()).toEqual({ name: "Old mill", labels });
-    // Who saves again has seen it.
-    const refused = await (await save({ name: "New mill" })).text();
-    const again = await paged.post(
-      "",
-      "devices/a",
-      { name: "New mill", labels: "site=south\ncanary=yes\n k= v " },
-      refused,
+    // The form then has what was typed, and all that others did beside that: it can be saved as it is.
+    const [, name] = /name="name"\s+value="([^"]*)"/.exec(page)!;
+    const [, lines] = /<textarea[^>]*>\n([^]*?)<\/textarea/.exec(page)!;
+    expect((await save(name!, lines!.split("\n"), page)).status).toBe(303);
+    const merged = { site: "east", canary: "yes", row: "9", ring: "2", " k": " v " };
+    expect(await found()).toEqual({ name: "New mill", labels: merged });
+    // What was seen is removed; what somebody else has made of it since is not.
+    const later = await paged.html("devices/a");
+    await fleet.edit("a", { labels: { row: "10" } });
+    expect((await save("New mill", [], later)).status).toBe(303);
+    expect(await found()).toEqual({ name: "New mill", labels: { row: "10" } });
+  });
+
+  test("after a line that is no label, what others did meanwhile still stays", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const fleet = paged.server.fleet!;
+    const shown = await paged.html("devices/a");
+    await fleet.edit("a", { name: "Mill", labels: { canary: "yes" } });
+    const refused = await paged.post("", "devices/a", { name: "", labels: "site" }, shown);
+    expect(refused.status).toBe(400);
+    const page = await refused.text();
+    expect(page).toContain("\nsite</textarea");
+    expect((await paged.post("", "devices/a", { name: "", labels: "site=x" }, page)).status).toBe(
+      303,
     );
-    expect(again.status).toBe(303);
-    expect(await found()).toEqual({ name: "New mill", labels });
+    const { name, labels } = (await fleet.device("a"))!;
+    expect({ name, labels }).toEqual({ name: "Mill", labels: { canary: "yes", site: "x" } });
+    const twice = await paged.post("devices/a", "devices/a", { name: "", labels: "k=1\nk=2" });
+    expect([twice.status, (await twice.text()).includes("the label k: once at most")]).toEqual([
+      400,
+      true,
+    ]);
+  });
+
+  test("64 of the longest labels can be shown and saved", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    const long = (i: number) => `${"ж".repeat(118)}${String(i).padStart(10, "0")}`;
+    const labels = Object.fromEntries(Array.from({ length: 64 }, (_, i) => [long(i), long(i)]));
+    await paged.server.fleet!.edit("a", { labels });
+    const page = await paged.html("devices/a");
+    expect(Buffer.byteLength(page)).toBeLessThan(100_000);
+    const [, lines] = /<textarea[^>]*>\n([^]*?)<\/textarea/.exec(page)!;
+    const saved = await paged.post("", "devices/a", { name: "x", labels: lines! }, page);
+    expect(saved.status).toBe(303);
+    const { name, labels: kept } = (await paged.server.fleet!.device("a"))!;
+    expect({ name, kept }).toEqual({ name: "x", kept: labels });
   });
 
   test("labels that nobody can type stay as they are, and can be removed", async () => {
     await using paged = await Paged.start();
     await paged.report({ devid: "a" });
-    const odd = { blank: "  ", " k": " v ", a: "b=c", constructor: "x" };
+    const odd = { blank: "  ", " k": " v ", k: "w", a: "b=c", constructor: "x" };
     await paged.server.fleet!.edit("a", { labels: odd });
     const save = async (labels: (lines: string) => string) => {
       const page = await paged.html("devices/a");
@@ -336,7 +372,7 @@ describe("as programs see it", () => {
     };
     const more = await save((lines) => `${lines}\ntoString=1`);
     expect(Object.entries(more)).toContainEqual(["toString", "1"]);
-    expect(Object.keys(more)).toHaveLength(5);
+    expect(Object.keys(more)).toHaveLength(6);
     expect(await save(() => "a=b=c")).toEqual({ a: "b=c" });
     expect(await save((lines) => lines)).toEqual({ a: "b=c" });
     expect(await save(() => "")).toEqual({});
@@ -376,7 +412,7 @@ describe("as programs see it", () => {
       const found: [rank: number, id: string][] = [];
       for (let next: string | undefined = `devices?${search}`; next !== undefined;) {
         const page: string = await paged.html(next);
-        for (const [, id, state] of page.matchAll(/data-key="device-(\w+)"[^]*?is-(\w+)"/g)) {
+        for (const [, id, state] of page.matchAll(/href="\.\/devices\/(\w+)"[^]*?is-(\w+)"/g)) {
           found.push([ranks.indexOf(state!), id!]);
         }
         next = /rel="next"\s+href="\.\/([^"]+)"/.exec(page)?.[1]!.replaceAll("&amp;", "&");
@@ -716,18 +752,143 @@ describe("as programs see it", () => {
     await fleet.flush();
     await fleet.changeRollout("1.0.1", null, "advance");
     const page = await paged.html();
-    expect(textOf(page)).toContain("open to all devices at once · proven once on it");
+    expect(textOf(page)).toContain("open to all of its devices at once · proven once on it");
     expect(page).not.toContain('value="advance"');
     expect(await (await paged.ask("api/rollouts")).json()).toMatchObject({
       rollouts: [{ advanced: true }, { advanced: false }],
     });
     await fleet.changeRollout("1.0.1", null, "abort");
     await fleet.flush();
-    const aborted = "1.0.1 was aborted: devices stay as they are. Start another rollout of it";
+    const aborted = "1.0.1 was aborted: nobody is offered it any more. Start another rollout of it";
     expect(await headline(paged)).toStartWith(`2 of 2 devices are on an older release ${aborted}`);
     expect(textOf(await paged.html())).toContain(`No rollout is under way. ${aborted}`);
     await paged.visit({ devid: "a" });
     expect((await fleet.device("a"))!.offered).toBeNull();
+  });
+
+  test("what is held back, is held back from those that it is for", async () => {
+    const tree: Tree = {
+      ...TREE,
+      "1.0.2/flash/main.py": "three\n",
+      "lopy4/1.0.1/flash/main.py": "two of lopy4\n",
+    };
+    await using paged = await Paged.start({ tick: 0 }, tree);
+    const fleet = paged.server.fleet!;
+    await paged.report({ devid: "a" }, { devid: "b", sysname: "LoPy4" });
+    // Names of models have no case.
+    const options = { ...ROLLOUT, model: "LOPY4", only: [["site", "north"]] as const };
+    await fleet.startRollout(options);
+    await fleet.flush();
+    const lopy = /releases-lopy4"[^]*?<\/section>/.exec(await paged.html())![0];
+    expect(lopy).not.toContain("Roll out…");
+    expect(await paged.html("devices/b")).toContain("its rollout is only for");
+    await fleet.changeRollout("1.0.1", "LOPY4", "abort");
+    const ofLopy = "1.0.1 of LOPY4 was aborted: nobody is offered it any more.";
+    expect(await headline(paged)).toContain(ofLopy);
+    // Of a model whose devices are all up to date, nothing need be said.
+    await paged.report({ devid: "b", sysname: "LoPy4", current_ver: "1.0.1" });
+    await fleet.edit("b", {});
+    expect(await headline(paged)).not.toContain("aborted");
+    await fleet.startRollout({ ...ROLLOUT, version: "1.0.2", only: [["version", "1.0.0"]] });
+    await fleet.flush();
+    await fleet.changeRollout("1.0.2", null, "advance");
+    const answered = async () => {
+      await paged.visit({ devid: "a" });
+      return (await fleet.device("a"))!.offered;
+    };
+    await until("it is offered", answered, (offered) => offered === "1.0.2");
+    await paged.report({ devid: "a", current_ver: "1.0.2" });
+    const state = async () => {
+      await fleet.flush();
+      return (await fleet.rollouts())[0]!.state;
+    };
+    await until("it is done", state, (one) => one === "done");
+    await paged.report({ devid: "c", current_ver: "1.0.1" });
+    await fleet.edit("c", {});
+    expect(await headline(paged)).toContain(
+      "1.0.2 went to some devices alone (version=1.0.0), and is offered to no others.",
+    );
+    expect(await paged.html("devices/c")).toContain("its rollout is only for");
+  });
+
+  test("a rollout whose release was taken away says so", async () => {
+    await using paged = await Paged.start();
+    await paged.report({ devid: "a" });
+    await begun(paged);
+    await rename(paged.at("root/1.0.1"), paged.at("root/.gone"));
+    const lead = await until(
+      "the server sees it",
+      () => headline(paged),
+      (text) => text.includes("any more"),
+    );
+    expect(lead).toStartWith("1.0.1 is not among the releases any more: 0 of 1 device proven");
+    expect(textOf(await paged.html())).toContain("It is not among the releases any more: nobody");
+  });
+
+  test("as long as the store is away since the start, nobody can sign in, and that is said", async () => {
+    await using paged = await Paged.start({ fleet: await nobody(), adminToken: undefined! });
+    for (const [path, init] of [
+      ["", {}],
+      ["devices/a", {}],
+      ["sign-in", { method: "POST", body: new URLSearchParams({ token: "x" }) }],
+      ["devices/a", { method: "POST", body: new URLSearchParams({ name: "x" }) }],
+    ] as const) {
+      const answer = await fetch(paged.at_(path), { ...init, headers: { Cookie: "ota-x=1.x" } });
+      expect([path, answer.status]).toEqual([path, 503]);
+      const page = await answer.text();
+      expect(textOf(page)).toContain("The fleet&#x27;s store does not answer Nobody can sign in");
+      expect(page).toContain("data-live");
+      expect(page).not.toContain("127.0.0.1");
+    }
+  });
+
+  test("versions that are called as what every object has are counted as others are", async () => {
+    await using paged = await Paged.laid([
+      { id: "a", version: "1.0.0", ago: 3600_000 },
+      { id: "b", version: "constructor", ago: 1000 },
+      { id: "c", version: "__proto__", ago: 1000 },
+    ]);
+    const page = await paged.html();
+    expect(page).not.toContain("NaN");
+    expect(page).not.toContain("native code");
+    expect(textOf(page)).toMatch(/constructor 1 .*1\.0\.0 1/);
+  });
+
+  test("with 200 rollouts the view stays small, and begins with those that wait for a person", async () => {
+    const tree: Tree = {};
+    for (let i = 0; i < 40; i++) tree[`model-${i}/1.0.1/flash/main.py`] = "two\n";
+    const said = Array.from({ length: 40 }, (_, i) => {
+      return { id: `d${i}`, query: { model: `model-${i}` } };
+    });
+    await using paged = await Paged.laid(said, {}, tree);
+    const fleet = paged.server.fleet!;
+    const only = Array.from({ length: 60 }, (_, i) => [`key-${i}`, "x".repeat(128)] as const);
+    for (let i = 0; i < 200; i++) {
+      await fleet.startRollout({ ...ROLLOUT, version: `1.${i}`, model: `model-${i % 40}`, only });
+    }
+    await fleet.changeRollout("1.7", "model-7", "pause");
+    const page = await paged.html();
+    expect(Buffer.byteLength(page)).toBeLessThan(100_000);
+    expect(page.match(/class="rollout"/g)).toHaveLength(8);
+    expect(/<h3>[^]*?<\/h3>/.exec(page)![0]).toContain("1.7 of model-7");
+    expect(page).toContain("and 160 rollouts more");
+  });
+
+  test("lists of devices with the longest names and labels stay small", async () => {
+    const odd = (i: number) => `${"ж".repeat(120)}${i}`;
+    const id = (i: number) => `${"d".repeat(120)}${i}`;
+    const said = Array.from({ length: 50 }, (_, i) => {
+      return { id: id(i), version: odd(i), query: { model: odd(i % 3), failed: odd(i) } };
+    });
+    await using paged = await Paged.laid(said);
+    for (let i = 0; i < 50; i++) {
+      await paged.server.fleet!.edit(id(i), {
+        name: odd(i),
+        labels: Object.fromEntries(Array.from({ length: 8 }, (_, k) => [odd(k), odd(k)])),
+      });
+    }
+    expect(Buffer.byteLength(await paged.html("devices"))).toBeLessThan(100_000);
+    expect(Buffer.byteLength(await paged.html())).toBeLessThan(100_000);
   });
 
   test("a server that is staged: a new version gets a rollout by itself", async () => {
@@ -950,6 +1111,8 @@ describe("as programs see it", () => {
     for (const [path, to] of [
       ["", "./"],
       ["devices?q=a%26b&state=behind", "./devices?q=a%26b&state=behind"],
+      ["?span=week", "./?span=week"],
+      ["rollouts/change?id=x&bad=0&action=abort", "./rollouts/change?id=x&bad=0&action=abort"],
       ["devices/a%2Fb", "./devices/a%2Fb"],
       ["rollouts/new?version=1.0.1", "./rollouts/new?version=1.0.1"],
       ["nothing", "./"],
@@ -974,6 +1137,7 @@ describe("as programs see it", () => {
       expect([to, headers.get("location")]).toEqual([to, "./"]);
       expect(headers.get("x-evil")).toBeNull();
     }
+    const [, proof = ""] = /name="proof" value="([^"]+)"/.exec(await paged.html("devices/a"))!;
     const post = async (path: string, fields: Record<string, string>) => {
       const answer = await fetch(paged.at_(path), {
         ...{ method: "POST", body: new URLSearchParams(fields), headers: { Origin: "null" } },
@@ -982,18 +1146,22 @@ describe("as programs see it", () => {
       expect(answer.headers.get("content-type")).toBe("text/html; charset=utf-8");
       return await answer.text();
     };
-    const rollout = await post("rollouts", { proof: "x", version: "1.0.1", soak: "<b>" });
+    const rollout = await post("rollouts", { proof, version: "1.0.1", soak: "<b>" });
     expect(await signIn(rollout)).toBe("./rollouts/new?version=1.0.1&soak=%3Cb%3E");
     expect(await paged.server.fleet!.rollouts()).toEqual([]);
     const labels = "site=<i>\r\nring=1";
-    const edit = await post("devices/a", { proof: "x", name: "Mill", labels });
+    const edit = await post("devices/a", { proof, name: "Mill", labels });
     expect(edit).toContain("<pre>name: Mill\nlabels: site=&lt;i&gt;\nring=1</pre>");
     expect(edit).toContain("Nothing was changed, since you are not signed in.");
-    const foreign = await fetch(paged.at_("devices/a"), {
-      ...{ method: "POST", body: new URLSearchParams({ name: "Call 555" }) },
-      headers: { "Sec-Fetch-Site": "cross-site" },
-    });
-    expect([foreign.status, (await foreign.text()).includes("555")]).toEqual([401, false]);
+    // A wrong token does not lose it.
+    const again = { token: "wrong", typed: "name: Mill", proof, to: "devices/a" };
+    expect(await post("sign-in", again)).toContain("<pre>name: Mill</pre>");
+    // Another site cannot have its texts shown here.
+    for (const wrong of ["", "x"]) {
+      expect(await post("devices/a", { name: "Call 555", proof: wrong })).not.toContain("555");
+      const typed = { token: "wrong", typed: "Call 555", proof: wrong };
+      expect(await post("sign-in", typed)).not.toContain("555");
+    }
     expect(await signIn(edit)).toBe("./devices/a");
     expect((await paged.server.fleet!.device("a"))!.name).toBeNull();
     expect(await signIn(await post("rollouts/change", { id: "x", action: "abort" }))).toBe("./");
@@ -1007,10 +1175,10 @@ describe("as programs see it", () => {
   test("a form that is too long is refused as such", async () => {
     await using paged = await Paged.start();
     await paged.report({ devid: "a" });
-    const labels = "x".repeat(65_536);
+    const labels = "x".repeat(262_144);
     const answer = await paged.post("devices/a", "devices/a", { name: "", labels });
     expect(answer.status).toBe(413);
-    expect(textOf(await answer.text())).toContain("A form has up to 65536 bytes.");
+    expect(textOf(await answer.text())).toContain("A form has up to 262144 bytes.");
   });
 
   test("a filter that is wrong stays in its form, which says what was expected", async () => {
@@ -1342,6 +1510,38 @@ describe("in a browser", () => {
     await browser.leave("the end of a session", () => browser.signOut());
     expect(await browser.text("h1")).toBe("Sign in");
     expectQuiet(browser, /status of 401/);
+  });
+
+  test("buttons keep the focus while the newest comes, and are those of their rollout", async () => {
+    await using paged = await onExample();
+    await paged.server.fleet!.startRollout({ ...ROLLOUT_DEFAULTS, version: "1.0.1", model: null });
+    using browser = await paged.browse();
+    await browser.until(".rollout h3", /running/);
+    await browser.focus('.rollout [value="pause"]');
+    await browser.refreshed();
+    expect(await browser.ask("document.activeElement.value")).toBe("pause");
+    // It goes with what it does: Resume is another one.
+    await paged.server.fleet!.changeRollout("1.0.1", null, "pause");
+    await browser.until(".rollout h3", /paused/);
+    expect(await browser.ask("document.activeElement === document.body")).toBe(true);
+    const names = (await browser.accessible()).filter(({ role }) => role === "button");
+    expect(names.map(({ name }) => name)).toContain("Resume 1.0.1");
+  });
+
+  test("what was typed and taken back is up to date again", async () => {
+    await using paged = await Paged.laid([{ id: "a" }]);
+    const fleet = paged.server.fleet!;
+    await fleet.edit("a", { name: "Mill", labels: { site: "north" } });
+    using browser = await paged.browse({}, "devices/a");
+    await browser.type("#name", "Mill");
+    await browser.type("#labels", "site=north");
+    await fleet.edit("a", { name: "Old mill", labels: { site: "south", canary: "yes" } });
+    await browser.until("h1", /Old mill/);
+    expect(await browser.ask(`document.querySelector("#name").value`)).toBe("Old mill");
+    await browser.type("#name", "Mill 2");
+    await browser.follow("main button");
+    const { name, labels } = (await fleet.device("a"))!;
+    expect({ name, labels }).toEqual({ name: "Mill 2", labels: { site: "south", canary: "yes" } });
   });
 
   test("what is typed stays while the store is away, and so does what was chosen", async () => {

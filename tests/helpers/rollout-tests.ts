@@ -150,17 +150,17 @@ function testOne(stores: Stores, { name, place }: StoreKind): void {
         failureOf(world.fleet.changeRollout("1.0.1", null, action, seen));
       await world.proveAll(ids.slice(0, 1));
       await world.fail(ids.slice(1, 2));
-      expect(await change("resume", { id, bad: 0 })).toContain(
+      expect(await change("resume", { id, wentBad: 0 })).toContain(
         "1 device more went bad on 1.0.1 since: resume would acknowledge that, so look at it first",
       );
-      expect(await change("abort", { id: "other", bad: 0 })).toContain(
+      expect(await change("abort", { id: "other", wentBad: 0 })).toContain(
         "another rollout of 1.0.1 was begun since: look at it first",
       );
       expect(await world.rollout()).toMatchObject({ failed: 1, acknowledged: 0 });
       // What is not acknowledged by it may have gone bad.
-      const paused = await world.fleet.changeRollout("1.0.1", null, "pause", { id, bad: 0 });
+      const paused = await world.fleet.changeRollout("1.0.1", null, "pause", { id, wentBad: 0 });
       expect(paused!.state).toBe("paused");
-      const resumed = await world.fleet.changeRollout("1.0.1", null, "resume", { id, bad: 1 });
+      const resumed = await world.fleet.changeRollout("1.0.1", null, "resume", { id, wentBad: 1 });
       expect(resumed).toMatchObject({ state: "running", acknowledged: 1 });
     });
 
