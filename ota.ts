@@ -9491,7 +9491,10 @@ function searchSQL({ q = "", isNoModel }: StoreFilter, values: SQLValues): strin
 }
 
 /** Finds out whether a search is about a model, once instead of for each device. */
-async function withModels(db: Connection, filter: DeviceFilter): Promise<StoreFilter> {
+async function withModels<F extends DeviceFilter>(
+  db: Connection,
+  filter: F,
+): Promise<F & StoreFilter> {
   if (!filter.q) return filter;
   const values = new SQLValues();
   const text = `SELECT id FROM ota_cohorts WHERE ${modelSQL(filter.q, values)} LIMIT 1`;
@@ -9512,14 +9515,18 @@ function fewSQL(where: string, { among }: StoreFilter): string {
 }
 
 /** A filter for no more devices than a page may have. */
-function bounded({ limit = 100, ...filter }: DeviceFilter): DeviceFilter {
+interface PageFilter extends StoreFilter {
+  limit: number;
+}
+
+function bounded({ limit = 100, ...filter }: DeviceFilter): PageFilter {
   return { ...filter, limit: Math.min(Math.max(1, limit), MAX_PAGE) };
 }
 
 /** Lists devices in the order of their ids. */
 async function listDevices(
   db: Connection,
-  { limit = 100, ...filter }: StoreFilter,
+  { limit, ...filter }: PageFilter,
   basis: StateBasis,
 ): Promise<DevicePage> {
   const values = new SQLValues();
@@ -9812,7 +9819,7 @@ interface FoundIds {
 /** Lists devices; `after` is a cursor. @param ids of those that `searchUrgent` found */
 async function listUrgent(
   db: Connection,
-  { limit = 100, ...filter }: DeviceFilter,
+  { limit, ...filter }: PageFilter,
   basis: StateBasis,
   ids?: FoundIds,
 ): Promise<DevicePage> {
@@ -9832,7 +9839,7 @@ async function listUrgent(
 /** Finds a page of the devices with a text in them. */
 async function searchUrgent(
   db: Connection,
-  { limit = 100, ...filter }: DeviceFilter,
+  { limit, ...filter }: PageFilter,
   basis: StateBasis,
 ): Promise<FoundIds> {
   const most = await withModels(db, { ...filter, limit: limit + 1 });
@@ -9859,7 +9866,7 @@ const LOOKED_AT = 1000;
  */
 async function searchFirst(
   db: Connection,
-  { limit = 100, ...search }: StoreFilter,
+  { limit, ...search }: PageFilter,
   basis: StateBasis,
 ): Promise<FoundDevice[] | undefined> {
   const found: FoundDevice[] = [];
@@ -9887,7 +9894,7 @@ async function searchFirst(
 /** Looks at all devices in one pass, whatever is found. */
 async function searchAll(
   db: Connection,
-  { limit = 100, after, ...filter }: StoreFilter,
+  { limit, after, ...filter }: PageFilter,
   basis: StateBasis,
 ): Promise<FoundDevice[]> {
   const values = new SQLValues();
