@@ -10196,6 +10196,22 @@ function valuesByKey(only: RolloutOptions["only"]): Map<string, string[]> {
   return values;
 }
 
+/** Whether a device meets the conditions of a rollout. @param hasLabel what is known of its labels */
+function meets(
+  only: RolloutOptions["only"],
+  { model, version }: Pick<FleetDevice, "model" | "version">,
+  hasLabel: (key: string, value: string) => boolean,
+): boolean {
+  if (only.length === 0) return true;
+  return [...valuesByKey(only)].every(([key, values]) => {
+    return values.some((value) => {
+      if (key === "model") return model !== null && asciiLower(model) === asciiLower(value);
+      if (key === "version") return isSameRelease(version, value);
+      return hasLabel(key, value);
+    });
+  });
+}
+
 /**
  * What a rollout is bound to: the content of the version's files and of its image, in the root of its
  * model; `null`: it is not there.
@@ -12313,15 +12329,9 @@ class Admission {
     return this.#labelled.get(pair)?.has(device) === true;
   }
 
-  #isFor({ options: { only } }: AdmittingRollout, { id, model, query }: Asking): boolean {
-    if (only.length === 0) return true;
-    return [...valuesByKey(only)].every(([key, values]) => {
-      return values.some((value) => {
-        if (key === "model") return model !== undefined && asciiLower(model) === asciiLower(value);
-        if (key === "version") return isSameRelease(query.current_ver ?? null, value);
-        return this.#has(`${key}=${value}`, id);
-      });
-    });
+  #isFor({ options }: AdmittingRollout, { id, model, query }: Asking): boolean {
+    const device = { model: model ?? null, version: query.current_ver ?? null };
+    return meets(options.only, device, (key, value) => this.#has(`${key}=${value}`, id));
   }
 }
 
@@ -15553,17 +15563,6 @@ function decisionText({ target, image }: Decision): Markup {
   return html`${files}${target && image && " and "}${image && html`firmware ${said(image.name)}`}`;
 }
 
-/** Whether a rollout is for a device, by what its operator said. */
-function isForDevice({ only }: Rollout, { model, version, labels }: FleetDevice): boolean {
-  return [...valuesByKey(only)].every(([key, values]) => {
-    return values.some((value) => {
-      if (key === "model") return model !== null && asciiLower(model) === asciiLower(value);
-      if (key === "version") return isSameRelease(version, value);
-      return labels[key] === value;
-    });
-  });
-}
-
 /** Why a device may not have the newest version yet. */
 function heldText(
   device: FleetDevice,
@@ -15579,7 +15578,7 @@ function heldText(
   if (device.id.startsWith(BY_ADDRESS)) {
     return html`${newest}; a device that does not say who it is takes no part in rollouts.`;
   }
-  if (!isForDevice(rollout, device)) {
+  if (!meets(only, device, (key, value) => device.labels[key] === value)) {
     const pairs = only.map(([key, value]) => `${key}=${value}`).join(", ");
     return html`${newest}; its rollout is only for ${said(pairs)}.`;
   }

@@ -1420,10 +1420,10 @@ describe("a store that is away", () => {
       expect([admin!.isKnown, admin!.made]).toEqual([false, undefined]);
       expect((await fleet.ask("/-/api/fleet")).status).toBe(503);
       expect((await fleet.ask(`/-/?token=${TOKEN}`, { headers: {} })).status).toBe(503);
-      expect((await fleet.ask("/-/api/fleet", { headers: {} })).status).toBe(401);
-      expect((await fleet.ask("/-/api/fleet", { headers: { Cookie: "ota-x=1.x" } })).status).toBe(
-        401,
-      );
+      // Nobody can tell whether a cookie is good.
+      for (const Cookie of ["", "ota-x=1.x"]) {
+        expect((await fleet.ask("/-/api/fleet", { headers: { Cookie } })).status).toBe(503);
+      }
       db.run("ROLLBACK");
       db.close();
       await admin!.known;
