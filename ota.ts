@@ -161,6 +161,11 @@ function ignoreErrors(task: () => void): void {
   }
 }
 
+/** Letters A to Z in lower case, as SQL's LOWER has them in both databases. */
+function asciiLower(text: string): string {
+  return text.replace(/[A-Z]/g, (letter) => letter.toLowerCase());
+}
+
 /** Text in UTF-8. */
 const utf8 = (text: string) => new TextEncoder().encode(text);
 
@@ -8264,7 +8269,8 @@ export type RolloutState = "waiting" | "running" | "paused" | "halted" | "done" 
 /** What somebody saw of a rollout before deciding what to do with it. */
 export interface SeenRollout {
   id: string;
-  /** `went_bad` of it. */
+  /** `changed` and `went_bad` of it. */
+  changed: number;
   wentBad: number;
 }
 
@@ -8326,6 +8332,17 @@ export interface RolloutTarget {
   /** Of those that tell no version. */
   firmware: string | null;
   devices: number;
+}
+
+/** A version, and the model that it is for: `1.0.2`, `1.0.2 of lopy4`. */
+function rolloutName({ version, model }: Pick<Rollout, "version" | "model">): string {
+  return model === null ? version : `${version} of ${model}`;
+}
+
+/** How a rollout stands, in one line: `1.0.2 halted: 2 of 9 are silent`. */
+export function rolloutText(rollout: Rollout): string {
+  const { state, reason } = rollout;
+  return `${rolloutName(rollout)} ${state}${reason === null ? "" : `: ${reason}`}`;
 }
 
 /** What `serve --staged` knows a version by. */
@@ -9301,11 +9318,6 @@ const MAX_PAGE = 1000;
 class SQLValues {
   readonly all: unknown[] = [];
   readonly $ = (value: string | number): string => `$${this.all.push(value)}`;
-}
-
-/** Letters A to Z in lower case, as SQL's LOWER has them in both databases. */
-function asciiLower(text: string): string {
-  return text.replace(/[A-Z]/g, (letter) => letter.toLowerCase());
 }
 
 /** SQL for the state of a cohort: `offered` may be `silent`, which depends on the device. */
@@ -10372,17 +10384,24 @@ function checkAction(version: string, state: RolloutState, action: RolloutAction
 
 /** @throws {OTAError} where a rollout is not what the operator saw any more */
 function checkSeen(
-  { id, options, progress }: RolloutRecord,
+  { id, state, changed, options, progress }: RolloutRecord,
   action: RolloutAction,
   seen: SeenRollout,
 ) {
+  const { version } = options;
   if (id !== seen.id) {
-    throw new OTAError(`another rollout of ${options.version} was begun since: look at it first`);
+    throw new OTAError(`another rollout of ${version} was begun since: look at it first`);
+  }
+  // What stops it may be done in haste.
+  if (action === "pause" || action === "abort") return;
+  if (changed !== seen.changed) {
+    throw new OTAError(`the rollout of ${version} came to be ${state} since: look at it first`);
   }
   const more = progress.wentBad - seen.wentBad;
-  if (action !== "resume" || more <= 0) return;
-  const what = `${counted(more, "device")} more went bad on ${options.version} since`;
-  throw new OTAError(`${what}: resume would acknowledge that, so look at it first`);
+  if (more <= 0) return;
+  throw new OTAError(
+    `${counted(more, "more device")} went bad on ${version} since: look at it first`,
+  );
 }
 
 /** Does what the operator says. @returns `undefined` when there is no such rollout */
@@ -12953,7 +12972,7 @@ const ADMIN = {
   /** Milliseconds between two tries to read the token, at first and at most. */
   retry: 500,
   pause: 30_000,
-  /** Bytes of a body; and of a form of somebody who is signed in, which percent-encodes all. */
+  /** Bytes of a body; and of a form, which percent-encodes all. */
   body: 64 * 1024,
   form: 256 * 1024,
   /** Fewer characters are guessed. */
@@ -13109,6 +13128,8 @@ class AdminAccess implements AdminToken, Disposable {
 
   /** Whether a form is of a page of ours, whether or not its sender is still signed in. */
   isOurForm({ headers }: Request, { peer }: Contact, given = ""): boolean {
+    // Only a browser can say so.
+    if (headers.get("sec-fetch-site") === "same-origin") return true;
     if (this.#token === undefined) return false;
     return this.#isOurs(headers, peer) || isSameSecret(given, this.#proof("form"));
   }
@@ -13390,11 +13411,6 @@ export function rolloutProof(rollout: Rollout): string {
 /** Names the rollout of the root itself, where models have some as well. */
 const ROOT_MODEL = "-";
 
-/** A version, and the model that it is for: `1.0.2`, `1.0.2 of lopy4`. */
-function rolloutName({ version, model }: Pick<Rollout, "version" | "model">): string {
-  return model === null ? version : `${version} of ${model}`;
-}
-
 /**
  * The rollout that is meant by a version and, where that is not enough, a model: the newest one.
  *
@@ -13431,15 +13447,14 @@ function takenPartText(rollout: DeviceRollout): string {
   return `${rolloutName(rollout)} (${state}): ${STANDING_WORDS[standing]}`;
 }
 
-/** How many bad devices of a rollout are not among those that it names. */
-function unnamedBad({ failed, silent_devices, bad }: Rollout): number {
-  return Math.max(0, failed + silent_devices - bad.length);
+/** How many bad ones the operator has not acknowledged. */
+function openBadOf({ failed, silent_devices }: Rollout): number {
+  return failed + silent_devices;
 }
 
-/** How a rollout stands, in one line: `1.0.2 halted: 2 of 9 are silent`. */
-export function rolloutText(rollout: Rollout): string {
-  const { state, reason } = rollout;
-  return `${rolloutName(rollout)} ${state}${reason === null ? "" : `: ${reason}`}`;
+/** How many bad devices of a rollout are not among those that it names. */
+function unnamedBad(rollout: Rollout): number {
+  return Math.max(0, openBadOf(rollout) - rollout.bad.length);
 }
 
 // ──── Rollout API ────────────────────────────────────────────────────────────────────────────────
@@ -14064,6 +14079,8 @@ function option(value: string, text: string, chosen: string | undefined): Markup
 interface PageView {
   /** From this path to `/-/`: `./` or `../`. */
   up: string;
+  /** Changes with style and script. */
+  assets: string;
   now: number;
   /** What a form that changes something has to prove: that it is of a page of ours. */
   proof: string;
@@ -14112,7 +14129,7 @@ function devicesLink({ up }: PageView, filter: Record<string, string | null | un
 
 /** The whole document. */
 function documentOf(view: PageView, page: Page, place: string, isIn = true): string {
-  const { up, now } = view;
+  const { up, now, assets } = view;
   const entry = (at: Page["at"], href: string, text: string) =>
     html`<a href="${href}" ${page.at === at && html` aria-current="page"`}>${text}</a>`;
   const nav = html`<nav aria-label="Views">
@@ -14126,7 +14143,9 @@ function documentOf(view: PageView, page: Page, place: string, isIn = true): str
       >${isIn && [nav, signOut]}
     </header>
     <p id="lost" role="status" hidden></p>
-    <main id="main" tabindex="-1" ${page.isLive && html` data-live`}>${page.main}</main>
+    <main id="main" tabindex="-1" ${page.isLive && html` data-live`} ${!isIn && html` data-out`}>
+      ${page.main}
+    </main>
     <footer>
       <p>ota.ts ${TOOL_VERSION}${isIn && where}</p>
       ${isIn && programsLine(up)}
@@ -14138,9 +14157,9 @@ function documentOf(view: PageView, page: Page, place: string, isIn = true): str
         <title>${shown(page.title)} · ota.ts</title>
         <meta name="viewport" content="width=device-width, initial-scale=1" />
         <meta name="color-scheme" content="light dark" />
-        <link rel="stylesheet" href="${up}page.css?${PAGE_VERSION}" />
+        <link rel="stylesheet" href="${up}page.css?${assets}" />
         <link rel="icon" href="${up}page.svg" />
-        <script src="${up}page.js?${PAGE_VERSION}" defer></script>
+        <script src="${up}page.js?${assets}" defer></script>
       </head>
       <body>
         ${body}
@@ -14222,11 +14241,11 @@ function typedText(typed: string | undefined): Markup | undefined {
 }
 
 /** What everybody sees while the token is not known. */
-function awayPage({ typed }: Wanted): Page {
+function awayPage({ isChange, typed }: Wanted): Page {
   const title = "The fleet's store does not answer";
   const next = "Nobody can sign in until it does. Devices are served meanwhile.";
-  const page = problemPage(503, title, next);
-  return { ...page, isLive: true, main: html`${page.main}${typedText(typed)}` };
+  const page = problemPage(503, title, isChange ? `Nothing was changed. ${next}` : next);
+  return { ...page, isLive: !isChange, main: html`${page.main}${typedText(typed)}` };
 }
 
 /** What somebody sees who has not shown the token. */
@@ -14496,7 +14515,8 @@ class AirCosts {
    */
   of(root: ReleaseRoot, from: string, to: NewestItems): StepCost | undefined {
     const here = root.find(from)?.id ?? from;
-    const key = JSON.stringify([root.model, here, to.version?.id, to.image?.sha256]);
+    const image = root.firmware.find(({ version }) => version.compare(from) === 0)?.sha256;
+    const key = JSON.stringify([root.model, here, image, to.version?.id, to.image?.sha256]);
     const known = this.#known.get(key);
     if (known) return known;
     const asked = performance.now();
@@ -14556,14 +14576,17 @@ interface FleetGlance {
   rollouts: readonly Rollout[];
   /** Whether a new version gets a rollout by itself. */
   isStaged: boolean;
+  /** The devices of each root. */
+  groups: ReadonlyMap<ReleaseRoot, readonly FleetGroup[]>;
   /** Absent: the store does not answer, for this reason. */
   overview: FleetOverview | undefined;
   problem: string | undefined;
   costs: AirCosts;
   /** What devices begin their requests with. */
   base: string;
-  /** The model whose releases are shown alone. */
+  /** The model whose releases are shown alone, and the id of the rollout that is. */
   model: string | undefined;
+  rollout: string | undefined;
 }
 
 function hasReleases({ roots }: Releases): boolean {
@@ -14580,35 +14603,41 @@ function isOfRelease({ version, model }: Rollout, root: ReleaseRoot, name: strin
   return asciiLower(model ?? "") === asciiLower(root.model) && isSameRelease(version, name);
 }
 
-/** Whether devices that a root is for are below a release of it. */
-function areBehind({ releases, overview }: FleetGlance, root: ReleaseRoot, name: string): boolean {
-  const newest = new LooseVersion(name);
-  return (overview?.groups ?? []).some(({ model, version, firmware }) => {
-    if (releases.forDevice({ model: model ?? "" }) !== root) return false;
-    return newest.compare(version ?? firmware ?? "") > 0;
-  });
+/** The newest version and the newest image of a root, if devices that it is for are below it. */
+function missedReleases({ groups }: FleetGlance, root: ReleaseRoot): string[] {
+  const own = groups.get(root) ?? [];
+  const isMissed = (name: string, on: (group: FleetGroup) => string | null) => {
+    const newest = new LooseVersion(name);
+    return own.some((group) => newest.compare(on(group) ?? "") > 0);
+  };
+  const [version, image] = [root.versions.at(-1)?.name, root.firmware.at(-1)?.name];
+  const missed = new Set<string>();
+  // Of what only tells its firmware, that counts.
+  if (version && isMissed(version, (one) => one.version ?? one.firmware)) missed.add(version);
+  if (image && isMissed(image, (one) => one.firmware ?? one.version)) missed.add(image);
+  return [...missed];
 }
 
 /** Why devices that are behind are not offered the newest release, although no rollout goes on. */
 function heldBack(glance: FleetGlance): Markup | undefined {
-  const { releases, rollouts } = glance;
-  const reasons = releases.roots.flatMap((root) => {
-    const newest = root.versions.at(-1) ?? root.firmware.at(-1);
-    if (!newest || !areBehind(glance, root, newest.name)) return [];
-    const last = rollouts.find((one) => isOfRelease(one, root, newest.name));
-    if (!last) return [];
-    const name = said(rolloutName(last));
-    const next = "Start another rollout of it, or publish a later version.";
-    if (last.state === "aborted") {
-      return [html`${name} was aborted: nobody is offered it any more. ${next} `];
-    }
-    if (last.state !== "done" || last.only.length === 0) return [];
-    const only = brief(last.only.map((pair) => pair.join("=")).join(" "), 80);
-    return [
-      html`${name} went to some devices alone (${only}), and is offered to no others. ${next} `,
-    ];
+  const reasons = glance.releases.roots.flatMap((root) => {
+    return missedReleases(glance, root).flatMap((name) => {
+      return heldBackText(glance.rollouts.find((one) => isOfRelease(one, root, name))) ?? [];
+    });
   });
   return reasons.length === 0 ? undefined : html`${reasons.slice(0, 3)}`;
+}
+
+function heldBackText(last: Rollout | undefined): Markup | undefined {
+  if (!last) return undefined;
+  const name = said(rolloutName(last));
+  const next = "Start another rollout of it, or publish a later version. ";
+  if (last.state === "aborted") {
+    return html`${name} was aborted: nobody is offered it any more. ${next}`;
+  }
+  if (last.state !== "done" || last.only.length === 0) return undefined;
+  const only = brief(last.only.map((pair) => pair.join("=")).join(" "), 80);
+  return html`${name} went to some devices alone (${only}), and is offered to no others. ${next}`;
 }
 
 // ──── Rollouts on the page ────────────────────────────────────────────────────────────────────────
@@ -14694,9 +14723,10 @@ function rolloutRules(rollout: Rollout): string {
 }
 
 /** What can be done with a rollout now. */
-function actionsOf({ state, failed, silent_devices, advanced }: Rollout): RolloutAction[] {
+function actionsOf(rollout: Rollout): RolloutAction[] {
+  const { state, advanced } = rollout;
   // One that runs is resumed for the sake of bad devices only.
-  const isIdle = state === "running" && failed + silent_devices === 0;
+  const isIdle = state === "running" && openBadOf(rollout) === 0;
   const isVain: Partial<Record<RolloutAction, boolean>> = { resume: isIdle, advance: advanced };
   return ROLLOUT_ACTIONS.filter((action) => ACTIONS[action].includes(state) && !isVain[action]);
 }
@@ -14717,8 +14747,8 @@ const ACTION_EFFECTS: Partial<Record<RolloutAction, string>> = {
 };
 
 /** Which rollout a form is about, and what was seen of it. */
-function seenFields({ id, went_bad }: Rollout): Markup[] {
-  return [hidden("id", id), hidden("bad", `${went_bad}`)];
+function seenFields({ id, changed, went_bad }: Rollout): Markup[] {
+  return [hidden("id", id), hidden("changed", `${changed}`), hidden("went-bad", `${went_bad}`)];
 }
 
 function rolloutButtons(view: PageView, rollout: Rollout): Markup {
@@ -14784,23 +14814,25 @@ function withoutRollout(glance: FleetGlance): Markup | string {
 
 /** Rollouts that go on, and are shown whole or in a line at most: what needs a person first. */
 const ROLLOUT_CARDS = 8;
-const ROLLOUT_LINES = 40;
+const ROLLOUT_LINES = 60;
 const ROLLOUT_URGENCY = ["halted", "paused", "troubled", "running", "waiting"];
 
 /** All rollouts: those that go on, and the last ones that are over. */
 function rolloutsSection(view: PageView, glance: FleetGlance): Markup {
   const { rollouts } = glance;
-  const urgency = ({ state, failed, silent_devices }: Rollout) => {
-    const isTroubled = state === "running" && failed + silent_devices > 0;
-    return ROLLOUT_URGENCY.indexOf(isTroubled ? "troubled" : state);
+  const urgency = (one: Rollout) => {
+    const isTroubled = one.state === "running" && openBadOf(one) > 0;
+    return ROLLOUT_URGENCY.indexOf(isTroubled ? "troubled" : one.state);
   };
   const open = rollouts
     .filter(({ state }) => isGoing(state))
     .toSorted((a, b) => urgency(a) - urgency(b));
-  const cards = open.slice(0, ROLLOUT_CARDS);
+  const chosen = rollouts.find(({ id }) => id === glance.rollout);
+  const cards = chosen ? [chosen] : open.slice(0, ROLLOUT_CARDS);
   const over = rollouts.filter(({ state }) => !isGoing(state)).slice(0, 5);
-  const lines = [...open.slice(ROLLOUT_CARDS, ROLLOUT_LINES), ...over];
-  const more = open.length - ROLLOUT_LINES;
+  const others = open.filter((one) => !cards.includes(one)).slice(0, ROLLOUT_LINES);
+  const lines = chosen ? [] : [...others, ...over];
+  const more = open.length - cards.length - others.length;
   const bad = cards.length > 3 ? 3 : MAX_BAD;
   const none = html`<p class="hint">No rollout is under way. ${withoutRollout(glance)}</p>`;
   return html`<section aria-labelledby="rollouts">
@@ -14812,7 +14844,8 @@ function rolloutsSection(view: PageView, glance: FleetGlance): Markup {
         ${lines.map((one) => rolloutLine(view, one))}
       </ul>`
     }
-    ${more > 0 && html`<p class="hint">and ${many(more, "rollout")} more</p>`}
+    ${!chosen && more > 0 && html`<p class="hint">and ${many(more, "rollout")} more: <code>ota.ts rollout</code></p>`}
+    ${chosen && html`<p><a href="${view.up}">All rollouts</a></p>`}
   </section>`;
 }
 
@@ -14821,7 +14854,8 @@ function rolloutLine(view: PageView, rollout: Rollout): Markup {
   const { state, changed, proven, eligible, id } = rollout;
   const bad = badOf(rollout);
   return html`<li data-key="rollout-${id}">
-    ${said(rolloutName(rollout))} ${stateTag(ROLLOUT_SHAPES[state], state)}
+    <a href="${view.up}?rollout=${id}">${said(rolloutName(rollout))}</a>
+    ${stateTag(ROLLOUT_SHAPES[state], state)}
     <span class="hint"
       >${clockTime(changed, view.now)}, ${grouped(proven)} of ${grouped(eligible)}
       proven${bad > 0 && `, ${grouped(bad)} bad`}</span
@@ -15063,10 +15097,9 @@ function warningsList(lines: readonly string[], key: string): Markup | undefined
 }
 
 /** See `RootGlance`. What only tells its firmware is on the release of that version. */
-function devicesOn(root: ReleaseRoot, { releases, overview }: FleetGlance): RootGlance["on"] {
+function devicesOn(root: ReleaseRoot, { groups }: FleetGlance): RootGlance["on"] {
   const counts = new Map<string, number>();
-  for (const { model, version, firmware, devices } of overview?.groups ?? []) {
-    if (releases.forDevice({ model: model ?? "" }) !== root) continue;
+  for (const { version, firmware, devices } of groups.get(root) ?? []) {
     const name = version ?? firmware ?? "";
     const isThere = ({ version: one }: FirmwareImage) => one.compare(name) === 0;
     const known = root.find(name) ?? root.firmware.find(isThere);
@@ -15225,21 +15258,27 @@ function standingOf(view: PageView, glance: FleetGlance): FleetStanding {
     return { shape: "failed", sentence: html`The fleet's store does not answer`, next };
   }
   const { devices } = overview.summary;
+  const halted = rollouts.find(({ state }) => state === "halted");
+  if (halted) return haltedStanding(view, halted, glance);
+  const moving = movingStanding(view, glance, overview);
+  if (moving) return moving;
   if (!hasReleases(releases)) {
     const next = html`Put the files of each version into a directory named by it, such as
       <code>1.0.0/flash/main.py</code>, in <code>${said(releases.root)}</code>: it is offered as
       soon as it has settled, without a restart.`;
-    return { shape: "behind", sentence: html`There is no release yet`, next };
+    return {
+      shape: "behind",
+      sentence: html`There is no release ${devices > 0 ? "any more" : "yet"}`,
+      next,
+    };
   }
-  const halted = rollouts.find(({ state }) => state === "halted");
-  if (halted) return haltedStanding(view, halted, glance);
   if (devices === 0) {
     const next = html`Let one ask for <code>${base}/manifest.json</code>; with a directory as a
       device: <code>bun ota.ts client --url ${base} --root ./device</code>. It shows up here within
       two seconds.`;
     return { shape: "behind", sentence: html`No device has asked yet`, next };
   }
-  return movingStanding(view, glance, overview) ?? settledStanding(view, glance, overview);
+  return settledStanding(view, glance, overview);
 }
 
 function haltedStanding(
@@ -15247,14 +15286,14 @@ function haltedStanding(
   rollout: Rollout,
   { rollouts, overview }: FleetGlance,
 ): FleetStanding {
-  const { reason, changed } = rollout;
+  const { reason, changed, bad } = rollout;
   const name = said(rolloutName(rollout));
   return {
     shape: "failed",
     sentence: html`Halted at ${clockTime(changed, now)}:
     ${name}${reason !== null && html`, ${said(reason)}`}`,
-    next: html`It waits for you: look at its devices below, then resume or abort it.
-    ${othersText(rollout, rollouts)} ${overview && leavingMarkup(overview.summary, now)}`,
+    next: html`It waits for you: ${bad.length > 0 && "look at its devices below, then "}resume or
+    abort it. ${othersText(rollout, rollouts)} ${overview && leavingMarkup(overview.summary, now)}`,
   };
 }
 
@@ -15285,7 +15324,7 @@ function movingStanding(
 ): FleetStanding | undefined {
   const paused = rollouts.find(({ state }) => state === "paused");
   const running = rollouts.filter(({ state }) => state === "running");
-  const troubled = running.find(({ failed, silent_devices }) => failed + silent_devices > 0);
+  const troubled = running.find((one) => openBadOf(one) > 0);
   const waiting = rollouts.find(({ state }) => state === "waiting");
   const one = paused ?? troubled ?? running[0] ?? waiting;
   if (!one) return undefined;
@@ -15363,7 +15402,7 @@ function standingSection(view: PageView, glance: FleetGlance): Markup {
   const { summary } = glance.overview ?? {};
   const bad = glance.rollouts
     .filter(({ state }) => isGoing(state))
-    .reduce((sum, { failed, silent_devices }) => sum + failed + silent_devices, 0);
+    .reduce((sum, one) => sum + openBadOf(one), 0);
   const inRollouts =
     bad > 0 &&
     html`<li>
@@ -15438,8 +15477,6 @@ function fleetPage(view: PageView, glance: FleetGlance): Page {
 
 /** Devices on a page. */
 const LISTED_DEVICES = 50;
-/** Events that are shown of a device. */
-const SHOWN_EVENTS = 100;
 
 function deviceItem(view: PageView, device: FleetDevice): Markup {
   const { id, name, model, state, last_seen, labels } = device;
@@ -15557,6 +15594,9 @@ function devicesPage(
 // ──── Device view ────────────────────────────────────────────────────────────────────────────────
 // One device: what is known of it, what it is called, and what happened to it.
 
+/** Events that are shown of a device. */
+const SHOWN_EVENTS = 100;
+
 /** What a decision gives a device, in words. */
 function decisionText({ target, image }: Decision): Markup {
   const files = target && html`the files of ${said(target.name)}`;
@@ -15616,7 +15656,9 @@ function offerText(
   }
   const now = root.decide(query, fleet.newestFor(asking, root));
   const isAll = now?.target === all.target && now?.image === all.image;
-  const { name } = (all.target ?? all.image)!;
+  // What is held back, if anything is.
+  const isHeld = now?.target !== all.target;
+  const { name } = ((isAll || isHeld ? all.target : undefined) ?? all.image ?? all.target)!;
   if (isAll) {
     const again = isSameRelease(device.failed, name) && " It has failed on this device before.";
     return html`${decisionText(all)}: it is on ${said(onText(device))}, and ${said(name)} is the
@@ -15662,19 +15704,22 @@ function labelLines({ labels }: FleetDevice): string[] {
   return Object.entries(labels).map(([key, value]) => `${key}=${value}`);
 }
 
-/** Marks of the labels that a form showed, which tell whether a line is one of them. */
-function labelMarks(lines: Iterable<string>): string {
-  return [...lines].map(labelMark).join(" ");
+/** Stands for a text in a form, however long that is. */
+function textMark(text: string): string {
+  return sha256(text).slice(0, 12);
 }
 
-function labelMark(line: string): string {
-  return sha256(line.trim()).slice(0, 12);
+/** Marks what a form shows of labels: of each its key, and its line without spaces around it. */
+function labelMarks(device: FleetDevice): string {
+  const keys = Object.keys(device.labels);
+  const marks = labelLines(device).map((line, i) => [textMark(keys[i]!), textMark(line.trim())]);
+  return marks.map((mark) => mark.join(".")).join(" ");
 }
 
 function editForm(view: PageView, device: FleetDevice, typed?: DeviceTrial): Markup {
   const { id, name } = device;
   const lines = labelLines(device);
-  const seen = typed?.seen ?? { name: name ?? "", labels: labelMarks(lines) };
+  const seen = typed?.seen ?? { name: name ?? "", labels: labelMarks(device) };
   const fields = html`${hidden("seen-name", seen.name)}${hidden("seen-labels", seen.labels)}
     <div class="field">
       <label for="name">Name</label
@@ -16056,6 +16101,8 @@ const PAGE_SCRIPT = String.raw`"use strict";
       since = "";
       if (answer.ok || !isTyped(main)) {
         if (answer.status === 401) return location.reload();
+        // There is more to it than what it shows to those who are out.
+        if (answer.ok && "out" in main.dataset) return location.replace(answer.url);
         show(text);
         lost.hidden = true;
       } else if (answer.status === 401) {
@@ -16155,49 +16202,79 @@ interface TypedEdit {
 }
 
 /**
- * What is to be changed in a device: what was typed, as far as it is not what the form showed. So
- * what others have changed meanwhile stays.
+ * The labels as they were typed, but for those lines that the form showed.
  *
+ * @param kept marks of the keys of these
  * @throws {OTAError} exit code 2 when a line is no label, or two are of one key
  */
-function typedEdit(fields: FormFields, device: FleetDevice): TypedEdit {
-  const shownName = fields.get("seen-name")?.trim() ?? "";
-  const name = fields.get("name")?.trim() ?? "";
-  const marks = new Set(fields.get("seen-labels")?.split(" "));
-  const after = linesOf(fields.get("labels"));
-  // Keys may be called as what every object has, and have spaces around them.
-  const now = new Map(Object.entries(device.labels));
-  const lines = new Map(labelLines(device).map((line, i) => [line.trim(), [...now.keys()][i]!]));
-  const labels = new Map<string, string | null>();
-  for (const [line, key] of lines) {
-    if (marks.has(labelMark(line)) && !after.has(line)) labels.set(key, null);
-  }
-  const conflicts: string[] = [];
-  const check = (what: string, isSeen: boolean, found: string, wanted: string) => {
-    if (isSeen || found === wanted) return;
-    conflicts.push(`${what}: somebody else ${found === "" ? "removed it" : `made it ${found}`}`);
-  };
-  const typed = new Set<string>();
-  for (const line of after) {
-    if (lines.has(line) || marks.has(labelMark(line))) continue;
+function typedLabels(lines: Iterable<string>, kept: ReadonlySet<string>): Map<string, string> {
+  const labels = new Map<string, string>();
+  for (const line of lines) {
     const [key, value] = typedLabel(line);
-    if (typed.has(key)) refuseInput(`the label ${shown(key)}: once at most`);
-    typed.add(key);
-    const found = now.get(key) ?? "";
-    check(`the label ${key}`, found === "" || labels.has(key), found, value);
+    if (labels.has(key) || kept.has(textMark(key)))
+      refuseInput(`the label ${shown(key)}: once at most`);
     labels.set(key, value);
   }
+  return labels;
+}
+
+/**
+ * What is to become of labels: what was typed, as far as it is not what the form showed. So what
+ * others have changed meanwhile stays.
+ *
+ * @param before `labelMarks` of the form
+ * @throws {OTAError} see `typedLabels`
+ */
+function mergeTyped(
+  now: Record<string, string>,
+  before: string,
+  text: string,
+): { labels: Map<string, string | null>; conflicts: string[] } {
+  const marks = before.split(" ").map((mark) => mark.split(".") as [key: string, line: string]);
+  const shownLabels = new Map(marks);
+  const typed = linesOf(text);
+  const isShown = new Set([...typed].map(textMark)).intersection(new Set(shownLabels.values()));
+  const kept = new Set(marks.filter(([, line]) => isShown.has(line)).map(([key]) => key));
+  const lines = [...typed].filter((line) => !isShown.has(textMark(line)));
+  const wanted = typedLabels(lines, kept);
+  const labels = new Map<string, string | null>(wanted);
+  const conflicts: string[] = [];
+  for (const [key, value] of Object.entries(now)) {
+    const line = shownLabels.get(textMark(key));
+    if (line === undefined ? !wanted.has(key) : kept.has(textMark(key))) continue;
+    if (!wanted.has(key)) labels.set(key, null);
+    const isSame = line === textMark(`${key}=${value}`.trim()) || wanted.get(key) === value;
+    if (!isSame) conflicts.push(`the label ${key}: somebody else made it ${value}`);
+  }
+  for (const key of wanted.keys()) {
+    const isGone = !Object.hasOwn(now, key) && shownLabels.has(textMark(key));
+    if (isGone) conflicts.push(`the label ${key}: somebody else removed it`);
+  }
+  return { labels, conflicts };
+}
+
+/** What is to be changed in a device. @throws {OTAError} see `typedLabels` */
+function typedEdit(fields: FormFields, device: FleetDevice): TypedEdit {
+  const [before, text] = [fields.get("seen-labels") ?? "", fields.get("labels") ?? ""];
+  const { labels, conflicts } = mergeTyped(device.labels, before, text);
+  const shownName = fields.get("seen-name")?.trim() ?? "";
+  const name = fields.get("name")?.trim() ?? "";
+  const known = device.name ?? "";
   const isNamed = name !== shownName;
-  if (isNamed) check("the name", (device.name ?? "").trim() === shownName, device.name ?? "", name);
+  if (isNamed && known.trim() !== shownName && known !== name) {
+    const what = known === "" ? "removed it" : `made it ${known}`;
+    conflicts.unshift(`the name: somebody else ${what}`);
+  }
+  const merged = new Map(Object.entries(device.labels));
   for (const [key, value] of labels) {
-    if (value === null) now.delete(key);
-    else now.set(key, value);
+    if (value === null) merged.delete(key);
+    else merged.set(key, value);
   }
   return {
     edit: { ...(isNamed && { name: name || null }), labels: Object.fromEntries(labels) },
     conflicts,
-    name: isNamed ? name : (device.name ?? ""),
-    labels: [...now].map(([key, value]) => `${key}=${value}`).join("\n"),
+    name: isNamed ? name : known,
+    labels: [...merged].map(([key, value]) => `${key}=${value}`).join("\n"),
   };
 }
 
@@ -16240,14 +16317,17 @@ async function problemOf(error: unknown, fleet: Fleet): Promise<Problem> {
   return { status, text: error.message };
 }
 
+const SEEN_NUMBERS = ["changed", "went-bad"];
+
 /** What is asked of a rollout. @throws {OTAError} exit code 2 */
 function actionOf(fields: FormFields): { action: RolloutAction; seen: SeenRollout } {
   const action = ROLLOUT_ACTIONS.find((name) => name === fields.get("action"));
-  const [id, bad] = [fields.get("id"), fields.get("bad") ?? ""];
-  if (!action || id === undefined || !/^\d{1,9}$/.test(bad)) {
+  const id = fields.get("id");
+  const [changed, wentBad] = SEEN_NUMBERS.map((name) => Number(fields.get(name) ?? NaN));
+  if (!action || id === undefined || !Number.isInteger(changed) || !Number.isInteger(wentBad)) {
     return refuseInput("which rollout, and what to do with it?");
   }
-  return { action, seen: { id, wentBad: Number(bad) } };
+  return { action, seen: { id, changed: changed!, wentBad: wentBad! } };
 }
 
 /** Whether a person asks, and not a program: it says that it reads HTML. */
@@ -16305,7 +16385,7 @@ class PageViews {
       return await this.start(view, viewFields(request, names));
     }
     if (path === "/-/rollouts/change") {
-      return await this.#askView(view, viewFields(request, ["id", "bad", "action"]));
+      return await this.#askView(view, viewFields(request, ["id", ...SEEN_NUMBERS, "action"]));
     }
     return await this.device(view, idOf(request, path));
   }
@@ -16326,21 +16406,24 @@ class PageViews {
   }
 
   async #fleetView(request: Request, contact: Contact, view: PageView): Promise<Page> {
-    const fields = viewFields(request, ["span", "model"]);
+    const fields = viewFields(request, ["span", "model", "rollout"]);
     const span = fields.get("span") as FleetSpan | undefined;
     const known = span !== undefined && Object.hasOwn(SAMPLING, span) ? span : undefined;
     const glance: FleetGlance = {
       ...{ releases: this.releases, rollouts: [], overview: undefined, problem: undefined },
       ...{ costs: this.#costs, isStaged: this.fleet.admission.isStaged },
       base: this.access.baseFor(request.headers, contact.peer),
-      model: fields.get("model"),
+      ...{ groups: new Map(), model: fields.get("model"), rollout: fields.get("rollout") },
     };
     try {
       const [overview, rollouts] = await Promise.all([
         this.fleet.overview(known),
         this.fleet.rollouts(),
       ]);
-      return fleetPage(view, { ...glance, overview, rollouts });
+      const groups = Map.groupBy(overview.groups, ({ model }) => {
+        return this.releases.forDevice({ model: model ?? "" });
+      });
+      return fleetPage(view, { ...glance, overview, rollouts, groups });
     } catch (error) {
       if (!(error instanceof OTAError)) throw error;
       return fleetPage(view, { ...glance, problem: error.message });
@@ -16431,7 +16514,8 @@ class FleetPage {
     if (refused) return await this.#refuse(request, contact, refused, methods);
     const up = upFrom(path);
     const view: PageView = {
-      ...{ up, now: this.fleet.now, proof: this.access.formProof(request.headers) },
+      ...{ up, assets: PAGE_VERSION, now: this.fleet.now },
+      proof: this.access.formProof(request.headers),
     };
     if (!methods) {
       if (!isBrowser(request)) return adminText(contact, 404, "not found");
@@ -16501,7 +16585,7 @@ class FleetPage {
     if (status !== 401 && status !== 429 && status !== 503) return answer;
     const up = upFrom(path);
     const page = status === 503 ? awayPage(wanted) : signInPage(up, wanted, problem);
-    const view = { up, now: this.fleet.now, proof: "" };
+    const view = { up, assets: PAGE_VERSION, now: this.fleet.now, proof: "" };
     const made = this.#document(view, { ...page, status }, false);
     return { ...made, headers: { ...answer.headers, ...made.headers } };
   }
@@ -16523,8 +16607,8 @@ class FleetPage {
   }
 
   /** The fields of a form that was sent; `undefined`: it is too long. */
-  async #form(request: Request, most = ADMIN.body): Promise<FormFields | undefined> {
-    const body = await readBody(request, most).catch(() => new Uint8Array());
+  async #form(request: Request): Promise<FormFields | undefined> {
+    const body = await readBody(request, ADMIN.form).catch(() => new Uint8Array());
     return body && formFields(new TextDecoder().decode(body));
   }
 
@@ -16539,7 +16623,7 @@ class FleetPage {
     const { up } = view;
     try {
       if (isReading) return await this.#views.of(request, contact, view);
-      const fields = await this.#form(request, ADMIN.form);
+      const fields = await this.#form(request);
       const again = html`<a href="${up}">Look again</a>, and try it there.`;
       if (!fields) {
         return problemPage(413, "That is too long", `A form has up to ${ADMIN.form} bytes.`, again);
@@ -21667,8 +21751,8 @@ async function planLines(
   const cost = await stepCosts(options, root);
   const rows = [];
   for (const target of targets.slice(0, MAX_STEPS)) {
-    const { model, version, devices } = target;
-    const costs = (await cost?.(model, version)) ?? [];
+    const { model, version, firmware, devices } = target;
+    const costs = (await cost?.(model, version ?? firmware)) ?? [];
     rows.push([model ?? "-", versionText(target), `${devices}`, ...costs.map(formatBytes)]);
   }
   const rest = targets.slice(MAX_STEPS).reduce((sum, { devices }) => sum + devices, 0);

@@ -3,6 +3,7 @@
  * process. `SCREENSHOTS=1` keeps what the browser saw.
  */
 
+import { Database } from "bun:sqlite";
 import { afterAll, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { rename } from "node:fs/promises";
 import { resolve } from "node:path";
@@ -314,11 +315,19 @@ describe("as programs see it", () => {
     expect((await save(name!, lines!.split("\n"), page)).status).toBe(303);
     const merged = { site: "east", canary: "yes", row: "9", ring: "2", " k": " v " };
     expect(await found()).toEqual({ name: "New mill", labels: merged });
-    // What was seen is removed; what somebody else has made of it since is not.
+    // What somebody else has removed, or made of what is to be removed.
     const later = await paged.html("devices/a");
-    await fleet.edit("a", { labels: { row: "10" } });
-    expect((await save("New mill", [], later)).status).toBe(303);
-    expect(await found()).toEqual({ name: "New mill", labels: { row: "10" } });
+    await fleet.edit("a", { labels: { row: "10", ring: null } });
+    const removed = await save("New mill", ["site=east", "canary=yes", "ring=3", " k= v "], later);
+    expect(removed.status).toBe(409);
+    const text = await removed.text();
+    expect(text).toContain("the label row: somebody else made it 10");
+    expect(text).toContain("the label ring: somebody else removed it");
+    // Both have done the same: there is nothing to say.
+    expect(
+      (await save("New mill", ["site=east", "canary=yes", "row=10", " k= v "], later)).status,
+    ).toBe(303);
+    expect((await found()).labels).toEqual({ site: "east", canary: "yes", row: "10", " k": " v " });
   });
 
   test("after a line that is no label, what others did meanwhile still stays", async () => {
@@ -337,9 +346,13 @@ describe("as programs see it", () => {
     const { name, labels } = (await fleet.device("a"))!;
     expect({ name, labels }).toEqual({ name: "Mill", labels: { canary: "yes", site: "x" } });
     const twice = await paged.post("devices/a", "devices/a", { name: "", labels: "k=1\nk=2" });
-    expect([twice.status, (await twice.text()).includes("the label k: once at most")]).toEqual([
+    expect(twice.status).toBe(400);
+    expect(await twice.text()).toContain("the label k: once at most");
+    const beside = { name: "Mill", labels: "canary=yes\nsite=x\nsite=y" };
+    const besides = await paged.post("devices/a", "devices/a", beside);
+    expect([besides.status, (await fleet.device("a"))!.labels]).toEqual([
       400,
-      true,
+      { canary: "yes", site: "x" },
     ]);
   });
 
@@ -375,6 +388,8 @@ describe("as programs see it", () => {
     expect(Object.keys(more)).toHaveLength(6);
     expect(await save(() => "a=b=c")).toEqual({ a: "b=c" });
     expect(await save((lines) => lines)).toEqual({ a: "b=c" });
+    await paged.server.fleet!.edit("a", { labels: { " a": "b=c" } });
+    expect(await save((lines) => lines)).toEqual({ a: "b=c", " a": "b=c" });
     expect(await save(() => "")).toEqual({});
   });
 
@@ -638,10 +653,11 @@ describe("as programs see it", () => {
     await using paged = await Paged.start();
     await paged.report({ devid: "a" });
     const fleet = paged.server.fleet!;
-    const { id } = await fleet.startRollout(ROLLOUT);
+    const { id, changed } = await fleet.startRollout(ROLLOUT);
     await fleet.changeRollout("1.0.1", null, "abort");
     const press = async (fields: Record<string, string>) => {
-      const answer = await paged.post("devices/a", "rollouts/change", { bad: "0", ...fields });
+      const seen = { changed: `${changed}`, "went-bad": "0" };
+      const answer = await paged.post("devices/a", "rollouts/change", { ...seen, ...fields });
       return { status: answer.status, text: textOf(await answer.text()) };
     };
     const late = await press({ id, action: "pause" });
@@ -653,35 +669,43 @@ describe("as programs see it", () => {
     expect(other.status).toBe(409);
     expect((await fleet.rollouts())[0]!.state).not.toBe("aborted");
     // What asks first says the same; and only what is asked about can be asked for.
-    const asked = await paged.html(`rollouts/change?id=${id}&bad=0&action=advance`, 409);
+    const asked = await paged.html(
+      `rollouts/change?id=${id}&changed=0&went-bad=0&action=advance`,
+      409,
+    );
     expect(textOf(asked)).toContain("the rollout of 1.0.1 is aborted");
-    await paged.html("rollouts/change?id=none&bad=0&action=abort", 404);
-    await paged.html(`rollouts/change?id=${id}&bad=0&action=resume`, 400);
+    await paged.html("rollouts/change?id=none&changed=0&went-bad=0&action=abort", 404);
+    await paged.html(`rollouts/change?id=${id}&changed=0&went-bad=0&action=resume`, 400);
     expect((await press({ id: "none", action: "abort" })).status).toBe(404);
     expect((await press({ id, action: "none" })).status).toBe(400);
-    expect((await press({ id, action: "abort", bad: "x" })).status).toBe(400);
+    expect((await press({ id, action: "abort", "went-bad": "x" })).status).toBe(400);
   });
 
-  test("resume acknowledges no device that its page did not show", async () => {
+  test("resume acknowledges no device that its page did not show, and ends no later pause", async () => {
     await using paged = await Paged.start();
     const ids = ["a", "b", "c"];
     await paged.report(...ids.map((devid) => ({ devid })));
     const id = await begun(paged, { first: 3, tolerance: 0.9 });
     const [first, second] = await placed(paged, ids, 3);
     await paged.report({ devid: first!, failed: "1.0.1" });
-    const seen = await paged.html();
-    const [, bad] = /name="bad" value="(\d+)"/.exec(seen)!;
-    expect(bad).toBe("1");
+    const seenOn = (page: string) => {
+      const fields = page.matchAll(/name="(changed|went-bad)" value="(\d+)"/g);
+      return Object.fromEntries([...fields].map(([, name, value]) => [name!, value!]));
+    };
+    const before = seenOn(await paged.html());
+    expect(before["went-bad"]).toBe("1");
     await paged.report({ devid: second!, failed: "1.0.1" });
-    const resume = (bad: string) =>
-      paged.post("devices/a", "rollouts/change", { id, bad, action: "resume" });
-    const refused = await resume("1");
+    const resume = (seen: Record<string, string>) =>
+      paged.post("devices/a", "rollouts/change", { id, ...seen, action: "resume" });
+    const refused = await resume(before);
     expect(refused.status).toBe(409);
-    expect(textOf(await refused.text())).toContain("1 device more went bad on 1.0.1 since");
+    expect(textOf(await refused.text())).toContain("1 more device went bad on 1.0.1 since");
     const { state, acknowledged } = (await paged.server.fleet!.rollouts())[0]!;
     expect([state, acknowledged]).toEqual(["halted", 0]);
-    expect((await resume("2")).status).toBe(303);
+    const now = seenOn(await paged.html());
+    expect((await resume(now)).status).toBe(303);
     expect((await paged.server.fleet!.rollouts())[0]!.acknowledged).toBe(2);
+    expect((await resume(now)).status).toBe(409);
   });
 
   test("a rollout names its bad devices, also when nothing is offered any more", async () => {
@@ -811,6 +835,35 @@ describe("as programs see it", () => {
     expect(await paged.html("devices/c")).toContain("its rollout is only for");
   });
 
+  test("a newer image alone is held back, and what it is of is said", async () => {
+    const tree = { ...TREE, "firmware_1.0.1.bin": "one", "firmware_1.0.2.bin": "two" };
+    await using paged = await Paged.start({ tick: 0 }, tree);
+    const fleet = paged.server.fleet!;
+    const b = { devid: "b", current_ver: "1.0.0", firmware_ver: "1.0.0" };
+    await paged.report({ devid: "a", current_ver: "1.0.1", firmware_ver: "1.0.1" }, b);
+    await fleet.startRollout({ ...ROLLOUT, version: "1.0.2" });
+    await fleet.changeRollout("1.0.2", null, "abort");
+    await fleet.flush();
+    expect(await headline(paged)).toContain("1.0.2 was aborted: nobody is offered it any more.");
+    const held = "1.0.2 is the newest; its rollout is aborted";
+    expect(textOf(await paged.html("devices/a"))).toContain(`Nothing. ${held}`);
+    const offer = "the files of 1.0.1 and firmware 1.0.1.";
+    expect(textOf(await paged.html("devices/b"))).toContain(`${offer} ${held}`);
+  });
+
+  test("an image of the version before makes a step cheaper as soon as it is there", async () => {
+    const image = crypto.getRandomValues(new Uint8Array(60_000));
+    const tree = { ...TREE, "firmware_1.0.1.bin": image };
+    await using paged = await Paged.laid([{ id: "a" }], {}, tree);
+    const cost = async () => {
+      const page = textOf(await paged.html());
+      return Number(/from 1\.0\.0 \(1 device\): client .*? · board ([\d.]+) KB/.exec(page)?.[1]);
+    };
+    expect(await until("the cost", cost, (one) => one > 0)).toBeGreaterThan(60);
+    await Bun.write(paged.at("root/firmware_1.0.0.bin"), image);
+    await until("another cost", cost, (one) => !(one > 60));
+  });
+
   test("a rollout whose release was taken away says so", async () => {
     await using paged = await Paged.start();
     await paged.report({ devid: "a" });
@@ -823,6 +876,11 @@ describe("as programs see it", () => {
     );
     expect(lead).toStartWith("1.0.1 is not among the releases any more: 0 of 1 device proven");
     expect(textOf(await paged.html())).toContain("It is not among the releases any more: nobody");
+    await rename(paged.at("root/1.0.0"), paged.at("root/.gone0"));
+    const sees = async () => (await paged.html()).includes("Once there is a release");
+    await paged.server.fleet!.changeRollout("1.0.1", null, "abort");
+    await until("the server sees that all is gone", sees, Boolean);
+    expect(await headline(paged)).toStartWith("There is no release any more");
   });
 
   test("as long as the store is away since the start, nobody can sign in, and that is said", async () => {
@@ -832,12 +890,14 @@ describe("as programs see it", () => {
       ["devices/a", {}],
       ["sign-in", { method: "POST", body: new URLSearchParams({ token: "x" }) }],
       ["devices/a", { method: "POST", body: new URLSearchParams({ name: "x" }) }],
-    ] as const) {
+    ] as [string, RequestInit][]) {
       const answer = await fetch(paged.at_(path), { ...init, headers: { Cookie: "ota-x=1.x" } });
       expect([path, answer.status]).toEqual([path, 503]);
       const page = await answer.text();
-      expect(textOf(page)).toContain("The fleet&#x27;s store does not answer Nobody can sign in");
-      expect(page).toContain("data-live");
+      const isChange = path === "devices/a" && init.method === "POST";
+      const next = isChange ? "Nothing was changed. Nobody can sign in" : "Nobody can sign in";
+      expect(textOf(page)).toContain(`The fleet&#x27;s store does not answer ${next}`);
+      expect(page.includes("data-live")).toBe(!isChange);
       expect(page).not.toContain("127.0.0.1");
     }
   });
@@ -871,7 +931,14 @@ describe("as programs see it", () => {
     expect(Buffer.byteLength(page)).toBeLessThan(100_000);
     expect(page.match(/class="rollout"/g)).toHaveLength(8);
     expect(/<h3>[^]*?<\/h3>/.exec(page)![0]).toContain("1.7 of model-7");
-    expect(page).toContain("and 160 rollouts more");
+    expect(page).toContain("and 132 rollouts more");
+    // Each that has a line has its buttons in a view of its own.
+    const links = [...page.matchAll(/href="\.\/(\?rollout=[^"]+)"/g)].map(([, link]) => link!);
+    expect(links).toHaveLength(60);
+    const one = await paged.html(links.at(-1)!);
+    expect(one.match(/class="rollout"/g)).toHaveLength(1);
+    expect(one).toContain('value="abort"');
+    expect(one).toContain("All rollouts");
   });
 
   test("lists of devices with the longest names and labels stay small", async () => {
@@ -1112,7 +1179,10 @@ describe("as programs see it", () => {
       ["", "./"],
       ["devices?q=a%26b&state=behind", "./devices?q=a%26b&state=behind"],
       ["?span=week", "./?span=week"],
-      ["rollouts/change?id=x&bad=0&action=abort", "./rollouts/change?id=x&bad=0&action=abort"],
+      [
+        "rollouts/change?id=x&changed=0&went-bad=0&action=abort",
+        "./rollouts/change?id=x&changed=0&went-bad=0&action=abort",
+      ],
       ["devices/a%2Fb", "./devices/a%2Fb"],
       ["rollouts/new?version=1.0.1", "./rollouts/new?version=1.0.1"],
       ["nothing", "./"],
@@ -1544,6 +1614,27 @@ describe("in a browser", () => {
     expect({ name, labels }).toEqual({ name: "Mill 2", labels: { site: "south", canary: "yes" } });
   });
 
+  test("who waited for the store to sign in gets the whole page then, and no token in its address", async () => {
+    await using paged = await Paged.start();
+    const token = await paged.server.fleet!.settingOr("admin token", crypto.randomUUID());
+    const file = paged.at("fleet.db");
+    await paged.server[Symbol.asyncDispose]();
+    const lock = new Database(file);
+    lock.run("BEGIN IMMEDIATE");
+    const options = { root: paged.at("root"), port: 0, host: "127.0.0.1", quiet: 0, fleet: file };
+    paged.server = await serve(options);
+    using browser = await Browser.open();
+    await browser.go(paged.at_(`?token=${token}`));
+    expect(await browser.text("h1")).toBe("The fleet's store does not answer");
+    await browser.leave("the store's answer", async () => {
+      lock.run("ROLLBACK");
+      lock.close();
+    });
+    expect(await browser.text("header nav")).toBe("Fleet Devices");
+    expect(await browser.url()).toBe(paged.at_());
+    expectQuiet(browser, /status of 503/);
+  });
+
   test("what is typed stays while the store is away, and so does what was chosen", async () => {
     await using paged = await Paged.laid([
       { id: "a", query: { model: "m3" } },
@@ -1788,7 +1879,7 @@ describe("in a browser", () => {
       await check(`devices/${long}`);
       await check("devices/none");
       await check("rollouts/new?version=1.0.1");
-      await check(`rollouts/change?id=${id}&bad=0&action=abort`);
+      await check(`rollouts/change?id=${id}&changed=0&went-bad=0&action=abort`);
       await check("devices?label=site");
       await check("nothing");
       await check("no release", none.at_());

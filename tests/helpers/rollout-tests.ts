@@ -140,7 +140,7 @@ function testOne(stores: Stores, { name, place }: StoreKind): void {
       expect(await part("m028")).toEqual([{ ...rollout, standing: "acknowledged" }]);
     });
 
-    test("what its operator saw counts: another rollout, or more bad devices, are left as they are", async () => {
+    test("what its operator saw counts: what is another one now, is left as it is", async () => {
       await using world = await RolloutWorld.open(await place(), 3);
       const { id } = await world.start({ first: 3, tolerance: 0.9 });
       await world.allowAll();
@@ -149,19 +149,35 @@ function testOne(stores: Stores, { name, place }: StoreKind): void {
       const change = (action: RolloutAction, seen: SeenRollout) =>
         failureOf(world.fleet.changeRollout("1.0.1", null, action, seen));
       await world.proveAll(ids.slice(0, 1));
+      const { changed } = await world.rollout();
       await world.fail(ids.slice(1, 2));
-      expect(await change("resume", { id, wentBad: 0 })).toContain(
-        "1 device more went bad on 1.0.1 since: resume would acknowledge that, so look at it first",
-      );
-      expect(await change("abort", { id: "other", wentBad: 0 })).toContain(
+      for (const action of ["resume", "advance"] as const) {
+        expect(await change(action, { id, changed, wentBad: 0 })).toContain(
+          "1 more device went bad on 1.0.1 since: look at it first",
+        );
+      }
+      expect(await change("abort", { id: "other", changed, wentBad: 0 })).toContain(
         "another rollout of 1.0.1 was begun since: look at it first",
       );
-      expect(await world.rollout()).toMatchObject({ failed: 1, acknowledged: 0 });
-      // What is not acknowledged by it may have gone bad.
-      const paused = await world.fleet.changeRollout("1.0.1", null, "pause", { id, wentBad: 0 });
+      expect(await world.rollout()).toMatchObject({ failed: 1, acknowledged: 0, went_bad: 1 });
+      // What stops it may be done in haste.
+      world.time.pass(1000);
+      const seen = { id, changed, wentBad: 0 };
+      const paused = await world.fleet.changeRollout("1.0.1", null, "pause", seen);
       expect(paused!.state).toBe("paused");
-      const resumed = await world.fleet.changeRollout("1.0.1", null, "resume", { id, wentBad: 1 });
+      expect(await change("resume", { id, changed, wentBad: 1 })).toContain(
+        "the rollout of 1.0.1 came to be paused since: look at it first",
+      );
+      const now = { id, changed: paused!.changed, wentBad: 1 };
+      const resumed = await world.fleet.changeRollout("1.0.1", null, "resume", now);
       expect(resumed).toMatchObject({ state: "running", acknowledged: 1 });
+      // Once: the second of two presses finds what the first one did.
+      world.time.pass(1000);
+      await world.fleet.changeRollout("1.0.1", null, "pause");
+      expect(await change("resume", now)).toContain("came to be paused since");
+      // One that came back and another one that went bad are not the same.
+      await world.proveAll(ids.slice(1, 2));
+      expect(await world.rollout()).toMatchObject({ went_bad: 1 });
     });
 
     test("halts when a device that was proven goes back", async () => {
