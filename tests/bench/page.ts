@@ -87,7 +87,10 @@ const VIEWS: View[] = [
   ["A rollout's form", () => `rollouts/new?version=${NEWEST}`],
   ["A rollout's form, one model", () => `rollouts/new?version=${NEWEST}&only=model%3DFiPy`],
   ["A rollout's form, one label", () => `rollouts/new?version=${NEWEST}&only=site%3Dnorth`],
-  ["Abort a rollout?", (_, rollout) => `rollouts/change?id=${rollout}&bad=0&action=abort`],
+  [
+    "Abort a rollout?",
+    (_, rollout) => `rollouts/change?id=${rollout}&changed=0&went-bad=0&action=abort`,
+  ],
 ];
 
 /** What was measured of a view. */
