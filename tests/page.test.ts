@@ -712,9 +712,10 @@ describe("as programs see it", () => {
     await using paged = await Paged.start();
     const ids = ["a", "b", "c", "d", "e"];
     await paged.report(...ids.map((devid) => ({ devid, model: "m" })));
+    // It goes first: whose turn it is else depends on the id of the rollout.
+    await paged.server.fleet!.edit("a", { name: "At the mill", labels: { canary: "yes" } });
     await begun(paged);
     const [first] = await placed(paged, ids, 1);
-    await paged.server.fleet!.edit(first!, { name: "At the mill" });
     await paged.report({ devid: first!, model: "m", failed: "1.0.1" });
     // What is not offered any more no longer fails on it.
     await paged.report({ devid: first!, model: "m" });
@@ -986,6 +987,7 @@ describe("as programs see it", () => {
   test("a rollout that is over still says how many were bad", async () => {
     await using paged = await Paged.start();
     await paged.report({ devid: "a" }, { devid: "b" });
+    await paged.server.fleet!.edit("a", { labels: { canary: "yes" } });
     await begun(paged);
     const [first] = await placed(paged, ["a", "b"], 1);
     await paged.report({ devid: first!, failed: "1.0.1" });
