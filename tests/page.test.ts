@@ -1509,11 +1509,12 @@ describe("in a browser", () => {
 
   test("a tab that nobody sees asks for nothing until somebody does", async () => {
     await using paged = await Paged.laid([{ id: "a" }]);
-    using seen = await paged.browse();
+    // First, since a browser that is opened begins without cookies, and all have the same.
     using hidden = await Browser.open();
     await hidden.before(`Object.defineProperty(document, "hidden", {
       get: () => !globalThis.isSeen,
     })`);
+    using seen = await paged.browse();
     await hidden.go(paged.at_(`?token=${paged.token}`));
     await paged.visit({ devid: "b" });
     await seen.until("main", /2 devices/);
