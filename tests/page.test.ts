@@ -1639,10 +1639,12 @@ describe("in a browser", () => {
   });
 
   test("what is typed stays while the store is away, and so does what was chosen", async () => {
-    await using paged = await Paged.laid([
+    const said = [
       { id: "a", query: { model: "m3" } },
       { id: "b", query: { model: "m2" } },
-    ]);
+    ];
+    // What writes would make a new file in the place of the one that is away.
+    await using paged = await Paged.laid(said, { tick: 0 });
     using browser = await paged.browse({}, "devices/a");
     await browser.type("#name", "At the mill");
     const file = paged.at("fleet.db");
