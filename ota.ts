@@ -15274,8 +15274,8 @@ function standingOf(view: PageView, glance: FleetGlance): FleetStanding {
   }
   if (devices === 0) {
     const next = html`Let one ask for <code>${base}/manifest.json</code>; with a directory as a
-      device: <code>bun ota.ts client --url ${base} --root ./device</code>. It shows up here within
-      two seconds.`;
+      device: <code>bun ota.ts client --server ${base} --root ./device</code>. It shows up here
+      within two seconds.`;
     return { shape: "behind", sentence: html`No device has asked yet`, next };
   }
   return settledStanding(view, glance, overview);

@@ -22,7 +22,7 @@ import { Stores } from "./helpers/fleet.ts";
 import { layFleet, type Said } from "./helpers/laid-fleet.ts";
 import { Time } from "./helpers/rollout.ts";
 import { layTree, Temp, type Tree } from "./helpers/temp.ts";
-import { until } from "./helpers/tool.ts";
+import { run, until } from "./helpers/tool.ts";
 
 setDefaultTimeout(600_000);
 
@@ -508,8 +508,14 @@ describe("as programs see it", () => {
     expect(await none.html()).toContain("There is no release yet");
     await using paged = await Paged.start();
     expect(await paged.html()).toContain("No device has asked yet");
-    expect(await paged.html()).toContain(`ota.ts client --url ${paged.server.url.origin}`);
     expect(await paged.html("devices")).toContain("No device has asked yet");
+    // What it says does what it says.
+    const [, command] = /<code>bun ota\.ts ([^<]*)<\/code>/.exec(await paged.html())!;
+    const told = command!.replace("./device", paged.at("device")).split(" ");
+    expect(told).toContain(paged.server.url.origin);
+    expect((await run(told)).code).toBe(0);
+    await paged.server.fleet!.flush();
+    expect(await paged.html("devices")).toContain("1.0.1");
     await using one = await Paged.laid([{ id: "a", version: "1.0.1" }]);
     const page = await one.html();
     expect(page).toMatch(/The one device is\s+on/);
