@@ -8404,7 +8404,7 @@ interface RolloutTexts {
   window?: string | undefined;
 }
 
-/** A condition of `only` as it is typed, `KEY=VALUE`; `undefined`: it is none. */
+/** A label or another condition as it is typed, `KEY=VALUE`; `undefined`: it is none. */
 function typedCondition(text: string): [key: string, value: string] | undefined {
   const [, key, value] = /^([^=]+)=(.+)$/s.exec(text) ?? [];
   return key !== undefined && value !== undefined ? [key, value] : undefined;
@@ -9404,24 +9404,37 @@ async function summarize(db: Connection, basis: StateBasis): Promise<FleetSummar
     states.offered -= states.silent;
     silent_at = until;
   }
-  const grouped = async (column: "version" | "model") => {
-    const text =
-      `SELECT ${column} AS name, SUM(devices) AS n FROM ota_cohorts ` +
-      `GROUP BY ${column} ORDER BY n DESC, name LIMIT ${MAX_GROUPS}`;
-    const groups = await db.query(text);
-    const counts = new Map<string, number>();
-    // A device may say that its version is "none" or "other".
-    const add = (name: string, n: number) => counts.set(name, (counts.get(name) ?? 0) + n);
-    let rest = devices;
-    for (const { name, n } of groups) {
-      add(String(name ?? "none"), Number(n));
-      rest -= Number(n);
-    }
-    if (rest > 0) add("other", rest);
-    return Object.fromEntries(counts);
-  };
-  const versions = await grouped("version");
-  return { devices, versions, states, models: await grouped("model"), silent_at };
+  const versions = await countGroups(db, "version", devices, MAX_GROUPS);
+  const models = await countGroups(db, "model", devices, MAX_GROUPS);
+  return { devices, versions, states, models, silent_at };
+}
+
+/**
+ * How many devices are of which version or model: the most frequent ones, `none` for those without
+ * one, and the rest as `other`.
+ *
+ * @param devices all there are
+ */
+async function countGroups(
+  db: Connection,
+  column: "version" | "model",
+  devices: number,
+  most: number,
+): Promise<Record<string, number>> {
+  const text =
+    `SELECT ${column} AS name, SUM(devices) AS n FROM ota_cohorts ` +
+    `GROUP BY ${column} ORDER BY n DESC, name LIMIT ${most}`;
+  const groups = await db.query(text);
+  const counts = new Map<string, number>();
+  // A device may say that its version is "none" or "other".
+  const add = (name: string, n: number) => counts.set(name, (counts.get(name) ?? 0) + n);
+  let rest = devices;
+  for (const { name, n } of groups) {
+    add(String(name ?? "none"), Number(n));
+    rest -= Number(n);
+  }
+  if (rest > 0) add("other", rest);
+  return Object.fromEntries(counts);
 }
 
 // ──── Store lists ────────────────────────────────────────────────────────────────────────────────
@@ -9676,8 +9689,10 @@ async function sampleVersions(tx: Connection, at: number, last: number): Promise
     return Math.floor(at / step) !== Math.floor(last / step);
   });
   if (due.length === 0) return;
-  const { devices, versions } = await countVersions(tx, MAX_SAMPLED);
+  const [all] = await tx.query("SELECT SUM(devices) AS n FROM ota_cohorts");
+  const devices = Number(all?.["n"] ?? 0);
   if (devices === 0) return;
+  const versions = await countGroups(tx, "version", devices, MAX_SAMPLED);
   for (const { step, length } of due) {
     for (const [version, count] of Object.entries(versions)) {
       // A clock that was set back may come here again.
@@ -9687,21 +9702,6 @@ async function sampleVersions(tx: Connection, at: number, last: number): Promise
     await tx.query("DELETE FROM ota_samples WHERE step = $1 AND at < $2", [step, at - length]);
   }
   await setMeta(tx, { sampled: `${at}` });
-}
-
-/** How many devices are on which version: the most frequent ones, and the rest as `other`. */
-async function countVersions(db: Connection, most: number) {
-  const text =
-    "SELECT version AS name, SUM(devices) AS n FROM ota_cohorts GROUP BY version ORDER BY n DESC, name";
-  const rows = await db.query(text);
-  const counts = new Map<string, number>();
-  let devices = 0;
-  for (const [i, { name, n }] of rows.entries()) {
-    const key = i < most ? String(name ?? "none") : "other";
-    counts.set(key, (counts.get(key) ?? 0) + Number(n));
-    devices += Number(n);
-  }
-  return { devices, versions: Object.fromEntries(counts) };
 }
 
 /** @param wanted absent: one that has all there is, but no more than a week */
@@ -13312,12 +13312,12 @@ function readFilter(request: Pick<Request, "url">): DeviceFilter {
   if (limit !== undefined && !(/^\d{1,4}$/.test(limit) && +limit >= 1 && +limit <= MAX_PAGE)) {
     refuseInput(`limit: a whole number from 1 to ${MAX_PAGE}`);
   }
-  const [, key, value] = /^([^=]+)=(.+)$/s.exec(label ?? "") ?? [];
-  if (label !== undefined && key === undefined) refuseInput("label: expected KEY=VALUE");
+  const pair = label === undefined ? undefined : typedCondition(label);
+  if (label !== undefined && !pair) refuseInput("label: expected KEY=VALUE");
   return {
     ...texts,
     ...(known && { state: known }),
-    ...(key !== undefined && { label: [key, value!] }),
+    ...(pair && { label: pair }),
     ...(limit !== undefined && { limit: Number(limit) }),
   };
 }
@@ -14201,6 +14201,11 @@ interface Problem {
   text: string;
 }
 
+/** Says what is wrong with what was typed. */
+function problemText(text: string): Markup {
+  return html`<p class="problem" role="alert">${mark("failed")} ${said(text)}</p>`;
+}
+
 /** Says what is the matter, and what to do about it. */
 function problemPage(status: number, title: string, ...lines: Piece[]): Page {
   const paragraphs = lines.map((line) => html`<p>${line}</p>`);
@@ -14256,7 +14261,7 @@ function signInPage(up: string, wanted: Wanted, problem?: string): Page {
     title: "Sign in",
     main: html`<section class="sign-in">
       <h1>Sign in</h1>
-      ${problem !== undefined && html`<p class="problem" role="alert">${mark("failed")} ${problem}</p>`}
+      ${problem !== undefined && problemText(problem)}
       ${isChange && html`<p>Nothing was changed, since you are not signed in.</p>`}${typedText(typed)}
       <form method="post" action="${up}sign-in">
         ${to !== undefined && hidden("to", to)}
@@ -14988,7 +14993,7 @@ function startPage(
     main: html`<section class="lead">
         <h1>Roll out ${said(rolloutName({ version, model: model || null }))}</h1>
         ${!isThere && html`<p>It is not among the releases: its rollout waits until it is.</p>`}
-        ${problem && html`<p class="problem" role="alert">${mark("failed")} ${said(problem.text)}</p>`}
+        ${problem && problemText(problem.text)}
       </section>
       <form class="columns" action="${action}/new">
         <section aria-labelledby="how">
@@ -15568,10 +15573,12 @@ function devicesPage(
     </section>`;
   const page = { title: "Devices", at: "devices", isLive: true } as const;
   if ("problem" in listing) {
-    const problem = html`<p class="problem" role="alert">
-      ${mark("failed")} ${said(listing.problem)}
-    </p>`;
-    return { ...page, status: 400, isLive: false, main: frame("Devices", problem) };
+    return {
+      ...page,
+      status: 400,
+      isLive: false,
+      main: frame("Devices", problemText(listing.problem)),
+    };
   }
   const { devices, next } = listing.page;
   const { state, version, model, label, q, after } = listing.filter;
@@ -15793,7 +15800,7 @@ function devicePage(
         </section>
         <section aria-labelledby="given">
           <h2 id="given">What you call it</h2>
-          ${trial && html`<p class="problem" role="alert">${mark("failed")} ${said(trial.text)}</p>`}${editForm(view, device, trial)}
+          ${trial && problemText(trial.text)}${editForm(view, device, trial)}
         </section>
       </div>
       <section aria-labelledby="history">
