@@ -40,8 +40,14 @@ class Paged extends Temp implements AsyncDisposable {
   readonly token = crypto.randomUUID();
   #cookie = "";
 
-  static async start(options: ServeOptions = {}, tree: Tree = TREE): Promise<Paged> {
+  /** @param said what devices have said before it starts */
+  static async start(
+    options: ServeOptions = {},
+    tree: Tree = TREE,
+    said: readonly Said[] = [],
+  ): Promise<Paged> {
     const paged = new Paged();
+    if (said.length > 0) await layFleet(paged.at("fleet.db"), said);
     layTree(paged.at("root"), tree);
     paged.server = await serve({
       ...{ root: paged.at("root"), port: 0, host: "127.0.0.1", quiet: 0 },
@@ -51,17 +57,8 @@ class Paged extends Temp implements AsyncDisposable {
   }
 
   /** A server whose store has this in it already. */
-  static async laid(all: readonly Said[], options: ServeOptions = {}, tree: Tree = TREE) {
-    using temp = new Temp();
-    await layFleet(temp.at("fleet.db"), all);
-    const paged = new Paged();
-    await Bun.write(paged.at("fleet.db"), Bun.file(temp.at("fleet.db")));
-    layTree(paged.at("root"), tree);
-    paged.server = await serve({
-      ...{ root: paged.at("root"), port: 0, host: "127.0.0.1", quiet: 0 },
-      ...{ adminToken: paged.token, fleet: paged.at("fleet.db"), ...options },
-    });
-    return paged;
+  static laid(all: readonly Said[], options: ServeOptions = {}, tree: Tree = TREE) {
+    return Paged.start(options, tree, all);
   }
 
   /** The address of a view. */

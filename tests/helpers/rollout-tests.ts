@@ -434,11 +434,13 @@ function testOne(stores: Stores, { name, place }: StoreKind): void {
     });
 
     test("knows who was known before, also where the clock was put back before it began", async () => {
-      await using world = await RolloutWorld.open(await place(), 10);
-      world.time.now -= 1000 * HOUR;
-      expect((await world.start()).eligible).toBe(10);
-      await world.fail(await world.askAll());
-      expect(await world.rollout()).toMatchObject({ state: "halted", failed: 1 });
+      for (const hours of [24, 1000]) {
+        await using world = await RolloutWorld.open(await place(), 10);
+        world.time.now -= hours * HOUR;
+        expect((await world.start()).eligible).toBe(10);
+        await world.fail(await world.askAll());
+        expect(await world.rollout()).toMatchObject({ state: "halted", failed: 1 });
+      }
     });
 
     test("only goes to devices that have a label, a model, a version", async () => {
@@ -573,14 +575,6 @@ function testOne(stores: Stores, { name, place }: StoreKind): void {
       world.devices.delete(lost);
       await world.live(5);
       expect(await world.rollout()).toMatchObject({ state: "running", eligible: 39 });
-    });
-
-    test("devices are known although the clock is behind when it begins", async () => {
-      await using world = await RolloutWorld.open(await place(), 10);
-      world.time.now -= 24 * HOUR;
-      expect((await world.start()).eligible).toBe(10);
-      await world.fail(await world.askAll());
-      expect(await world.rollout()).toMatchObject({ state: "halted", failed: 1 });
     });
 
     test("resumed with other content, begins with one device again", async () => {
